@@ -1,0 +1,90 @@
+"""The fact both wings live on: in inference, batch normalization is y = scale * x + shift per channel, in float64.
+
+With weight (gamma), bias (beta), mean, var of length C and eps (Ioffe & Szegedy 2015, algorithm 2):
+
+    scale = weight / sqrt(var + eps)        shift = bias - mean * scale
+
+Folding multiplies a producer's weights by scale; `scale_weight` does that in float64 and rounds once to the weights' own type.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastbn import _native
+
+__all__ = ["DTYPES", "View", "batch_norm_affine", "narrow", "scale_weight"]
+
+# dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
+DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+
+
+class View(NamedTuple):
+    """Weights seen as (groups, rows, channels, inner): the third axis takes one scale per (group, channel)."""
+
+    groups: int
+    rows: int
+    channels: int
+    inner: int
+
+
+def batch_norm_affine(weight, bias, mean, var, eps):
+    """Return (scale, shift), float64 arrays of shape (C,), of an inference batch normalization.
+
+    Parameters
+    ----------
+    weight, bias : array of shape (C,) or None
+        gamma and beta; None means ones and zeros.
+    mean, var : array of shape (C,)
+        The frozen statistics; var is the variance, not the standard deviation.
+    eps : float
+        Added to var, which must stay positive and finite after it: that is for the caller to check.
+    """
+    mean = np.asarray(mean).astype(np.float64)
+    deviation = np.sqrt(np.asarray(var).astype(np.float64) + eps)
+    scale = (np.ones_like(mean) if weight is None else np.asarray(weight).astype(np.float64)) / deviation
+    shift = (np.zeros_like(mean) if bias is None else np.asarray(bias).astype(np.float64)) - mean * scale
+    return scale, shift
+
+
+def scale_weight(weight, scale, view, out=None, *, store=True):
+    """Multiply weights by a per-channel scale in float64 and round once, to nearest even, to the weights' type.
+
+    Parameters
+    ----------
+    weight : C-contiguous array, float32, float64, float16 or bfloat16
+    scale : float64 array of view.groups * view.channels values
+    view : View
+        How the axes of weight are grouped; its sizes multiply to weight.size.
+    out : C-contiguous array of weight's dtype and size, optional
+        Receives the result; it may be weight itself.
+    store : bool
+        False only looks: nothing is written and the returned array is None.
+
+    Returns
+    -------
+    (out, nonfinite, flushed)
+        nonfinite counts results that are Inf or NaN, flushed counts zeros that came of a weight and a scale that are not zero.
+    """
+    scale = np.ascontiguousarray(scale, dtype=np.float64)
+    if store and out is None:
+        out = np.empty(weight.shape, weight.dtype)
+    nonfinite, flushed = _native.scale_weight(
+        out.ctypes.data if store else 0, weight.ctypes.data, scale.ctypes.data, *view, DTYPES[weight.dtype.name]
+    )
+    return out, nonfinite, flushed
+
+
+def narrow(values, dtype):
+    """Round a float64 array once, to nearest even, to dtype; overflow gives Inf, as in the hardware."""
+    values = np.ascontiguousarray(values, dtype=np.float64)
+    if dtype == np.float64:
+        return values
+    if dtype.name in ("float32", "float16"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return values.astype(dtype)
+    # NumPy's bfloat16 goes through float32 and rounds twice: let it see only values that are already rounded.
+    _, exponent = np.frexp(values)
+    ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.rint(values / ulp) * ulp).astype(np.float32).astype(dtype)

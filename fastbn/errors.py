@@ -1,0 +1,32 @@
+"""The errors of fastbn. Every message has one form: "Expected <what>, got <what> - at `<where>`"."""
+
+__all__ = ["ArgumentError", "ArgumentTypeError", "FastbnError", "FoldError", "ModelError", "StorageError", "expected"]
+
+
+class FastbnError(Exception):
+    """Base of every error that fastbn raises on purpose."""
+
+
+class ArgumentError(FastbnError, ValueError):
+    """An argument has the right type and a value that cannot be used."""
+
+
+class ArgumentTypeError(FastbnError, TypeError):
+    """An argument has a type or dtype that cannot be used."""
+
+
+class FoldError(FastbnError, ValueError):
+    """A fold would make a constant overflow, become NaN or flush to zero."""
+
+
+class ModelError(FastbnError, ValueError):
+    """A model is malformed, or is not what the caller says it is."""
+
+
+class StorageError(FastbnError, OSError):
+    """A file cannot be read or written."""
+
+
+def expected(what: str, got: str, where: str) -> str:
+    """Return the message of an error in the project's one form."""
+    return f"Expected {what}, got {got} - at `{where}`"
