@@ -1,6 +1,6 @@
 """The errors of fastbn. Every message has one form: "Expected <what>, got <what> - at `<where>`"."""
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "FastbnError", "FoldError", "ModelError", "StorageError", "expected"]
+__all__ = ["ArgumentError", "ArgumentTypeError", "FastbnError", "FoldError", "ModelError", "ParityError", "StorageError", "expected"]
 
 
 class FastbnError(Exception):
@@ -21,6 +21,10 @@ class FoldError(FastbnError, ValueError):
 
 class ModelError(FastbnError, ValueError):
     """A model is malformed, or is not what the caller says it is."""
+
+
+class ParityError(FastbnError, ValueError):
+    """A folded model differs from its original by more than rounding explains."""
 
 
 class StorageError(FastbnError, OSError):

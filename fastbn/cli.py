@@ -1,0 +1,288 @@
+"""The command: fastbn fold, verify, bench, show-config.
+
+Exit codes: 0 done and verified, or nothing to do; 1 parity failed, nothing written; 2 usage, unreadable or invalid model; 3 --strict and a
+batch normalization left; 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from fastbn.errors import ArgumentError, FastbnError, StorageError, expected
+
+__all__ = ["main"]
+
+DONE, FAILED, UNUSABLE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message):
+        raise ArgumentError(expected("arguments as in --help", message, self.prog))
+
+
+def main(argv=None):
+    """Run the command with these arguments, sys.argv's by default, and return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except FastbnError as error:
+        print(f"fastbn: {error}", file=sys.stderr)
+        return UNUSABLE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except MemoryError:
+        print(f"fastbn: {expected('enough memory', 'too little', 'fastbn')}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print("fastbn: interrupted, nothing written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser():
+    parser = _Parser(prog="fastbn", description="Batch normalization on CPUs: fold it out of ONNX models, verify, measure.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    fold = commands.add_parser("fold", help="fold every batch normalization that can be folded exactly", description=_fold.__doc__)
+    fold.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
+    fold.add_argument("output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
+    fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
+    fold.add_argument("--json", metavar="FILE", help="write the report as JSON; - writes it to stdout instead of the table")
+    fold.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
+    fold.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
+    fold.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
+    fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
+    fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left")
+    fold.add_argument("--in-place", action="store_true", help="replace IN")
+    fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_input_shape(fold)
+    fold.set_defaults(run=_fold)
+
+    verify = commands.add_parser("verify", help="compare two models on the same inputs", description=_verify.__doc__)
+    verify.add_argument("original", metavar="A")
+    verify.add_argument("folded", metavar="B")
+    verify.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the line")
+    verify.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_input_shape(verify)
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="latency of two models in onnxruntime, side by side", description=_bench.__doc__)
+    bench.add_argument("original", metavar="A")
+    bench.add_argument("folded", metavar="B", nargs="?", help="without it, A folded in memory")
+    bench.add_argument("--runs", type=_count, default=50, metavar="N", help="timed runs of each model (50)")
+    bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
+    _add_input_shape(bench)
+    bench.set_defaults(run=_bench)
+
+    config = commands.add_parser("show-config", help="versions and kernels in use", description=_show_config.__doc__)
+    config.add_argument("--json", action="store_true", help="as JSON")
+    config.set_defaults(run=_show_config)
+    return parser
+
+
+def _add_input_shape(parser):
+    parser.add_argument(
+        "--input-shape", metavar="NAME=D,D,...", action="append", type=_shape, default=[], help="sizes of a graph input (repeatable)"
+    )
+
+
+def _shape(text):
+    name, equals, sizes = text.rpartition("=")
+    try:
+        shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
+    except ValueError:
+        shape = (0,)
+    if not (name and equals) or any(size < 1 for size in shape):
+        raise argparse.ArgumentTypeError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
+    return name, shape
+
+
+def _count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(expected("a number of at least 1", repr(text), "--runs"))
+    return int(text)
+
+
+def _fold(arguments):
+    """Fold every inference BatchNormalization that can be folded exactly into its neighbours' weights; verify each fold and the whole model
+    in onnxruntime, its optimiser off; say why each other one stays."""
+    from fastbn.graph import fold
+
+    target = None if arguments.dry_run else _target(arguments)
+    bar = _Progress(arguments.quiet)
+    with bar:
+        result = fold(
+            _source(arguments.input),
+            only=arguments.only,
+            skip=arguments.skip,
+            verify=not (arguments.no_verify or arguments.dry_run),
+            input_shapes=dict(arguments.input_shape),
+            freeze_inputs=arguments.freeze_inputs,
+            progress=bar,
+            stage=target.parent if isinstance(target, Path) else None,
+        )
+    failed = result.parity is not None and result.parity.status == "failed"
+    written = None
+    if target is not None and not failed:
+        if target == "-":
+            _write_stdout(result.to_bytes())
+        else:
+            result.save(target)
+            written = str(target)
+    _report(arguments, result, target, written)
+    if failed:
+        print(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written", file=sys.stderr)
+        return FAILED
+    return LEFT if arguments.strict and result.kept else DONE
+
+
+def _target(arguments):
+    """Return where the result goes: a Path, or "-"."""
+    name, output = arguments.input, arguments.output
+    if arguments.in_place:
+        if output is not None or name == "-":
+            raise ArgumentError(expected("a file and no OUT", "another OUT" if output else "stdin", "--in-place"))
+        return Path(name)
+    if output is None:
+        if name == "-":
+            return "-"
+        path = Path(name)
+        output = path.with_name(f"{path.stem}.folded.onnx")
+    if output == "-":
+        return output
+    path = Path(output)
+    if path.is_dir():
+        raise StorageError(expected("an output file", "a folder", output))
+    if not path.parent.is_dir():
+        raise StorageError(expected("an existing output folder", "none", str(path.parent)))
+    if name != "-" and os.path.realpath(path) == os.path.realpath(name):
+        raise ArgumentError(expected("an OUT that is not IN, or --in-place", "the same file", str(path)))
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(expected("a writable output folder", "one that is not", str(path.parent)))
+    return path
+
+
+def _source(name):
+    return sys.stdin.buffer.read() if name == "-" else name
+
+
+def _write_stdout(data):
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _report(arguments, result, target, written):
+    if arguments.json:
+        _write_json(arguments.json, {**result.to_dict(), "written": written}, model_on_stdout=target == "-")
+    if arguments.quiet or arguments.json == "-":
+        return
+    # When the model goes to stdout, the table goes to stderr.
+    stream = sys.stderr if target == "-" else sys.stdout
+    for line in result.lines():
+        print(_coloured(line, stream), file=stream)
+    if written:
+        print(f"wrote   {written}   {_size_of(written)}", file=stream)
+
+
+def _size_of(path):
+    size = os.path.getsize(path)
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _write_json(where, data, model_on_stdout=False):
+    text = json.dumps(data, indent=2)
+    if where == "-":
+        if model_on_stdout:
+            raise ArgumentError(expected("one of model and report on stdout", "both", "--json"))
+        print(text)
+        return
+    from fastbn.graph.storage import atomic
+
+    with atomic(where) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _coloured(line, stream):
+    if os.environ.get("NO_COLOR") or not stream.isatty():
+        return line
+    for word, colour in (("  folded", 32), ("  kept", 33), ("parity", 36)):
+        if line.startswith(word):
+            return f"\x1b[{colour}m{word}\x1b[0m{line[len(word) :]}"
+    return line
+
+
+class _Progress:
+    """One line on stderr that says what is being verified, when stderr is a terminal; gone when the work is done."""
+
+    def __init__(self, quiet):
+        self.shown = not quiet and sys.stderr.isatty()
+        self.width = 0
+
+    def __call__(self, text):
+        if self.shown:
+            print(f"\r{text[:100]:<{self.width}}", end="", file=sys.stderr, flush=True)
+            self.width = len(text[:100])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.shown and self.width:
+            print(f"\r{'':<{self.width}}\r", end="", file=sys.stderr, flush=True)
+
+
+def _verify(arguments):
+    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to rounding, 1 when they
+    do not, 2 when they cannot be compared."""
+    from fastbn.graph import verify
+
+    bar = _Progress(arguments.quiet)
+    with bar:
+        parity = verify(arguments.original, arguments.folded, input_shapes=dict(arguments.input_shape), progress=bar)
+    if arguments.json:
+        _write_json(arguments.json, {"schema": _schema(), "parity": parity.to_dict()})
+    if not arguments.quiet and arguments.json != "-":
+        for line in (f"parity  {parity}", *(f"        {note}" for note in parity.notes)):
+            print(_coloured(line, sys.stdout))
+    return {"ok": DONE, "failed": FAILED, "not-run": UNUSABLE}[parity.status]
+
+
+def _schema():
+    from fastbn.graph.report import SCHEMA
+
+    return SCHEMA
+
+
+def _bench(arguments):
+    """Time two models in onnxruntime with its default options, run by run in turn, on one thread and on all: median and 90th percentile."""
+    from fastbn.graph.bench import bench
+
+    rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=dict(arguments.input_shape))
+    if arguments.json:
+        _write_json(arguments.json, {"schema": _schema(), "bench": rows})
+    if arguments.json != "-":
+        from fastbn.graph.report import table
+
+        cells = [["threads", "model", "median ms", "p90 ms", "of the original"]]
+        for row in rows:
+            cells.append([str(row["threads"]), row["model"], f"{row['median_ms']:.3f}", f"{row['p90_ms']:.3f}", f"{row['ratio']:.3f}"])
+        print("\n".join(table(cells)))
+    return DONE
+
+
+def _show_config(arguments):
+    """Print versions and kernels in use: what a bug report needs."""
+    from fastbn.config import show_config
+
+    config = show_config()
+    if arguments.json:
+        print(json.dumps(config, indent=2))
+    else:
+        width = max(map(len, config))
+        for key, value in config.items():
+            print(f"{key:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
+    return DONE

@@ -1,0 +1,206 @@
+"""Constants of a graph: as the model holds them (Tensor), as a fold leaves them (Scaled, Vector), and the affine that travels (Affine).
+
+Nothing here is evaluated before it is asked for: weights may be gigabytes in a memory-mapped file.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fastbn.affine import View, narrow, scale_weight
+
+__all__ = ["BLOCK", "Affine", "Scaled", "Tensor", "Vector"]
+
+# Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
+BLOCK = 1 << 17
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A constant of the model: its shape and dtype now, its values when array() is called."""
+
+    dtype: np.dtype
+    shape: tuple
+    read: object = field(repr=False)
+
+    @property
+    def size(self):
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def array(self):
+        """Return the values, C-contiguous; those of an external file are mapped, not loaded."""
+        return self.read()
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A weight times a per-channel scale, rounded once from float64 when it is evaluated."""
+
+    base: Tensor
+    view: View
+    scale: np.ndarray
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    def times(self, view, scale):
+        """Return this weight with one more scale on the same axis."""
+        assert view == self.view, "a weight takes scales on one axis only"
+        return replace(self, scale=self.scale * scale)
+
+    def check(self):
+        """Return (nonfinite, flushed): how many elements the type cannot hold."""
+        return scale_weight(self.base.array(), self.scale, self.view, store=False)[1:]
+
+    def bad_channels(self):
+        """Return the sorted channels that hold an element which check() counts."""
+        bad = set()
+        for (group, channels), _, block in self._blocks():
+            view = View(1, block.shape[0], block.shape[1], block.shape[2])
+            scale = self.scale.reshape(self.view.groups, -1)[group, channels]
+            result = scale_weight(np.ascontiguousarray(block), scale, view)[0]
+            with np.errstate(invalid="ignore"):
+                flushed = (result == 0) & (block != 0) & (scale[:, None] != 0)
+            hit = (~np.isfinite(result.astype(np.float32)) | flushed).any(axis=(0, 2))
+            bad.update((group * self.view.channels + channels.start + np.flatnonzero(hit)).tolist())
+        return sorted(bad)
+
+    def array(self):
+        """Return the folded weight as a new array."""
+        return scale_weight(self.base.array(), self.scale, self.view)[0]
+
+    def parts(self):
+        """Yield (first element, array) pieces of the folded weight, in order and small enough for a cache."""
+        for (group, channels), start, block in self._blocks():
+            view = View(1, block.shape[0], block.shape[1], block.shape[2])
+            scale = self.scale.reshape(self.view.groups, -1)[group, channels]
+            yield start, scale_weight(block, scale, view)[0]
+
+    def _blocks(self):
+        """Yield ((group, slice of channels), first element, contiguous block of shape (rows, channels, inner))."""
+        groups, rows, channels, inner = self.view
+        weight = self.base.array().reshape(self.view)
+        per_row = channels * inner
+        for group in range(groups):
+            if per_row <= BLOCK:
+                step = max(1, BLOCK // max(per_row, 1))
+                for row in range(0, rows, step):
+                    yield (group, slice(0, channels)), (group * rows + row) * per_row, weight[group, row : row + step]
+                continue
+            step = max(1, BLOCK // inner)
+            for row in range(rows):
+                for channel in range(0, channels, step):
+                    start = (group * rows + row) * per_row + channel * inner
+                    some = slice(channel, min(channel + step, channels))
+                    yield (group, some), start, weight[group, row : row + 1, some]
+
+    def magnitude(self):
+        """Return |folded weight|, no smaller than the least normal number: rounding is relative only above it."""
+        values = self.array()
+        np.abs(values, out=values)
+        tiny = np.array(_least_normal(values.dtype), values.dtype)
+        return np.maximum(values, tiny, out=values)
+
+
+def _least_normal(dtype):
+    return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A small constant in float64, rounded once when it is evaluated; spread is the size of the terms that it was summed from."""
+
+    dtype: np.dtype
+    values: np.ndarray
+    spread: np.ndarray
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @classmethod
+    def of(cls, tensor):
+        """Return the float64 values of a Tensor."""
+        values = tensor.array().astype(np.float64)
+        return cls(tensor.dtype, values, np.abs(values))
+
+    @classmethod
+    def zeros(cls, shape, dtype):
+        """Return the constant that an absent bias stands for."""
+        return cls(dtype, np.zeros(shape), np.zeros(shape))
+
+    def affine(self, scale, shift, spread):
+        """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
+        return Vector(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+
+    def times(self, factor):
+        """Return factor * self."""
+        return self.affine(factor, 0.0, 0.0)
+
+    def check(self):
+        """Return (nonfinite, flushed); a sum may round to zero, so only infinities and NaN count."""
+        return int((~np.isfinite(self.array().astype(np.float64))).sum()), 0
+
+    def bad_channels(self):
+        """Return the flat indices of the elements that check() counts."""
+        return np.flatnonzero(~np.isfinite(self.array().astype(np.float64))).tolist()
+
+    def array(self):
+        """Return the rounded values."""
+        return narrow(self.values, self.dtype)
+
+    def magnitude(self):
+        """Return the size of the terms that the values were summed from."""
+        return narrow(np.maximum(self.spread, np.abs(self.values)), self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """y = scale * x + shift along one axis of a value, in float64.
+
+    scale, shift and spread have shape (channels,), or (1,) when axis is None: one number for every element. The axis counts from the
+    front when it is not negative (BatchNormalization) and from the end otherwise (broadcasting). rank is the least rank that the value
+    must have for the operator not to widen it. spread is the size of the terms that shift was summed from: |mean * scale| + |bias|.
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray
+    axis: int | None
+    rank: int = 0
+    spread: np.ndarray = None
+
+    def __post_init__(self):
+        if self.spread is None:
+            object.__setattr__(self, "spread", np.abs(self.shift))
+
+    @property
+    def channels(self):
+        return self.scale.size
+
+    @property
+    def scales(self):
+        return bool((self.scale != 1).any())
+
+    @property
+    def shifts(self):
+        return bool((self.shift != 0).any())
+
+    def scale_only(self):
+        """Return the part that multiplies."""
+        return replace(self, shift=np.zeros_like(self.shift), spread=np.zeros_like(self.spread))
+
+    def along(self, channels):
+        """Return (scale, shift, spread) of length channels: a single number is repeated."""
+        return tuple(np.broadcast_to(part, (channels,)) for part in (self.scale, self.shift, self.spread))
+
+    def shaped(self, rank):
+        """Return (scale, shift, spread) in the shape that broadcasts along the axis of a value of this rank (None: unknown)."""
+        if self.axis is None:
+            return self.scale.reshape(()), self.shift.reshape(()), self.spread.reshape(())
+        behind = -self.axis - 1 if self.axis < 0 else rank - 1 - self.axis
+        return tuple(part.reshape(-1, *[1] * behind) for part in (self.scale, self.shift, self.spread))

@@ -1,0 +1,267 @@
+"""The main job: load, plan, verify each site, write, verify the whole."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from fastbn.errors import ArgumentError, ArgumentTypeError, ParityError, expected
+from fastbn.graph import report, storage
+from fastbn.graph.lift import is_batch_norm
+from fastbn.graph.model import Index, is_standard, scopes_of
+from fastbn.graph.plan import plan
+from fastbn.graph.report import Fold
+from fastbn.graph.rewrite import rewrite
+from fastbn.graph.verify import Runnable, check_model, check_site
+
+__all__ = ["FoldResult", "fold", "verify"]
+
+
+class FoldResult:
+    """What folding made of a model.
+
+    Attributes
+    ----------
+    folded : list of Fold
+        bn, ops, into, op, channels, error, bound, note.
+    kept : list of Kept
+        bn, ops, code, reason.
+    parity : Parity or None
+        The whole model compared with its original; None with verify=False or when nothing was folded.
+    """
+
+    def __init__(self, index, output, folded, kept, parity, staged=None):
+        self._index = index
+        self._output = output
+        self._staged = staged
+        self.folded = folded
+        self.kept = kept
+        self.parity = parity
+
+    @property
+    def model(self):
+        """The folded onnx.ModelProto with all tensors inside; above 2 GB use save."""
+        return self._output.to_proto()
+
+    def to_bytes(self):
+        """Return the folded model as bytes with all tensors inside; a model in which nothing changed comes back byte for byte."""
+        return self._output.to_bytes()
+
+    def save(self, path):
+        """Write the folded model, and data files beside it if it had any, all or nothing.
+
+        Raises
+        ------
+        ParityError
+            The folded model differs from its original by more than rounding explains.
+        StorageError
+            A file cannot be written.
+        """
+        if self.parity is not None and self.parity.status == "failed":
+            raise ParityError(expected("parity with the original", str(self.parity), "fold"))
+        self._output.save(path)
+
+    def to_dict(self):
+        """Return everything as data that JSON holds; "schema" is its version."""
+        before, after = _counts(self._index.proto), _counts(self._output.proto)
+        return {
+            "schema": report.SCHEMA,
+            "model": self._index.source.name,
+            "opset": self._index.opset,
+            "ir_version": self._index.proto.ir_version,
+            "nodes": {"before": before[0], "after": after[0]},
+            "batch_normalizations": {"before": before[1], "after": after[1]},
+            "folded": [report.fold_dict(fold) for fold in self.folded],
+            "kept": [report.kept_dict(kept) for kept in self.kept],
+            "parity": None if self.parity is None else self.parity.to_dict(),
+        }
+
+    def lines(self):
+        """Return the report as lines of text, the first about the model as it came."""
+        before, after = _counts(self._index.proto), _counts(self._output.proto)
+        proto, source = self._index.proto, self._index.source
+        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {_size(source)}"
+        lines = [head, *report.result_rows(self.folded, self.kept)]
+        lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
+        if self.parity is not None:
+            lines.append(f"parity  {self.parity}")
+            lines.extend(f"        {note}" for note in self.parity.notes)
+        assert proto is self._index.proto
+        return lines
+
+    def __str__(self):
+        return "\n".join(self.lines())
+
+
+def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_inputs=False, seed=0, progress=None, stage=None):
+    """Fold every inference batch normalization that can be folded exactly into its neighbours' weights.
+
+    Parameters
+    ----------
+    model : str, os.PathLike, bytes or onnx.ModelProto
+        The model; it is not changed.
+    only, skip : str or sequence of str, optional
+        Globs over node names: fold only these, never those.
+    verify : bool
+        Run every fold and the whole model in onnxruntime, its optimiser off, against the original.
+    input_shapes : dict of name -> sequence of int, optional
+        Sizes of graph inputs that the model leaves open.
+    freeze_inputs : bool
+        Make constants of initializers that are also graph inputs; they leave the model's inputs.
+    seed : int
+        Of the random inputs of the verification.
+    progress : callable of str, optional
+        Told what is being verified.
+    stage : str or os.PathLike, optional
+        A folder for the files of a model with external data while it is verified; a temporary one without it.
+
+    Returns
+    -------
+    FoldResult
+
+    Raises
+    ------
+    StorageError
+        A file cannot be read.
+    ModelError
+        The model is malformed.
+    ArgumentError, ArgumentTypeError
+        An option cannot be used.
+
+    Examples
+    --------
+    >>> import fastbn  # doctest: +SKIP
+    >>> result = fastbn.fold("resnet.onnx")  # doctest: +SKIP
+    >>> result.save("resnet.folded.onnx")  # doctest: +SKIP
+    """
+    only, skip = _globs(only, "only"), _globs(skip, "skip")
+    input_shapes = _shapes(input_shapes)
+    index = Index(storage.load(model), freeze_inputs, input_shapes)
+    _check_globs(index, only, skip)
+    planning, checks = _plan_verified(index, only, skip, verify, seed, progress)
+    output = rewrite(index, planning)
+    parity = None
+    if verify and planning.plans:
+        parity = _whole_parity(index, output, input_shapes, seed, progress, stage)
+    folded = [_fold_of(plan, checks.get(_key(plan))) for plan in planning.plans]
+    return FoldResult(index, output, folded, planning.kept, parity)
+
+
+def verify(original, folded, *, input_shapes=None, seed=0, progress=None):
+    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides.
+
+    Parameters
+    ----------
+    original, folded : str, os.PathLike, bytes or onnx.ModelProto
+    input_shapes, seed, progress
+        As in `fold`.
+
+    Returns
+    -------
+    Parity
+        status is "ok", "failed" or "not-run"; the worst element with its index, both values and what is allowed.
+
+    Raises
+    ------
+    StorageError, ModelError
+        As in `fold`.
+    """
+    input_shapes = _shapes(input_shapes)
+    index = Index(storage.load(original), False, input_shapes)
+    return check_model(
+        Runnable.of(index.source), Runnable.of(storage.load(folded)), index, input_shapes=input_shapes, seed=seed, progress=progress
+    )
+
+
+def _plan_verified(index, only, skip, verify, seed, progress):
+    """Plan, run every site, and plan again without the folds that failed, until none does."""
+    excluded, checks = {}, {}
+    while True:
+        planning = plan(index, only, skip, excluded)
+        if not verify:
+            return planning, checks
+        failed = False
+        for number, found in enumerate(planning.plans):
+            key = _key(found)
+            if key not in checks:
+                if progress:
+                    progress(f"verifying fold {number + 1} of {len(planning.plans)}: {found.nodes[0].label}")
+                checks[key] = check_site(found, planning.site, seed)
+            check = checks[key]
+            if not check.ok:
+                failed = True
+                sentence = f"folded into {found.home.op} '{found.home.label}' it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+                excluded.update(dict.fromkeys(key, sentence))
+        if not failed:
+            return planning, checks
+
+
+def _key(found):
+    return tuple((node.scope.number, node.position) for node in found.nodes)
+
+
+def _fold_of(found, check):
+    labels = "+".join(node.label for node in found.nodes)
+    ops = tuple(node.op for node in found.nodes)
+    note = check.note if check else None
+    error, bound = (check.error, check.bound) if check else (None, None)
+    return Fold(labels, ops, found.home.label, found.home.op, found.channels, error, bound, note)
+
+
+def _whole_parity(index, output, input_shapes, seed, progress, stage):
+    original = Runnable.of(index.source)
+    if not output.is_external:
+        return check_model(
+            original, Runnable(output.to_bytes(), output.proto), index, input_shapes=input_shapes, seed=seed, progress=progress
+        )
+    with tempfile.TemporaryDirectory(prefix=".fastbn-", dir=stage) as folder:
+        path = Path(folder) / "folded.onnx"
+        if progress:
+            progress("writing the folded model for its verification")
+        output.save(path)
+        folded = Runnable(os.fspath(path), output.proto, path.parent)
+        return check_model(original, folded, index, input_shapes=input_shapes, seed=seed, progress=progress)
+
+
+def _counts(proto):
+    """Return (nodes, batch normalizations) of a model, those in subgraphs and functions included."""
+    nodes = [node for graph in scopes_of(proto.graph) for node in graph.node]
+    nodes += [node for function in proto.functions for node in function.node]
+    return len(nodes), sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for node in nodes)
+
+
+def _size(source):
+    size = source.path.stat().st_size if source.path else source.proto.ByteSize()
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _globs(value, where):
+    if value is None:
+        return None
+    globs = [value] if isinstance(value, str) else value
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
+        raise ArgumentTypeError(expected("a glob or a list of globs", type(value).__name__, where))
+    return list(globs)
+
+
+def _check_globs(index, only, skip):
+    from fnmatch import fnmatchcase
+
+    labels = [node.label for node in index.order]
+    for where, globs in (("only", only), ("skip", skip)):
+        for glob in globs or ():
+            if not any(fnmatchcase(label, glob) for label in labels):
+                names = [node.label for node in index.order if is_batch_norm(node)]
+                some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
+
+
+def _shapes(input_shapes):
+    shapes = {}
+    if input_shapes is not None and not isinstance(input_shapes, dict):
+        raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))
+    for name, sizes in (input_shapes or {}).items():
+        good = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        if not good:
+            raise ArgumentError(expected("positive sizes", repr(sizes), f"input_shapes[{name!r}]"))
+        shapes[name] = tuple(sizes)
+    return shapes

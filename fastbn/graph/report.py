@@ -1,0 +1,153 @@
+"""Results as data and as text: folds, kept nodes, parity, and the one table of reasons."""
+
+from dataclasses import asdict, dataclass, field
+
+__all__ = ["REASONS", "SCHEMA", "Fold", "Kept", "Parity", "Refusal", "fold_dict", "json_number", "kept_dict", "result_rows", "table"]
+
+# Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
+SCHEMA = 1
+
+# Code -> what it means. Codes are stable: scripts match on them.
+REASONS = {
+    "training": "the node normalises with the statistics of the batch, or hands them out",
+    "per-element": "spatial=0: the parameters are per element, not per channel",
+    "dynamic-parameters": "a parameter is computed when the model runs",
+    "overridable-parameters": "a parameter is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
+    "bad-parameters": "a parameter is Inf or NaN, or var + eps is not positive",
+    "unsupported-type": "the type is none of float32, float64, float16, bfloat16",
+    "in-function": "the node stands in a model-local function, which several calls may share",
+    "reads-input": "nothing comes before it but a graph input",
+    "reads-constant": "it reads a constant",
+    "no-absorber": "the node before it has no constants that could take the affine",
+    "crosses-scope": "the node before it stands in an outer graph",
+    "other-readers": "another node reads the value before it",
+    "graph-output": "the value before it is a graph output",
+    "other-outputs": "the node before it hands out more than one value",
+    "dynamic-weight": "the weight before it is computed when the model runs",
+    "overridable-weight": "the weight before it is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
+    "axis": "its channels are not the output channels of the node before it",
+    "axis-unknown": "the rank of the value before it is not known, so its axis cannot be placed; --input-shape may help",
+    "training-dropout": "the Dropout before it drops at random",
+    "shift-cannot-pass": "a shift cannot pass the node before it",
+    "grows": "a folded constant would be larger than the node that it replaces",
+    "overflow": "a folded constant would be Inf or NaN in the model's type",
+    "flush-to-zero": "a folded weight would become zero in the model's type",
+    "not-selected": "--only or --skip leaves it out",
+    "parity": "the fold was tried and differs from the original by more than rounding explains",
+}
+
+
+class Refusal(Exception):
+    """Why an affine cannot be folded: a code of REASONS and a sentence about the nodes at hand."""
+
+    def __init__(self, code, sentence):
+        assert code in REASONS, code
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold. error and bound are those of the worst element of its site; None where the site was not run (note says why)."""
+
+    bn: str
+    ops: tuple
+    into: str
+    op: str
+    channels: int
+    error: float | None = None
+    bound: float | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One BatchNormalization, or one that was decomposed into Mul and Add, that stays."""
+
+    bn: str
+    ops: tuple
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Two models compared on the same inputs, onnxruntime's optimiser off on both sides.
+
+    status is "ok", "failed" or "not-run". The worst element is the one whose error is the largest part of what is allowed; index is its
+    place in output, values are (original, folded).
+    """
+
+    status: str
+    inputs: int = 0
+    output: str | None = None
+    index: tuple = ()
+    values: tuple = ()
+    error: float | None = None
+    allowed: float | None = None
+    reason: str | None = None
+    notes: tuple = field(default=())
+
+    @property
+    def ok(self):
+        return self.status == "ok"
+
+    def __str__(self):
+        if self.status == "not-run":
+            return f"not run: {self.reason}"
+        if self.error is None:
+            return f"failed: {self.reason}" if self.reason else self.status
+        place = ",".join(map(str, self.index))
+        before, after = (f"{value:.5g}" for value in self.values)
+        text = (
+            f"{self.inputs} inputs, optimiser off on both sides: worst {self.error:.2g} at {self.output}[{place}]"
+            f" ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
+        )
+        return text + (f": {self.reason}" if self.reason else "")
+
+    def to_dict(self):
+        """Return the fields as JSON holds them."""
+        fields = asdict(self)
+        fields["values"] = [json_number(value) for value in self.values]
+        fields["error"], fields["allowed"] = json_number(self.error), json_number(self.allowed)
+        return fields
+
+
+def fold_dict(fold):
+    """Return a Fold as JSON holds it."""
+    return {**asdict(fold), "error": json_number(fold.error), "bound": json_number(fold.bound)}
+
+
+def kept_dict(kept):
+    """Return a Kept as JSON holds it."""
+    return asdict(kept)
+
+
+def result_rows(folded, kept):
+    """Return the lines of a report, a node each: what was folded where, what stayed and why."""
+    rows = []
+    for fold in folded:
+        measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
+        note = f"[{fold.note}]" if fold.note else ""
+        channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
+        rows.append(["  folded", fold.bn, f"into {fold.into}", channels, "  ".join(filter(None, [measured, note]))])
+    lines = table(rows)
+    return lines + table([["  kept", entry.bn, f"{entry.reason}   [{entry.code}]"] for entry in kept])
+
+
+def json_number(value):
+    """Return a float that JSON can hold: Inf and NaN become their names."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if value - value == 0 else repr(value)
+
+
+def table(rows):
+    """Return rows of cells as lines whose columns line up; the last cell of a row is as long as it is."""
+    widths = {}
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            widths[column] = max(widths.get(column, 0), len(cell))
+    return ["  ".join([*(cell.ljust(widths[i]) for i, cell in enumerate(row[:-1])), row[-1]]).rstrip() for row in rows]
