@@ -236,8 +236,8 @@ class _Progress:
 
 
 def _verify(arguments):
-    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to rounding, 1 when they
-    do not, 2 when they cannot be compared."""
+    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to
+    rounding, 1 when they do not, 2 when they cannot be compared."""
     from fastbn.graph import verify
 
     bar = _Progress(arguments.quiet)

@@ -1,7 +1,6 @@
 """The main job: load, plan, verify each site, write, verify the whole."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, ParityError, expected
@@ -10,7 +9,7 @@ from fastbn.graph.lift import is_batch_norm
 from fastbn.graph.model import Index, is_standard, scopes_of
 from fastbn.graph.plan import plan
 from fastbn.graph.report import Fold
-from fastbn.graph.rewrite import rewrite
+from fastbn.graph.rewrite import external_tensors, rewrite
 from fastbn.graph.verify import Runnable, check_model, check_site
 
 __all__ = ["FoldResult", "fold", "verify"]
@@ -29,10 +28,9 @@ class FoldResult:
         The whole model compared with its original; None with verify=False or when nothing was folded.
     """
 
-    def __init__(self, index, output, folded, kept, parity, staged=None):
+    def __init__(self, index, output, folded, kept, parity):
         self._index = index
         self._output = output
-        self._staged = staged
         self.folded = folded
         self.kept = kept
         self.parity = parity
@@ -78,14 +76,13 @@ class FoldResult:
     def lines(self):
         """Return the report as lines of text, the first about the model as it came."""
         before, after = _counts(self._index.proto), _counts(self._output.proto)
-        proto, source = self._index.proto, self._index.source
+        source = self._index.source
         head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {_size(source)}"
         lines = [head, *report.result_rows(self.folded, self.kept)]
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
         if self.parity is not None:
             lines.append(f"parity  {self.parity}")
             lines.extend(f"        {note}" for note in self.parity.notes)
-        assert proto is self._index.proto
         return lines
 
     def __str__(self):
@@ -213,13 +210,11 @@ def _whole_parity(index, output, input_shapes, seed, progress, stage):
         return check_model(
             original, Runnable(output.to_bytes(), output.proto), index, input_shapes=input_shapes, seed=seed, progress=progress
         )
-    with tempfile.TemporaryDirectory(prefix=".fastbn-", dir=stage) as folder:
-        path = Path(folder) / "folded.onnx"
-        if progress:
-            progress("writing the folded model for its verification")
-        output.save(path)
-        folded = Runnable(os.fspath(path), output.proto, path.parent)
-        return check_model(original, folded, index, input_shapes=input_shapes, seed=seed, progress=progress)
+    if progress:
+        progress("writing the folded model for its verification")
+    path = output.stage(stage)
+    folded = Runnable(os.fspath(path), output.proto, path.parent)
+    return check_model(original, folded, index, input_shapes=input_shapes, seed=seed, progress=progress)
 
 
 def _counts(proto):
@@ -231,6 +226,7 @@ def _counts(proto):
 
 def _size(source):
     size = source.path.stat().st_size if source.path else source.proto.ByteSize()
+    size += sum(path.stat().st_size for path in {source.location(tensor)[0] for tensor in external_tensors(source.proto)})
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 

@@ -398,8 +398,31 @@ class Index:
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
 EXPRESSIONS = frozenset(
-    "Abs Add Cast CastLike Concat ConstantOfShape Div Exp Expand Flatten Gather Mul Neg Pow Reciprocal Reshape Slice Sqrt Squeeze Sub Tile "
-    "Transpose Unsqueeze".split()
+    (
+        "Abs",
+        "Add",
+        "Cast",
+        "CastLike",
+        "Concat",
+        "ConstantOfShape",
+        "Div",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "Reshape",
+        "Slice",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    )
 )
 
 

@@ -1,6 +1,7 @@
 """The only writer: applies plans to a copy of the model and hands out the result, in memory or as files."""
 
 import os
+import tempfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -33,6 +34,10 @@ class Patch:
     constant: Scaled
     location: str
     offset: int | None
+
+    @property
+    def size(self):
+        return self.constant.base.size * self.constant.dtype.itemsize
 
 
 def edited(proto, constants, attributes):
@@ -184,10 +189,12 @@ class _Writer:
             if value.initializer is not None:
                 self.dead_tensors[value.scope.number].add(value.name)
             elif node is not None and node not in self.gone and self.index.constant(value) is not None:
-                if not any(output is not None and self._is_read(output) for output in node.outputs):
-                    self.gone.add(node)
-                    self.vanished[node.scope.number].update(output.name for output in node.outputs if output is not None)
-                    pending.extend(read for read in node.inputs if read is not None)
+                outputs = [output for output in node.outputs if output is not None]
+                if any(map(self._is_read, outputs)):
+                    continue
+                self.gone.add(node)
+                self.vanished[node.scope.number].update(output.name for output in outputs)
+                pending.extend(read for read in node.inputs if read is not None)
 
     def _rebuild_graphs(self):
         removed = defaultdict(dict)
@@ -246,6 +253,8 @@ class Output:
         self.patches = patches
         self.source = source
         self._external = any(True for _ in external_tensors(proto))
+        self._staged = {}
+        self._stage = None
 
     @property
     def is_external(self):
@@ -272,8 +281,15 @@ class Output:
             tensor.raw_data = values.tobytes()
         return proto
 
+    def stage(self, folder=None):
+        """Write the model into a new folder inside `folder` and return its path; the next save takes the data files from there."""
+        self._stage = tempfile.TemporaryDirectory(prefix=".fastbn-", dir=folder)
+        path = Path(self._stage.name) / "staged.onnx"
+        self._staged = self.save(path)
+        return path
+
     def save(self, path):
-        """Write the model, and its data files beside it, all or nothing.
+        """Write the model, and its data files beside it, all or nothing; return location -> path of the data files.
 
         Raises
         ------
@@ -281,42 +297,41 @@ class Output:
             A file cannot be written; nothing has been.
         """
         path = Path(path)
+        written = {}
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic(path))
-            proto, replaces = self.proto, False
+            proto = self.proto
             if self._external:
                 proto = _copy(self.proto)
-                replaces = self._write_data_files(path, proto, stack)
+                written = self._write_data_files(path, proto, stack)
             temporary.write_bytes(serialize(proto, str(path)))
-            if replaces:
+            if any(target.exists() for target in written.values()):
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)
+        return written
 
     def _write_data_files(self, path, proto, stack):
-        """Write a patched copy of each data file and point the model's tensors to it; say whether an existing file is replaced."""
-        locations = sorted({location_of(tensor) for tensor in external_tensors(proto)})
-        inputs = {os.path.realpath(self.source.path.parent / location) for location in locations}
+        """Write a patched copy of each data file and point the model's tensors to it."""
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        by_name = {tensor.name: tensor for tensor in external_tensors(proto)}
-        replaces = False
-        taken = set()
-        for location in locations:
-            target = _data_path(path, inputs, taken)
-            taken.add(target)
-            replaces = replaces or target.exists()
+        by_name = {tensor.name: tensor for group in tensors.values() for tensor in group}
+        inputs = {os.path.realpath(self.source.path.parent / location) for location in tensors}
+        written = {}
+        for location in sorted(tensors):
+            target = written[location] = _data_path(path, inputs, written.values())
             temporary = stack.enter_context(atomic(target))
-            source = self.source.path.parent / location
             patches = [patch for patch in self.patches if patch.location == location]
-            offsets = _write_patched(source, temporary, patches)
+            source = self.source.path.parent / location
+            offsets, size = _layout(patches, source.stat().st_size)
+            if not _moved(self._staged.pop(location, None), temporary):
+                _write_patched(source, temporary, patches, offsets, size)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", target.name)
             for patch, offset in zip(patches, offsets, strict=True):
-                tensor = by_name[patch.tensor.name]
-                _set_external(tensor, "offset", str(offset))
-                _set_external(tensor, "length", str(patch.constant.base.size * patch.constant.dtype.itemsize))
-        return replaces
+                _set_external(by_name[patch.tensor.name], "offset", str(offset))
+                _set_external(by_name[patch.tensor.name], "length", str(patch.size))
+        return written
 
 
 def _data_path(path, inputs, taken):
@@ -337,31 +352,43 @@ def _set_external(tensor, key, value):
     tensor.external_data.add(key=key, value=value)
 
 
-def _write_patched(source, target, patches):
-    """Write a copy of a data file in which folded weights replace the old ones; return the offset of each patch."""
-    size = source.stat().st_size
-    offsets, end = [], size
+def _moved(staged, target):
+    """Move a staged data file into place; say whether that was possible (not across file systems)."""
+    try:
+        if staged is not None:
+            os.replace(staged, target)
+            return True
+    except OSError:
+        pass
+    return False
+
+
+def _layout(patches, size):
+    """Return (offset of each patch, size of the patched file): what needs a new place goes behind the end, on a page of its own."""
+    offsets = []
     for patch in patches:
-        if patch.offset is None:
-            end = -(-end // PAGE) * PAGE
-            offsets.append(end)
-            end += patch.constant.base.size * patch.constant.dtype.itemsize
-        else:
-            offsets.append(patch.offset)
-    sizes = [patch.constant.base.size * patch.constant.dtype.itemsize for patch in patches]
-    covered = sorted((offset, offset + length) for offset, length in zip(offsets, sizes, strict=True))
+        offset = patch.offset
+        if offset is None:
+            offset = -(-size // PAGE) * PAGE
+            size = offset + patch.size
+        offsets.append(offset)
+    return offsets, size
+
+
+def _write_patched(source, target, patches, offsets, size):
+    """Write a copy of a data file in which folded weights replace the old ones."""
+    covered = sorted((offset, offset + patch.size) for patch, offset in zip(patches, offsets, strict=True))
     with open(source, "rb") as reader, open(target, "rb+") as writer, ThreadPoolExecutor(WRITERS) as pool:
-        writer.truncate(end)
-        into, out_of = writer.fileno(), reader.fileno()
+        writer.truncate(size)
+        end = os.fstat(reader.fileno()).st_size
         jobs, position = [], 0
-        for start, stop in [*covered, (size, size)]:
-            jobs.append(pool.submit(_copy_range, into, out_of, position, min(start, size)))
+        for start, stop in [*covered, (end, end)]:
+            jobs.append(pool.submit(_copy_range, writer.fileno(), reader.fileno(), position, min(start, end)))
             position = max(position, stop)
         for patch, offset in zip(patches, offsets, strict=True):
-            jobs.append(pool.submit(_write_constant_at, into, offset, patch.constant))
+            jobs.append(pool.submit(_write_constant_at, writer.fileno(), offset, patch.constant))
         for job in jobs:
             job.result()
-    return offsets
 
 
 # Two writers keep the kernel and the page cache busy; more would only need more memory.
