@@ -5,6 +5,7 @@ asked of its inputs? It returns Taken, or raises Refusal. Rows only read; `site`
 earlier folds have already happened.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +64,7 @@ def _conv(node, affine, site):
     channels = weight.shape[0]
     _axis_is(node, affine, site, 1, len(weight.shape))
     _channels_match(node, affine, channels)
-    view = View(1, 1, channels, int(np.prod(weight.shape[1:])))
+    view = View(1, 1, channels, math.prod(weight.shape[1:]))
     return _linear(node, affine, site, weight, view, channels)
 
 
@@ -75,7 +76,7 @@ def _conv_transpose(node, affine, site):
     channels = weight.shape[1] * groups
     _axis_is(node, affine, site, 1, len(weight.shape))
     _channels_match(node, affine, channels)
-    view = View(groups, weight.shape[0] // groups, weight.shape[1], int(np.prod(weight.shape[2:])))
+    view = View(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
     return _linear(node, affine, site, weight, view, channels)
 
 
@@ -153,9 +154,9 @@ def _matmul(node, affine, site):
     if len(weight.shape) < 2:
         view = View(1, 1, 1, weight.size)
     elif slot == 1:
-        view = View(1, int(np.prod(weight.shape[:-1])), weight.shape[-1], 1)
+        view = View(1, math.prod(weight.shape[:-1]), weight.shape[-1], 1)
     else:
-        view = View(1, int(np.prod(weight.shape[:-2])), *weight.shape[-2:])
+        view = View(1, math.prod(weight.shape[:-2]), *weight.shape[-2:])
     _channels_match(node, affine, view.channels)
     return Taken({slot: _scaled(weight, view, affine.along(view.channels)[0])})
 
@@ -247,7 +248,7 @@ def _conv_sample(node, site):
 def _conv_terms(node, site):
     shape = site.weight(node, 1).shape
     inputs = shape[1] if node.op == "Conv" else shape[0] // node.attribute("group", 1)
-    return inputs * int(np.prod(shape[2:]))
+    return inputs * math.prod(shape[2:])
 
 
 def _gemm_inner(node, site):

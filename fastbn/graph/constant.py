@@ -3,6 +3,7 @@
 Nothing here is evaluated before it is asked for: weights may be gigabytes in a memory-mapped file.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ class Tensor:
 
     @property
     def size(self):
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def array(self):
         """Return the values, C-contiguous; those of an external file are mapped, not loaded."""
@@ -196,6 +197,8 @@ class Affine:
 
     def along(self, channels):
         """Return (scale, shift, spread) of length channels: a single number is repeated."""
+        if self.channels == channels:
+            return self.scale, self.shift, self.spread
         return tuple(np.broadcast_to(part, (channels,)) for part in (self.scale, self.shift, self.spread))
 
     def shaped(self, rank):

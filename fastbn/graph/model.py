@@ -1,5 +1,7 @@
 """The index of a model: scopes, nodes, values with their one producer and all their readers, constants, shapes. Reads only."""
 
+import math
+
 import numpy as np
 import onnx
 from onnx import AttributeProto, helper
@@ -307,7 +309,7 @@ class Index:
             return None
         if sum(found.size for found in inputs if found is not None) > LARGEST_EXPRESSION:
             return None
-        if node.op in ("Expand", "ConstantOfShape") and np.prod(inputs[-1].array(), dtype=np.float64) > LARGEST_EXPRESSION:
+        if node.op in ("Expand", "ConstantOfShape") and math.prod(inputs[-1].array().tolist()) > LARGEST_EXPRESSION:
             return None
         result = self._evaluate(node, inputs)
         return None if result is None or slot >= len(result) else _literal(result[slot])
@@ -381,11 +383,7 @@ class Index:
         listed = {info.name for info in graph.input}
         for tensor in self.proto.graph.initializer:
             integer = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-            if (
-                integer
-                and np.prod(tensor.dims, dtype=np.float64) <= LARGEST_SHAPE_CONSTANT
-                and not self.is_overridable(self.main.values[tensor.name])
-            ):
+            if integer and math.prod(tensor.dims) <= LARGEST_SHAPE_CONSTANT and not self.is_overridable(self.main.values[tensor.name]):
                 graph.initializer.add().CopyFrom(tensor)
             elif tensor.name not in listed:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

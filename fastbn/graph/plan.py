@@ -6,10 +6,10 @@ nothing. Nodes are taken in the order of the data flow, and a node whose affine 
 a chain (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
 """
 
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import numpy as np
 import onnx
 
 from fastbn.errors import ModelError, expected
@@ -157,7 +157,7 @@ class Site:
         if shape is None:
             return None
         shape = tuple(2 if size is None else size for size in shape)
-        if np.prod(shape, dtype=np.float64) > LARGEST_SAMPLE:
+        if math.prod(shape) > LARGEST_SAMPLE:
             shape = (*shape[:2], *(min(size, 8) for size in shape[2:]))
         return shape
 

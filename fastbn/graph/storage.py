@@ -1,6 +1,7 @@
 """Files in and out: models from paths, bytes or objects, tensors inline or in memory-mapped files, and writes that are all or nothing."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Source:
                 return np.ascontiguousarray(numpy_helper.to_array(tensor))
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
-        size = int(np.prod(tensor.dims, dtype=object)) * dtype.itemsize
+        size = math.prod(tensor.dims) * dtype.itemsize
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
         array = raw.view(dtype).reshape(tuple(tensor.dims))
@@ -148,7 +149,7 @@ class Source:
         where = tensor.name or "a constant"
         path, offset, length = self.location(tensor)
         if length is None:
-            length = int(np.prod(tensor.dims, dtype=object)) * tensor_dtype(tensor, where).itemsize
+            length = math.prod(tensor.dims) * tensor_dtype(tensor, where).itemsize
         if path not in self._files:
             try:
                 size = path.stat().st_size
