@@ -181,27 +181,29 @@ def _plan_verified(index, only, skip, verify, seed, progress):
             key = _key(found)
             if key not in checks:
                 if progress:
-                    progress(f"verifying fold {number + 1} of {len(planning.plans)}: {found.nodes[0].label}")
+                    progress(f"verifying fold {number + 1} of {len(planning.plans)}: {found.lifted[0].label}")
                 checks[key] = check_site(found, planning.site, seed)
             check = checks[key]
             if not check.ok:
                 failed = True
-                sentence = f"folded into {found.home.op} '{found.home.label}' it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+                homes = ", ".join(f"{home.op} '{home.label}'" for home in found.homes)
+                sentence = f"folded into {homes} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
                 excluded.update(dict.fromkeys(key, sentence))
         if not failed:
             return planning, checks
 
 
 def _key(found):
-    return tuple((node.scope.number, node.position) for node in found.nodes)
+    return tuple((node.scope.number, node.position) for node in found.lifted)
 
 
 def _fold_of(found, check):
-    labels = "+".join(node.label for node in found.nodes)
-    ops = tuple(node.op for node in found.nodes)
+    labels = "+".join(node.label for node in found.lifted)
+    ops = tuple(node.op for node in found.lifted)
     note = check.note if check else None
     error, bound = (check.error, check.bound) if check else (None, None)
-    return Fold(labels, ops, found.home.label, found.home.op, found.channels, error, bound, note)
+    into, op = ("+".join(getattr(home, name) for home in found.homes) for name in ("label", "op"))
+    return Fold(labels, ops, into, op, found.channels, error, bound, note)
 
 
 def _whole_parity(index, output, input_shapes, seed, progress, stage):

@@ -15,6 +15,9 @@ __all__ = ["Index", "Node", "Scope", "Value", "bodies", "is_standard", "scopes_o
 # A constant expression larger than this is left to the runtime.
 LARGEST_EXPRESSION = 1 << 24
 
+# Each pass knows the ranks that the one before it found behind a Reshape of computed sizes.
+INFERENCE_PASSES = 4
+
 # Shape inference reads the values of integer constants up to this many elements.
 LARGEST_SHAPE_CONSTANT = 1 << 10
 
@@ -388,10 +391,46 @@ class Index:
             elif tensor.name not in listed:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         skeleton.functions.extend(self.proto.functions)
-        try:
-            return onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-        except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
-            return graph
+        for _ in range(INFERENCE_PASSES):
+            try:
+                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+            except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
+                break
+            known = {info.name: _shape_of(info) for info in (*graph.input, *graph.value_info, *graph.output)}
+            known = {name: shape for name, shape in known.items() if shape is not None}
+            more = [info for node in self.main.nodes if node.is_op("Reshape") for info in self._reshaped(node, known)]
+            if not more:
+                break
+            names = {info.name for info in more}
+            skeleton.graph.ClearField("value_info")
+            skeleton.graph.value_info.extend(info for info in graph.value_info if info.name not in names)
+            skeleton.graph.value_info.extend(more)
+        return graph
+
+    def _reshaped(self, node, known):
+        """Yield the shape of a Reshape that inference gave up on: the length of its target gives the rank, constants in it give sizes."""
+        output, target = node.outputs[0], node.input(1)
+        if output is None or target is None or output.name in known:
+            return
+        sizes = self._integers(target, known)
+        kind = next((info.type.tensor_type.elem_type for info in self.proto.graph.value_info if info.name == output.name), 0)
+        if sizes is not None:
+            dims = [size if size is not None and size > 0 else None for size in sizes]
+            yield helper.make_tensor_value_info(output.name, kind or onnx.TensorProto.FLOAT, dims)
+
+    def _integers(self, value, known):
+        """Return the elements of an integer list as far as they are known, None where not even their number is."""
+        constant = self.constant(value)
+        if constant is not None:
+            return constant.array().reshape(-1).tolist()
+        node = value.producer
+        if node is not None and node.is_op("Concat"):
+            parts = [self._integers(part, known) for part in node.inputs]
+            return None if None in parts else [size for part in parts for size in part]
+        if node is not None and node.is_op("Cast", "Identity"):
+            return self._integers(node.inputs[0], known)
+        length = known.get(value.name)
+        return None if length is None or len(length) != 1 or length[0] is None else [None] * length[0]
 
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
@@ -433,4 +472,4 @@ def _shape_of(info):
     kind = info.type.tensor_type
     if not kind.HasField("shape"):
         return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    return tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)

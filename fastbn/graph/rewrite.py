@@ -75,7 +75,7 @@ class _Writer:
         self.graphs = scopes_of(self.proto.graph)
         self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
-        self.gone = {node for plan in self.plans for node in plan.nodes}
+        self.gone = {*self.site.removed, *self.site.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
         self.reused = set()
         self.patches = []
@@ -102,20 +102,22 @@ class _Writer:
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
 
     def _take_over_names(self):
-        """Give the value before a removed node the name of the value behind it, wherever that value is written or read."""
+        """Give the value before a removed node the name of the one behind it, wherever it is written or read.
+
+        Where the affine went forward, the value behind is gone and its readers read the one before.
+        """
         names = {}
-        for plan in self.plans:
-            for node in plan.removed:
-                names[self.site.removed[node]] = node.outputs[0].name
-        for plan in self.plans:
-            for node in plan.removed:
-                names[node.outputs[0]] = names[self.site.removed[node]]
+        for node, value in self.site.removed.items():
+            if node not in self.site.forwarded:
+                names[value] = node.outputs[0].name
+        for node, value in self.site.removed.items():
+            names[node.outputs[0]] = names.get(value, value.name)
         for value, name in names.items():
             if value.name == name:
                 continue
             self.vanished[value.scope.number].add(value.name)
             producer = self.site.producer(value)
-            if producer not in self.gone:
+            if producer is not None and producer not in self.gone:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
                 present = self.site.replaced.get(reader, reader)
