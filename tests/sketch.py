@@ -117,4 +117,6 @@ def conv_bn(text=CONV_BN, **changes):
     constants = {"w": normal(4, 3, 3, 3), "b": normal(4), **norm(4)}
     options = {name: changes.pop(name) for name in ("opset", "ir_version", "imports") if name in changes}
     constants.update(changes)
+    if text is CONV_BN and constants["b"] is None:
+        text = text.replace(", b)", ")")
     return model(text, **options, **{name: values for name, values in constants.items() if values is not None})
