@@ -42,8 +42,9 @@ def batch_norm_affine(weight, bias, mean, var, eps):
     """
     mean = np.asarray(mean).astype(np.float64)
     deviation = np.sqrt(np.asarray(var).astype(np.float64) + eps)
-    scale = (np.ones_like(mean) if weight is None else np.asarray(weight).astype(np.float64)) / deviation
-    shift = (np.zeros_like(mean) if bias is None else np.asarray(bias).astype(np.float64)) - mean * scale
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 parameters may overflow: the caller looks at the result
+        scale = (np.ones_like(mean) if weight is None else np.asarray(weight).astype(np.float64)) / deviation
+        shift = (np.zeros_like(mean) if bias is None else np.asarray(bias).astype(np.float64)) - mean * scale
     return scale, shift
 
 

@@ -120,7 +120,8 @@ def _fold(weight, bias, mean, var, gamma, beta, eps, view):
         raise FoldError(expected(f"finite folded weights in {weight.dtype}", f"{nonfinite} that are Inf or NaN", "weight"))
     if flushed:
         raise FoldError(expected(f"folded weights that {weight.dtype} can hold", f"{flushed} flushed to zero", "weight"))
-    new_bias = narrow(shift if bias is None else bias.astype(np.float64) * scale + shift, weight.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        new_bias = narrow(shift if bias is None else bias.astype(np.float64) * scale + shift, weight.dtype)
     if not np.isfinite(new_bias).all():
         raise FoldError(expected(f"a finite folded bias in {weight.dtype}", f"{new_bias[~np.isfinite(new_bias)][0]}", "bias"))
     return new_weight, new_bias

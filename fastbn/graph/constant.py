@@ -148,7 +148,8 @@ class Dense:
 
     def affine(self, scale, shift, spread):
         """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
-        return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+        with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
+            return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
 
     def times(self, factor):
         """Return factor * self."""

@@ -23,6 +23,9 @@ BATCH_NORM = "BatchNormalization"
 PARAMETERS = {1: "scale", 2: "bias", 3: "mean", 4: "var"}
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 
+# ONNX's default: an attribute is a float32, which a float64 model feels.
+EPSILON = float(np.float32(1e-5))
+
 # Before opset 7 these operators broadcast by attributes, not by shape: they are left alone.
 FIRST_BROADCASTING_OPSET = 7
 
@@ -80,7 +83,7 @@ def _batch_norm(node, site):
     for slot, name in PARAMETERS.items():
         if arrays[name].shape != (channels,):
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", f"{node.label}.{node.inputs[slot].name}"))
-    eps = node.attribute("epsilon", 1e-5)
+    eps = node.attribute("epsilon", EPSILON)
     finite = np.logical_and.reduce([np.isfinite(array) for array in arrays.values()])
     good = finite & (arrays["var"] + eps > 0)
     if not good.all():

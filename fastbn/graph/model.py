@@ -138,10 +138,9 @@ class Index:
         self.scopes = []
         self._constants = {}
         self._inferred = None
-        try:
-            self._read_scopes()
-        except UnicodeDecodeError as error:
-            raise ModelError(expected("names in UTF-8", "other bytes", source.name)) from error
+        for function in self.proto.functions:
+            self._check_text(function.name, *(name for node in function.node for name in (node.name, *node.output)))
+        self._read_scopes()
         self.main = self.scopes[0]
         self._candidates = self._find_candidates()
         self._check_inputs()
@@ -174,6 +173,7 @@ class Index:
                 self._new_value(scope, tensor.values.name)
         for position, proto in enumerate(graph.node):
             node = Node(proto, scope, position)
+            self._check_text(node.label, node.op, node.domain)
             scope.nodes.append(node)
             for slot, name in enumerate(proto.output):
                 value = None
@@ -182,7 +182,14 @@ class Index:
                     value.producer, value.slot = node, slot
                 node.outputs.append(value)
 
+    def _check_text(self, *names):
+        # protobuf hands out a string that is not UTF-8 as bytes.
+        for name in names:
+            if not isinstance(name, str):
+                raise ModelError(expected("names in UTF-8", repr(name), self.source.name))
+
     def _new_value(self, scope, name):
+        self._check_text(name)
         if name in scope.values:
             raise ModelError(expected("one source for each value", "two", name))
         value = scope.values[name] = Value(name, scope)

@@ -520,7 +520,7 @@ def _kept(index, site, refusals):
         for node in function.node:
             if node.op_type == BATCH_NORM and is_standard(node.domain):
                 sentence = f"it stands in the model-local function '{function.name}', which several calls may share"
-                kept.append(Kept(node.name or node.output[0], (BATCH_NORM,), "in-function", sentence))
+                kept.append(Kept(node.name or ", ".join(node.output), (BATCH_NORM,), "in-function", sentence))
     return kept
 
 

@@ -1,0 +1,27 @@
+"""What all tests share: which fastbn is under test, and where the real models lie."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the source tree first on the path; unless the extension was built in place, that would hide the installed package.
+if not any((ROOT / "fastbn").glob("_native.*.so")) and not any((ROOT / "fastbn").glob("_native.*.pyd")):
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """The environment of a subprocess that imports the same fastbn as the tests do."""
+    import fastbn
+
+    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+
+
+@pytest.fixture(scope="session")
+def small_cnn():
+    """Path of the sample model that ships."""
+    return ROOT / "tests" / "models" / "small_cnn.onnx"

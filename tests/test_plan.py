@@ -1,0 +1,181 @@
+"""The planner: all or nothing, chains with one home, selection by name, reasons, independence of node order, and that it only reads."""
+
+import numpy as np
+import pytest
+from onnx import helper
+from sketch import assert_same, codes, conv_bn, initializers, model, norm, normal, ops
+
+import fastbn
+from fastbn.graph import storage
+from fastbn.graph.model import Index
+from fastbn.graph.plan import plan
+from fastbn.graph.report import REASONS
+
+TWO = """(float[N,3,8,8] x) => (float[N,4,4,4] y) {
+    a = Conv(x, w, b)
+    first = BatchNormalization(a, s, t, m, v)
+    r = Relu(first)
+    c = Conv(r, w2)
+    second = BatchNormalization(c, s2, t2, m2, v2)
+    y = Tanh(second)
+}"""
+
+
+def two():
+    return conv_bn(TWO, w2=normal(4, 4, 3, 3), **norm(4, "2", seed=9))
+
+
+def planned(proto, **options):
+    return plan(Index(storage.load(proto)), **options)
+
+
+def test_planning_only_reads():
+    proto = two()
+    before = proto.SerializeToString()
+    planned(proto)
+    assert proto.SerializeToString() == before
+    fastbn.fold(proto, verify=False)
+    assert proto.SerializeToString() == before
+
+
+def test_each_norm_is_a_plan_with_its_home():
+    found = planned(two())
+    assert [([node.label for node in each.nodes], each.home.label, each.channels) for each in found.plans] == [
+        (["first"], "a", 4),
+        (["second"], "c", 4),
+    ]
+    assert found.kept == []
+
+
+@pytest.mark.parametrize(
+    ("options", "folded"),
+    [
+        ({"only": ["first"]}, ["first"]),
+        ({"only": ["s*"]}, ["second"]),
+        ({"skip": ["fir*"]}, ["second"]),
+        ({"only": ["*"], "skip": ["second"]}, ["first"]),
+        ({"only": ["first", "second"]}, ["first", "second"]),
+        ({"skip": ["*"]}, []),
+    ],
+)
+def test_selection_by_name(options, folded):
+    result = fastbn.fold(two(), verify=False, **options)
+    assert [fold.bn for fold in result.folded] == folded
+    assert codes(result) == ({"not-selected": 2 - len(folded)} if len(folded) < 2 else {})
+
+
+def test_a_single_glob_may_be_a_string():
+    assert [fold.bn for fold in fastbn.fold(two(), verify=False, only="first").folded] == ["first"]
+
+
+def test_excluded_folds_are_left_out_with_their_sentence():
+    found = planned(two(), excluded={(0, 1): "it was wrong"})
+    assert [(kept.bn, kept.code, kept.reason) for kept in found.kept] == [("first", "parity", "it was wrong")]
+
+
+def test_a_chain_is_one_plan_and_all_or_nothing():
+    """The Add takes the shift, but its scale finds no home behind it: nothing of it may be applied."""
+    proto = model(
+        "(float[2,4,3,3] x) => (float[2,4,3,3] y) { r = Tanh(x) a = Add(r, k) b = BatchNormalization(a, s, t, m, v) y = Tanh(b) }",
+        k=normal(4, 1, 1),
+        **norm(4),
+    )
+    result = fastbn.fold(proto, verify=False)
+    assert result.to_bytes() == proto.SerializeToString()
+    assert len(result.kept) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_result_does_not_depend_on_node_order(seed):
+    proto = two()
+    reference = fastbn.fold(proto, verify=False)
+    nodes = [proto.graph.node[int(number)] for number in np.random.default_rng(seed).permutation(len(proto.graph.node))]
+    shuffled = two()
+    del shuffled.graph.node[:]
+    shuffled.graph.node.extend(nodes)
+    result = fastbn.fold(shuffled, verify=False)
+    assert sorted(fold.bn for fold in result.folded) == sorted(fold.bn for fold in reference.folded)
+    assert {name: array.tobytes() for name, array in initializers(result.model).items()} == {
+        name: array.tobytes() for name, array in initializers(reference.model).items()
+    }
+
+
+def test_reasons_have_codes_and_sentences():
+    assert all(code == code.lower() and " " not in code and sentence for code, sentence in REASONS.items())
+
+
+def test_a_norm_of_a_graph_input_says_so():
+    result = fastbn.fold(model("(float[2,4] x) => (float[2,4] y) { a = BatchNormalization(x, s, t, m, v) y = Tanh(a) }", **norm(4)))
+    assert codes(result) == {"reads-input": 1}
+
+
+def test_a_norm_between_two_nonlinearities_stays():
+    result = fastbn.fold(
+        model("(float[2,4] x) => (float[2,4] y) { a = Tanh(x) b = BatchNormalization(a, s, t, m, v) y = Tanh(b) }", **norm(4))
+    )
+    (kept,) = result.kept
+    assert kept.code in REASONS
+    assert "Tanh" in kept.reason
+
+
+def test_a_norm_in_a_model_local_function_is_reported():
+    proto = model("(float[2,4] x) => (float[2,4] y) { y = my.block(x, s, t, m, v) }", imports=["my"], **norm(4))
+    node = helper.make_node("BatchNormalization", ["a", "b", "c", "d", "e"], ["f"], name="inner")
+    proto.functions.append(helper.make_function("my", "block", list("abcde"), ["f"], [node], proto.opset_import))
+    result = fastbn.fold(proto)
+    (kept,) = result.kept
+    assert (kept.bn, kept.code) == ("inner", "in-function")
+    assert "'block'" in kept.reason
+    assert result.to_bytes() == proto.SerializeToString()
+    assert result.to_dict()["batch_normalizations"] == {"before": 1, "after": 1}
+
+
+def test_several_outputs_of_the_node_before():
+    proto = model(
+        """(float[2,8] x) => (float[2,4] y) {
+            a, b = Split <axis = 1> (x, parts)
+            c = BatchNormalization(a, s, t, m, v)
+            d = Tanh(c)
+            y = Add(d, b)
+        }""",
+        parts=np.array([4, 4]),
+        **norm(4),
+    )
+    result = fastbn.fold(proto)
+    assert len(result.kept) == 1
+
+
+LOOP = """(float[N,3,8,8] x, int64 trips, bool go) => (float[N,4,6,6] y) {
+    c = Conv(x, w, b)
+    y = Loop (trips, go, c) <
+        body = step (int64 i, bool on, float[N,4,6,6] h) => (bool on2, float[N,4,6,6] n) {
+            on2 = Identity(on)
+            n = BatchNormalization(h, s, t, m, v)
+        }
+    >
+}"""
+
+
+def test_a_norm_of_a_loop_state_does_not_leave_the_loop():
+    proto = conv_bn(LOOP)
+    result = fastbn.fold(proto)
+    assert ops(result.model) == "Conv Loop"
+    assert len(result.kept) == 1
+    assert_same(proto, result.model, {"x": normal(1, 3, 8, 8), "trips": np.array(3), "go": np.array(True)})
+
+
+CROSSING = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y) {
+    c = Conv(x, w, b)
+    y = If (flag) <
+        then_branch = yes () => (n) { n = BatchNormalization(c, s, t, m, v) },
+        else_branch = no () => (d) { d = Tanh(x2) }
+    >
+    x2 = Conv(x, w, b)
+}"""
+
+
+def test_a_norm_in_a_branch_does_not_change_the_value_outside():
+    proto = conv_bn(CROSSING)
+    result = fastbn.fold(proto, verify=False)
+    assert codes(result) == {"crosses-scope": 1}
+    assert result.to_bytes() == proto.SerializeToString()

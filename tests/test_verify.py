@@ -1,0 +1,295 @@
+"""Parity: a wrong rule is caught and named, the other folds stay; a wrong model is not written; what cannot be run is said."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from sketch import assert_same, codes, conv_bn, model, norm, normal, ops
+
+import fastbn
+from fastbn.cli import main
+from fastbn.graph import absorb, rewrite
+
+MIXED = """(float[N,3,8,8] x) => (float[N,4] y) {
+    c = Conv(x, w, b)
+    first = BatchNormalization(c, s, t, m, v)
+    r = Relu(first)
+    d = Conv(r, w2)
+    second = BatchNormalization(d, s2, t2, m2, v2)
+    p = GlobalAveragePool(second)
+    f = Flatten(p)
+    g = Gemm(f, w3, b3)
+    third = BatchNormalization(g, s3, t3, m3, v3)
+    y = Tanh(third)
+}"""
+
+
+def mixed():
+    weights = {"w2": normal(4, 4, 3, 3), "w3": normal(4, 4), "b3": normal(4, seed=2)}
+    return conv_bn(MIXED, **weights, **norm(4, "2", seed=4), **norm(4, "3", seed=5))
+
+
+def wrong(monkeypatch, op, change):
+    """Make the row of one operator wrong: change(taken, affine) edits what it answers."""
+    row = absorb.ABSORBERS[op]
+
+    def backward(node, affine, site):
+        taken = row.backward(node, affine, site)
+        change(taken, affine)
+        return taken
+
+    monkeypatch.setitem(absorb.ABSORBERS, op, replace(row, backward=backward))
+
+
+def forget_shift(taken, affine):
+    taken.constants[2] = taken.constants[2].affine(1.0, -affine.shift, 0.0)
+
+
+def permute_channels(taken, affine):
+    taken.constants[1] = replace(taken.constants[1], scale=np.roll(taken.constants[1].scale, 1))
+
+
+def one_channel_off_by_a_thousandth(taken, affine):
+    scale = taken.constants[1].scale.copy()
+    scale[2] *= 1.001
+    taken.constants[1] = replace(taken.constants[1], scale=scale)
+
+
+def one_bias_off(taken, affine):
+    taken.constants[2] = taken.constants[2].affine(1.0, np.where(np.arange(4) == 3, 1e-3, 0.0), 0.0)
+
+
+@pytest.mark.parametrize("change", [forget_shift, permute_channels, one_channel_off_by_a_thousandth, one_bias_off])
+def test_a_wrong_rule_is_caught_named_and_left_out_and_the_others_stay(change, monkeypatch):
+    wrong(monkeypatch, "Gemm", change)
+    proto = mixed()
+    result = fastbn.fold(proto)
+    assert [fold.bn for fold in result.folded] == ["first", "second"]
+    (kept,) = result.kept
+    assert (kept.bn, kept.code) == ("third", "parity")
+    assert "Gemm 'g'" in kept.reason
+    assert result.parity.status == "ok"
+    assert_same(proto, result.model)
+
+
+def test_without_verification_a_wrong_rule_goes_through(monkeypatch):
+    """The test above would pass with a rule that never folds: here the same wrong rule does fold."""
+    wrong(monkeypatch, "Gemm", permute_channels)
+    result = fastbn.fold(mixed(), verify=False)
+    assert len(result.folded) == 3
+    with pytest.raises(AssertionError):
+        assert_same(mixed(), result.model)
+
+
+def test_every_wrong_fold_is_left_out(monkeypatch):
+    wrong(monkeypatch, "Conv", permute_channels)
+    result = fastbn.fold(mixed())
+    assert [fold.bn for fold in result.folded] == ["third"]
+    assert codes(result) == {"parity": 2}
+
+
+def tampered(monkeypatch):
+    """Make the writer wrong: every fold is right, the file is not."""
+    fill = rewrite._Writer._fill
+
+    def wrong_fill(self, tensor, constant):
+        fill(self, tensor, constant)
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[0] += 0.01
+        tensor.raw_data = values.tobytes()
+
+    monkeypatch.setattr(rewrite._Writer, "_fill", wrong_fill)
+
+
+def test_a_wrong_file_fails_whole_model_parity_and_is_not_written(monkeypatch, tmp_path, capsys):
+    tampered(monkeypatch)
+    result = fastbn.fold(mixed())
+    assert result.parity.status == "failed"
+    assert result.parity.error > result.parity.allowed
+    with pytest.raises(ValueError, match="Expected parity with the original"):
+        result.save(tmp_path / "out.onnx")
+    (tmp_path / "in.onnx").write_bytes(mixed().SerializeToString())
+    assert main(["fold", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--json", str(tmp_path / "r.json"), "-q"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "r.json"]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "nothing written" in captured.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["parity"]["status"], report["written"]) == ("failed", None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_verify_finds_one_changed_weight(seed):
+    proto = mixed()
+    other = mixed()
+    tensor = other.graph.initializer[seed]
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[seed] += 1e-3
+    tensor.raw_data = values.tobytes()
+    parity = fastbn.verify(proto, other)
+    assert parity.status == "failed"
+    assert parity.output == "y"
+    assert len(parity.index) == 2
+    assert len(parity.values) == 2
+    assert f"worst {parity.error:.2g} at y[{parity.index[0]},{parity.index[1]}]" in str(parity)
+
+
+def test_verify_of_equal_and_of_folded_models_is_ok():
+    proto = mixed()
+    same = fastbn.verify(proto, proto)
+    assert (same.status, same.error) == ("ok", 0.0)
+    folded = fastbn.verify(proto, fastbn.fold(proto, verify=False).model)
+    assert folded.status == "ok"
+    assert 0 < folded.error <= folded.allowed, "optimiser off on both sides: an exact zero would mean both were folded"
+    assert folded.inputs == 3
+
+
+def test_outputs_that_differ_in_name_or_shape():
+    one = model("(float[N,4] x) => (float y) { y = Relu(x) }")
+    other = model("(float[N,4] x) => (float z) { z = Relu(x) }")
+    parity = fastbn.verify(one, other)
+    assert parity.status == "failed"
+    assert "['y']" in parity.reason
+    assert "['z']" in parity.reason
+    flat = model("(float[N,4] x) => (float y) { r = Relu(x) y = Flatten <axis = 0> (r) }")
+    parity = fastbn.verify(one, flat)
+    assert parity.status == "failed"
+    assert "shapes" in parity.reason
+
+
+def test_nan_on_one_side_only_fails():
+    one = model("(float[N,4] x) => (float y) { y = Mul(x, k) }", k=np.float32(0))
+    other = model("(float[N,4] x) => (float y) { y = Div(x, k) }", k=np.float32(0))
+    parity = fastbn.verify(one, other)
+    assert parity.status == "failed"
+    assert "NaN" in parity.reason
+    assert json.dumps(parity.to_dict(), allow_nan=False)
+
+
+def test_the_same_nan_on_both_sides_is_parity():
+    proto = model("(float[N,4] x) => (float y) { y = Sqrt(x) }")
+    assert fastbn.verify(proto, proto).status == "ok"
+
+
+def custom():
+    return conv_bn(
+        "(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = com.maker.Magic(n) }",
+        imports=["com.maker"],
+    )
+
+
+def test_a_custom_operator_is_said_in_words_and_the_site_is_still_verified():
+    result = fastbn.fold(custom())
+    (fold,) = result.folded
+    assert fold.error <= fold.bound
+    assert result.parity.status == "not-run"
+    assert "com.maker" in result.parity.reason
+    assert "not run" in str(result)
+    assert json.loads(json.dumps(result.to_dict()))["parity"]["status"] == "not-run"
+
+
+def test_a_model_with_random_outputs_is_compared_where_it_is_not():
+    text = """(float[2,3,8,8] x) => (float[2,4,6,6] y, float[2,3] z) {
+        c = Conv(x, w, b)
+        y = BatchNormalization(c, s, t, m, v)
+        z = RandomNormal <shape = [2, 3]> ()
+    }"""
+    result = fastbn.fold(conv_bn(text))
+    assert result.parity.status == "ok"
+    assert any("'z' is random" in note for note in result.parity.notes)
+    only = conv_bn(
+        """(float[2,3,8,8] x) => (float[2,4,6,6] y) {
+        c = Conv(x, w, b)
+        n = BatchNormalization(c, s, t, m, v)
+        y = RandomNormalLike(n)
+    }"""
+    )
+    assert fastbn.fold(only).parity.status == "not-run"
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint8", "bool"])
+def test_integer_and_bool_inputs(kind):
+    text = f"""({kind}[N,3] index) => (float[N,4] y) {{
+        i = Cast <to = 7> (index)
+        e = Gather(table, i)
+        f = Flatten(e)
+        g = Gemm(f, w3, b3)
+        y = BatchNormalization(g, s, t, m, v)
+    }}"""
+    table = {"table": normal(256, 2), "w3": normal(6, 4), "b3": normal(4)}
+    result = fastbn.fold(model(text, **table, **norm(4)))
+    assert (len(result.folded), result.parity.status) == (1, "ok")
+
+
+def test_unknown_sizes_are_tried_and_given_sizes_used():
+    text = "(float[N,C,H,W] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Reshape(n, shape) }"
+    proto = conv_bn(text, shape=np.array([1, 4 * 36 * 36]))
+    assert fastbn.fold(proto).parity.status == "not-run"
+    result = fastbn.fold(proto, input_shapes={"x": (1, 3, 38, 38)})
+    assert result.parity.status == "ok"
+    with pytest.raises(fastbn.ModelError, match="Expected the name of a graph input"):
+        fastbn.fold(proto, input_shapes={"nowhere": (1,)})
+
+
+def test_the_seed_decides_the_inputs():
+    proto, folded = mixed(), fastbn.fold(mixed(), verify=False).model
+    assert fastbn.verify(proto, folded, seed=1) == fastbn.verify(proto, folded, seed=1)
+    assert fastbn.verify(proto, folded, seed=1) != fastbn.verify(proto, folded, seed=2)
+
+
+def test_progress_is_told():
+    said = []
+    fastbn.fold(mixed(), progress=said.append)
+    assert said[0].startswith("verifying fold 1 of 3: first")
+    assert any("input 3 of 3" in text for text in said)
+
+
+def test_a_model_that_onnxruntime_calls_invalid_is_an_error():
+    proto = conv_bn(b=None)
+    proto.graph.node[0].attribute.append(helper.make_attribute("kernel_shape", [5, 5]))
+    proto.graph.node[0].attribute.append(helper.make_attribute("no_such_attribute", 5))
+    with pytest.raises(fastbn.ModelError, match="Expected a valid model"):
+        fastbn.fold(proto)
+
+
+def test_float16_overflow_of_the_original_is_no_failure():
+    text = "(float16[N,3,2,2] x) => (float16[N,4,2,2] y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    weight = np.full((4, 3, 1, 1), 60000, np.float16)
+    tiny = {**norm(4, dtype=np.float16), "s": np.full(4, 1e-3, np.float16)}
+    result = fastbn.fold(conv_bn(text, w=weight, b=None, **tiny))
+    assert ops(result.model) == "Conv"
+
+
+def test_the_bound_follows_the_type():
+    bounds = {}
+    for dtype, kind in (("float", np.float32), ("float16", np.float16)):
+        text = f"({dtype}[N,3,8,8] x) => ({dtype}[N,4,6,6] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
+        proto = conv_bn(text, w=normal(4, 3, 3, 3, dtype=kind), b=normal(4, dtype=kind), **norm(4, dtype=kind))
+        (fold,) = fastbn.fold(proto).folded
+        bounds[dtype] = fold.bound
+    assert 100 < bounds["float16"] / bounds["float"] < 1e5
+
+
+def test_external_outputs_are_verified_from_their_files(tmp_path):
+    proto = mixed()
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    result = fastbn.fold(path, stage=tmp_path)
+    assert result.parity.status == "ok"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.data", "m.onnx"], "the stage is left clean"
+
+
+def test_an_input_that_is_no_tensor_is_said():
+    proto = conv_bn(
+        "(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) n = SequenceLength(q) }"
+    )
+    kind = helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, None)
+    proto.graph.input.append(kind)
+    proto.graph.output.append(helper.make_tensor_value_info("n", TensorProto.INT64, []))
+    result = fastbn.fold(proto)
+    assert result.parity.status == "not-run"
+    assert "'q' is no tensor" in result.parity.reason
