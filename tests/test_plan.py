@@ -40,9 +40,9 @@ def test_planning_only_reads():
 
 def test_each_norm_is_a_plan_with_its_home():
     found = planned(two())
-    assert [([node.label for node in each.nodes], each.home.label, each.channels) for each in found.plans] == [
-        (["first"], "a", 4),
-        (["second"], "c", 4),
+    assert [([node.label for node in each.lifted], [home.label for home in each.homes], each.channels) for each in found.plans] == [
+        (["first"], ["a"], 4),
+        (["second"], ["c"], 4),
     ]
     assert found.kept == []
 

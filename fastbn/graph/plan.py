@@ -146,9 +146,9 @@ class Site:
                     found.append((self.replaced.get(node, node), slot))
         return found
 
-    def refuse_readers(self, value, asker):
-        """Refuse when anything but `asker` sees a value of the present graph."""
-        others = [node for node, _ in self.readers(value) if node is not asker]
+    def refuse_readers(self, value, asker, slot):
+        """Refuse when anything but this slot of `asker` sees a value of the present graph."""
+        others = [node for node, at in self.readers(value) if (node, at) != (asker, slot)]
         if others:
             raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
 
@@ -225,15 +225,15 @@ class Site:
         before, value = self.lifting
         if node.op == "Sub" or len(node.inputs) != 2 or node.inputs[slot].producer is not before:
             return None
-        others = [(node.inputs[1 - slot], node)]
+        others = [(node.inputs[1 - slot], node, 1 - slot)]
         while others:
-            other, reader = others.pop()
+            other, reader, at = others.pop()
             sibling = self.producer(self.source(other))
             if sibling is None or sibling.scope is not node.scope:
                 continue
-            self.refuse_readers(other, reader)
+            self.refuse_readers(other, reader, at)
             if sibling.is_op("Add") and constant_slot(sibling, self.index) is None:
-                others.extend((operand, sibling) for operand in sibling.inputs)
+                others.extend((operand, sibling, at) for at, operand in enumerate(sibling.inputs))
             elif sibling.is_op("Conv") and self.source(sibling.inputs[0]) is value:
                 found = self._centred(sibling, affine)
                 if found is not None:
@@ -338,8 +338,9 @@ def _place(node, affine, site, plans):
 
 def _find_home(node, value, affine, site):
     """Return (what changes, whether forward, what stays): backward first, then forward, then backward with the shift left in an Add."""
+    slot = site.data_slot(node)
     try:
-        return _Search(site).backward(value, affine, node), False, None
+        return _Search(site).backward(value, affine, node, slot), False, None
     except Refusal as refusal:
         behind = refusal
     try:
@@ -347,8 +348,13 @@ def _find_home(node, value, affine, site):
     except Refusal as refusal:
         ahead = refusal
     if behind.code == "shift-cannot-pass" and is_batch_norm(node):
-        return _Search(site).backward(value, affine.scale_only(), node), False, _shift_node(node, affine, site)
-    code = ahead.code if behind.code in ("reads-input", "reads-constant", "no-absorber") else behind.code
+        try:
+            return _Search(site).backward(value, affine.scale_only(), node, slot), False, _shift_node(node, affine, site)
+        except Refusal:
+            pass  # what both ways said is the better reason
+    # A reason that only says "nothing there" gives way to one that names a condition.
+    vague = ("reads-input", "reads-constant", "no-absorber", "unused")
+    code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
     raise Refusal(code, f"backwards: {behind.sentence}; forwards: {ahead.sentence}")
 
 
@@ -369,8 +375,8 @@ class _Search:
         self.site = site
         self.refused = {}
 
-    def backward(self, value, affine, asker, slot=None, depth=0):
-        """Return a Plan that makes the producer of `value` yield the affine of it; `asker` is the one reader that may be there."""
+    def backward(self, value, affine, asker, slot, depth=0):
+        """Return a Plan that makes the producer of `value` yield the affine of it; this slot of `asker` is the one reader that may be."""
         key = value, affine.scales, affine.shifts
         if key in self.refused:
             raise self.refused[key]
@@ -381,10 +387,10 @@ class _Search:
             raise
 
     def _ask(self, value, affine, asker, slot, depth):
-        if slot is not None and self.site.index.constant(value) is not None:
+        if depth and self.site.index.constant(value) is not None:
             return self._into_constant(asker, slot, affine)
         value = self.site.source(value)
-        self.site.refuse_readers(value, asker)
+        self.site.refuse_readers(value, asker, slot)
         node = self.site.producer(value)
         if node is None:
             raise _refuse_source(value)

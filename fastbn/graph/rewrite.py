@@ -1,7 +1,9 @@
 """The only writer: applies plans to a copy of the model and hands out the result, in memory or as files."""
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -256,7 +258,6 @@ class Output:
         self.source = source
         self._external = any(True for _ in external_tensors(proto))
         self._staged = {}
-        self._stage = None
 
     @property
     def is_external(self):
@@ -285,8 +286,9 @@ class Output:
 
     def stage(self, folder=None):
         """Write the model into a new folder inside `folder` and return its path; the next save takes the data files from there."""
-        self._stage = tempfile.TemporaryDirectory(prefix=".fastbn-", dir=folder)
-        path = Path(self._stage.name) / "staged.onnx"
+        stage = tempfile.mkdtemp(prefix=".fastbn-", dir=folder)
+        weakref.finalize(self, shutil.rmtree, stage, ignore_errors=True)
+        path = Path(stage) / "staged.onnx"
         self._staged = self.save(path)
         return path
 
