@@ -73,7 +73,7 @@ def _parser():
     bench = commands.add_parser("bench", help="latency of two models in onnxruntime, side by side", description=_bench.__doc__)
     bench.add_argument("original", metavar="A")
     bench.add_argument("folded", metavar="B", nargs="?", help="without it, A folded in memory")
-    bench.add_argument("--runs", type=_count, default=50, metavar="N", help="timed runs of each model (50)")
+    bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
     _add_input_shape(bench)
     bench.set_defaults(run=_bench)
@@ -85,26 +85,18 @@ def _parser():
 
 
 def _add_input_shape(parser):
-    parser.add_argument(
-        "--input-shape", metavar="NAME=D,D,...", action="append", type=_shape, default=[], help="sizes of a graph input (repeatable)"
-    )
+    parser.add_argument("--input-shape", metavar="NAME=D,D,...", action="append", default=[], help="sizes of a graph input (repeatable)")
 
 
-def _shape(text):
-    name, equals, sizes = text.rpartition("=")
-    try:
-        shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
-    except ValueError:
-        shape = (0,)
-    if not (name and equals) or any(size < 1 for size in shape):
-        raise argparse.ArgumentTypeError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
-    return name, shape
-
-
-def _count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(expected("a number of at least 1", repr(text), "--runs"))
-    return int(text)
+def _input_shapes(arguments):
+    shapes = {}
+    for text in arguments.input_shape:
+        name, equals, sizes = text.rpartition("=")
+        numbers = sizes.split(",") if sizes else []
+        if not (name and equals) or not all(size.isdecimal() and int(size) for size in numbers):
+            raise ArgumentError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
+        shapes[name] = tuple(map(int, numbers))
+    return shapes
 
 
 def _fold(arguments):
@@ -120,7 +112,7 @@ def _fold(arguments):
             only=arguments.only,
             skip=arguments.skip,
             verify=not (arguments.no_verify or arguments.dry_run),
-            input_shapes=dict(arguments.input_shape),
+            input_shapes=_input_shapes(arguments),
             freeze_inputs=arguments.freeze_inputs,
             progress=bar,
             stage=target.parent if isinstance(target, Path) else None,
@@ -184,6 +176,8 @@ def _report(arguments, result, target, written):
     stream = sys.stderr if target == "-" else sys.stdout
     for line in result.lines():
         print(_coloured(line, stream), file=stream)
+    if target is None:
+        print("dry run: nothing verified, nothing written", file=stream)
     if written:
         print(f"wrote   {written}   {_size_of(written)}", file=stream)
 
@@ -242,7 +236,7 @@ def _verify(arguments):
 
     bar = _Progress(arguments.quiet)
     with bar:
-        parity = verify(arguments.original, arguments.folded, input_shapes=dict(arguments.input_shape), progress=bar)
+        parity = verify(arguments.original, arguments.folded, input_shapes=_input_shapes(arguments), progress=bar)
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "parity": parity.to_dict()})
     if not arguments.quiet and arguments.json != "-":
@@ -259,9 +253,11 @@ def _schema():
 
 def _bench(arguments):
     """Time two models in onnxruntime with its default options, run by run in turn, on one thread and on all: median and 90th percentile."""
+    if arguments.runs < 1:
+        raise ArgumentError(expected("at least 1 run", str(arguments.runs), "--runs"))
     from fastbn.graph.bench import bench
 
-    rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=dict(arguments.input_shape))
+    rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=_input_shapes(arguments))
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "bench": rows})
     if arguments.json != "-":

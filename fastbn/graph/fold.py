@@ -45,7 +45,7 @@ class FoldResult:
         return self._output.to_bytes()
 
     def save(self, path):
-        """Write the folded model, and data files beside it if it had any, all or nothing.
+        """Write the folded model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class FoldResult:
         """
         if self.parity is not None and self.parity.status == "failed":
             raise ParityError(expected("parity with the original", str(self.parity), "fold"))
-        self._output.save(path)
+        return [Path(path), *self._output.save(path).values()]
 
     def to_dict(self):
         """Return everything as data that JSON holds; "schema" is its version."""
@@ -77,7 +77,7 @@ class FoldResult:
         """Return the report as lines of text, the first about the model as it came."""
         before, after = _counts(self._index.proto), _counts(self._output.proto)
         source = self._index.source
-        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {_size(source)}"
+        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {report.size_text(source.size(external_tensors(source.proto)))}"
         lines = [head, *report.result_rows(self.folded, self.kept)]
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
         if self.parity is not None:
@@ -139,7 +139,7 @@ def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_
     parity = None
     if verify and planning.plans:
         parity = _whole_parity(index, output, input_shapes, seed, progress, stage)
-    folded = [_fold_of(plan, checks.get(_key(plan))) for plan in planning.plans]
+    folded = [_fold_of(plan, checks.get(_key(plan)), output) for plan in planning.plans]
     return FoldResult(index, output, folded, planning.kept, parity)
 
 
@@ -197,13 +197,17 @@ def _key(found):
     return tuple((node.scope.number, node.position) for node in found.lifted)
 
 
-def _fold_of(found, check):
+def _fold_of(found, check, output):
     labels = "+".join(node.label for node in found.lifted)
     ops = tuple(node.op for node in found.lifted)
-    note = check.note if check else None
+    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in found.path if node in output.duplicates]
+    if found.replaced:
+        notes.append("an Add keeps the shift")
+    if check and check.note:
+        notes.append(check.note)
     error, bound = (check.error, check.bound) if check else (None, None)
     into, op = ("+".join(getattr(home, name) for home in found.homes) for name in ("label", "op"))
-    return Fold(labels, ops, into, op, found.channels, error, bound, note)
+    return Fold(labels, ops, into, op, found.channels, error, bound, "; ".join(notes) or None)
 
 
 def _whole_parity(index, output, input_shapes, seed, progress, stage):
@@ -224,12 +228,6 @@ def _counts(proto):
     nodes = [node for graph in scopes_of(proto.graph) for node in graph.node]
     nodes += [node for function in proto.functions for node in function.node]
     return len(nodes), sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for node in nodes)
-
-
-def _size(source):
-    size = source.path.stat().st_size if source.path else source.proto.ByteSize()
-    size += sum(path.stat().st_size for path in {source.location(tensor)[0] for tensor in external_tensors(source.proto)})
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def _globs(value, where):

@@ -20,7 +20,7 @@ from fastbn.graph.carry import CARRIERS
 from fastbn.graph.constant import Dense
 from fastbn.graph.lift import BATCH_NORM, constant_slot, is_batch_norm, lift
 from fastbn.graph.model import Node, Value, is_standard
-from fastbn.graph.report import Kept, Refusal
+from fastbn.graph.report import FORWARDS, Kept, Refusal
 
 __all__ = ["SHAPE_READERS", "Plan", "Planning", "Site", "plan", "row_of"]
 
@@ -355,7 +355,7 @@ def _find_home(node, value, affine, site):
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")
     code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
-    raise Refusal(code, f"backwards: {behind.sentence}; forwards: {ahead.sentence}")
+    raise Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
 
 
 def row_of(node, index):

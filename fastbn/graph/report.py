@@ -2,7 +2,23 @@
 
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["REASONS", "SCHEMA", "Fold", "Kept", "Parity", "Refusal", "fold_dict", "json_number", "kept_dict", "result_rows", "table"]
+__all__ = [
+    "FORWARDS",
+    "REASONS",
+    "SCHEMA",
+    "Fold",
+    "Kept",
+    "Parity",
+    "Refusal",
+    "fold_dict",
+    "json_number",
+    "kept_dict",
+    "result_rows",
+    "table",
+]
+
+# What parts the two halves of a reason: no way against the data flow, and none along it.
+FORWARDS = "; forwards: "
 
 # Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
 SCHEMA = 1
@@ -142,11 +158,16 @@ def result_rows(folded, kept):
     rows = []
     for fold in folded:
         measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
-        note = f"[{fold.note}]" if fold.note else ""
         channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
+        note = f"[{fold.note}]" if fold.note else ""
         rows.append(["  folded", fold.bn, f"into {fold.into}", channels, "  ".join(filter(None, [measured, note]))])
     lines = table(rows)
-    return lines + table([["  kept", entry.bn, f"{entry.reason}   [{entry.code}]"] for entry in kept])
+    width = max((len(entry.bn) for entry in kept), default=0)
+    for entry in kept:
+        first, *rest = entry.reason.split(FORWARDS)
+        lines.append(f"  kept    {entry.bn:<{width}}  {first}   [{entry.code}]")
+        lines.extend(f"          {'':<{width}}  {FORWARDS[2:]}{sentence}" for sentence in rest)
+    return lines
 
 
 def json_number(value):

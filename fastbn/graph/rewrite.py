@@ -80,6 +80,7 @@ class _Writer:
         self.gone = {*self.site.removed, *self.site.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
         self.reused = set()
+        self.duplicates = {}
         self.patches = []
         self.names = {name for scope in index.scopes for name in scope.values}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
@@ -98,7 +99,9 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        return Output(self.proto, self.patches, self.index.source)
+        if not self.plans and not self.index.freeze_inputs:
+            return Output(self.index.proto, [], self.index.source, unchanged=True)
+        return Output(self.proto, self.patches, self.index.source, self.duplicates)
 
     def _proto(self, node):
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -136,6 +139,7 @@ class _Writer:
             tensor = self.graphs[node.scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
+                self.duplicates[node] = old.name
             tensor.name = self._new_name(f"{node.label}.{'weight' if isinstance(constant, Scaled) else 'bias'}")
             if self.proto.ir_version < 4 and node.scope is self.index.main:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
@@ -250,9 +254,14 @@ def external_tensors(proto):
 
 
 class Output:
-    """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written."""
+    """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written.
 
-    def __init__(self, proto, patches, source):
+    duplicates is node -> name of the weight that the node shared with others and now has for itself.
+    """
+
+    def __init__(self, proto, patches, source, duplicates=None, unchanged=False):
+        self.duplicates = duplicates or {}
+        self.unchanged = unchanged
         self.proto = proto
         self.patches = patches
         self.source = source
@@ -266,6 +275,8 @@ class Output:
 
     def to_bytes(self):
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
+        if self.unchanged and not self._external:
+            return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
 
     def to_proto(self):
@@ -304,11 +315,12 @@ class Output:
         written = {}
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic(path))
-            proto = self.proto
             if self._external:
                 proto = _copy(self.proto)
                 written = self._write_data_files(path, proto, stack)
-            temporary.write_bytes(serialize(proto, str(path)))
+                temporary.write_bytes(serialize(proto, str(path)))
+            else:
+                temporary.write_bytes(self.to_bytes())
             if any(target.exists() for target in written.values()):
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def load(model):
     if isinstance(model, onnx.ModelProto):
         return Source(model, None, "model")
     if isinstance(model, (bytes, bytearray, memoryview)):
-        return Source(_parse(bytes(model), "model"), None, "model")
+        return Source(_parse(bytes(model), "model"), None, "model", bytes(model))
     if not isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     path = Path(os.fsdecode(model))
@@ -98,11 +98,29 @@ def tensor_dtype(tensor, where):
 class Source:
     """A model as it was given: its ModelProto, where it came from, and the values of its tensors."""
 
-    def __init__(self, proto, path, name):
+    def __init__(self, proto, path, name, data=None):
         self.proto = proto
+        self._data = data
         self.path = path
         self.name = name
         self._files = {}
+
+    def to_bytes(self):
+        """Return the model as it was given, byte for byte."""
+        if self._data is not None:
+            return self._data
+        try:
+            return serialize(self.proto, self.name) if self.path is None else self.path.read_bytes()
+        except OSError as error:
+            raise os_error(error, self.name) from error
+
+    def size(self, external):
+        """Return the bytes of the model and of the data files of these external tensors."""
+        try:
+            own = self.path.stat().st_size if self.path else self.proto.ByteSize()
+            return own + sum(path.stat().st_size for path in {self.location(tensor)[0] for tensor in external})
+        except OSError as error:
+            raise os_error(error, error.filename or self.name) from error
 
     def array(self, tensor):
         """Return the values of a TensorProto, C-contiguous; external ones are a read-only map of their file."""
