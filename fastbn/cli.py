@@ -118,13 +118,12 @@ def _fold(arguments):
             stage=target.parent if isinstance(target, Path) else None,
         )
     failed = result.parity is not None and result.parity.status == "failed"
-    written = None
+    written = []
     if target is not None and not failed:
         if target == "-":
             _write_stdout(result.to_bytes())
         else:
-            result.save(target)
-            written = str(target)
+            written = result.save(target)
     _report(arguments, result, target, written)
     if failed:
         print(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written", file=sys.stderr)
@@ -169,7 +168,7 @@ def _write_stdout(data):
 
 def _report(arguments, result, target, written):
     if arguments.json:
-        _write_json(arguments.json, {**result.to_dict(), "written": written}, model_on_stdout=target == "-")
+        _write_json(arguments.json, {**result.to_dict(), "written": [str(path) for path in written]}, model_on_stdout=target == "-")
     if arguments.quiet or arguments.json == "-":
         return
     # When the model goes to stdout, the table goes to stderr.
@@ -179,12 +178,9 @@ def _report(arguments, result, target, written):
     if target is None:
         print("dry run: nothing verified, nothing written", file=stream)
     if written:
-        print(f"wrote   {written}   {_size_of(written)}", file=stream)
+        from fastbn.graph.report import size_text
 
-
-def _size_of(path):
-    size = os.path.getsize(path)
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        print(f"wrote   {written[0]}   {size_text(sum(path.stat().st_size for path in written))}", file=stream)
 
 
 def _write_json(where, data, model_on_stdout=False):

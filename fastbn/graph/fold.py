@@ -77,7 +77,8 @@ class FoldResult:
         """Return the report as lines of text, the first about the model as it came."""
         before, after = _counts(self._index.proto), _counts(self._output.proto)
         source = self._index.source
-        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {report.size_text(source.size(external_tensors(source.proto)))}"
+        size = report.size_text(source.size(external_tensors(source.proto)))
+        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
         lines = [head, *report.result_rows(self.folded, self.kept)]
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
         if self.parity is not None:

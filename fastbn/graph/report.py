@@ -14,6 +14,7 @@ __all__ = [
     "json_number",
     "kept_dict",
     "result_rows",
+    "size_text",
     "table",
 ]
 
@@ -176,6 +177,11 @@ def json_number(value):
         return None
     value = float(value)
     return value if value - value == 0 else repr(value)
+
+
+def size_text(size):
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def table(rows):
