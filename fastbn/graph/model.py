@@ -405,8 +405,33 @@ class Index:
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
 EXPRESSIONS = frozenset(
-    "Abs Add Cast CastLike Concat ConstantOfShape Div Exp Expand Flatten Gather Mul Neg Pow Reciprocal Reshape Slice Sqrt Squeeze Sub Tile "
-    "Transpose Unsqueeze".split()
+    # fmt: off
+    (
+        "Abs",
+        "Add",
+        "Cast",
+        "CastLike",
+        "Concat",
+        "ConstantOfShape",
+        "Div",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "Reshape",
+        "Slice",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    )
+    # fmt: on
 )
 
 
