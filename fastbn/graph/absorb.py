@@ -82,6 +82,11 @@ def _conv_transpose(node, affine, site):
 def _check_conv_weight(node, weight, site, groups, in_channels):
     if len(weight.shape) < 3 or groups < 1 or weight.shape[0] % groups or 0 in weight.shape:
         raise ModelError(expected(f"convolution weights that {groups} groups divide", f"shape {weight.shape}", node.label))
+    count = len(weight.shape) - 2
+    for name, length in (("strides", count), ("dilations", count), ("pads", 2 * count)):
+        sizes = node.attribute(name, [1] * length)
+        if len(sizes) != length or (name != "pads" and min(sizes) < 1):
+            raise ModelError(expected(f"{length} {name} for {count} axes", f"{sizes}", node.label))
     declared = site.index.declared_shape(node.inputs[0])
     if declared and (len(declared) != len(weight.shape) or declared[1] not in (None, in_channels)):
         raise ModelError(expected(f"weights for an input of shape {declared}", f"shape {weight.shape}", node.label))

@@ -281,6 +281,8 @@ class Output:
             A file cannot be written; nothing has been.
         """
         path = Path(path)
+        if self.source.path is not None and os.path.realpath(path) in self._data_files(self.source.proto):
+            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic(path))
             proto, replaces = self.proto, False
@@ -292,10 +294,14 @@ class Output:
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)
 
+    def _data_files(self, proto):
+        """Return the real paths of the data files that a model reads."""
+        return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(proto)}
+
     def _write_data_files(self, path, proto, stack):
         """Write a patched copy of each data file and point the model's tensors to it; say whether an existing file is replaced."""
         locations = sorted({location_of(tensor) for tensor in external_tensors(proto)})
-        inputs = {os.path.realpath(self.source.path.parent / location) for location in locations}
+        inputs = self._data_files(self.source.proto)
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
