@@ -28,19 +28,37 @@ def main(argv=None):
     """Run the command with these arguments, sys.argv's by default, and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except FastbnError as error:
-        print(f"fastbn: {error}", file=sys.stderr)
+        _say(f"fastbn: {error}", sys.stderr)
         return UNUSABLE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return DONE
+    except OSError as error:
+        _close_stdout()
+        _say(f"fastbn: {expected('a stream that takes the output', (error.strerror or str(error)).lower(), 'stdout')}", sys.stderr)
+        return UNUSABLE
     except MemoryError:
-        print(f"fastbn: {expected('enough memory', 'too little', 'fastbn')}", file=sys.stderr)
+        _say(f"fastbn: {expected('enough memory', 'too little', 'fastbn')}", sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print("fastbn: interrupted, nothing written", file=sys.stderr)
+        _say("fastbn: interrupted, nothing written", sys.stderr)
         return INTERRUPTED
+
+
+def _close_stdout():
+    # What is still in the buffer has nowhere to go, and Python would try once more when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text, stream):
+    """Print one line, coloured on a terminal; names may hold control characters, or some that the stream has no code for."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    encoding = stream.encoding or "utf-8"
+    print(_coloured(text.encode(encoding, "backslashreplace").decode(encoding), stream), file=stream)
 
 
 def _parser():
@@ -105,6 +123,7 @@ def _fold(arguments):
     from fastbn.graph import fold
 
     target = None if arguments.dry_run else _target(arguments)
+    _check_json(arguments.json, [arguments.input, target])
     bar = _Progress(arguments.quiet)
     with bar:
         result = fold(
@@ -126,7 +145,7 @@ def _fold(arguments):
             written = result.save(target)
     _report(arguments, result, target, written)
     if failed:
-        print(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written", file=sys.stderr)
+        _say(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written", sys.stderr)
         return FAILED
     return LEFT if arguments.strict and result.kept else DONE
 
@@ -146,14 +165,9 @@ def _target(arguments):
     if output == "-":
         return output
     path = Path(output)
-    if path.is_dir():
-        raise StorageError(expected("an output file", "a folder", output))
-    if not path.parent.is_dir():
-        raise StorageError(expected("an existing output folder", "none", str(path.parent)))
     if name != "-" and os.path.realpath(path) == os.path.realpath(name):
         raise ArgumentError(expected("an OUT that is not IN, or --in-place", "the same file", str(path)))
-    if not os.access(path.parent, os.W_OK):
-        raise StorageError(expected("a writable output folder", "one that is not", str(path.parent)))
+    _check_folder(path)
     return path
 
 
@@ -168,26 +182,47 @@ def _write_stdout(data):
 
 def _report(arguments, result, target, written):
     if arguments.json:
-        _write_json(arguments.json, {**result.to_dict(), "written": [str(path) for path in written]}, model_on_stdout=target == "-")
+        _write_json(arguments.json, {**result.to_dict(), "written": [str(path) for path in written]})
     if arguments.quiet or arguments.json == "-":
         return
     # When the model goes to stdout, the table goes to stderr.
     stream = sys.stderr if target == "-" else sys.stdout
     for line in result.lines():
-        print(_coloured(line, stream), file=stream)
+        _say(line, stream)
     if target is None:
-        print("dry run: nothing verified, nothing written", file=stream)
+        _say("dry run: nothing verified, nothing written", stream)
     if written:
         from fastbn.graph.report import size_text
 
-        print(f"wrote   {written[0]}   {size_text(sum(path.stat().st_size for path in written))}", file=stream)
+        _say(f"wrote   {written[0]}   {size_text(sum(path.stat().st_size for path in written))}", stream)
 
 
-def _write_json(where, data, model_on_stdout=False):
+def _check_json(where, others):
+    """Refuse, before any work is done, a report that could not be written or would replace a model."""
+    if where is None:
+        return
+    if where == "-":
+        if "-" in others[1:]:
+            raise ArgumentError(expected("one of model and report on stdout", "both", "--json"))
+        return
+    path = Path(where)
+    if any(other is not None and os.path.realpath(path) == os.path.realpath(other) for other in others):
+        raise ArgumentError(expected("a report that is no model", "the same file", f"--json {where}"))
+    _check_folder(path)
+
+
+def _check_folder(path):
+    if path.is_dir():
+        raise StorageError(expected("an output file", "a folder", str(path)))
+    if not path.parent.is_dir():
+        raise StorageError(expected("an existing output folder", "none", str(path.parent)))
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(expected("a writable output folder", "one that is not", str(path.parent)))
+
+
+def _write_json(where, data):
     text = json.dumps(data, indent=2)
     if where == "-":
-        if model_on_stdout:
-            raise ArgumentError(expected("one of model and report on stdout", "both", "--json"))
         print(text)
         return
     from fastbn.graph.storage import atomic
@@ -230,6 +265,7 @@ def _verify(arguments):
     rounding, 1 when they do not, 2 when they cannot be compared."""
     from fastbn.graph import verify
 
+    _check_json(arguments.json, [arguments.original, arguments.folded])
     bar = _Progress(arguments.quiet)
     with bar:
         parity = verify(arguments.original, arguments.folded, input_shapes=_input_shapes(arguments), progress=bar)
@@ -237,7 +273,7 @@ def _verify(arguments):
         _write_json(arguments.json, {"schema": _schema(), "parity": parity.to_dict()})
     if not arguments.quiet and arguments.json != "-":
         for line in (f"parity  {parity}", *(f"        {note}" for note in parity.notes)):
-            print(_coloured(line, sys.stdout))
+            _say(line, sys.stdout)
     return {"ok": DONE, "failed": FAILED, "not-run": UNUSABLE}[parity.status]
 
 
@@ -253,6 +289,7 @@ def _bench(arguments):
         raise ArgumentError(expected("at least 1 run", str(arguments.runs), "--runs"))
     from fastbn.graph.bench import bench
 
+    _check_json(arguments.json, [arguments.original, arguments.folded])
     rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=_input_shapes(arguments))
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "bench": rows})

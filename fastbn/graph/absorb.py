@@ -166,6 +166,11 @@ def _conv_weight(node, site):
     weight, groups = site.weight(node, 1), node.attribute("group", 1)
     if len(weight.shape) < 3 or groups < 1 or weight.shape[0] % groups or 0 in weight.shape:
         raise ModelError(expected(f"convolution weights that {groups} groups divide", f"shape {weight.shape}", node.label))
+    count = len(weight.shape) - 2
+    for name, length in (("strides", count), ("dilations", count), ("pads", 2 * count)):
+        sizes = node.attribute(name, [1] * length)
+        if len(sizes) != length or (name != "pads" and min(sizes) < 1):
+            raise ModelError(expected(f"{length} {name} for {count} axes", f"{sizes}", node.label))
     declared = site.index.declared_shape(node.inputs[0])
     channels = weight.shape[1] * groups if node.op == "Conv" else weight.shape[0]
     if declared and (len(declared) != len(weight.shape) or declared[1] not in (None, channels)):

@@ -80,9 +80,16 @@ class Node:
         self.attributes = {attribute.name: attribute for attribute in proto.attribute}
 
     def attribute(self, name, default=None):
-        """Return the value of an attribute, or default where it is absent."""
+        """Return the value of an attribute, which must have the type of default, or default where it is absent."""
         found = self.attributes.get(name)
-        return default if found is None else helper.get_attribute_value(found)
+        if found is None:
+            return default
+        kinds = {int: AttributeProto.INT, float: AttributeProto.FLOAT, list: AttributeProto.INTS}
+        kind = kinds.get(type(default), found.type)
+        if found.type != kind:
+            names = AttributeProto.AttributeType
+            raise ModelError(expected(f"an attribute '{name}' of type {names.Name(kind)}", names.Name(found.type), self.label))
+        return helper.get_attribute_value(found)
 
     def input(self, slot):
         """Return the value at a slot, or None for an absent one."""
@@ -246,6 +253,12 @@ class Index:
         for name in self.input_shapes:
             if name not in inputs:
                 raise ModelError(expected(f"the name of a graph input ({', '.join(sorted(inputs)) or 'none'})", repr(name), "input_shapes"))
+            given, declared = self.input_shapes[name], self.declared_shape(self.main.values[name])
+            known = given if declared is None else declared
+            fits = len(known) == len(given) and all(not size or size in (-1, new) for size, new in zip(known, given, strict=True))
+            if not fits:
+                shown = ",".join(str(size or "?") for size in declared)
+                raise ModelError(expected(f"sizes that fit {name}={shown}", ",".join(map(str, given)) or "none", "input_shapes"))
 
     def is_overridable(self, value):
         """Say whether a caller may override an initializer: it is a graph input too, and the file's IR version allows that."""
@@ -319,7 +332,7 @@ class Index:
             return None
         if sum(found.size for found in inputs if found is not None) > LARGEST_EXPRESSION:
             return None
-        if node.op in ("Expand", "ConstantOfShape") and math.prod(inputs[-1].array().tolist()) > LARGEST_EXPRESSION:
+        if node.op in ("Expand", "ConstantOfShape") and math.prod(inputs[-1].array().reshape(-1).tolist()) > LARGEST_EXPRESSION:
             return None
         result = self._evaluate(node, inputs)
         return None if result is None or slot >= len(result) else _literal(result[slot])
@@ -441,33 +454,12 @@ class Index:
 
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
-EXPRESSIONS = frozenset(
-    (
-        "Abs",
-        "Add",
-        "Cast",
-        "CastLike",
-        "Concat",
-        "ConstantOfShape",
-        "Div",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Mul",
-        "Neg",
-        "Pow",
-        "Reciprocal",
-        "Reshape",
-        "Slice",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    )
-)
+# fmt: off
+EXPRESSIONS = frozenset([
+    "Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather", "Mul", "Neg", "Pow",
+    "Reciprocal", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze",
+])
+# fmt: on
 
 
 def _literal(array):

@@ -312,6 +312,8 @@ class Output:
             A file cannot be written; nothing has been.
         """
         path = Path(path)
+        if self.source.path is not None and os.path.realpath(path) in self._data_files():
+            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
         written = {}
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic(path))
@@ -326,13 +328,17 @@ class Output:
                 path.unlink(missing_ok=True)
         return written
 
+    def _data_files(self):
+        """Return the real paths of the data files that the original reads."""
+        return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(self.source.proto)}
+
     def _write_data_files(self, path, proto, stack):
         """Write a patched copy of each data file and point the model's tensors to it."""
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
         by_name = {tensor.name: tensor for group in tensors.values() for tensor in group}
-        inputs = {os.path.realpath(self.source.path.parent / location) for location in tensors}
+        inputs = self._data_files()
         written = {}
         for location in sorted(tensors):
             target = written[location] = _data_path(path, inputs, written.values())
