@@ -29,14 +29,15 @@ class Taken:
     """What a node does with an affine.
 
     constants and attributes are those of the node that change, by slot and by name. onward holds what is asked further: (input slot,
-    affine) backward, (output slot, affine) forward. elsewhere holds constants of other nodes, by (node, slot); a node that dissolves
-    leaves, and the value at that input slot takes the place of its output.
+    affine) backward, (output slot, affine) forward. elsewhere holds constants of another node, by (node, slot), and via the nodes between;
+    a node that dissolves leaves, and the value at that input slot takes the place of its output.
     """
 
     constants: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
     onward: list = field(default_factory=list)
     elsewhere: dict = field(default_factory=dict)
+    via: list = field(default_factory=list)
     dissolves: int | None = None
 
 

@@ -225,19 +225,19 @@ class Site:
         before, value = self.lifting
         if node.op == "Sub" or len(node.inputs) != 2 or node.inputs[slot].producer is not before:
             return None
-        others = [(node.inputs[1 - slot], node, 1 - slot)]
+        others = [(node.inputs[1 - slot], node, 1 - slot, [])]
         while others:
-            other, reader, at = others.pop()
+            other, reader, at, via = others.pop()
             sibling = self.producer(self.source(other))
             if sibling is None or sibling.scope is not node.scope:
                 continue
             self.refuse_readers(other, reader, at)
             if sibling.is_op("Add") and constant_slot(sibling, self.index) is None:
-                others.extend((operand, sibling, at) for at, operand in enumerate(sibling.inputs))
+                others.extend((operand, sibling, at, [*via, sibling]) for at, operand in enumerate(sibling.inputs))
             elif sibling.is_op("Conv") and self.source(sibling.inputs[0]) is value:
                 found = self._centred(sibling, affine)
                 if found is not None:
-                    return Taken(elsewhere=found, dissolves=1 - slot)
+                    return Taken(elsewhere=found, via=via, dissolves=1 - slot)
         return None
 
     def _centred(self, conv, affine):
@@ -455,7 +455,7 @@ class _Search:
         if taken.dissolves is not None:
             sibling = next(iter(taken.elsewhere))[0]
             found.constants.update(taken.elsewhere)
-            found.path, found.homes, found.dissolved = [sibling], [sibling], {node: node.inputs[taken.dissolves]}
+            found.path, found.homes, found.dissolved = [sibling, *taken.via], [sibling], {node: node.inputs[taken.dissolves]}
         for at, onward in taken.onward:
             _add(found, follow(at, onward))
         return found

@@ -79,7 +79,6 @@ class _Writer:
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
         self.gone = {*self.site.removed, *self.site.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
-        self.reused = set()
         self.duplicates = {}
         self.patches = []
         self.names = {name for scope in index.scopes for name in scope.values}
@@ -90,12 +89,12 @@ class _Writer:
 
     def output(self):
         self._take_over_names()
+        self._bury_dead()
         for plan in self.plans:
             for (node, slot), constant in plan.constants.items():
                 edited(self._proto(node), {slot: self._write_constant(node, slot, constant)}, {})
             for node, attributes in plan.attributes.items():
                 edited(self._proto(node), {}, attributes)
-        self._bury_dead()
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
@@ -132,9 +131,9 @@ class _Writer:
     def _write_constant(self, node, slot, constant):
         """Put a folded constant where the old one was if nobody else reads that, else under a new name; return the name."""
         old = self.before[node].inputs[2] if node in self.before else node.input(slot)
-        if old is not None and old.initializer is not None and old not in self.reused and not self._is_read(old):
+        if old is not None and old.name in self.dead_tensors[old.scope.number]:
             tensor = self.tensors[old.scope.number][old.name]
-            self.reused.add(old)
+            self.dead_tensors[old.scope.number].remove(old.name)
         else:
             tensor = self.graphs[node.scope.number].initializer.add()
             if old is not None and old.initializer is not None:
@@ -191,7 +190,7 @@ class _Writer:
         pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
         while pending:
             value = pending.pop()
-            if value in self.reused or self._is_read(value):
+            if self._is_read(value):
                 continue
             node = value.producer
             if value.initializer is not None:

@@ -156,7 +156,7 @@ class _Segment:
                 after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
                 size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
             except _runtime_errors() as error:
-                runtime_error = error
+                runtime_error = runtime_error or error
                 continue
             return tuple(np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size))
         raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
