@@ -120,13 +120,13 @@ def _input_shapes(arguments):
 def _fold(arguments):
     """Fold every inference BatchNormalization that can be folded exactly into its neighbours' weights; verify each fold and the whole model
     in onnxruntime, its optimiser off; say why each other one stays."""
-    from fastbn.graph import fold
+    from fastbn.graph.folding import fold_watched
 
     target = None if arguments.dry_run else _target(arguments)
     _check_json(arguments.json, [arguments.input, target])
     bar = _Progress(arguments.quiet)
     with bar:
-        result = fold(
+        result = fold_watched(
             _source(arguments.input),
             only=arguments.only,
             skip=arguments.skip,
@@ -263,12 +263,12 @@ class _Progress:
 def _verify(arguments):
     """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared."""
-    from fastbn.graph import verify
+    from fastbn.graph.folding import verify_watched
 
     _check_json(arguments.json, [arguments.original, arguments.folded])
     bar = _Progress(arguments.quiet)
     with bar:
-        parity = verify(arguments.original, arguments.folded, input_shapes=_input_shapes(arguments), progress=bar)
+        parity = verify_watched(arguments.original, arguments.folded, _input_shapes(arguments), progress=bar)
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "parity": parity.to_dict()})
     if not arguments.quiet and arguments.json != "-":

@@ -103,6 +103,7 @@ class Source:
         self._data = data
         self.path = path
         self.name = name
+        self.notes = ()
         self._files = {}
 
     def to_bytes(self):

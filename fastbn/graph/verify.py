@@ -442,7 +442,7 @@ class _Noisy:
     def __init__(self, original, index):
         self.parameters = {}
         proto = onnx.ModelProto()
-        proto.CopyFrom(original.proto)
+        proto.CopyFrom(index.proto)
         proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
         self.unit = UNIT["float32"]
         units = []
