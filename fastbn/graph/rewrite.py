@@ -17,7 +17,7 @@ from onnx import helper
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
 from fastbn.graph.model import scopes_of
-from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, serialize
+from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize
 
 __all__ = ["Output", "edited", "external_tensors", "rewrite"]
 
@@ -296,9 +296,13 @@ class Output:
 
     def stage(self, folder=None):
         """Write the model into a new folder inside `folder` and return its path; the next save takes the data files from there."""
-        stage = tempfile.mkdtemp(prefix=".fastbn-", dir=folder)
-        weakref.finalize(self, shutil.rmtree, stage, ignore_errors=True)
-        path = Path(stage) / "staged.onnx"
+        stage = Path(folder or tempfile.gettempdir()) / f".fastbn-{os.urandom(8).hex()}"
+        weakref.finalize(self, shutil.rmtree, stage, ignore_errors=True)  # before it exists: an interrupt may come in between
+        try:
+            stage.mkdir(mode=0o700)
+        except OSError as error:
+            raise os_error(error, str(stage)) from error
+        path = stage / "staged.onnx"
         self._staged = self.save(path)
         return path
 
@@ -408,8 +412,12 @@ def _write_patched(source, target, patches, offsets, size):
             position = max(position, stop)
         for patch, offset in zip(patches, offsets, strict=True):
             jobs.append(pool.submit(_write_constant_at, writer.fileno(), offset, patch.constant))
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # Two writers keep the kernel and the page cache busy; more would only need more memory.
