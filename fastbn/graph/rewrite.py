@@ -91,7 +91,8 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        return Output(self.proto, self.patches, self.index.source)
+        changed = bool(self.plans) or self.index.freeze_inputs
+        return Output(self.proto, self.patches, self.index.source, changed)
 
     def _proto(self, node):
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -241,10 +242,11 @@ def external_tensors(proto):
 class Output:
     """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written."""
 
-    def __init__(self, proto, patches, source):
+    def __init__(self, proto, patches, source, changed=True):
         self.proto = proto
         self.patches = patches
         self.source = source
+        self.changed = changed
         self._external = any(True for _ in external_tensors(proto))
 
     @property
@@ -254,6 +256,8 @@ class Output:
 
     def to_bytes(self):
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
+        if not self.changed and not self._external:
+            return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
 
     def to_proto(self):
@@ -289,7 +293,7 @@ class Output:
             if self._external:
                 proto = _copy(self.proto)
                 replaces = self._write_data_files(path, proto, stack)
-            temporary.write_bytes(serialize(proto, str(path)))
+            temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
             if replaces:
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)

@@ -41,7 +41,8 @@ def load(model):
     if isinstance(model, onnx.ModelProto):
         return Source(model, None, "model")
     if isinstance(model, (bytes, bytearray, memoryview)):
-        return Source(_parse(bytes(model), "model"), None, "model")
+        data = bytes(model)
+        return Source(_parse(data, "model"), None, "model", data)
     if not isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     path = Path(os.fsdecode(model))
@@ -97,11 +98,21 @@ def tensor_dtype(tensor, where):
 class Source:
     """A model as it was given: its ModelProto, where it came from, and the values of its tensors."""
 
-    def __init__(self, proto, path, name):
+    def __init__(self, proto, path, name, data=None):
         self.proto = proto
         self.path = path
         self.name = name
+        self._data = data
         self._files = {}
+
+    def to_bytes(self):
+        """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
+        if self.path is None:
+            return serialize(self.proto, self.name) if self._data is None else self._data
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise os_error(error, self.name) from error
 
     def array(self, tensor):
         """Return the values of a TensorProto, C-contiguous; external ones are a read-only map of their file."""
