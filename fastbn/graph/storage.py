@@ -126,7 +126,7 @@ class Source:
             raw = np.frombuffer(tensor.raw_data, np.uint8)
         else:
             try:
-                return np.ascontiguousarray(numpy_helper.to_array(tensor))
+                return np.asarray(numpy_helper.to_array(tensor), order="C")
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         size = int(np.prod(tensor.dims, dtype=object)) * dtype.itemsize
