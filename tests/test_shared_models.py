@@ -87,7 +87,7 @@ def test_real_model(file, record_property):
         assert kept.code != "parity", kept.reason
         assert len(kept.reason) > 10
     assert sum(kept.ops == ("BatchNormalization",) for kept in result.kept) == after
-    if not result.folded:
+    if not result.folded and not result._output.is_external:
         assert result.to_bytes() == (FOLDER / file).read_bytes()
 
 
