@@ -97,7 +97,7 @@ def _linear(node, affine, site, weight, view, channels):
     taken = Taken()
     if affine.scales:
         taken.constants[1] = _scaled(weight, view, scale)
-    if node.input(2) is not None or affine.shifts:
+    if node.input(2) is not None or (node, 2) in site.constants or affine.shifts:
         bias = site.vector(node, 2, (channels,), weight.dtype)
         taken.constants[2] = bias.affine(scale, shift, spread)
     return taken
@@ -121,8 +121,10 @@ def _gemm(node, affine, site):
     taken = Taken()
     if affine.scales:
         taken.constants[1] = _scaled(weight, view, scale)
-    beta = node.attribute("beta", 1.0)
-    has_bias = node.input(2) is not None and beta != 0
+    # A bias that an earlier plan has made stands there with beta = 1.
+    planned = (node, 2) in site.constants
+    beta = 1.0 if planned else node.attribute("beta", 1.0)
+    has_bias = planned or (node.input(2) is not None and beta != 0)
     if not has_bias and not affine.shifts:
         return taken
     bias = site.constant_vector(node, 2).times(beta) if has_bias else Vector.zeros((channels,), weight.dtype)
