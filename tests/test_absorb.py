@@ -119,6 +119,18 @@ def test_matmul_without_add_keeps_the_shift_of_a_batch_norm_as_an_add():
     assert (matmul.output[0], add.output[0], add.name) == ("c", "y", "y")
 
 
+def test_the_shift_that_stays_has_the_type_of_the_data():
+    text = "(float16[N,5] x) => (float16 y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    result = folds(model(text, w=normal(5, 4, dtype=np.float16), **norm(4)), "MatMul Add")
+    assert {array.dtype.name for array in initializers(result.model).values()} == {"float16"}
+
+
+def test_float32_parameters_beside_float16_data_do_not_mix_types():
+    text = "(float16[N,3,8,8] x) => (float16[N,4,6,6] y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    result = folds(conv_bn(text, w=normal(4, 3, 3, 3, dtype=np.float16), b=None), "Conv")
+    assert {array.dtype.name for array in initializers(result.model).values()} == {"float16"}
+
+
 def test_matmul_along_another_axis_is_refused():
     proto = model("(float[2,4,5] x) => (float y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }", w=normal(5, 4), **norm(4))
     assert "axis" in refuses(proto, "axis")

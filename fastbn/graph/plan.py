@@ -229,7 +229,8 @@ def _place(node, affine, site, plans):
         if refusal.code != "shift-cannot-pass" or not is_batch_norm(node):
             raise
         found = _travel(value, affine.scale_only(), node, site)
-        stays = _shift_node(node, affine, site)
+        # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+        stays = _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
     _refuse_bad_constants(found)
     target = _merged([site.owner[step] for step in found.path if step in site.owner], site, plans)
     target.channels = max(target.channels, affine.channels)
@@ -307,12 +308,11 @@ def _refuse_source(value):
     return Refusal("reads-constant", f"it reads the constant '{value.name}'")
 
 
-def _shift_node(node, affine, site):
+def _shift_node(node, affine, site, dtype):
     """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
     rank = site.rank(node.inputs[0])
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{node.inputs[0].name}' is not known, so the shift that would stay cannot be placed")
-    dtype = site.index.constant(node.inputs[2]).dtype
     _, shift, spread = affine.shaped(rank)
     vector = Vector(dtype, shift, spread)
     proto = onnx.NodeProto(op_type="Add")
