@@ -418,8 +418,12 @@ class Index:
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
 EXPRESSIONS = frozenset(
-    ["Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather", "Mul", "Neg", "Pow"]
-    + ["Reciprocal", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"]
+    name
+    for names in (
+        ("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather", "Mul", "Neg", "Pow"),
+        ("Reciprocal", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"),
+    )
+    for name in names
 )
 
 

@@ -14,7 +14,7 @@ from onnx import helper
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
 from fastbn.graph.model import scopes_of
-from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, serialize
+from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, serialize, sync
 
 __all__ = ["Output", "edited", "external_tensors", "rewrite"]
 
@@ -27,8 +27,9 @@ PAGE = 4096
 
 @dataclass(eq=False)
 class Patch:
-    """A folded weight that lives in a data file: its TensorProto in the new model, its values, and its offset (None: at the end)."""
+    """A folded weight that lives in a data file: its scope and TensorProto, its values, and its offset (None: at the end)."""
 
+    scope: int
     tensor: object
     constant: Scaled
     location: str
@@ -132,7 +133,7 @@ class _Writer:
             if self.proto.ir_version < 4 and node.scope is self.index.main:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
-        self._fill(tensor, constant)
+        self._fill(node.scope.number, tensor, constant)
         return tensor.name
 
     def _is_read(self, value):
@@ -146,9 +147,9 @@ class _Writer:
         self.names.add(name)
         return name
 
-    def _fill(self, tensor, constant):
+    def _fill(self, scope, tensor, constant):
         if is_external(tensor) and isinstance(constant, Scaled) and constant.base.size * constant.dtype.itemsize > LARGEST_INLINE:
-            self._patch(tensor, constant)
+            self._patch(scope, tensor, constant)
             return
         for values in ("float_data", "double_data", "int32_data", "raw_data", "external_data", "data_location"):
             tensor.ClearField(values)
@@ -156,13 +157,13 @@ class _Writer:
         tensor.dims[:] = constant.shape
         tensor.raw_data = constant.array().tobytes()
 
-    def _patch(self, tensor, constant):
+    def _patch(self, scope, tensor, constant):
         """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
         location, offset = location_of(tensor), self.index.source.location(tensor)[1]
         stop = offset + constant.base.size * constant.dtype.itemsize
         users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
         taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
-        self.patches.append(Patch(tensor, constant, location, None if users > 1 or taken else offset))
+        self.patches.append(Patch(scope, tensor, constant, location, None if users > 1 or taken else offset))
 
     def _extents(self):
         """Return location -> byte ranges of all external tensors of the model."""
@@ -268,12 +269,10 @@ class Output:
         if total > PROTOBUF_LIMIT:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
         proto = _copy(self.proto)
-        patched = {patch.tensor.name: patch.constant for patch in self.patches}
+        for patch, tensor in zip(self.patches, self._patched_in(proto), strict=True):
+            _put_inside(tensor, patch.constant.array())
         for tensor in external_tensors(proto):
-            values = patched[tensor.name].array() if tensor.name in patched else self.source.array(tensor)
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            tensor.raw_data = values.tobytes()
+            _put_inside(tensor, self.source.array(tensor))
         return proto
 
     def save(self, path):
@@ -295,12 +294,19 @@ class Output:
                 replaces = self._write_data_files(path, proto, stack)
             temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
             if replaces:
+                sync(temporary)  # a full disk must be noticed while the old model stands
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)
 
     def _data_files(self, proto):
         """Return the real paths of the data files that a model reads."""
         return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(proto)}
+
+    def _patched_in(self, copy):
+        """Return the tensor of each patch in a copy of the model; two bodies may use one name, so the scope counts."""
+        graphs = scopes_of(copy.graph)
+        named = {number: {tensor.name: tensor for tensor in graphs[number].initializer} for number in {p.scope for p in self.patches}}
+        return [named[patch.scope][patch.tensor.name] for patch in self.patches]
 
     def _write_data_files(self, path, proto, stack):
         """Write a patched copy of each data file and point the model's tensors to it; say whether an existing file is replaced."""
@@ -309,7 +315,7 @@ class Output:
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        by_name = {tensor.name: tensor for tensor in external_tensors(proto)}
+        patched = self._patched_in(proto)
         replaces = False
         taken = set()
         for location in locations:
@@ -320,13 +326,20 @@ class Output:
             source = self.source.path.parent / location
             patches = [patch for patch in self.patches if patch.location == location]
             offsets = _write_patched(source, temporary, patches)
+            sync(temporary)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", target.name)
             for patch, offset in zip(patches, offsets, strict=True):
-                tensor = by_name[patch.tensor.name]
+                tensor = patched[self.patches.index(patch)]
                 _set_external(tensor, "offset", str(offset))
                 _set_external(tensor, "length", str(patch.constant.base.size * patch.constant.dtype.itemsize))
         return replaces
+
+
+def _put_inside(tensor, values):
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = values.tobytes()
 
 
 def _data_path(path, inputs, taken):

@@ -12,7 +12,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
-__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "tensor_dtype"]
+__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "sync", "tensor_dtype"]
 
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -172,6 +172,12 @@ class Source:
         return data[offset : offset + length]
 
 
+def sync(path):
+    """Wait until a file's bytes are on the disk: a full one is noticed here at the latest."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path in path's folder; when the block ends well it is synced and takes path's place, otherwise it is removed."""
@@ -180,8 +186,7 @@ def atomic(path):
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
         os.replace(temporary, path)
