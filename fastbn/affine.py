@@ -78,7 +78,7 @@ def scale_weight(weight, scale, view, out=None, *, store=True):
 
 def narrow(values, dtype):
     """Round a float64 array once, to nearest even, to dtype; overflow gives Inf, as in the hardware."""
-    values = np.ascontiguousarray(values, dtype=np.float64)
+    values = np.asarray(values, dtype=np.float64, order="C")
     if dtype == np.float64:
         return values
     if dtype.name in ("float32", "float16"):

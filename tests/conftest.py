@@ -18,7 +18,8 @@ def environment():
     """The environment of a subprocess that imports the same fastbn as the tests do."""
     import fastbn
 
-    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+    # The safe path keeps the current folder, which may be the source tree, off the path.
+    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1]), "PYTHONSAFEPATH": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,18 @@ def test_matmul_without_add_keeps_the_shift_of_a_batch_norm_as_an_add():
     assert (matmul.output[0], add.output[0], add.name) == ("c", "y", "y")
 
 
+def test_the_shift_that_stays_has_the_type_of_the_data():
+    text = "(float16[N,5] x) => (float16 y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    result = folds(model(text, w=normal(5, 4, dtype=np.float16), **norm(4)), "MatMul Add")
+    assert {array.dtype.name for array in initializers(result.model).values()} == {"float16"}
+
+
+def test_float32_parameters_beside_float16_data_do_not_mix_types():
+    text = "(float16[N,3,8,8] x) => (float16[N,4,6,6] y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    result = folds(conv_bn(text, w=normal(4, 3, 3, 3, dtype=np.float16), b=None), "Conv")
+    assert {array.dtype.name for array in initializers(result.model).values()} == {"float16"}
+
+
 def test_matmul_along_another_axis_is_refused():
     proto = model("(float[2,4,5] x) => (float y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }", w=normal(5, 4), **norm(4))
     assert "axis" in refuses(proto, "axis")
@@ -186,6 +198,33 @@ def test_chains_into_a_convolution(case):
     left = "Conv Identity Identity" if case == "Identity" else "Conv"
     result = folds(proto, left)
     assert len(result.folded) == 1, "one home, one fold"
+
+
+HOMES = {
+    "Conv": ("2,3,6,6", "Conv(x, w)", normal(4, 3, 3, 3)),
+    "ConvTranspose": ("2,3,6,6", "ConvTranspose(x, w)", normal(3, 4, 3, 3)),
+    "Gemm": ("3,5", "Gemm(x, w)", normal(5, 4)),
+    "Gemm, beta without C": ("3,5", "Gemm <beta = 0.5> (x, w)", normal(5, 4)),
+    "Gemm, beta": ("3,5", "Gemm <beta = 0.5> (x, w, b)", normal(5, 4)),
+    "Gemm, beta 0": ("3,5", "Gemm <beta = 0.0> (x, w, b)", normal(5, 4)),
+}
+LINKS = {
+    "BN, Mul": "d = BatchNormalization(c, s, t, m, v) y = Mul(d, k)",
+    "BN, BN": "d = BatchNormalization(c, s, t, m, v) y = BatchNormalization(d, s2, t2, m2, v2)",
+    "Add, Mul, Mul": "d = Add(c, k) e = Mul(d, k) y = Mul(e, k)",
+    "BN, Div, Sub": "d = BatchNormalization(c, s, t, m, v) e = Div(d, k) y = Sub(k, e)",
+}
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("links", LINKS)
+def test_every_link_of_a_chain_sees_the_bias_that_the_last_one_made(home, links):
+    shape, node, weight = HOMES[home]
+    per_channel = normal(4, 1, 1, seed=3) if "Conv" in home else normal(4, seed=3)
+    everything = {"w": weight, "b": B4, "k": per_channel, **norm(4), **norm(4, "2", seed=5)}
+    text = f"(float[{shape}] x) => (float y) {{ c = {node} {LINKS[links]} }}"
+    used = {name: value for name, value in everything.items() if f" {name}," in text or f" {name})" in text or f"({name}," in text}
+    folds(model(text, **used), home.partition(",")[0])
 
 
 def test_batch_norms_without_a_producer_become_one():

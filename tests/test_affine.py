@@ -94,6 +94,12 @@ def test_counts_are_right_above_one_block():
     assert scale_weight(weight, np.array([1e30]), View(1, 1, 1, weight.size), store=False)[1] == weight.size
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_narrow_keeps_the_shape(name):
+    assert narrow(np.float64(1.5), DTYPE[name]).shape == ()
+    assert narrow(np.ones((2, 0, 3)), DTYPE[name]).shape == (2, 0, 3)
+
+
 def test_batch_norm_affine_is_the_formula():
     weight, bias, mean, var = (np.random.default_rng(1).uniform(0.5, 2, (4, 3)).astype(np.float32)).astype(np.float64)
     scale, shift = batch_norm_affine(weight, bias, mean, var, 1e-3)

@@ -43,6 +43,18 @@ def test_a_computed_constant_is_a_constant(how):
     folds(conv_bn(text, b=None, **used), "Conv")
 
 
+@pytest.mark.parametrize("scalar", ["o = Constant <value_float = 0.5> ()", "o = Identity(z)", "o = Constant <value = float {0.5}> ()"])
+def test_a_scalar_constant_stays_a_scalar(scalar):
+    text = f"""(float[N,3,8,8] x) => (float[N,1,6,6] y) {{
+        {scalar}
+        b = Unsqueeze(o, zero)
+        c = Conv(x, w, b)
+        y = BatchNormalization(c, s, t, m, v)
+    }}"""
+    more = {"z": np.float32(0.75)} if "z)" in scalar else {}
+    folds(conv_bn(text, b=None, w=normal(1, 3, 3, 3), zero=np.array([0]), **more, **norm(1)), "Conv")
+
+
 def test_parameters_behind_constants_and_identities():
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = Conv(x, w, b)

@@ -282,6 +282,50 @@ def test_a_full_disk_leaves_nothing(call, tmp_path, big, monkeypatch):
     assert (tmp_path / "out" / "out.onnx").read_text() == "old"
 
 
+@pytest.mark.parametrize("call", ["os.fsync", "os.pwrite", "pathlib.Path.write_bytes"])
+def test_a_full_disk_leaves_the_old_model_and_its_old_data(call, tmp_path, big, monkeypatch):
+    result = fastbn.fold(save_external(big, tmp_path), verify=False)
+    result.save(tmp_path / "out.onnx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as only:
+        only.setattr(call, full)
+        with pytest.raises(fastbn.StorageError, match="no space left on device"):
+            result.save(tmp_path / "out.onnx")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_one_name_in_two_branches_is_two_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    text = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y) {
+        y = If (flag) <
+            then_branch = yes () => (a) { c = Conv(x, v1) a = BatchNormalization(c, s, t, m, v) },
+            else_branch = no () => (d) { e = Conv(x, v2) d = BatchNormalization(e, s, t, m, v) }
+        >
+    }"""
+    proto = conv_bn(text, w=None, b=None)
+    for number, attribute in enumerate(proto.graph.node[0].attribute):
+        attribute.g.node[0].input[1] = "w"
+        attribute.g.initializer.append(numpy_helper.from_array(normal(4, 3, 3, 3, seed=number), "w"))
+    inline = onnx.ModelProto.FromString(proto.SerializeToString())
+    weights = [attribute.g.initializer[0] for attribute in proto.graph.node[0].attribute]
+    (tmp_path / "w.data").write_bytes(weights[0].raw_data + weights[1].raw_data)
+    for number, tensor in enumerate(weights):
+        external_data_helper.set_external_data(tensor, "w.data", 432 * number, 432)
+        tensor.ClearField("raw_data")
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    result = fastbn.fold(tmp_path / "m.onnx")
+    assert (len(result.folded), result.parity.status) == (2, "ok")
+    result.save(tmp_path / "out.onnx")
+    for flag in (True, False):
+        feeds = {"x": normal(2, 3, 8, 8), "flag": np.array(flag)}
+        assert_same(inline, result.model, feeds)
+        assert_same(inline, loaded(tmp_path / "out.onnx"), feeds)
+
+
 def test_a_link_as_output_is_replaced_and_its_target_stays(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "m.onnx").write_text("old")

@@ -96,8 +96,8 @@ def tampered(monkeypatch):
     """Make the writer wrong: every fold is right, the file is not."""
     fill = rewrite._Writer._fill
 
-    def wrong_fill(self, tensor, constant):
-        fill(self, tensor, constant)
+    def wrong_fill(self, scope, tensor, constant):
+        fill(self, scope, tensor, constant)
         values = numpy_helper.to_array(tensor).copy()
         values.flat[0] += 0.01
         tensor.raw_data = values.tobytes()

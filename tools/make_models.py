@@ -45,7 +45,7 @@ class Net:
         self.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def constant(self, name, values):
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
     def normal(self, name, shape, fan_in):

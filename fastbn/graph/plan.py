@@ -349,7 +349,9 @@ def _find_home(node, value, affine, site):
         ahead = refusal
     if behind.code == "shift-cannot-pass" and is_batch_norm(node):
         try:
-            return _Search(site).backward(value, affine.scale_only(), node, slot), False, _shift_node(node, affine, site)
+            found = _Search(site).backward(value, affine.scale_only(), node, slot)
+            # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+            return found, False, _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
         except Refusal:
             pass  # what both ways said is the better reason
     # A reason that only says "nothing there" gives way to one that names a condition.
@@ -475,12 +477,11 @@ def _refuse_source(value):
     return Refusal("reads-constant", f"it reads the constant '{value.name}'")
 
 
-def _shift_node(node, affine, site):
+def _shift_node(node, affine, site, dtype):
     """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
     rank = site.rank(node.inputs[0])
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{node.inputs[0].name}' is not known, so the shift that would stay cannot be placed")
-    dtype = site.index.constant(node.inputs[2]).dtype
     _, shift, spread = affine.shaped(rank)
     vector = Dense(dtype, shift, spread)
     proto = onnx.NodeProto(op_type="Add")

@@ -17,7 +17,7 @@ from onnx import helper
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
 from fastbn.graph.model import scopes_of
-from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize
+from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize, sync
 
 __all__ = ["Output", "edited", "external_tensors", "rewrite"]
 
@@ -30,8 +30,9 @@ PAGE = 4096
 
 @dataclass(eq=False)
 class Patch:
-    """A folded weight that lives in a data file: its TensorProto in the new model, its values, and its offset (None: at the end)."""
+    """A folded weight that lives in a data file: its scope and TensorProto, its values, and its offset (None: at the end)."""
 
+    scope: int
     tensor: object
     constant: Scaled
     location: str
@@ -98,9 +99,8 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        if not self.plans and not self.index.freeze_inputs:
-            return Output(self.index.proto, [], self.index.source, unchanged=True)
-        return Output(self.proto, self.patches, self.index.source, self.duplicates)
+        changed = bool(self.plans) or self.index.freeze_inputs
+        return Output(self.proto, self.patches, self.index.source, self.duplicates, changed)
 
     def _proto(self, node):
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -143,7 +143,7 @@ class _Writer:
             if self.proto.ir_version < 4 and node.scope is self.index.main:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
-        self._fill(tensor, constant)
+        self._fill(node.scope.number, tensor, constant)
         return tensor.name
 
     def _is_read(self, value):
@@ -157,9 +157,9 @@ class _Writer:
         self.names.add(name)
         return name
 
-    def _fill(self, tensor, constant):
+    def _fill(self, scope, tensor, constant):
         if is_external(tensor) and isinstance(constant, Scaled) and constant.base.size * constant.dtype.itemsize > LARGEST_INLINE:
-            self._patch(tensor, constant)
+            self._patch(scope, tensor, constant)
             return
         for values in ("float_data", "double_data", "int32_data", "raw_data", "external_data", "data_location"):
             tensor.ClearField(values)
@@ -167,13 +167,13 @@ class _Writer:
         tensor.dims[:] = constant.shape
         tensor.raw_data = constant.array().tobytes()
 
-    def _patch(self, tensor, constant):
+    def _patch(self, scope, tensor, constant):
         """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
         location, offset = location_of(tensor), self.index.source.location(tensor)[1]
         stop = offset + constant.base.size * constant.dtype.itemsize
         users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
         taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
-        self.patches.append(Patch(tensor, constant, location, None if users > 1 or taken else offset))
+        self.patches.append(Patch(scope, tensor, constant, location, None if users > 1 or taken else offset))
 
     def _extents(self):
         """Return location -> byte ranges of all external tensors of the model."""
@@ -258,12 +258,12 @@ class Output:
     duplicates is node -> name of the weight that the node shared with others and now has for itself.
     """
 
-    def __init__(self, proto, patches, source, duplicates=None, unchanged=False):
-        self.duplicates = duplicates or {}
-        self.unchanged = unchanged
+    def __init__(self, proto, patches, source, duplicates, changed):
+        self.duplicates = duplicates
         self.proto = proto
         self.patches = patches
         self.source = source
+        self.changed = changed
         self._external = any(True for _ in external_tensors(proto))
         self._staged = {}
 
@@ -274,7 +274,7 @@ class Output:
 
     def to_bytes(self):
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
-        if self.unchanged and not self._external:
+        if not self.changed and not self._external:
             return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
 
@@ -286,12 +286,10 @@ class Output:
         if total > PROTOBUF_LIMIT:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
         proto = _copy(self.proto)
-        patched = {patch.tensor.name: patch.constant for patch in self.patches}
+        for patch, tensor in zip(self.patches, self._patched_in(proto), strict=True):
+            _put_inside(tensor, patch.constant.array())
         for tensor in external_tensors(proto):
-            values = patched[tensor.name].array() if tensor.name in patched else self.source.array(tensor)
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            tensor.raw_data = values.tobytes()
+            _put_inside(tensor, self.source.array(tensor))
         return proto
 
     def stage(self, folder=None):
@@ -323,10 +321,9 @@ class Output:
             if self._external:
                 proto = _copy(self.proto)
                 written = self._write_data_files(path, proto, stack)
-                temporary.write_bytes(serialize(proto, str(path)))
-            else:
-                temporary.write_bytes(self.to_bytes())
+            temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
             if any(target.exists() for target in written.values()):
+                sync(temporary)  # a full disk must be noticed while the old model stands
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)
         return written
@@ -335,12 +332,18 @@ class Output:
         """Return the real paths of the data files that the original reads."""
         return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(self.source.proto)}
 
+    def _patched_in(self, copy):
+        """Return the tensor of each patch in a copy of the model; two bodies may use one name, so the scope counts."""
+        graphs = scopes_of(copy.graph)
+        named = {number: {tensor.name: tensor for tensor in graphs[number].initializer} for number in {p.scope for p in self.patches}}
+        return [named[patch.scope][patch.tensor.name] for patch in self.patches]
+
     def _write_data_files(self, path, proto, stack):
         """Write a patched copy of each data file and point the model's tensors to it."""
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        by_name = {tensor.name: tensor for group in tensors.values() for tensor in group}
+        patched = self._patched_in(proto)
         inputs = self._data_files()
         written = {}
         for location in sorted(tensors):
@@ -351,12 +354,20 @@ class Output:
             offsets, size = _layout(patches, source.stat().st_size)
             if not _moved(self._staged.pop(location, None), temporary):
                 _write_patched(source, temporary, patches, offsets, size)
+                sync(temporary)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", target.name)
             for patch, offset in zip(patches, offsets, strict=True):
-                _set_external(by_name[patch.tensor.name], "offset", str(offset))
-                _set_external(by_name[patch.tensor.name], "length", str(patch.size))
+                tensor = patched[self.patches.index(patch)]
+                _set_external(tensor, "offset", str(offset))
+                _set_external(tensor, "length", str(patch.size))
         return written
+
+
+def _put_inside(tensor, values):
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = values.tobytes()
 
 
 def _data_path(path, inputs, taken):

@@ -13,7 +13,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
-__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "tensor_dtype"]
+__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "sync", "tensor_dtype"]
 
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -42,7 +42,8 @@ def load(model):
     if isinstance(model, onnx.ModelProto):
         return Source(model, None, "model")
     if isinstance(model, (bytes, bytearray, memoryview)):
-        return Source(_parse(bytes(model), "model"), None, "model", bytes(model))
+        data = bytes(model)
+        return Source(_parse(data, "model"), None, "model", data)
     if not isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     path = Path(os.fsdecode(model))
@@ -107,11 +108,11 @@ class Source:
         self._files = {}
 
     def to_bytes(self):
-        """Return the model as it was given, byte for byte."""
-        if self._data is not None:
-            return self._data
+        """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
+        if self.path is None:
+            return serialize(self.proto, self.name) if self._data is None else self._data
         try:
-            return serialize(self.proto, self.name) if self.path is None else self.path.read_bytes()
+            return self.path.read_bytes()
         except OSError as error:
             raise os_error(error, self.name) from error
 
@@ -135,7 +136,7 @@ class Source:
             raw = np.frombuffer(tensor.raw_data, np.uint8)
         else:
             try:
-                return np.ascontiguousarray(numpy_helper.to_array(tensor))
+                return np.asarray(numpy_helper.to_array(tensor), order="C")
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         size = math.prod(tensor.dims) * dtype.itemsize
@@ -181,6 +182,12 @@ class Source:
         return data[offset : offset + length]
 
 
+def sync(path):
+    """Wait until a file's bytes are on the disk: a full one is noticed here at the latest."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path in path's folder; when the block ends well it is synced and takes path's place, otherwise it is removed."""
@@ -189,8 +196,7 @@ def atomic(path):
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
         os.replace(temporary, path)

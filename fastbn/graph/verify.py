@@ -10,6 +10,7 @@ original runs again with every batch normalization disturbed by a few units of r
 what that changes.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,9 @@ def _runtime():
 def _said(error):
     """Return the first line of what onnxruntime said, without its prefix."""
     line = str(error).strip().splitlines()[0]
-    return line.split(" : ", 3)[-1][:300] if line.startswith("[ONNXRuntimeError]") else line[:300]
+    if line.startswith("[ONNXRuntimeError]"):
+        line = line.split(" : ", 3)[-1]
+    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)[:300]  # the place in onnxruntime's own sources
 
 
 def session(model, folder=None, threads=0, optimise=False):

