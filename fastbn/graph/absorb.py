@@ -17,7 +17,7 @@ import numpy as np
 
 from fastbn.affine import View
 from fastbn.errors import ModelError, expected
-from fastbn.graph.constant import Affine, Dense, Scaled, spread_over
+from fastbn.graph.constant import Affine, Dense, Dequantised, Scaled, spread_over
 from fastbn.graph.lift import constant_slot
 from fastbn.graph.report import Refusal
 
@@ -86,6 +86,11 @@ def _require_channels(node, affine, channels, what):
 
 
 def _scaled(weight, view, scale):
+    if isinstance(weight, Dequantised):
+        found = weight.times(view, scale)
+        if found is None:
+            raise Refusal("quantised", f"the scale is not one positive number per step of DequantizeLinear '{weight.node.label}'")
+        return found
     if isinstance(weight, Dense):
         return weight.times(spread_over(view, scale, weight.shape))
     return weight.times(view, scale) if isinstance(weight, Scaled) else Scaled(weight, view, np.array(scale))
@@ -568,6 +573,10 @@ def _one_term(node, site):
     return 1
 
 
+def _no_sample(node, site):
+    return {}
+
+
 ABSORBERS = {
     "Conv": Row(_conv_backward, _conv_forward, _conv_terms, _conv_sample),
     "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, _conv_terms, _conv_sample),
@@ -578,6 +587,8 @@ ABSORBERS = {
     "Sub": Row(_add_backward, _add_forward, _one_term, _elementwise_sample),
     "Mul": Row(_mul_backward, _mul_forward, _one_term, _elementwise_sample),
     "Div": Row(_mul_backward, _mul_forward, _one_term, _elementwise_sample),
+    # The weight of one of the above may stand behind it, and a scale goes into its own.
+    "DequantizeLinear": Row(None, None, _one_term, _no_sample),
     "LSTM": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),
     "GRU": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),
     "RNN": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),

@@ -1,4 +1,5 @@
-"""Constants of a graph: as the model holds them (Tensor), as a fold leaves them (Scaled, Dense), and the affine that travels (Affine).
+"""Constants of a graph: as the model holds them (Tensor, Dequantised), as a fold leaves them (Scaled, Dense, Requantised), and the affine
+that travels (Affine).
 
 Nothing here is evaluated before it is asked for: weights may be gigabytes in a memory-mapped file.
 """
@@ -10,7 +11,7 @@ import numpy as np
 
 from fastbn.affine import View, narrow, scale_weight
 
-__all__ = ["BLOCK", "Affine", "Dense", "Scaled", "Tensor", "spread_over"]
+__all__ = ["BLOCK", "Affine", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "spread_over"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -31,6 +32,56 @@ class Tensor:
     def array(self):
         """Return the values, C-contiguous; those of an external file are mapped, not loaded."""
         return self.read()
+
+    def check(self):
+        """Return (nonfinite, flushed) as a fold's constants do: what is only moved loses nothing."""
+        return 0, 0
+
+    def magnitude(self):
+        """Return the values as they are: integers, which bound nothing."""
+        return self.array()
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantised(Tensor):
+    """A weight behind a DequantizeLinear: (quantised - zero_point) * scale, along an axis or, without one, for the whole tensor."""
+
+    node: object
+    axis: int | None
+    scale: "Dense"
+    zero_point: Tensor | None
+
+    def times(self, view, factor):
+        """Return the Requantised with one more scale, or None where that is not one positive number per step of the axis."""
+        full = spread_over(view, factor, self.shape)
+        axes = range(len(self.shape)) if self.axis is None else [self.axis]
+        for axis in axes:
+            first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
+            if (full == full[first]).all() and (full > 0).all():
+                return self._along(axis, full[first].reshape(-1))
+        return None
+
+    def _along(self, axis, factor):
+        zero = self.zero_point
+        if zero is not None and zero.size == 1:
+            values = np.broadcast_to(zero.array().reshape(-1), factor.shape).copy()
+            zero = Tensor(zero.dtype, values.shape, lambda: values)
+        return Requantised(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.spread * factor), zero)
+
+
+@dataclass(frozen=True, eq=False)
+class Requantised:
+    """What becomes of a DequantizeLinear whose weight is scaled: its scale, its zero point, and the axis that both run along."""
+
+    node: object
+    axis: int
+    scale: "Dense"
+    zero_point: Tensor | None
+
+    def constants(self):
+        """Return (node, slot) -> constant."""
+        found = {(self.node, 1): self.scale}
+        return found if self.zero_point is None else {**found, (self.node, 2): self.zero_point}
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from fastbn.affine import DTYPES
 from fastbn.errors import ModelError, expected
 from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Affine, Dense
+from fastbn.graph.constant import Affine, Dense, Dequantised, Requantised
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.model import Node, Value, is_standard
 from fastbn.graph.report import FORWARDS, Kept, Refusal
@@ -30,6 +30,9 @@ SHAPE_READERS = ("Shape", "Size")
 # A value is given at most this many elements in a site's verification, where the model says its shape.
 LARGEST_SAMPLE = 1 << 20
 
+
+# Conv, ConvTranspose and Gemm read their weight here; DequantizeLinear has a scale per step of an axis from this opset on.
+WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
 
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
@@ -169,7 +172,7 @@ class Site:
 
     def weight(self, node, slot):
         """Return the constant weight at a slot; raises Refusal where it is none."""
-        found = self.tensor(node, slot)
+        found = self.tensor(node, slot) or self._dequantised(node, slot)
         if found is None:
             value = node.input(slot)
             if value is None:
@@ -185,6 +188,31 @@ class Site:
             raise Refusal("unsupported-type", f"the weight '{node.input(slot).name}' of {node.op} '{node.label}' is {found.dtype}")
         return found
 
+    def _dequantised(self, node, slot):
+        """Return the Dequantised weight at a slot, None where there is no DequantizeLinear of constants behind it."""
+        value = node.input(slot)
+        source = None if value is None else value.producer
+        if source is None or not source.is_op("DequantizeLinear") or slot != WEIGHT_SLOT or self.index.opset < FIRST_PER_AXIS_OPSET:
+            return None
+        quantised, scale = self.tensor(source, 0), self.tensor(source, 1)
+        zero_point = self.tensor(source, 2)
+        known = quantised is not None and scale is not None and (zero_point is not None or source.input(2) is None)
+        if not known or source.attribute("block_size", 0) or scale.dtype.name not in DTYPES or source.scope is not node.scope:
+            return None
+        self.refuse_readers(value, node, slot)
+        changed = self.owner[source].attributes.get(source, {}) if source in self.owner else {}
+        axis = changed.get("axis", source.attribute("axis", 1)) % len(quantised.shape)
+        per_axis = math.prod(scale.shape) > 1
+        step = Dense.of(scale)
+        flat = Dense(step.dtype, step.values.reshape(-1), step.spread.reshape(-1))
+
+        def read():
+            along = [-1 if at == axis and per_axis else 1 for at in range(len(quantised.shape))]
+            zero = 0 if zero_point is None else zero_point.array().reshape(along if zero_point.size > 1 else -1).astype(np.float64)
+            return ((quantised.array().astype(np.float64) - zero) * flat.values.reshape(along)).astype(scale.dtype)
+
+        return Dequantised(scale.dtype, quantised.shape, read, source, axis if per_axis else None, flat, zero_point)
+
     def dense(self, node, slot):
         """Return the constant at a slot in float64."""
         return Dense.of(self.weight(node, slot))
@@ -193,6 +221,9 @@ class Site:
         """Return the bias at a slot in float64, which must have this shape; zeros where it is absent."""
         if not self.has(node, slot):
             return Dense.zeros(shape, dtype)
+        value = node.input(slot)
+        if self.tensor(node, slot) is None and value.producer is not None and value.producer.is_op("DequantizeLinear"):
+            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantised: no scale of it holds the shift")
         found = self.dense(node, slot)
         if found.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {found.shape}", node.label))
@@ -479,7 +510,13 @@ class _Search:
     def _taken(self, taken, node, follow):
         absorbs = bool(taken.constants)
         found = Plan(path=[node], homes=[node] if absorbs else [], attributes={node: taken.attributes} if taken.attributes else {})
-        found.constants.update({(node, slot): constant for slot, constant in taken.constants.items()})
+        for slot, constant in taken.constants.items():
+            if isinstance(constant, Requantised):
+                found.path.append(constant.node)
+                found.constants.update(constant.constants())
+                found.attributes[constant.node] = {"axis": constant.axis}
+            else:
+                found.constants[node, slot] = constant
         if taken.dissolves is not None:
             sibling = next(iter(taken.elsewhere))[0]
             found.constants.update(taken.elsewhere)

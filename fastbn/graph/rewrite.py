@@ -28,6 +28,10 @@ LARGEST_INLINE = 1 << 20
 PAGE = 4096
 
 
+# What a new constant is called, where it is neither a weight nor a bias.
+ROLES = {("DequantizeLinear", 1): "scale", ("DequantizeLinear", 2): "zero_point"}
+
+
 @dataclass(eq=False)
 class Patch:
     """A folded weight that lives in a data file: its scope and TensorProto, its values, and its offset (None: at the end)."""
@@ -139,7 +143,8 @@ class _Writer:
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
-            tensor.name = self._new_name(f"{node.label}.{'weight' if isinstance(constant, Scaled) else 'bias'}")
+            role = ROLES.get((node.op, slot)) or ("weight" if isinstance(constant, Scaled) else "bias")
+            tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < 4 and node.scope is self.index.main:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))

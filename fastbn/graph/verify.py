@@ -237,9 +237,9 @@ class _Segment:
                 edited(proto, {slot: name}, {})
                 feeds[name] = self._array(constant.magnitude() if magnitudes else constant.array())
             edited(proto, {}, self.plan.attributes.get(node, {}))
-            if magnitudes:
-                _bounding(proto)
             protos.append(proto)
+            if magnitudes:
+                protos.extend(_bounding(proto))
         return protos, feeds, [self._name(value) for value in self.results]
 
     def _name(self, value):
@@ -256,11 +256,17 @@ def _magnitude(node, slot, array):
 
 
 def _bounding(proto):
+    """Make a node bound the size of its terms; return what must follow it."""
+    if proto.op_type == "DequantizeLinear":
+        absolute = helper.make_node("Abs", [f"{proto.output[0]}/signed"], [proto.output[0]])
+        proto.output[0] = absolute.input[0]
+        return [absolute]
     if proto.op_type == "Sub":
         proto.op_type = "Add"
     for attribute in proto.attribute:
         if proto.op_type == "Gemm" and attribute.name == "alpha":
             attribute.f = abs(attribute.f)
+    return []
 
 
 def _modern(proto, opset):
