@@ -91,7 +91,7 @@ def _parser():
     bench = commands.add_parser("bench", help="latency of two models in onnxruntime, side by side", description=_bench.__doc__)
     bench.add_argument("original", metavar="A")
     bench.add_argument("folded", metavar="B", nargs="?", help="without it, A folded in memory")
-    bench.add_argument("--runs", type=_count, default=50, metavar="N", help="timed runs of each model (50)")
+    bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
     _add_input_shape(bench)
     bench.set_defaults(run=_bench)
@@ -103,55 +103,46 @@ def _parser():
 
 
 def _add_input_shape(parser):
-    parser.add_argument(
-        "--input-shape", metavar="NAME=D,D,...", action="append", type=_shape, default=[], help="sizes of a graph input (repeatable)"
-    )
+    parser.add_argument("--input-shape", metavar="NAME=D,D,...", action="append", default=[], help="sizes of a graph input (repeatable)")
 
 
-def _shape(text):
-    name, equals, sizes = text.rpartition("=")
-    try:
-        shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
-    except ValueError:
-        shape = (0,)
-    if not (name and equals) or any(size < 1 for size in shape):
-        raise argparse.ArgumentTypeError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
-    return name, shape
-
-
-def _count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(expected("a number of at least 1", repr(text), "--runs"))
-    return int(text)
+def _input_shapes(arguments):
+    shapes = {}
+    for text in arguments.input_shape:
+        name, equals, sizes = text.rpartition("=")
+        numbers = sizes.split(",") if sizes else []
+        if not (name and equals) or not all(size.isdecimal() and int(size) for size in numbers):
+            raise ArgumentError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
+        shapes[name] = tuple(map(int, numbers))
+    return shapes
 
 
 def _fold(arguments):
     """Fold every inference BatchNormalization that can be folded exactly into its neighbours' weights; verify each fold and the whole model
     in onnxruntime, its optimiser off; say why each other one stays."""
-    from fastbn.graph import fold
+    from fastbn.graph.folding import fold_watched
 
     target = None if arguments.dry_run else _target(arguments)
     _check_json(arguments.json, [arguments.input, target])
     bar = _Progress(arguments.quiet)
     with bar:
-        result = fold(
+        result = fold_watched(
             _source(arguments.input),
             only=arguments.only,
             skip=arguments.skip,
             verify=not (arguments.no_verify or arguments.dry_run),
-            input_shapes=dict(arguments.input_shape),
+            input_shapes=_input_shapes(arguments),
             freeze_inputs=arguments.freeze_inputs,
             progress=bar,
             stage=target.parent if isinstance(target, Path) else None,
         )
     failed = result.parity is not None and result.parity.status == "failed"
-    written = None
+    written = []
     if target is not None and not failed:
         if target == "-":
             _write_stdout(result.to_bytes())
         else:
-            result.save(target)
-            written = str(target)
+            written = result.save(target)
     _report(arguments, result, target, written)
     if failed:
         _say(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written", sys.stderr)
@@ -191,20 +182,19 @@ def _write_stdout(data):
 
 def _report(arguments, result, target, written):
     if arguments.json:
-        _write_json(arguments.json, {**result.to_dict(), "written": written})
+        _write_json(arguments.json, {**result.to_dict(), "written": [str(path) for path in written]})
     if arguments.quiet or arguments.json == "-":
         return
     # When the model goes to stdout, the table goes to stderr.
     stream = sys.stderr if target == "-" else sys.stdout
     for line in result.lines():
         _say(line, stream)
+    if target is None:
+        _say("dry run: nothing verified, nothing written", stream)
     if written:
-        _say(f"wrote   {written}   {_size_of(written)}", stream)
+        from fastbn.graph.report import size_text
 
-
-def _size_of(path):
-    size = os.path.getsize(path)
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        _say(f"wrote   {written[0]}   {size_text(sum(path.stat().st_size for path in written))}", stream)
 
 
 def _check_json(where, others):
@@ -271,14 +261,14 @@ class _Progress:
 
 
 def _verify(arguments):
-    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to rounding, 1 when
-    they do not, 2 when they cannot be compared."""
-    from fastbn.graph import verify
+    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to
+    rounding, 1 when they do not, 2 when they cannot be compared."""
+    from fastbn.graph.folding import verify_watched
 
     _check_json(arguments.json, [arguments.original, arguments.folded])
     bar = _Progress(arguments.quiet)
     with bar:
-        parity = verify(arguments.original, arguments.folded, input_shapes=dict(arguments.input_shape), progress=bar)
+        parity = verify_watched(arguments.original, arguments.folded, _input_shapes(arguments), progress=bar)
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "parity": parity.to_dict()})
     if not arguments.quiet and arguments.json != "-":
@@ -295,10 +285,12 @@ def _schema():
 
 def _bench(arguments):
     """Time two models in onnxruntime with its default options, run by run in turn, on one thread and on all: median and 90th percentile."""
+    if arguments.runs < 1:
+        raise ArgumentError(expected("at least 1 run", str(arguments.runs), "--runs"))
     from fastbn.graph.bench import bench
 
     _check_json(arguments.json, [arguments.original, arguments.folded])
-    rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=dict(arguments.input_shape))
+    rows = bench(arguments.original, arguments.folded, runs=arguments.runs, input_shapes=_input_shapes(arguments))
     if arguments.json:
         _write_json(arguments.json, {"schema": _schema(), "bench": rows})
     if arguments.json != "-":

@@ -1,7 +1,6 @@
 """What runs here: versions, kernels, threads. The one page to attach to a bug report."""
 
 import os
-import platform
 import sys
 
 import numpy as np
@@ -24,6 +23,7 @@ def show_config():
     dict
         version, python, platform, machine, cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
     """
+    import platform
     from importlib import metadata
 
     import fastbn

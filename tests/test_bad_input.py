@@ -410,7 +410,7 @@ def test_memory_that_runs_out(fails, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("fastbn.graph.fold", exhausted)
+    monkeypatch.setattr("fastbn.graph.folding.fold_watched", exhausted)
     assert "Expected enough memory" in fails("fold", "in.onnx", "out.onnx")
 
 
@@ -418,7 +418,7 @@ def test_interrupt_in_process(here, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastbn.graph.fold"], "check_model", stop)
+    monkeypatch.setattr(sys.modules["fastbn.graph.folding"], "check_model", stop)
     before = tree(here)
     assert main(["fold", "in.onnx", "out.onnx"]) == cli.INTERRUPTED == 130
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"
@@ -443,7 +443,7 @@ def test_ctrl_c_during_the_run_leaves_no_partial_file(moment, tmp_path, environm
         assert time.monotonic() < deadline
         assert process.poll() is None
     if moment == "verifying":
-        while not list(tmp_path.glob(".fastbn-*/folded.onnx")) and time.monotonic() < deadline and process.poll() is None:
+        while not list(tmp_path.glob(".fastbn-*/staged.onnx")) and time.monotonic() < deadline and process.poll() is None:
             pass
     if moment == "reading":
         time.sleep(0.15)

@@ -107,7 +107,7 @@ def test_json_to_a_file(here, capsys):
     parity = report["parity"]
     assert (parity["status"], parity["inputs"], parity["output"], len(parity["index"])) == ("ok", 3, "y", 4)
     assert parity["error"] <= parity["allowed"]
-    assert report["written"] == "out.onnx"
+    assert report["written"] == ["out.onnx"]
 
 
 def test_json_to_stdout_replaces_the_table(here, capsys):
@@ -116,7 +116,7 @@ def test_json_to_stdout_replaces_the_table(here, capsys):
     (kept,) = report["kept"]
     assert set(kept) == {"bn", "ops", "code", "reason"}
     assert kept["code"] in REASONS
-    assert (report["written"], report["parity"]) == (None, None)
+    assert (report["written"], report["parity"]) == ([], None)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,8 @@ def test_input_shape_is_used(here, capsys):
 
 
 def test_shape_text():
-    assert cli._shape("x=1,3,224,224") == ("x", (1, 3, 224, 224))
-    assert cli._shape("a=b=2") == ("a=b", (2,))
-    assert cli._shape("scalar=") == ("scalar", ())
+    arguments = cli._parser().parse_args(["verify", "a", "b", *(f"--input-shape={text}" for text in ("x=1,3,224,224", "a=b=2", "scalar="))])
+    assert cli._input_shapes(arguments) == {"x": (1, 3, 224, 224), "a=b": (2,), "scalar": ()}
 
 
 def cli_run(arguments, environment, **options):

@@ -24,7 +24,7 @@ FLOORS = [
     ["graph.plan"],
     ["graph.rewrite"],
     ["graph.verify"],
-    ["graph.fold"],
+    ["graph.folding"],
     ["graph.bench"],
     ["graph.__init__"],
     ["__init__"],

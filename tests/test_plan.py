@@ -40,9 +40,9 @@ def test_planning_only_reads():
 
 def test_each_norm_is_a_plan_with_its_home():
     found = planned(two())
-    assert [([node.label for node in each.nodes], each.home.label, each.channels) for each in found.plans] == [
-        (["first"], "a", 4),
-        (["second"], "c", 4),
+    assert [([node.label for node in each.lifted], [home.label for home in each.homes], each.channels) for each in found.plans] == [
+        (["first"], ["a"], 4),
+        (["second"], ["c"], 4),
     ]
     assert found.kept == []
 
@@ -118,16 +118,37 @@ def test_a_norm_between_two_nonlinearities_stays():
     assert "Tanh" in kept.reason
 
 
-def test_a_norm_in_a_model_local_function_is_reported():
-    proto = model("(float[2,4] x) => (float[2,4] y) { y = my.block(x, s, t, m, v) }", imports=["my"], **norm(4))
+def with_function(text, **constants):
+    proto = model(text, imports=["my"], **constants)
     node = helper.make_node("BatchNormalization", ["a", "b", "c", "d", "e"], ["f"], name="inner")
     proto.functions.append(helper.make_function("my", "block", list("abcde"), ["f"], [node], proto.opset_import))
+    return proto
+
+
+def test_a_norm_in_a_model_local_function_that_cannot_go_is_reported():
+    proto = with_function("(float[2,4] x) => (float[2,4] y) { y = my.block(x, s, t, m, v) }", **norm(4))
     result = fastbn.fold(proto)
     (kept,) = result.kept
     assert (kept.bn, kept.code) == ("inner", "in-function")
     assert "'block'" in kept.reason
-    assert result.to_bytes() == proto.SerializeToString()
+    assert result.to_bytes() == proto.SerializeToString(), "nothing is inlined in vain"
     assert result.to_dict()["batch_normalizations"] == {"before": 1, "after": 1}
+
+
+def test_a_norm_in_a_model_local_function_folds_where_it_is_called():
+    text = """(float[N,3] x) => (float[N,4] y) {
+        a = Gemm(x, w)
+        b = my.block(a, s, t, m, v)
+        c = Gemm(b, u)
+        y = my.block(c, s1, t1, m1, v1)
+    }"""
+    proto = with_function(text, w=normal(3, 4), u=normal(4, 4), **norm(4), **norm(4, "1", seed=5))
+    result = fastbn.fold(proto)
+    assert result.kept == []
+    assert [node.op_type for node in result.model.graph.node] == ["Gemm", "Gemm"]
+    assert result.notes == ("model-local function 'block' inlined",)
+    assert result.parity.ok
+    assert_same(proto, result.model)
 
 
 def test_several_outputs_of_the_node_before():

@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from fastbn.graph import storage
-from fastbn.graph.fold import fold
+from fastbn.graph.folding import fold
 from fastbn.graph.model import Index
 from fastbn.graph.verify import Runnable, feeds_for, session
 

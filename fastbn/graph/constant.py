@@ -1,15 +1,16 @@
-"""Constants of a graph: as the model holds them (Tensor), as a fold leaves them (Scaled, Vector), and the affine that travels (Affine).
+"""Constants of a graph: as the model holds them (Tensor), as a fold leaves them (Scaled, Dense), and the affine that travels (Affine).
 
 Nothing here is evaluated before it is asked for: weights may be gigabytes in a memory-mapped file.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fastbn.affine import View, narrow, scale_weight
 
-__all__ = ["BLOCK", "Affine", "Scaled", "Tensor", "Vector"]
+__all__ = ["BLOCK", "Affine", "Dense", "Scaled", "Tensor", "spread_over"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -25,7 +26,7 @@ class Tensor:
 
     @property
     def size(self):
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def array(self):
         """Return the values, C-contiguous; those of an external file are mapped, not loaded."""
@@ -49,9 +50,10 @@ class Scaled:
         return self.base.shape
 
     def times(self, view, scale):
-        """Return this weight with one more scale on the same axis."""
-        assert view == self.view, "a weight takes scales on one axis only"
-        return replace(self, scale=self.scale * scale)
+        """Return this weight with one more scale, on the same axis or, at the price of holding it in float64, on another."""
+        if view == self.view:
+            return replace(self, scale=self.scale * scale)
+        return Dense.of(self).times(spread_over(view, scale, self.shape))
 
     def check(self):
         """Return (nonfinite, flushed): how many elements the type cannot hold."""
@@ -111,9 +113,14 @@ def _least_normal(dtype):
     return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
 
 
+def spread_over(view, scale, shape):
+    """Return a scale per (group, channel) of a view as an array that multiplies weights of this shape."""
+    return np.broadcast_to(np.reshape(scale, (view.groups, 1, view.channels, 1)), view).reshape(shape)
+
+
 @dataclass(frozen=True, eq=False)
-class Vector:
-    """A small constant in float64, rounded once when it is evaluated; spread is the size of the terms that it was summed from."""
+class Dense:
+    """A constant held in float64, rounded once when it is evaluated; spread is the size of the terms that it was summed from."""
 
     dtype: np.dtype
     values: np.ndarray
@@ -124,10 +131,15 @@ class Vector:
         return self.values.shape
 
     @classmethod
-    def of(cls, tensor):
-        """Return the float64 values of a Tensor."""
-        values = tensor.array().astype(np.float64)
-        return cls(tensor.dtype, values, np.abs(values))
+    def of(cls, constant):
+        """Return any constant in float64, not rounded."""
+        if isinstance(constant, Dense):
+            return constant
+        if isinstance(constant, Scaled):
+            base = cls.of(constant.base)
+            return base.times(spread_over(constant.view, constant.scale, constant.shape))
+        values = constant.array().astype(np.float64)
+        return cls(constant.dtype, values, np.abs(values))
 
     @classmethod
     def zeros(cls, shape, dtype):
@@ -137,7 +149,7 @@ class Vector:
     def affine(self, scale, shift, spread):
         """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
         with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
-            return Vector(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+            return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
 
     def times(self, factor):
         """Return factor * self."""
@@ -191,12 +203,23 @@ class Affine:
     def shifts(self):
         return bool((self.shift != 0).any())
 
+    def at(self, axis):
+        """Return the same affine along another axis, counted from the front; one number for every element stays so."""
+        return self if self.axis is None else replace(self, axis=axis, rank=0)
+
+    def picked(self, indices, axis):
+        """Return the affine whose channels are these channels of this one, along an axis counted from the front."""
+        scale, shift, spread = (part[indices] for part in (self.scale, self.shift, self.spread))
+        return Affine(scale, shift, axis, 0, spread)
+
     def scale_only(self):
         """Return the part that multiplies."""
         return replace(self, shift=np.zeros_like(self.shift), spread=np.zeros_like(self.spread))
 
     def along(self, channels):
         """Return (scale, shift, spread) of length channels: a single number is repeated."""
+        if self.channels == channels:
+            return self.scale, self.shift, self.spread
         return tuple(np.broadcast_to(part, (channels,)) for part in (self.scale, self.shift, self.spread))
 
     def shaped(self, rank):

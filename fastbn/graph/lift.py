@@ -14,7 +14,7 @@ import numpy as np
 
 from fastbn.affine import DTYPES, batch_norm_affine
 from fastbn.errors import ModelError, expected
-from fastbn.graph.constant import Affine
+from fastbn.graph.constant import Affine, Dense
 from fastbn.graph.report import Refusal
 
 __all__ = ["BATCH_NORM", "ELEMENTWISE", "PARAMETERS", "constant_slot", "is_batch_norm", "lift"]
@@ -35,12 +35,15 @@ def is_batch_norm(node):
     return node.is_op(BATCH_NORM)
 
 
-def lift(node, index):
-    """Return the Affine of a node, or None for one that is no affine; a BatchNormalization that must stay raises Refusal."""
+def lift(node, site):
+    """Return the Affine of a node, or None for one that is no affine; a BatchNormalization that must stay raises Refusal.
+
+    `site` is the planner's view (plan.Site): a constant that an earlier plan has changed counts as changed.
+    """
     if is_batch_norm(node):
-        return _batch_norm(node, index)
+        return _batch_norm(node, site)
     if node.is_op(*ELEMENTWISE):
-        return _elementwise(node, index)
+        return _elementwise(node, site)
     return None
 
 
@@ -55,7 +58,8 @@ def constant_slot(node, index):
     return slot if found[slot].dtype.name in DTYPES else None
 
 
-def _batch_norm(node, index):
+def _batch_norm(node, site):
+    index = site.index
     _refuse_training(node, index)
     if node.attribute("spatial", 1) == 0:
         raise Refusal("per-element", "spatial=0: its parameters are per element, not per channel")
@@ -64,7 +68,7 @@ def _batch_norm(node, index):
     arrays = {}
     for slot, name in PARAMETERS.items():
         value = node.inputs[slot]
-        found = index.constant(value)
+        found = site.tensor(node, slot)
         if found is None:
             if index.is_overridable(value):
                 sentence = (
@@ -74,7 +78,7 @@ def _batch_norm(node, index):
             raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
         if found.dtype.name not in DTYPES:
             raise Refusal("unsupported-type", f"its {name} is {found.dtype}")
-        arrays[name] = found.array().astype(np.float64)
+        arrays[name] = Dense.of(found).values
     channels = arrays["var"].size
     for slot, name in PARAMETERS.items():
         if arrays[name].shape != (channels,):
@@ -103,15 +107,15 @@ def _refuse_training(node, index):
         raise Refusal("training", f"opset {index.opset} without is_test=1 means training")
 
 
-def _elementwise(node, index):
-    slot = constant_slot(node, index)
+def _elementwise(node, site):
+    slot = constant_slot(node, site.index)
     if slot is None:
         return None
-    constant = index.constant(node.inputs[slot])
+    constant = site.tensor(node, slot)
     wide = [axis - len(constant.shape) for axis, size in enumerate(constant.shape) if size != 1]
-    if len(wide) > 1 or constant.size == 0:
+    if len(wide) > 1 or 0 in constant.shape:
         return None
-    values = constant.array().astype(np.float64).reshape(-1)
+    values = Dense.of(constant).values.reshape(-1)
     ones, zeros = np.ones_like(values), np.zeros_like(values)
     with np.errstate(divide="ignore", over="ignore"):
         scale, shift = {

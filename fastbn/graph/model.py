@@ -1,5 +1,7 @@
 """The index of a model: scopes, nodes, values with their one producer and all their readers, constants, shapes. Reads only."""
 
+import math
+
 import numpy as np
 import onnx
 from onnx import AttributeProto, helper
@@ -12,6 +14,9 @@ __all__ = ["Index", "Node", "Scope", "Value", "bodies", "is_standard", "scopes_o
 
 # A constant expression larger than this is left to the runtime.
 LARGEST_EXPRESSION = 1 << 24
+
+# Each pass knows the ranks that the one before it found behind a Reshape of computed sizes.
+INFERENCE_PASSES = 4
 
 # Shape inference reads the values of integer constants up to this many elements.
 LARGEST_SHAPE_CONSTANT = 1 << 10
@@ -327,7 +332,7 @@ class Index:
             return None
         if sum(found.size for found in inputs if found is not None) > LARGEST_EXPRESSION:
             return None
-        if node.op in ("Expand", "ConstantOfShape") and np.prod(inputs[-1].array(), dtype=np.float64) > LARGEST_EXPRESSION:
+        if node.op in ("Expand", "ConstantOfShape") and math.prod(inputs[-1].array().reshape(-1).tolist()) > LARGEST_EXPRESSION:
             return None
         result = self._evaluate(node, inputs)
         return None if result is None or slot >= len(result) else _literal(result[slot])
@@ -401,34 +406,64 @@ class Index:
         listed = {info.name for info in graph.input}
         for tensor in self.proto.graph.initializer:
             integer = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-            if (
-                integer
-                and np.prod(tensor.dims, dtype=np.float64) <= LARGEST_SHAPE_CONSTANT
-                and not self.is_overridable(self.main.values[tensor.name])
-            ):
+            if integer and math.prod(tensor.dims) <= LARGEST_SHAPE_CONSTANT and not self.is_overridable(self.main.values[tensor.name]):
                 graph.initializer.add().CopyFrom(tensor)
             elif tensor.name not in listed:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         skeleton.functions.extend(self.proto.functions)
-        try:
-            return onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-        except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
-            return graph
+        for _ in range(INFERENCE_PASSES):
+            try:
+                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+            except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
+                break
+            known = {info.name: _shape_of(info) for info in (*graph.input, *graph.value_info, *graph.output)}
+            known = {name: shape for name, shape in known.items() if shape is not None}
+            more = [info for node in self.main.nodes if node.is_op("Reshape") for info in self._reshaped(node, known)]
+            if not more:
+                break
+            names = {info.name for info in more}
+            skeleton.graph.ClearField("value_info")
+            skeleton.graph.value_info.extend(info for info in graph.value_info if info.name not in names)
+            skeleton.graph.value_info.extend(more)
+        return graph
+
+    def _reshaped(self, node, known):
+        """Yield the shape of a Reshape that inference gave up on: the length of its target gives the rank, constants in it give sizes."""
+        output, target = node.outputs[0], node.input(1)
+        if output is None or target is None or output.name in known:
+            return
+        sizes = self._integers(target, known)
+        kind = next((info.type.tensor_type.elem_type for info in self.proto.graph.value_info if info.name == output.name), 0)
+        if sizes is not None:
+            dims = [size if size is not None and size > 0 else None for size in sizes]
+            yield helper.make_tensor_value_info(output.name, kind or onnx.TensorProto.FLOAT, dims)
+
+    def _integers(self, value, known):
+        """Return the elements of an integer list as far as they are known, None where not even their number is."""
+        constant = self.constant(value)
+        if constant is not None:
+            return constant.array().reshape(-1).tolist()
+        node = value.producer
+        if node is not None and node.is_op("Concat"):
+            parts = [self._integers(part, known) for part in node.inputs]
+            return None if None in parts else [size for part in parts for size in part]
+        if node is not None and node.is_op("Cast", "Identity"):
+            return self._integers(node.inputs[0], known)
+        length = known.get(value.name)
+        return None if length is None or len(length) != 1 or length[0] is None else [None] * length[0]
 
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
-EXPRESSIONS = frozenset(
-    name
-    for names in (
-        ("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather", "Mul", "Neg", "Pow"),
-        ("Reciprocal", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"),
-    )
-    for name in names
-)
+# fmt: off
+EXPRESSIONS = frozenset([
+    "Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather", "Mul", "Neg", "Pow",
+    "Reciprocal", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze",
+])
+# fmt: on
 
 
 def _literal(array):
-    array = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
+    array = np.ascontiguousarray(array)
     return Tensor(array.dtype, array.shape, lambda: array)
 
 
@@ -436,4 +471,4 @@ def _shape_of(info):
     kind = info.type.tensor_type
     if not kind.HasField("shape"):
         return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    return tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)

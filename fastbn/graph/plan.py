@@ -6,21 +6,23 @@ nothing. Nodes are taken in the order of the data flow, and a node whose affine 
 a chain (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
 """
 
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
 
+from fastbn.affine import DTYPES
 from fastbn.errors import ModelError, expected
-from fastbn.graph.absorb import ABSORBERS
+from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Vector
-from fastbn.graph.lift import BATCH_NORM, is_batch_norm, lift
+from fastbn.graph.constant import Dense
+from fastbn.graph.lift import BATCH_NORM, constant_slot, is_batch_norm, lift
 from fastbn.graph.model import Node, Value, is_standard
-from fastbn.graph.report import Kept, Refusal
+from fastbn.graph.report import FORWARDS, Kept, Refusal
 
-__all__ = ["Plan", "Planning", "Site", "plan"]
+__all__ = ["SHAPE_READERS", "Plan", "Planning", "Site", "plan", "row_of"]
 
 # Operators that read the shape of a value and nothing else: an affine before them changes nothing.
 SHAPE_READERS = ("Shape", "Size")
@@ -29,30 +31,49 @@ SHAPE_READERS = ("Shape", "Size")
 LARGEST_SAMPLE = 1 << 20
 
 
+# Nodes that one affine is followed through in a row.
+LONGEST_WAY = 100
+
+
 @dataclass(eq=False)
 class Plan:
     """One home and everything that moves into it.
 
-    constants: (node, slot) -> Scaled or Vector; attributes: node -> dict of attributes to set; removed: the nodes whose affines were
-    taken, in order; replaced: node -> the Add that stays in its place; path: the nodes that absorb or carry, in the order of travel.
+    constants: (node, slot) -> Scaled or Dense; attributes: node -> dict of attributes to set; lifted: the nodes whose affines were taken,
+    in order; dissolved: node that leaves with them -> the operand that takes its place; replaced: lifted node -> the Add that stays in
+    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb.
     """
 
     constants: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
-    removed: list = field(default_factory=list)
+    lifted: list = field(default_factory=list)
+    dissolved: dict = field(default_factory=dict)
     replaced: dict = field(default_factory=dict)
     path: list = field(default_factory=list)
+    homes: list = field(default_factory=list)
     channels: int = 0
 
     @property
-    def nodes(self):
-        """The lifted nodes, removed or replaced, in the order of the data flow."""
-        return [*self.removed, *self.replaced]
+    def removed(self):
+        """The nodes that the folded graph lacks."""
+        return [node for node in (*self.lifted, *self.dissolved) if node not in self.replaced]
 
-    @property
-    def home(self):
-        """The node that took the most: the first absorber that the affine met last."""
-        return self.path[-1]
+    def join(self, other):
+        """Take over what another plan holds."""
+        for name in ("constants", "attributes", "dissolved", "replaced"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("lifted", "path", "homes"):
+            mine = getattr(self, name)
+            mine.extend(entry for entry in getattr(other, name) if entry not in mine)
+        self.channels = max(self.channels, other.channels)
+
+    def forget(self, node):
+        """Leave out what was to change of a node that is removed now."""
+        self.constants = {use: constant for use, constant in self.constants.items() if use[0] is not node}
+        self.attributes.pop(node, None)
+        for steps in (self.path, self.homes):
+            if node in steps:
+                steps.remove(node)
 
 
 @dataclass
@@ -71,8 +92,10 @@ class Site:
         self.index = index
         self.constants = {}
         self.removed = {}
+        self.forwarded = set()
         self.replaced = {}
         self.owner = {}
+        self.lifting = None
         self._affines = {}
 
     def affine(self, node):
@@ -86,7 +109,7 @@ class Site:
         """Return lift(node), remembered; raises Refusal as it does."""
         if node not in self._affines:
             try:
-                self._affines[node] = lift(node, self.index)
+                self._affines[node] = lift(node, self)
             except Refusal as refusal:
                 self._affines[node] = refusal
         found = self._affines[node]
@@ -96,7 +119,7 @@ class Site:
 
     def data_slot(self, node):
         """Return the slot of the data input of a lifted node."""
-        return 0 if is_batch_norm(node) else next(slot for slot, value in enumerate(node.inputs) if self.index.constant(value) is None)
+        return 0 if is_batch_norm(node) else 1 - constant_slot(node, self.index)
 
     def source(self, value):
         """Return the value of the present graph that stands where `value` stood: removed nodes are followed to their input."""
@@ -108,9 +131,41 @@ class Site:
         """Return the node that gives a value in the present graph."""
         return self.replaced.get(value.producer, value.producer)
 
+    def readers(self, value):
+        """Return (node, slot) of everything in the present graph that sees the elements of a value; Refusal where the caller does."""
+        root = self.source(value)
+        links, found = [root], []
+        for link in links:
+            if link.is_output:
+                raise Refusal("graph-output", f"the value '{link.name}' on the way is a graph output")
+            for node, slot in link.readers:
+                if node in self.removed:
+                    if self.removed[node] is root and node.outputs[0] not in links:
+                        links.append(node.outputs[0])
+                elif not node.is_op(*SHAPE_READERS):
+                    found.append((self.replaced.get(node, node), slot))
+        return found
+
+    def refuse_readers(self, value, asker, slot):
+        """Refuse when anything but this slot of `asker` sees a value of the present graph."""
+        others = [node for node, at in self.readers(value) if (node, at) != (asker, slot)]
+        if others:
+            raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
+
+    def apply(self, plan):
+        """Make a plan part of the present graph."""
+        self.constants.update(plan.constants)
+        self.owner.update(dict.fromkeys([*plan.path, *plan.replaced.values()], plan))
+        for node, _ in plan.constants:
+            self._affines.pop(node, None)
+
     def tensor(self, node, slot):
         """Return the constant at a slot: what a plan has made of it, or the model's, or None."""
         return self.constants.get((node, slot)) or self.index.constant(node.input(slot))
+
+    def has(self, node, slot):
+        """Say whether a node has an input at a slot, or a plan has given it one."""
+        return node.input(slot) is not None or (node, slot) in self.constants
 
     def weight(self, node, slot):
         """Return the constant weight at a slot; raises Refusal where it is none."""
@@ -126,18 +181,19 @@ class Site:
                 )
                 raise Refusal("overridable-weight", sentence)
             raise Refusal("dynamic-weight", f"the weight '{value.name}' of {node.op} '{node.label}' is computed when the model runs")
+        if found.dtype.name not in DTYPES:
+            raise Refusal("unsupported-type", f"the weight '{node.input(slot).name}' of {node.op} '{node.label}' is {found.dtype}")
         return found
 
-    def constant_vector(self, node, slot):
+    def dense(self, node, slot):
         """Return the constant at a slot in float64."""
-        found = self.weight(node, slot)
-        return found if isinstance(found, Vector) else Vector.of(found)
+        return Dense.of(self.weight(node, slot))
 
-    def vector(self, node, slot, shape, dtype):
+    def bias(self, node, slot, shape, dtype):
         """Return the bias at a slot in float64, which must have this shape; zeros where it is absent."""
-        if node.input(slot) is None and (node, slot) not in self.constants:
-            return Vector.zeros(shape, dtype)
-        found = self.constant_vector(node, slot)
+        if not self.has(node, slot):
+            return Dense.zeros(shape, dtype)
+        found = self.dense(node, slot)
         if found.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {found.shape}", node.label))
         return found
@@ -157,25 +213,53 @@ class Site:
         if shape is None:
             return None
         shape = tuple(2 if size is None else size for size in shape)
-        if np.prod(shape, dtype=np.float64) > LARGEST_SAMPLE:
+        if math.prod(shape) > LARGEST_SAMPLE:
             shape = (*shape[:2], *(min(size, 8) for size in shape[2:]))
         return shape
 
-    def refuse_readers(self, value, asker):
-        """Refuse when anything but `asker` and shape readers sees a value of the present graph."""
-        link = value
-        while True:
-            if link.is_output:
-                raise Refusal("graph-output", f"the value '{link.name}' before it is a graph output")
-            present = (self.replaced.get(node, node) for node, _ in link.readers)
-            readers = [node for node in present if node is not asker and not node.is_op(*SHAPE_READERS)]
-            removed = next((node for node in readers if node in self.removed), None)
-            others = [node for node in readers if node is not removed]
-            if others:
-                raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{link.name}' before it too")
-            if removed is None:
-                return
-            link = removed.outputs[0]
+    def into_sibling(self, node, slot, affine):
+        """Return what makes an affine part of a convolution of the same value that it is added to, or None where there is none.
+
+        S x + T is a 1x1 depthwise convolution: its kernel is added to the tap of the sibling that sees the element itself.
+        """
+        before, value = self.lifting
+        if node.op == "Sub" or len(node.inputs) != 2 or node.inputs[slot].producer is not before:
+            return None
+        others = [(node.inputs[1 - slot], node, 1 - slot, [])]
+        while others:
+            other, reader, at, via = others.pop()
+            sibling = self.producer(self.source(other))
+            if sibling is None or sibling.scope is not node.scope:
+                continue
+            self.refuse_readers(other, reader, at)
+            if sibling.is_op("Add") and constant_slot(sibling, self.index) is None:
+                others.extend((operand, sibling, at, [*via, sibling]) for at, operand in enumerate(sibling.inputs))
+            elif sibling.is_op("Conv") and self.source(sibling.inputs[0]) is value:
+                found = self._centred(sibling, affine)
+                if found is not None:
+                    return Taken(elsewhere=found, via=via, dissolves=1 - slot)
+        return None
+
+    def _centred(self, conv, affine):
+        weight = self.weight(conv, 1)
+        channels, groups = weight.shape[0], conv.attribute("group", 1)
+        count = len(weight.shape) - 2
+        pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
+        plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))
+        same = all(pads[i] + pads[i + count] == dilations[i] * (size - 1) for i, size in enumerate(weight.shape[2:]))
+        if not plain or not same or any(pads[i] % dilations[i] for i in range(count)) or weight.shape[1] * groups != channels:
+            return None
+        if affine.axis is not None and (affine.axis % len(weight.shape) != 1 or affine.channels != channels):
+            return None
+        scale, shift, spread = affine.along(channels)
+        tap = tuple(pads[i] // dilations[i] for i in range(count))
+        dense = Dense.of(weight)
+        values, sizes = dense.values.copy(), dense.spread.copy()
+        at = (np.arange(channels), np.arange(channels) % weight.shape[1], *tap)
+        values[at] += scale
+        sizes[at] += np.abs(scale)
+        bias = self.bias(conv, 2, (channels,), weight.dtype).affine(1.0, shift, spread)
+        return {(conv, 1): Dense(weight.dtype, values, sizes), (conv, 2): bias}
 
 
 def plan(index, only=None, skip=None, excluded=None):
@@ -221,90 +305,175 @@ def _refuse_unselected(node, only, skip, excluded):
 def _place(node, affine, site, plans):
     """Find a home for a node's affine and record the plan in `site` and `plans`; raises Refusal where there is none."""
     value = site.source(node.inputs[site.data_slot(node)])
-    try:
-        found = _travel(value, affine, node, site)
-        stays = None
-    except Refusal as refusal:
-        # What cannot take the shift may still take the scale: then an Add stays in the place of the BatchNormalization.
-        if refusal.code != "shift-cannot-pass" or not is_batch_norm(node):
-            raise
-        found = _travel(value, affine.scale_only(), node, site)
-        # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-        stays = _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
+    site.lifting = node, value
+    found, forward, stays = _find_home(node, value, affine, site)
     _refuse_bad_constants(found)
-    target = _merged([site.owner[step] for step in found.path if step in site.owner], site, plans)
-    target.channels = max(target.channels, affine.channels)
-    target.constants.update(found.constants)
-    for step, attributes in found.attributes.items():
-        target.attributes.setdefault(step, {}).update(attributes)
-    target.path.extend(step for step in found.path if step not in target.path)
-    if stays is None:
-        target.removed.append(node)
-        site.removed[node] = value
-    else:
-        add, vector = stays
-        target.replaced[node] = add
-        target.constants[add, 1] = vector
-        site.replaced[node] = add
-    site.constants.update(target.constants)
-    for step in (*found.path, *([stays[0]] if stays else [])):
-        site.owner[step] = target
-
-
-def _merged(owners, site, plans):
-    """Return the one plan that owns all of these, or a new one: plans that meet on the way become one."""
-    if not owners:
-        plans.append(Plan())
-        return plans[-1]
-    target = min(owners, key=plans.index)
+    leaving = [node, *found.dissolved]
+    owners = [site.owner[step] for step in (*found.path, *leaving) if step in site.owner]
+    target = min(owners, key=plans.index) if owners else Plan()
     for other in owners:
-        if other is target or other not in plans:
-            continue
-        plans.remove(other)
-        target.constants.update(other.constants)
-        target.attributes.update(other.attributes)
-        target.removed.extend(other.removed)
-        target.replaced.update(other.replaced)
-        target.path.extend(step for step in other.path if step not in target.path)
-        target.channels = max(target.channels, other.channels)
-        site.owner.update(dict.fromkeys([*other.path, *other.replaced.values()], target))
-    return target
+        if other is not target and other in plans:
+            plans.remove(other)
+            target.join(other)
+    if target not in plans:
+        plans.append(target)
+    for gone in leaving:
+        target.forget(gone)
+    found.lifted.append(node)
+    found.channels = affine.channels
+    if stays is None:
+        site.removed[node] = value
+        if forward:
+            site.forwarded.add(node)
+    else:
+        add, constant = stays
+        found.replaced[node] = add
+        found.constants[add, 1] = constant
+        site.replaced[node] = add
+    for gone, kept in found.dissolved.items():
+        site.removed[gone] = site.source(kept)
+    target.join(found)
+    site.apply(target)
 
 
-def _travel(value, affine, asker, site):
-    """Send an affine against the data flow from a value: return what changes, or raise the Refusal of the first node that cannot."""
-    found = Plan()
-    pending = [(value, affine, asker)]
-    while pending:
-        value, affine, asker = pending.pop()
-        site.refuse_readers(value, asker)
-        node = site.producer(value)
+def _find_home(node, value, affine, site):
+    """Return (what changes, whether forward, what stays): backward first, then forward, then backward with the shift left in an Add."""
+    slot = site.data_slot(node)
+    try:
+        return _Search(site).backward(value, affine, node, slot), False, None
+    except Refusal as refusal:
+        behind = refusal
+    try:
+        return _Search(site).forward(node.outputs[0], affine), True, None
+    except Refusal as refusal:
+        ahead = refusal
+    if behind.code == "shift-cannot-pass" and is_batch_norm(node):
+        try:
+            found = _Search(site).backward(value, affine.scale_only(), node, slot)
+            # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+            return found, False, _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
+        except Refusal:
+            pass  # what both ways said is the better reason
+    # A reason that only says "nothing there" gives way to one that names a condition.
+    vague = ("reads-input", "reads-constant", "no-absorber", "unused")
+    code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
+    raise Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+
+
+def row_of(node, index):
+    """Return the row of either table that stands for a node, or None."""
+    if not is_standard(node.domain):
+        return None
+    absorber, carrier = ABSORBERS.get(node.op), CARRIERS.get(node.op)
+    if absorber and carrier:
+        return carrier if constant_slot(node, index) is None else absorber
+    return absorber or carrier
+
+
+class _Search:
+    """One affine on its way: every branch must end in an absorber, and no node may be met twice."""
+
+    def __init__(self, site):
+        self.site = site
+        self.refused = {}
+
+    def backward(self, value, affine, asker, slot, depth=0):
+        """Return a Plan that makes the producer of `value` yield the affine of it; this slot of `asker` is the one reader that may be."""
+        key = value, affine.scales, affine.shifts
+        if key in self.refused:
+            raise self.refused[key]
+        try:
+            return self._ask(value, affine, asker, slot, depth)
+        except Refusal as refusal:
+            self.refused[key] = refusal
+            raise
+
+    def _ask(self, value, affine, asker, slot, depth):
+        if depth and self.site.index.constant(value) is not None:
+            return self._into_constant(asker, slot, affine)
+        value = self.site.source(value)
+        self.site.refuse_readers(value, asker, slot)
+        node = self.site.producer(value)
         if node is None:
             raise _refuse_source(value)
         if node.scope is not asker.scope:
             raise Refusal("crosses-scope", f"it reads '{value.name}' of {node.op} '{node.label}' in an outer graph")
-        row = (ABSORBERS.get(node.op) or CARRIERS.get(node.op)) if node.is_op(node.op) else None
-        if row is None:
-            raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which has no constants that could take its scale and shift")
+        row = self._row(node, depth)
+        if row is None or row.backward is None:
+            raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
         if any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
         try:
-            taken = row.backward(node, affine, site)
+            choices = row.backward(node, affine, self.site)
         except Refusal as refusal:
             if refusal.code == "axis" and is_batch_norm(asker) and node.op in ("Conv", "ConvTranspose", "Gemm") and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
-        found.path.append(node)
+        return self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+
+    def _into_constant(self, node, slot, affine):
+        constant = self.site.dense(node, slot)
+        rank = len(constant.shape)
+        if affine.axis is not None and (not -rank <= affine.axis < rank or constant.shape[affine.axis] != affine.channels):
+            raise Refusal("axis", f"the constant at {node.op} '{node.label}' has no axis of {affine.channels} channels")
+        return Plan(constants={(node, slot): constant.affine(*affine.shaped(rank))})
+
+    def forward(self, value, affine, depth=0):
+        """Return a Plan that makes every reader of `value` work on what lacks the affine."""
+        readers = self.site.readers(value)
+        if not readers:
+            raise Refusal("unused", f"nothing reads '{value.name}'")
+        found = Plan()
+        for node, slot in readers:
+            if node.scope is not value.scope:
+                raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
+            row = self._row(node, depth)
+            if row is None or row.forward is None:
+                raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
+            choices = row.forward(node, slot, affine, self.site)
+            _add(found, self._first(choices, node, lambda at, onward, node=node: self.forward(node.outputs[at], onward, depth + 1)))
+        return found
+
+    def _row(self, node, depth):
+        if depth > LONGEST_WAY:
+            raise Refusal("too-far", f"the way is longer than {LONGEST_WAY} nodes at {node.op} '{node.label}'")
+        return row_of(node, self.site.index)
+
+    def _first(self, choices, node, follow):
+        """Return what the first choice that works out changes; the refusal of the last one otherwise."""
+        choices = choices if isinstance(choices, list) else [choices]
+        for number, taken in enumerate(choices):
+            try:
+                return self._taken(taken, node, follow)
+            except Refusal:
+                if number == len(choices) - 1:
+                    raise
+        raise AssertionError("a row without choices")
+
+    def _taken(self, taken, node, follow):
+        absorbs = bool(taken.constants)
+        found = Plan(path=[node], homes=[node] if absorbs else [], attributes={node: taken.attributes} if taken.attributes else {})
         found.constants.update({(node, slot): constant for slot, constant in taken.constants.items()})
-        if taken.attributes:
-            found.attributes[node] = taken.attributes
-        pending.extend((site.source(node.inputs[slot]), onward, node) for slot, onward in taken.onward)
-    return found
+        if taken.dissolves is not None:
+            sibling = next(iter(taken.elsewhere))[0]
+            found.constants.update(taken.elsewhere)
+            found.path, found.homes, found.dissolved = [sibling, *taken.via], [sibling], {node: node.inputs[taken.dissolves]}
+        for at, onward in taken.onward:
+            _add(found, follow(at, onward))
+        return found
+
+
+def _add(found, more):
+    """Add what another branch changes; two branches may not meet in one node."""
+    met = next((node for node in more.path if node in found.path), None)
+    if met is not None:
+        raise Refusal("reads-twice", f"two ways meet in {met.op} '{met.label}'")
+    found.join(more)
 
 
 def _refuse_source(value):
     if value.is_input and value.initializer is None:
-        return Refusal("reads-input", f"it reads the graph input '{value.name}'; nothing before it could take it")
+        return Refusal("reads-input", f"it reads the graph input '{value.name}', and nothing before it could take it")
     return Refusal("reads-constant", f"it reads the constant '{value.name}'")
 
 
@@ -314,7 +483,7 @@ def _shift_node(node, affine, site, dtype):
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{node.inputs[0].name}' is not known, so the shift that would stay cannot be placed")
     _, shift, spread = affine.shaped(rank)
-    vector = Vector(dtype, shift, spread)
+    vector = Dense(dtype, shift, spread)
     proto = onnx.NodeProto(op_type="Add")
     for text in ("name", "doc_string"):
         if node.proto.HasField(text):

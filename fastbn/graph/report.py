@@ -2,37 +2,67 @@
 
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["REASONS", "SCHEMA", "Fold", "Kept", "Parity", "Refusal", "fold_dict", "json_number", "kept_dict", "result_rows", "table"]
+__all__ = [
+    "FORWARDS",
+    "REASONS",
+    "SCHEMA",
+    "Fold",
+    "Kept",
+    "Parity",
+    "Refusal",
+    "fold_dict",
+    "json_number",
+    "kept_dict",
+    "result_rows",
+    "size_text",
+    "table",
+]
+
+# What parts the two halves of a reason: no way against the data flow, and none along it.
+FORWARDS = "; forwards: "
 
 # Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
 SCHEMA = 1
 
 # Code -> what it means. Codes are stable: scripts match on them.
 REASONS = {
-    "training": "the node normalises with the statistics of the batch, or hands them out",
-    "per-element": "spatial=0: the parameters are per element, not per channel",
+    # What the node itself is.
+    "training": "it normalises with the statistics of the batch, or hands them out",
+    "per-element": "spatial=0: its parameters are per element, not per channel",
     "dynamic-parameters": "a parameter is computed when the model runs",
     "overridable-parameters": "a parameter is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
     "bad-parameters": "a parameter is Inf or NaN, or var + eps is not positive",
     "unsupported-type": "the type is none of float32, float64, float16, bfloat16",
-    "in-function": "the node stands in a model-local function, which several calls may share",
+    "in-function": "it stands in a model-local function, which several calls may share",
+    "not-selected": "--only or --skip leaves it out",
+    # Where its affine could not go.
     "reads-input": "nothing comes before it but a graph input",
     "reads-constant": "it reads a constant",
-    "no-absorber": "the node before it has no constants that could take the affine",
-    "crosses-scope": "the node before it stands in an outer graph",
+    "unused": "nothing reads it",
+    "no-absorber": "a node on the way has no constants that could take the affine, and does not let it pass",
+    "crosses-scope": "the way leads into another graph",
     "other-readers": "another node reads the value before it",
-    "graph-output": "the value before it is a graph output",
-    "other-outputs": "the node before it hands out more than one value",
-    "dynamic-weight": "the weight before it is computed when the model runs",
-    "overridable-weight": "the weight before it is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
-    "axis": "its channels are not the output channels of the node before it",
-    "axis-unknown": "the rank of the value before it is not known, so its axis cannot be placed; --input-shape may help",
-    "training-dropout": "the Dropout before it drops at random",
-    "shift-cannot-pass": "a shift cannot pass the node before it",
+    "other-outputs": "a node on the way hands out more than one value",
+    "other-branch": "a node on the way joins it with a value that does not have the affine",
+    "reads-twice": "a node reads the value in two places, or two ways meet in one node",
+    "graph-output": "a value on the way is a graph output",
+    "dynamic-weight": "a weight on the way is computed when the model runs",
+    "overridable-weight": "a weight on the way is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
+    "dynamic-index": "a node on the way chooses or pads by values that are no constants",
+    "axis": "its channels are not the channels that a node on the way could take",
+    "axis-unknown": "a rank or size on the way is not known, so its axis cannot be placed; --input-shape may help",
+    "padding": "a shift would have to change the padding of a node on the way",
+    "shift-cannot-pass": "a shift cannot pass a node on the way",
+    "shift-through-relu": "a shift cannot pass a Relu",
+    "mixed-sign-through-relu": "a scale that is not positive in every channel cannot pass a Relu",
+    "mixed-sign-through-maxpool": "a scale that is negative in a channel cannot pass a maximum",
+    "interpolation": "a node on the way interpolates in a way that need not keep a shift",
+    "training-dropout": "a Dropout on the way drops at random",
+    "too-far": "the way is longer than the planner follows",
+    # What the fold would do.
     "grows": "a folded constant would be larger than the node that it replaces",
     "overflow": "a folded constant would be Inf or NaN in the model's type",
     "flush-to-zero": "a folded weight would become zero in the model's type",
-    "not-selected": "--only or --skip leaves it out",
     "parity": "the fold was tried and differs from the original by more than rounding explains",
 }
 
@@ -129,11 +159,16 @@ def result_rows(folded, kept):
     rows = []
     for fold in folded:
         measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
-        note = f"[{fold.note}]" if fold.note else ""
         channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
+        note = f"[{fold.note}]" if fold.note else ""
         rows.append(["  folded", fold.bn, f"into {fold.into}", channels, "  ".join(filter(None, [measured, note]))])
     lines = table(rows)
-    return lines + table([["  kept", entry.bn, f"{entry.reason}   [{entry.code}]"] for entry in kept])
+    width = max((len(entry.bn) for entry in kept), default=0)
+    for entry in kept:
+        first, *rest = entry.reason.split(FORWARDS)
+        lines.append(f"  kept    {entry.bn:<{width}}  {first}   [{entry.code}]")
+        lines.extend(f"          {'':<{width}}  {FORWARDS[2:]}{sentence}" for sentence in rest)
+    return lines
 
 
 def json_number(value):
@@ -142,6 +177,11 @@ def json_number(value):
         return None
     value = float(value)
     return value if value - value == 0 else repr(value)
+
+
+def size_text(size):
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def table(rows):

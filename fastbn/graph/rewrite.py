@@ -1,6 +1,9 @@
 """The only writer: applies plans to a copy of the model and hands out the result, in memory or as files."""
 
 import os
+import shutil
+import tempfile
+import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,7 +17,7 @@ from onnx import helper
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
 from fastbn.graph.model import scopes_of
-from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, serialize, sync
+from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize, sync
 
 __all__ = ["Output", "edited", "external_tensors", "rewrite"]
 
@@ -34,6 +37,10 @@ class Patch:
     constant: Scaled
     location: str
     offset: int | None
+
+    @property
+    def size(self):
+        return self.constant.base.size * self.constant.dtype.itemsize
 
 
 def edited(proto, constants, attributes):
@@ -71,9 +78,9 @@ class _Writer:
         self.graphs = scopes_of(self.proto.graph)
         self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
-        self.gone = {node for plan in self.plans for node in plan.nodes}
+        self.gone = {*self.site.removed, *self.site.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
-        self.reused = set()
+        self.duplicates = {}
         self.patches = []
         self.names = {name for scope in index.scopes for name in scope.values}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
@@ -83,36 +90,39 @@ class _Writer:
 
     def output(self):
         self._take_over_names()
+        self._bury_dead()
         for plan in self.plans:
             for (node, slot), constant in plan.constants.items():
                 edited(self._proto(node), {slot: self._write_constant(node, slot, constant)}, {})
             for node, attributes in plan.attributes.items():
                 edited(self._proto(node), {}, attributes)
-        self._bury_dead()
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        changed = bool(self.plans) or self.index.freeze_inputs
-        return Output(self.proto, self.patches, self.index.source, changed)
+        if not self.plans and not self.index.freeze_inputs:
+            return Output(self.index.proto, [], self.index.source, unchanged=True)
+        return Output(self.proto, self.patches, self.index.source, self.duplicates)
 
     def _proto(self, node):
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
 
     def _take_over_names(self):
-        """Give the value before a removed node the name of the value behind it, wherever that value is written or read."""
+        """Give the value before a removed node the name of the one behind it, wherever it is written or read.
+
+        Where the affine went forward, the value behind is gone and its readers read the one before.
+        """
         names = {}
-        for plan in self.plans:
-            for node in plan.removed:
-                names[self.site.removed[node]] = node.outputs[0].name
-        for plan in self.plans:
-            for node in plan.removed:
-                names[node.outputs[0]] = names[self.site.removed[node]]
+        for node, value in self.site.removed.items():
+            if node not in self.site.forwarded:
+                names[value] = node.outputs[0].name
+        for node, value in self.site.removed.items():
+            names[node.outputs[0]] = names.get(value, value.name)
         for value, name in names.items():
             if value.name == name:
                 continue
             self.vanished[value.scope.number].add(value.name)
             producer = self.site.producer(value)
-            if producer not in self.gone:
+            if producer is not None and producer not in self.gone:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
                 present = self.site.replaced.get(reader, reader)
@@ -122,13 +132,14 @@ class _Writer:
     def _write_constant(self, node, slot, constant):
         """Put a folded constant where the old one was if nobody else reads that, else under a new name; return the name."""
         old = self.before[node].inputs[2] if node in self.before else node.input(slot)
-        if old is not None and old.initializer is not None and old not in self.reused and not self._is_read(old):
+        if old is not None and old.name in self.dead_tensors[old.scope.number]:
             tensor = self.tensors[old.scope.number][old.name]
-            self.reused.add(old)
+            self.dead_tensors[old.scope.number].remove(old.name)
         else:
             tensor = self.graphs[node.scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
+                self.duplicates[node] = old.name
             tensor.name = self._new_name(f"{node.label}.{'weight' if isinstance(constant, Scaled) else 'bias'}")
             if self.proto.ir_version < 4 and node.scope is self.index.main:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
@@ -180,16 +191,18 @@ class _Writer:
         pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
         while pending:
             value = pending.pop()
-            if value in self.reused or self._is_read(value):
+            if self._is_read(value):
                 continue
             node = value.producer
             if value.initializer is not None:
                 self.dead_tensors[value.scope.number].add(value.name)
             elif node is not None and node not in self.gone and self.index.constant(value) is not None:
-                if not any(output is not None and self._is_read(output) for output in node.outputs):
-                    self.gone.add(node)
-                    self.vanished[node.scope.number].update(output.name for output in node.outputs if output is not None)
-                    pending.extend(read for read in node.inputs if read is not None)
+                outputs = [output for output in node.outputs if output is not None]
+                if any(map(self._is_read, outputs)):
+                    continue
+                self.gone.add(node)
+                self.vanished[node.scope.number].update(output.name for output in outputs)
+                pending.extend(read for read in node.inputs if read is not None)
 
     def _rebuild_graphs(self):
         removed = defaultdict(dict)
@@ -241,14 +254,19 @@ def external_tensors(proto):
 
 
 class Output:
-    """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written."""
+    """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written.
 
-    def __init__(self, proto, patches, source, changed=True):
+    duplicates is node -> name of the weight that the node shared with others and now has for itself.
+    """
+
+    def __init__(self, proto, patches, source, duplicates=None, unchanged=False):
+        self.duplicates = duplicates or {}
+        self.unchanged = unchanged
         self.proto = proto
         self.patches = patches
         self.source = source
-        self.changed = changed
         self._external = any(True for _ in external_tensors(proto))
+        self._staged = {}
 
     @property
     def is_external(self):
@@ -257,7 +275,7 @@ class Output:
 
     def to_bytes(self):
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
-        if not self.changed and not self._external:
+        if self.unchanged and not self._external:
             return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
 
@@ -275,8 +293,20 @@ class Output:
             _put_inside(tensor, self.source.array(tensor))
         return proto
 
+    def stage(self, folder=None):
+        """Write the model into a new folder inside `folder` and return its path; the next save takes the data files from there."""
+        stage = Path(folder or tempfile.gettempdir()) / f".fastbn-{os.urandom(8).hex()}"
+        weakref.finalize(self, shutil.rmtree, stage, ignore_errors=True)  # before it exists: an interrupt may come in between
+        try:
+            stage.mkdir(mode=0o700)
+        except OSError as error:
+            raise os_error(error, str(stage)) from error
+        path = stage / "staged.onnx"
+        self._staged = self.save(path)
+        return path
+
     def save(self, path):
-        """Write the model, and its data files beside it, all or nothing.
+        """Write the model, and its data files beside it, all or nothing; return location -> path of the data files.
 
         Raises
         ------
@@ -284,23 +314,26 @@ class Output:
             A file cannot be written; nothing has been.
         """
         path = Path(path)
-        if self.source.path is not None and os.path.realpath(path) in self._data_files(self.source.proto):
+        if self.source.path is not None and os.path.realpath(path) in self._data_files():
             raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+        written = {}
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic(path))
-            proto, replaces = self.proto, False
             if self._external:
                 proto = _copy(self.proto)
-                replaces = self._write_data_files(path, proto, stack)
-            temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
-            if replaces:
+                written = self._write_data_files(path, proto, stack)
+                temporary.write_bytes(serialize(proto, str(path)))
+            else:
+                temporary.write_bytes(self.to_bytes())
+            if any(target.exists() for target in written.values()):
                 sync(temporary)  # a full disk must be noticed while the old model stands
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
                 path.unlink(missing_ok=True)
+        return written
 
-    def _data_files(self, proto):
-        """Return the real paths of the data files that a model reads."""
-        return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(proto)}
+    def _data_files(self):
+        """Return the real paths of the data files that the original reads."""
+        return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(self.source.proto)}
 
     def _patched_in(self, copy):
         """Return the tensor of each patch in a copy of the model; two bodies may use one name, so the scope counts."""
@@ -309,31 +342,28 @@ class Output:
         return [named[patch.scope][patch.tensor.name] for patch in self.patches]
 
     def _write_data_files(self, path, proto, stack):
-        """Write a patched copy of each data file and point the model's tensors to it; say whether an existing file is replaced."""
-        locations = sorted({location_of(tensor) for tensor in external_tensors(proto)})
-        inputs = self._data_files(self.source.proto)
+        """Write a patched copy of each data file and point the model's tensors to it."""
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        patched = self._patched_in(proto)
-        replaces = False
-        taken = set()
-        for location in locations:
-            target = _data_path(path, inputs, taken)
-            taken.add(target)
-            replaces = replaces or target.exists()
+        patched = dict(zip(map(id, self.patches), self._patched_in(proto), strict=True))
+        inputs = self._data_files()
+        written = {}
+        for location in sorted(tensors):
+            target = written[location] = _data_path(path, inputs, written.values())
             temporary = stack.enter_context(atomic(target))
-            source = self.source.path.parent / location
             patches = [patch for patch in self.patches if patch.location == location]
-            offsets = _write_patched(source, temporary, patches)
+            source = self.source.path.parent / location
+            offsets, size = _layout(patches, source.stat().st_size)
+            if not _moved(self._staged.pop(location, None), temporary):
+                _write_patched(source, temporary, patches, offsets, size)
             sync(temporary)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", target.name)
             for patch, offset in zip(patches, offsets, strict=True):
-                tensor = patched[self.patches.index(patch)]
-                _set_external(tensor, "offset", str(offset))
-                _set_external(tensor, "length", str(patch.constant.base.size * patch.constant.dtype.itemsize))
-        return replaces
+                _set_external(patched[id(patch)], "offset", str(offset))
+                _set_external(patched[id(patch)], "length", str(patch.size))
+        return written
 
 
 def _put_inside(tensor, values):
@@ -360,31 +390,47 @@ def _set_external(tensor, key, value):
     tensor.external_data.add(key=key, value=value)
 
 
-def _write_patched(source, target, patches):
-    """Write a copy of a data file in which folded weights replace the old ones; return the offset of each patch."""
-    size = source.stat().st_size
-    offsets, end = [], size
+def _moved(staged, target):
+    """Move a staged data file into place; say whether that was possible (not across file systems)."""
+    try:
+        if staged is not None:
+            os.replace(staged, target)
+            return True
+    except OSError:
+        pass
+    return False
+
+
+def _layout(patches, size):
+    """Return (offset of each patch, size of the patched file): what needs a new place goes behind the end, on a page of its own."""
+    offsets = []
     for patch in patches:
-        if patch.offset is None:
-            end = -(-end // PAGE) * PAGE
-            offsets.append(end)
-            end += patch.constant.base.size * patch.constant.dtype.itemsize
-        else:
-            offsets.append(patch.offset)
-    sizes = [patch.constant.base.size * patch.constant.dtype.itemsize for patch in patches]
-    covered = sorted((offset, offset + length) for offset, length in zip(offsets, sizes, strict=True))
+        offset = patch.offset
+        if offset is None:
+            offset = -(-size // PAGE) * PAGE
+            size = offset + patch.size
+        offsets.append(offset)
+    return offsets, size
+
+
+def _write_patched(source, target, patches, offsets, size):
+    """Write a copy of a data file in which folded weights replace the old ones."""
+    covered = sorted((offset, offset + patch.size) for patch, offset in zip(patches, offsets, strict=True))
     with open(source, "rb") as reader, open(target, "rb+") as writer, ThreadPoolExecutor(WRITERS) as pool:
-        writer.truncate(end)
-        into, out_of = writer.fileno(), reader.fileno()
+        writer.truncate(size)
+        end = os.fstat(reader.fileno()).st_size
         jobs, position = [], 0
-        for start, stop in [*covered, (size, size)]:
-            jobs.append(pool.submit(_copy_range, into, out_of, position, min(start, size)))
+        for start, stop in [*covered, (end, end)]:
+            jobs.append(pool.submit(_copy_range, writer.fileno(), reader.fileno(), position, min(start, end)))
             position = max(position, stop)
         for patch, offset in zip(patches, offsets, strict=True):
-            jobs.append(pool.submit(_write_constant_at, into, offset, patch.constant))
-        for job in jobs:
-            job.result()
-    return offsets
+            jobs.append(pool.submit(_write_constant_at, writer.fileno(), offset, patch.constant))
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # Two writers keep the kernel and the page cache busy; more would only need more memory.

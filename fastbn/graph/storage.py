@@ -1,6 +1,7 @@
 """Files in and out: models from paths, bytes or objects, tensors inline or in memory-mapped files, and writes that are all or nothing."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -41,8 +42,7 @@ def load(model):
     if isinstance(model, onnx.ModelProto):
         return Source(model, None, "model")
     if isinstance(model, (bytes, bytearray, memoryview)):
-        data = bytes(model)
-        return Source(_parse(data, "model"), None, "model", data)
+        return Source(_parse(bytes(model), "model"), None, "model", bytes(model))
     if not isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     path = Path(os.fsdecode(model))
@@ -100,19 +100,28 @@ class Source:
 
     def __init__(self, proto, path, name, data=None):
         self.proto = proto
+        self._data = data
         self.path = path
         self.name = name
-        self._data = data
+        self.notes = ()
         self._files = {}
 
     def to_bytes(self):
-        """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
-        if self.path is None:
-            return serialize(self.proto, self.name) if self._data is None else self._data
+        """Return the model as it was given, byte for byte."""
+        if self._data is not None:
+            return self._data
         try:
-            return self.path.read_bytes()
+            return serialize(self.proto, self.name) if self.path is None else self.path.read_bytes()
         except OSError as error:
             raise os_error(error, self.name) from error
+
+    def size(self, external):
+        """Return the bytes of the model and of the data files of these external tensors."""
+        try:
+            own = self.path.stat().st_size if self.path else self.proto.ByteSize()
+            return own + sum(path.stat().st_size for path in {self.location(tensor)[0] for tensor in external})
+        except OSError as error:
+            raise os_error(error, error.filename or self.name) from error
 
     def array(self, tensor):
         """Return the values of a TensorProto, C-contiguous; external ones are a read-only map of their file."""
@@ -126,10 +135,10 @@ class Source:
             raw = np.frombuffer(tensor.raw_data, np.uint8)
         else:
             try:
-                return np.asarray(numpy_helper.to_array(tensor), order="C")
+                return np.ascontiguousarray(numpy_helper.to_array(tensor))
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
-        size = int(np.prod(tensor.dims, dtype=object)) * dtype.itemsize
+        size = math.prod(tensor.dims) * dtype.itemsize
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
         array = raw.view(dtype).reshape(tuple(tensor.dims))
@@ -159,7 +168,7 @@ class Source:
         where = tensor.name or "a constant"
         path, offset, length = self.location(tensor)
         if length is None:
-            length = int(np.prod(tensor.dims, dtype=object)) * tensor_dtype(tensor, where).itemsize
+            length = math.prod(tensor.dims) * tensor_dtype(tensor, where).itemsize
         if path not in self._files:
             try:
                 size = path.stat().st_size

@@ -18,10 +18,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from fastbn.errors import FastbnError, ModelError, expected
-from fastbn.graph.absorb import ABSORBERS
-from fastbn.graph.carry import CARRIERS
 from fastbn.graph.lift import is_batch_norm
 from fastbn.graph.model import is_standard
+from fastbn.graph.plan import SHAPE_READERS, row_of
 from fastbn.graph.report import Parity
 from fastbn.graph.rewrite import edited
 from fastbn.graph.storage import serialize
@@ -128,17 +127,25 @@ class _Segment:
         self.site = site
         self.index = site.index
         rank = {node: position for position, node in enumerate(self.index.order)}
-        self.before = sorted({*plan.path, *plan.nodes} - set(plan.replaced.values()), key=rank.get)
-        self.lifted = set(plan.nodes)
-        self.inside = {value: node for node in self.before for value in node.outputs if value is not None}
-        self.result = max(self.lifted, key=rank.get).outputs[0]
+        self.lifted = set(plan.lifted)
+        self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=rank.get)
+        self.inside = {value for node in self.before for value in node.outputs if value is not None}
+        self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.promoted = any(constant.dtype.name == "bfloat16" for constant in plan.constants.values())
         self.dtype = next(iter(plan.constants.values())).dtype
+
+    def _leaves(self, value):
+        """Say whether anything outside reads a value of the site that both sides have."""
+        if value.is_output:
+            return True
+        return any(
+            node not in self.before and node not in self.site.removed and not node.is_op(*SHAPE_READERS) for node, _ in value.readers
+        )
 
     def units(self):
         """Return how many times the size of the terms the difference may be."""
         unit = UNIT[self.dtype.name]
-        terms = sum((ABSORBERS.get(node.op) or CARRIERS[node.op]).terms(node, self.site) for node in self.before if node not in self.lifted)
+        terms = sum(row_of(node, self.index).terms(node, self.site) for node in self.before if node not in self.lifted)
         return 8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"])
 
     def run(self, rng, amplitude):
@@ -146,14 +153,15 @@ class _Segment:
         runtime_error = None
         for samples in self._samples():
             feeds = {name: self._typed(amplitude * rng.standard_normal(shape)) for name, shape in samples.items()}
+            feeds.update((name, target) for name, target in self.targets.items() if target is not None)
             try:
                 before = _run_nodes(*self._original(feeds), self.index.opset)
                 after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
                 size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
             except _runtime_errors() as error:
-                runtime_error = error
+                runtime_error = runtime_error or error
                 continue
-            return before.astype(np.float64), after.astype(np.float64), size.astype(np.float64)
+            return tuple(np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size))
         raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
 
     def _typed(self, values):
@@ -164,13 +172,15 @@ class _Segment:
 
     def _samples(self):
         """Yield shapes for the inputs of the site, by name: those that its operators propose, then those that the model says."""
-        proposed, stated = {}, {}
+        proposed, stated, self.targets = {}, {}, {}
         for node in self.before:
-            row = ABSORBERS.get(node.op) or CARRIERS[node.op]
             for slot, value in enumerate(node.inputs):
                 if value is None or value in self.inside or self.index.constant(value) is not None:
                     continue
-                shape = row.sample(node, self.site).get(slot)
+                if node.op == "Reshape" and slot == 1:
+                    self.targets[value.name] = self._target(node)
+                    continue
+                shape = self._row_sample(node).get(slot)
                 if shape is None:
                     return
                 proposed[value.name] = shape
@@ -178,6 +188,19 @@ class _Segment:
         yield proposed
         if stated != proposed:
             yield stated
+        for rank in (2, 3, 4, 5):
+            yield {name: (*shape, 3, 3, 3)[:rank] for name, shape in proposed.items()}
+
+    def _target(self, node):
+        """Return a target for a Reshape whose own is computed outside the site."""
+        shape = self.index.shape(node.outputs[0])
+        if shape is None:
+            return None
+        free = next((axis for axis, size in enumerate(shape) if size is None), None)
+        return np.array([-1 if axis == free else size or 1 for axis, size in enumerate(shape)], np.int64)
+
+    def _row_sample(self, node):
+        return row_of(node, self.index).sample(node, self.site)
 
     def _original(self, feeds):
         feeds = dict(feeds)
@@ -186,14 +209,14 @@ class _Segment:
                 found = self.index.constant(value)
                 if found is not None:
                     feeds[value.name] = self._array(found.array())
-        return [_modern(node.proto, self.index.opset) for node in self.before], feeds, self.result.name
+        return [_modern(node.proto, self.index.opset) for node in self.before], feeds, [value.name for value in self.results]
 
     def _folded(self, feeds, magnitudes):
         """Return the folded segment; with magnitudes, every input and constant is its absolute value and every difference is a sum."""
-        feeds = {name: np.abs(values) if magnitudes else values for name, values in feeds.items()}
+        feeds = {name: np.abs(values) if magnitudes and values.dtype.kind == "f" else values for name, values in feeds.items()}
         protos = []
         for node in self.before:
-            if node in self.plan.removed:
+            if node in self.site.removed:
                 continue
             node = self.plan.replaced.get(node, node)
             proto = _modern(node.proto, self.index.opset)
@@ -217,10 +240,10 @@ class _Segment:
             if magnitudes:
                 _bounding(proto)
             protos.append(proto)
-        return protos, feeds, self._name(self.result)
+        return protos, feeds, [self._name(value) for value in self.results]
 
     def _name(self, value):
-        while value.producer in self.plan.removed:
+        while value.producer in self.site.removed and value.producer in self.before:
             value = self.site.removed[value.producer]
         return value.name
 
@@ -262,17 +285,17 @@ def _runtime_errors():
     return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
 
 
-def _run_nodes(protos, feeds, result, opset):
+def _run_nodes(protos, feeds, results, opset):
     """Run a list of NodeProto in onnxruntime, every constant an input."""
     read = {name for proto in protos for name in proto.input}
     inputs = []
     for name, array in feeds.items():
         if name in read:
             inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim))
-    graph = helper.make_graph(protos, "site", inputs, [onnx.ValueInfoProto(name=result)])
+    graph = helper.make_graph(protos, "site", inputs, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(results)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset if opset >= 7 else 9)], ir_version=8)
     run = session(model.SerializeToString(), threads=1)
-    return run.run([result], {name: array for name, array in feeds.items() if name in read})[0]
+    return run.run(results, {name: array for name, array in feeds.items() if name in read})
 
 
 @dataclass
@@ -422,7 +445,7 @@ class _Noisy:
     def __init__(self, original, index):
         self.parameters = {}
         proto = onnx.ModelProto()
-        proto.CopyFrom(original.proto)
+        proto.CopyFrom(index.proto)
         proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
         self.unit = UNIT["float32"]
         units = []
