@@ -463,7 +463,7 @@ EXPRESSIONS = frozenset([
 
 
 def _literal(array):
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
     return Tensor(array.dtype, array.shape, lambda: array)
 
 

@@ -99,9 +99,8 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        if not self.plans and not self.index.freeze_inputs:
-            return Output(self.index.proto, [], self.index.source, unchanged=True)
-        return Output(self.proto, self.patches, self.index.source, self.duplicates)
+        changed = bool(self.plans) or self.index.freeze_inputs
+        return Output(self.proto, self.patches, self.index.source, self.duplicates, changed)
 
     def _proto(self, node):
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -259,12 +258,12 @@ class Output:
     duplicates is node -> name of the weight that the node shared with others and now has for itself.
     """
 
-    def __init__(self, proto, patches, source, duplicates=None, unchanged=False):
-        self.duplicates = duplicates or {}
-        self.unchanged = unchanged
+    def __init__(self, proto, patches, source, duplicates, changed):
+        self.duplicates = duplicates
         self.proto = proto
         self.patches = patches
         self.source = source
+        self.changed = changed
         self._external = any(True for _ in external_tensors(proto))
         self._staged = {}
 
@@ -275,7 +274,7 @@ class Output:
 
     def to_bytes(self):
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
-        if self.unchanged and not self._external:
+        if not self.changed and not self._external:
             return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
 
@@ -322,9 +321,7 @@ class Output:
             if self._external:
                 proto = _copy(self.proto)
                 written = self._write_data_files(path, proto, stack)
-                temporary.write_bytes(serialize(proto, str(path)))
-            else:
-                temporary.write_bytes(self.to_bytes())
+            temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
             if any(target.exists() for target in written.values()):
                 sync(temporary)  # a full disk must be noticed while the old model stands
                 # From here until the new model stands, a stop leaves no model rather than an old one with new data.
@@ -346,7 +343,7 @@ class Output:
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        patched = dict(zip(map(id, self.patches), self._patched_in(proto), strict=True))
+        patched = self._patched_in(proto)
         inputs = self._data_files()
         written = {}
         for location in sorted(tensors):
@@ -357,12 +354,13 @@ class Output:
             offsets, size = _layout(patches, source.stat().st_size)
             if not _moved(self._staged.pop(location, None), temporary):
                 _write_patched(source, temporary, patches, offsets, size)
-            sync(temporary)
+                sync(temporary)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", target.name)
             for patch, offset in zip(patches, offsets, strict=True):
-                _set_external(patched[id(patch)], "offset", str(offset))
-                _set_external(patched[id(patch)], "length", str(patch.size))
+                tensor = patched[self.patches.index(patch)]
+                _set_external(tensor, "offset", str(offset))
+                _set_external(tensor, "length", str(patch.size))
         return written
 
 

@@ -42,7 +42,8 @@ def load(model):
     if isinstance(model, onnx.ModelProto):
         return Source(model, None, "model")
     if isinstance(model, (bytes, bytearray, memoryview)):
-        return Source(_parse(bytes(model), "model"), None, "model", bytes(model))
+        data = bytes(model)
+        return Source(_parse(data, "model"), None, "model", data)
     if not isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     path = Path(os.fsdecode(model))
@@ -107,11 +108,11 @@ class Source:
         self._files = {}
 
     def to_bytes(self):
-        """Return the model as it was given, byte for byte."""
-        if self._data is not None:
-            return self._data
+        """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
+        if self.path is None:
+            return serialize(self.proto, self.name) if self._data is None else self._data
         try:
-            return serialize(self.proto, self.name) if self.path is None else self.path.read_bytes()
+            return self.path.read_bytes()
         except OSError as error:
             raise os_error(error, self.name) from error
 
@@ -135,7 +136,7 @@ class Source:
             raw = np.frombuffer(tensor.raw_data, np.uint8)
         else:
             try:
-                return np.ascontiguousarray(numpy_helper.to_array(tensor))
+                return np.asarray(numpy_helper.to_array(tensor), order="C")
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         size = math.prod(tensor.dims) * dtype.itemsize
