@@ -17,8 +17,8 @@ from fastbn.affine import DTYPES
 from fastbn.errors import ModelError, expected
 from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Dense
-from fastbn.graph.lift import BATCH_NORM, constant_slot, is_batch_norm, lift
+from fastbn.graph.constant import Affine, Dense
+from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.model import Node, Value, is_standard
 from fastbn.graph.report import FORWARDS, Kept, Refusal
 
@@ -279,17 +279,21 @@ def plan(index, only=None, skip=None, excluded=None):
     """
     site = Site(index)
     plans, refusals = [], {}
-    for node in index.order:
-        if not (is_batch_norm(node) or node.op in ABSORBERS):
-            continue
-        try:
-            affine = site.lifted(node)
-            if affine is None:
-                continue
-            _refuse_unselected(node, only, skip, excluded or {})
-            _place(node, affine, site, plans)
-        except Refusal as refusal:
-            refusals[node] = refusal
+    waiting = [node for node in index.order if is_batch_norm(node) or node.is_op(*ELEMENTWISE)]
+    # A fold may open the way for one before it, so what was refused is asked again until nothing moves.
+    moved = True
+    while moved:
+        refusals, before = {}, len(site.removed) + len(site.replaced)
+        for node in waiting:
+            try:
+                affine = site.lifted(node)
+                if affine is not None:
+                    _refuse_unselected(node, only, skip, excluded or {})
+                    _place(node, affine, site, plans)
+            except Refusal as refusal:
+                refusals[node] = refusal
+        waiting = list(refusals)
+        moved = len(site.removed) + len(site.replaced) > before
     return Planning(plans, _kept(index, site, refusals), site)
 
 
@@ -347,17 +351,39 @@ def _find_home(node, value, affine, site):
         return _Search(site).forward(node.outputs[0], affine), True, None
     except Refusal as refusal:
         ahead = refusal
-    if behind.code == "shift-cannot-pass" and is_batch_norm(node):
-        try:
-            found = _Search(site).backward(value, affine.scale_only(), node, slot)
-            # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-            return found, False, _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
-        except Refusal:
-            pass  # what both ways said is the better reason
+    if is_batch_norm(node):
+        for way in (_keep_shift_backward, _keep_shift_forward):
+            try:
+                return way(node, value, affine, site)
+            except Refusal:
+                pass  # what both ways said is the better reason
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")
     code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
     raise Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+
+
+def _keep_shift_backward(node, value, affine, site):
+    """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
+    found = _Search(site).backward(value, affine.scale_only(), node, site.data_slot(node))
+    return _with_add(found, node, affine, site, forward=False)
+
+
+def _keep_shift_forward(node, value, affine, site):
+    """MatMul(S x + T, W) = MatMul(x + T/S, S W): the scale goes into W, an Add of T/S stays."""
+    if (affine.scale == 0).any():
+        raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
+    found = _Search(site).forward(node.outputs[0], affine.scale_only())
+    inverse = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
+    return _with_add(found, node, inverse, site, forward=True)
+
+
+def _with_add(found, node, affine, site, forward):
+    """Let an Add of the shift stay, where nothing but the missing bias of a MatMul asks for it."""
+    if any(home.op != "MatMul" for home in found.homes) or not found.homes:
+        raise Refusal("shift-cannot-pass", "the shift finds no home")
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+    return found, forward, _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
 
 
 def row_of(node, index):
