@@ -227,6 +227,14 @@ def test_every_link_of_a_chain_sees_the_bias_that_the_last_one_made(home, links)
     folds(model(text, **used), home.partition(",")[0])
 
 
+@pytest.mark.parametrize("home", ["Add(r, k)", "Sub(r, k)", "Sub(k, r)", "Mul(r, k)", "Mul(k, r)", "Div(r, k)", "Div(k, r)"])
+def test_elementwise_constants_take_what_comes_after(home):
+    after = "Add(d, l)" if home[0] in "AS" else "Mul(d, l)"
+    text = f"(float[2,4,3,3] x) => (float[2,4,3,3] y) {{ r = Tanh(x) d = {home} n = {after} y = Tanh(n) }}"
+    constants = {"k": np.abs(K) + 1, "l": L}
+    folds(model(text, **constants), f"Tanh {home[:3]} Tanh", only="n")
+
+
 def test_batch_norms_without_a_producer_become_one():
     proto = model(
         "(float[N,4,5] x) => (float y) { a = BatchNormalization(x, s, t, m, v) y = BatchNormalization(a, s2, t2, m2, v2) }",

@@ -168,6 +168,7 @@ BAD = [
     ({"beta": np.array([0, np.nan])}, fastbn.ArgumentError, "at `beta`"),
     ({"eps": -1e-5}, fastbn.ArgumentError, "Expected a finite number >= 0, got -1e-05 - at `eps`"),
     ({"eps": float("nan")}, fastbn.ArgumentError, "got nan - at `eps`"),
+    ({"eps": float("inf")}, fastbn.ArgumentError, "got inf - at `eps`"),
     ({"eps": "small"}, fastbn.ArgumentTypeError, "Expected a number, got str - at `eps`"),
     ({"eps": None}, fastbn.ArgumentTypeError, "Expected a number, got NoneType - at `eps`"),
 ]

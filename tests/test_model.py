@@ -75,6 +75,16 @@ def test_a_huge_computed_constant_is_not_evaluated():
     refuses(conv_bn(text, b=None), "dynamic-weight", verify=False)
 
 
+@pytest.mark.parametrize("node", ["ConstantOfShape(four)", "Expand(z, four)", "Mul(long, long)"])
+def test_the_limit_of_computed_constants(node, monkeypatch):
+    text = f"(float[N,3,8,8] x) => (float[N,4,6,6] y) {{ b = {node} c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
+    everything = {"four": np.array([4]), "z": np.float32(0.5), "long": normal(4)}
+    proto = conv_bn(text, b=None, **{name: value for name, value in everything.items() if name in node})
+    assert ops(fastbn.fold(proto, verify=False).model) == "Conv"
+    monkeypatch.setattr("fastbn.graph.model.LARGEST_EXPRESSION", 3)
+    refuses(proto, "dynamic-weight", verify=False)
+
+
 def test_a_constant_that_fails_to_compute_is_none():
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         b = Reshape(z, four)

@@ -182,7 +182,11 @@ def test_value_info_of_a_value_that_changed_its_meaning_leaves():
     proto = conv_bn("(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Relu(n) }")
     for name in "cn":
         proto.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4, 6, 6]))
-    assert [info.name for info in folds(proto, "Conv Relu").model.graph.value_info] == ["n"]
+        annotation = proto.graph.quantization_annotation.add(tensor_name=name)
+        annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="w")
+    graph = folds(proto, "Conv Relu").model.graph
+    assert [info.name for info in graph.value_info] == ["n"]
+    assert [entry.tensor_name for entry in graph.quantization_annotation] == ["n"]
 
 
 def test_freeze_inputs_without_any_fold_still_freezes():

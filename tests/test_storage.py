@@ -103,6 +103,13 @@ def test_a_patched_copy_equals_the_fold_in_memory(tmp_path, big):
     assert {name: array.tobytes() for name, array in inside.items()} == {name: array.tobytes() for name, array in outside.items()}
 
 
+def test_a_system_that_writes_in_small_pieces(tmp_path, big, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, view, offset: pwrite(file, view[:10_007], offset))
+    fastbn.fold(save_external(big, tmp_path), verify=False).save(tmp_path / "out.onnx")
+    assert_same(big, loaded(tmp_path / "out.onnx"))
+
+
 def test_two_tensors_at_one_offset_are_appended_not_overwritten(tmp_path, big):
     proto = onnx.ModelProto.FromString(big.SerializeToString())
     other = proto.graph.initializer.add()

@@ -13,6 +13,7 @@ import fastbn
 from fastbn.cli import main
 from fastbn.graph import absorb, rewrite
 from fastbn.graph.folding import fold_watched
+from fastbn.graph.verify import session
 
 MIXED = """(float[N,3,8,8] x) => (float[N,4] y) {
     c = Conv(x, w, b)
@@ -147,6 +148,12 @@ def test_verify_of_equal_and_of_folded_models_is_ok():
     assert folded.status == "ok"
     assert 0 < folded.error <= folded.allowed, "optimiser off on both sides: an exact zero would mean both were folded"
     assert folded.inputs == 3
+
+
+def test_the_optimiser_is_off_unless_it_is_asked_for():
+    data = mixed().SerializeToString()
+    for optimise, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
+        assert session(data, optimise=optimise).get_session_options().graph_optimization_level.name == level
 
 
 def test_outputs_that_differ_in_name_or_shape():

@@ -189,7 +189,7 @@ def tabular_mlp(**options):
     parts.append(net.norm(net.input("numbers", "batch", 6), "bn_cont"))
     x = net.node("Concat", parts, "", 13, axis=1)
     for number, width in enumerate([32, 24, 16]):
-        x = net.relu(net.linear(x, f"layers.{number}.0", width, bias=number == 0), f"layers.{number}.1")
+        x = net.relu(net.linear(x, f"layers.{number}.0", width, bias=not number or not net.computed_zeros), f"layers.{number}.1")
         x = net.node("Dropout", [net.norm(x, f"layers.{number}.2")], f"layers.{number}.3")
     net.output(net.linear(x, "layers.3.0", 2), "logits", "batch", 2)
     return net.model()
