@@ -191,6 +191,8 @@ def _report(arguments, result, target, written):
         _say(line, stream)
     if target is None:
         _say("dry run: nothing verified, nothing written", stream)
+    if arguments.in_place and len(written) > 1:
+        _say("note    the data files that the model had before are still there; it reads them no more", stream)
     if written:
         from fastbn.graph.report import size_text
 

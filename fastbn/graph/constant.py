@@ -189,7 +189,8 @@ class Dense:
         if isinstance(constant, Scaled):
             base = cls.of(constant.base)
             return base.times(spread_over(constant.view, constant.scale, constant.shape))
-        values = constant.array().astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN says so when it is widened
+            values = constant.array().astype(np.float64)
         return cls(constant.dtype, values, np.abs(values))
 
     @classmethod

@@ -17,7 +17,7 @@ from fastbn.affine import DTYPES
 from fastbn.errors import ModelError, expected
 from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Affine, Dense, Dequantised, Requantised
+from fastbn.graph.constant import Affine, Dense, Dequantised, Requantised, Scaled
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.model import Node, Value, is_standard
 from fastbn.graph.report import FORWARDS, Kept, Refusal
@@ -567,6 +567,8 @@ def _refuse_bad_constants(found):
         if nonfinite or flushed:
             code = "overflow" if nonfinite else "flush-to-zero"
             fate = "Inf or NaN" if nonfinite else "zero"
+            if nonfinite and isinstance(constant, Scaled) and not np.isfinite(constant.base.array()).all():
+                raise Refusal("bad-parameters", f"input {slot} of {node.op} '{node.label}' holds Inf or NaN already")
             channels = constant.bad_channels()
             some = ", ".join(map(str, channels[:4])) + (", ..." if len(channels) > 4 else "")
             what = f"{nonfinite or flushed} values of input {slot} of {node.op} '{node.label}' would become {fate} in {constant.dtype}"

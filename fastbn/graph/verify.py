@@ -131,8 +131,18 @@ class _Segment:
         self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=rank.get)
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
-        self.promoted = any(constant.dtype.name == "bfloat16" for constant in plan.constants.values())
-        self.dtype = next(iter(plan.constants.values())).dtype
+        self.dtype = self._data_type()
+        self.promoted = self.dtype.name == "bfloat16"
+
+    def _data_type(self):
+        """Return the type of the data: that of any constant, but the parameters of a BatchNormalization may have another."""
+        constants = [
+            (is_batch_norm(node), found.dtype)
+            for node in self.before
+            for found in map(self.index.constant, node.inputs)
+            if found is not None and found.dtype.name in UNIT
+        ]
+        return min(constants, key=lambda entry: entry[0])[1]
 
     def _leaves(self, value):
         """Say whether anything outside reads a value of the site that both sides have."""
@@ -435,6 +445,8 @@ def _feed(inputs, shapes, kind, rng):
             raise _ModelNotRun(f"the input '{info.name}' has type {dtype}")
         if kind == "zero":
             values = np.zeros(shape)
+        elif dtype.kind == "b" and kind == "normal":
+            values = np.ones(shape)  # with the zeros, every condition is met once and missed once
         elif dtype.kind in "iub":
             values = rng.integers(0, 256 if dtype == np.uint8 else 2, shape)
         elif kind == "wide":
