@@ -361,8 +361,9 @@ class Index:
         """Return what the file itself says of a value's shape, without inference."""
         scope = value.scope
         if scope.declared is None:
-            infos = (*scope.graph.output, *scope.graph.value_info, *scope.graph.input)
-            scope.declared = {info.name: _shape_of(info) for info in infos}
+            # An output without sizes is a scalar, or what an exporter wrote that knew none: inference tells which.
+            outputs = (info for info in scope.graph.output if _shape_of(info) != ())
+            scope.declared = {info.name: _shape_of(info) for info in (*outputs, *scope.graph.value_info, *scope.graph.input)}
         return scope.declared.get(value.name)
 
     def _shapes(self):
@@ -384,6 +385,9 @@ class Index:
         graph.node.extend(self.proto.graph.node)
         graph.value_info.extend(self.proto.graph.value_info)
         graph.output.extend(self.proto.graph.output)
+        for info in graph.output:
+            if _shape_of(info) == ():
+                info.type.tensor_type.ClearField("shape")
         for info in self.proto.graph.input:
             sized = graph.input.add()
             sized.CopyFrom(info)

@@ -158,7 +158,11 @@ class _Segment:
             except _runtime_errors() as error:
                 runtime_error = error
                 continue
-            return tuple(np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size))
+            sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
+            if any(node.is_op("GRU") for node in self.before):
+                # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
+                sides[2] = np.maximum(sides[2], 1.0)
+            return sides
         raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
 
     def _typed(self, values):
