@@ -245,7 +245,8 @@ class _Segment:
 
     def _name(self, value):
         while value.producer in self.site.removed and value.producer in self.before:
-            value = self.site.removed[value.producer]
+            node = value.producer
+            value = self.plan.dissolved.get(node) or node.inputs[self.site.data_slot(node)]
         return value.name
 
 
