@@ -370,7 +370,9 @@ class Index:
         if self._inferred is None:
             self._inferred = {}
             graph = self._infer()
-            for number, inferred in enumerate(scopes_of(graph)):
+            # Bodies are numbered in the order of the file, which inference has seen only if it is that of the data flow.
+            scopes = scopes_of(graph) if self._sorted(self.main) is self.main.nodes else [graph]
+            for number, inferred in enumerate(scopes):
                 for info in (*inferred.input, *inferred.value_info, *inferred.output):
                     shape = _shape_of(info)
                     if shape is not None:
@@ -382,7 +384,7 @@ class Index:
         skeleton = onnx.ModelProto(ir_version=max(self.proto.ir_version, 4), opset_import=self.proto.opset_import)
         graph = skeleton.graph
         graph.name = "shapes"
-        graph.node.extend(self.proto.graph.node)
+        graph.node.extend(node.proto for node in self._sorted(self.main))
         graph.value_info.extend(self.proto.graph.value_info)
         graph.output.extend(self.proto.graph.output)
         for info in graph.output:
