@@ -200,3 +200,40 @@ def test_a_norm_in_a_branch_does_not_change_the_value_outside():
     result = fastbn.fold(proto, verify=False)
     assert codes(result) == {"crosses-scope": 1}
     assert result.to_bytes() == proto.SerializeToString()
+
+
+REPVGG = """(float[1,4,6,6] x) => (float y) {
+    d = Conv <pads = [1,1,1,1]> (x, w3)
+    dn = BatchNormalization(d, s, t, m, v)
+    p = Conv(x, w1)
+    pn = BatchNormalization(p, s, t, m, v)
+    i = BatchNormalization(x, s, t, m, v)
+    sum = Add(dn, pn)
+    y = Add(sum, i)
+}"""
+
+# Two norms, of which the first can only leave when the second has: in the order of the data flow it comes too early.
+BEHIND = """(float[1,4,6,6] x, float[1,3,6,6] z) => (float y) {
+    a = Tanh(x)
+    n = BatchNormalization(a, s, t, m, v)
+    c = Concat <axis = 1> (n, z)
+    o = BatchNormalization(c, s7, t7, m7, v7)
+    y = Conv(o, w7)
+}"""
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("text", [REPVGG, BEHIND], ids=["RepVGG", "behind"])
+def test_what_one_fold_makes_possible_is_found_in_any_order(text, seed):
+    everything = {"w3": normal(4, 4, 3, 3), "w1": normal(4, 4, 1, 1), "w7": normal(2, 7, 3, 3), **norm(4), **norm(7, "7")}
+    used = {name: value for name, value in everything.items() if f"{name}," in text or f"{name})" in text}
+    proto = model(text, **used)
+    nodes = [proto.graph.node[int(number)] for number in np.random.default_rng(seed).permutation(len(proto.graph.node))]
+    shuffled = model(text, **used)
+    del shuffled.graph.node[:]
+    shuffled.graph.node.extend(nodes)
+    result = fastbn.fold(shuffled, verify=False)
+    assert result.to_dict()["batch_normalizations"] == {"before": text.count("Batch"), "after": 0}
+    expected = fastbn.fold(proto)
+    assert expected.parity.status == "ok"
+    assert_same(proto, expected.model)

@@ -283,7 +283,7 @@ def _own_bias(node, site, taken):
 # passes unchanged.
 def _matmul_backward(node, affine, site):
     slot, weight, rank = _matmul_operands(node, affine, node.outputs[0], site)
-    axis = _matmul_axis(node, affine, slot, weight, rank)
+    axis = _matmul_axis(node, affine, slot, weight, rank, site)
     if affine.shifts and axis not in (None, "own"):
         raise Refusal("axis", f"its channels are axis {axis}, which is not the output channels of MatMul '{node.label}'")
     if affine.shifts:
@@ -304,9 +304,11 @@ def _matmul_forward(node, at, affine, site):
     if axis not in (None, contracted):
         if affine.shifts:
             raise Refusal("shift-cannot-pass", f"a shift along axis {axis} cannot pass MatMul '{node.label}'")
-        if len(weight.shape) > 2 or (axis == contracted + 1 and len(weight.shape) < 2):
+        if len(weight.shape) > 2:
             raise Refusal("axis", f"the weight of MatMul '{node.label}' mixes axis {axis}")
-        return Taken(onward=[(0, affine.at(axis - rank))])
+        # A vector takes the contracted axis out: what lies before it moves one towards the end.
+        moves = int(len(weight.shape) < 2 and axis < contracted)
+        return Taken(onward=[(0, affine.at(axis - rank + moves))])
     view = _matmul_views(weight, slot)[1]
     _require_channels(node, affine, view.channels, "input")
     taken = Taken()
@@ -320,7 +322,7 @@ def _matmul_forward(node, at, affine, site):
         matrix = Dense.of(weight).values if slot == 1 else Dense.of(weight).values.T
         _, shift, spread = affine.along(view.channels)
         total, size = shift @ matrix, spread @ np.abs(matrix)
-        taken.onward.append((0, Affine(np.ones_like(total), total, -1 if slot == 1 else -2, 0, size)))
+        taken.onward.append((0, Affine(np.ones_like(total), total, -1 if slot == 1 or rank == 1 else -2, 0, size)))
     return taken
 
 
@@ -329,23 +331,23 @@ def _matmul_operands(node, affine, value, site):
     slot = _matmul_slot(node, site)
     weight = site.weight(node, slot)
     rank = site.rank(value)
-    if rank is None and affine.axis is not None and affine.axis >= 0:
-        raise Refusal(
-            "axis-unknown", f"the rank of '{value.name}' at MatMul '{node.label}' is not known, so axis {affine.axis} cannot be placed"
-        )
+    # From the right, the last axis is the last axis of any rank; from the left, a vector has its one axis where a matrix has columns.
+    if rank is None and (slot == 0 or (affine.axis is not None and affine.axis >= 0)):
+        raise Refusal("axis-unknown", f"the rank of '{value.name}' at MatMul '{node.label}' is not known, so the axis cannot be placed")
     if affine.rank > (rank or len(weight.shape)):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at MatMul '{node.label}'")
     return slot, weight, rank or max(len(weight.shape), 2)
 
 
-def _matmul_axis(node, affine, slot, weight, rank):
+def _matmul_axis(node, affine, slot, weight, rank, site):
     """Return None, "own" for the weight's own output channels, or another axis of the output, which is one of the other operand."""
     if affine.axis is None:
         return None
     axis = axis_in(node, affine, rank)
     if len(weight.shape) < 2:
         raise Refusal("axis", f"the weight of MatMul '{node.label}' is a vector: its output has no axis for it")
-    if axis == (rank - 1 if slot == 1 else rank - 2):
+    vector = site.rank(node.inputs[1 - slot]) == 1
+    if axis == (rank - 1 if slot == 1 or vector else rank - 2):
         return "own"
     if len(weight.shape) > 2:
         raise Refusal("axis", f"its channels are axis {axis}, which is not the output channels of MatMul '{node.label}'")
@@ -460,6 +462,8 @@ def _shaped(node, affine, data_slot, constant, site):
         )
     if affine.rank > (len(constant.shape) if rank is None else rank):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at {node.op} '{node.label}'")
+    if rank is not None:
+        axis_in(node, affine, rank)
     data = site.shape(node.inputs[data_slot])
     if affine.axis is not None and data is not None and rank is not None:
         at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)

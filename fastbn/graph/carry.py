@@ -87,6 +87,8 @@ def _reshape(node, affine, came, goes, site):
     inner, channels = math.prod(before[axis + 1 :]), before[axis]
     if channels != affine.channels:
         raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of {node.op} '{node.label}', which has {channels}")
+    if channels == 1:
+        return affine.picked(np.zeros(1, int), None)
     behind = 1
     for at in range(len(after) - 1, -1, -1):
         size = after[at]
@@ -96,8 +98,6 @@ def _reshape(node, affine, came, goes, site):
         if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
             return affine.picked(np.arange(size) // (inner // behind) % channels, at)
         behind *= size
-    if channels == 1:
-        return affine.picked(np.zeros(1, int), None)
     raise Refusal("axis", f"{node.op} '{node.label}' splits or mixes the channels of axis {axis}: {_sizes(before)} becomes {_sizes(after)}")
 
 
@@ -224,10 +224,12 @@ def _spatial(node, affine, value, site):
         raise Refusal("axis", f"{node.op} '{node.label}' mixes the elements of axis {axis}")
 
 
-# AveragePool:  an average of S x + T is S average + T, unless zeros of padding are counted, which T does not reach.
+# AveragePool:  an average of S x + T is S average + T, unless zeros of padding are counted, which T does not reach. With ceil_mode a
+# window may hang over the border, and runtimes disagree on what they count there.
 def _average_pool(node, affine, came, goes, site):
     _spatial(node, affine, came, site)
     padded = any(node.attribute("pads", [])) or node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
+    padded = padded or node.attribute("ceil_mode", 0)
     if affine.shifts and padded and node.attribute("count_include_pad", 0):
         raise Refusal("padding", f"AveragePool '{node.label}' counts zeros of padding, which a shift would have to change")
     return affine
@@ -242,6 +244,8 @@ def _global_average_pool(node, affine, came, goes, site):
 def _max_pool(node, affine, came, goes, site):
     _spatial(node, affine, came, site)
     _require_sign(node, affine, 0)
+    if came is node.inputs[0] and any(other is not None and (other.readers or other.is_output) for other in node.outputs[1:]):
+        raise Refusal("other-outputs", f"{node.op} '{node.label}' gives the indices too, which rounding may change")
     return affine
 
 
@@ -312,6 +316,12 @@ def _resize(node, affine, came, goes, site):
 
 
 def _keeps_axis(node, axis, shapes, site):
+    listed = node.attribute("axes")
+    if listed is not None:  # from opset 18 on, the axes that the factors are of
+        rank = None if shapes[0] is None else len(shapes[0])
+        if rank is not None or min(listed) >= 0:
+            return axis not in [at % rank if rank else at for at in listed]
+        return False
     for slot in (1, 2):
         factors = site.index.constant(node.input(slot))
         if slot == 1 and node.op == "Resize" and site.index.opset >= 11:
@@ -364,10 +374,15 @@ def _pad(node, affine, came, goes, site):
     mode = node.attribute("mode", b"constant")
     constant = site.index.constant(node.input(1)) if site.index.opset >= 11 else None
     pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else constant.array().tolist())
-    if pads is None or node.input(3) is not None:
+    axes = None if node.input(3) is None else site.index.constant(node.input(3))
+    if pads is None or (node.input(3) is not None and axes is None):
         raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
-    rank = len(pads) // 2
-    if axis is not None and (pads[axis] or pads[axis + rank]):
+    listed = range(len(pads) // 2) if axes is None else axes.array().tolist()
+    rank = site.rank(came)
+    if axis is not None and rank is None and min(listed, default=0) < 0:
+        raise Refusal("axis-unknown", f"the rank of '{came.name}' at Pad '{node.label}' is not known")
+    padded = {at % rank if rank else at for at, *sizes in zip(listed, pads, pads[len(listed) :], strict=False) if any(sizes)}
+    if axis in padded:
         raise Refusal("axis", f"Pad '{node.label}' pads axis {axis}")
     if mode == b"constant":
         value = node.attribute("value", 0.0)

@@ -374,15 +374,18 @@ class Index:
         """Return what the file itself says of a value's shape, without inference."""
         scope = value.scope
         if scope.declared is None:
-            infos = (*scope.graph.output, *scope.graph.value_info, *scope.graph.input)
-            scope.declared = {info.name: _shape_of(info) for info in infos}
+            # An output without sizes is a scalar, or what an exporter wrote that knew none: inference tells which.
+            outputs = (info for info in scope.graph.output if _shape_of(info) != ())
+            scope.declared = {info.name: _shape_of(info) for info in (*outputs, *scope.graph.value_info, *scope.graph.input)}
         return scope.declared.get(value.name)
 
     def _shapes(self):
         if self._inferred is None:
             self._inferred = {}
             graph = self._infer()
-            for number, inferred in enumerate(scopes_of(graph)):
+            # Bodies are numbered in the order of the file, which inference has seen only if it is that of the data flow.
+            scopes = scopes_of(graph) if self._sorted(self.main) is self.main.nodes else [graph]
+            for number, inferred in enumerate(scopes):
                 for info in (*inferred.input, *inferred.value_info, *inferred.output):
                     shape = _shape_of(info)
                     if shape is not None:
@@ -394,9 +397,12 @@ class Index:
         skeleton = onnx.ModelProto(ir_version=max(self.proto.ir_version, 4), opset_import=self.proto.opset_import)
         graph = skeleton.graph
         graph.name = "shapes"
-        graph.node.extend(self.proto.graph.node)
+        graph.node.extend(node.proto for node in self._sorted(self.main))
         graph.value_info.extend(self.proto.graph.value_info)
         graph.output.extend(self.proto.graph.output)
+        for info in graph.output:
+            if _shape_of(info) == ():
+                info.type.tensor_type.ClearField("shape")
         for info in self.proto.graph.input:
             sized = graph.input.add()
             sized.CopyFrom(info)

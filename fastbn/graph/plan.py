@@ -37,6 +37,9 @@ WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
 
+# No operator of the tables has a constant behind this many inputs: BatchNormalization has five.
+MOST_SLOTS = 5
+
 
 @dataclass(eq=False)
 class Plan:
@@ -44,7 +47,9 @@ class Plan:
 
     constants: (node, slot) -> Scaled or Dense; attributes: node -> dict of attributes to set; lifted: the nodes whose affines were taken,
     in order; dissolved: node that leaves with them -> the operand that takes its place; replaced: lifted node -> the Add that stays in
-    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb.
+    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb (both are dicts without values, so
+    that a long plan is asked and joined quickly); number: its age; joined: the plan that has taken
+    it over.
     """
 
     constants: dict = field(default_factory=dict)
@@ -52,9 +57,11 @@ class Plan:
     lifted: list = field(default_factory=list)
     dissolved: dict = field(default_factory=dict)
     replaced: dict = field(default_factory=dict)
-    path: list = field(default_factory=list)
-    homes: list = field(default_factory=list)
+    path: dict = field(default_factory=dict)
+    homes: dict = field(default_factory=dict)
     channels: int = 0
+    number: int = 0
+    joined: "Plan" = None
 
     @property
     def removed(self):
@@ -63,20 +70,17 @@ class Plan:
 
     def join(self, other):
         """Take over what another plan holds."""
-        for name in ("constants", "attributes", "dissolved", "replaced"):
+        for name in ("constants", "attributes", "dissolved", "replaced", "path", "homes"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("lifted", "path", "homes"):
-            mine = getattr(self, name)
-            mine.extend(entry for entry in getattr(other, name) if entry not in mine)
+        self.lifted.extend(other.lifted)
         self.channels = max(self.channels, other.channels)
 
     def forget(self, node):
         """Leave out what was to change of a node that is removed now."""
-        self.constants = {use: constant for use, constant in self.constants.items() if use[0] is not node}
-        self.attributes.pop(node, None)
-        for steps in (self.path, self.homes):
-            if node in steps:
-                steps.remove(node)
+        for slot in range(MOST_SLOTS):
+            self.constants.pop((node, slot), None)
+        for entries in (self.attributes, self.path, self.homes):
+            entries.pop(node, None)
 
 
 @dataclass
@@ -100,6 +104,7 @@ class Site:
         self.owner = {}
         self.lifting = None
         self._affines = {}
+        self._views = {}
 
     def affine(self, node):
         """Return the Affine of a node or None; a BatchNormalization that must stay gives None too."""
@@ -126,9 +131,14 @@ class Site:
 
     def source(self, value):
         """Return the value of the present graph that stands where `value` stood: removed nodes are followed to their input."""
-        while value.producer in self.removed:
-            value = self.removed[value.producer]
-        return value
+        root = value
+        while root.producer in self.removed:
+            root = self.removed[root.producer]
+        while value is not root:  # the next one who asks goes there in one step
+            following = self.removed[value.producer]
+            self.removed[value.producer] = root
+            value = following
+        return root
 
     def producer(self, value):
         """Return the node that gives a value in the present graph."""
@@ -136,18 +146,29 @@ class Site:
 
     def readers(self, value):
         """Return (node, slot) of everything in the present graph that sees the elements of a value; Refusal where the caller does."""
+        output, uses = self._view(self.source(value))
+        if output is not None:
+            raise Refusal("graph-output", f"the value '{output}' on the way is a graph output")
+        return [(self.replaced.get(node, node), slot) for node, slot in uses]
+
+    def _view(self, root):
+        """Return [name of the graph output that a value is, or None; its readers as the keys of a dict]; removal keeps it up to date."""
+        if root not in self._views:
+            uses = {(node, slot): None for node, slot in root.readers if not node.is_op(*SHAPE_READERS)}
+            self._views[root] = [root.name if root.is_output else None, uses]
+        return self._views[root]
+
+    def remove(self, node, value):
+        """Take a node out of the present graph: `value` stands where its output stood."""
         root = self.source(value)
-        links, found = [root], []
-        for link in links:
-            if link.is_output:
-                raise Refusal("graph-output", f"the value '{link.name}' on the way is a graph output")
-            for node, slot in link.readers:
-                if node in self.removed:
-                    if self.removed[node] is root and node.outputs[0] not in links:
-                        links.append(node.outputs[0])
-                elif not node.is_op(*SHAPE_READERS):
-                    found.append((self.replaced.get(node, node), slot))
-        return found
+        for slot, read in enumerate(node.inputs):
+            if read is not None and read.initializer is None:
+                self._view(self.source(read))[1].pop((node, slot), None)
+        output, uses = self._view(node.outputs[0])
+        view = self._view(root)
+        view[0] = view[0] or output
+        view[1].update(uses)
+        self.removed[node] = root
 
     def refuse_readers(self, value, asker, slot):
         """Refuse when anything but this slot of `asker` sees a value of the present graph."""
@@ -156,11 +177,17 @@ class Site:
             raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
 
     def apply(self, plan):
-        """Make a plan part of the present graph."""
+        """Make what a plan changes part of the present graph."""
         self.constants.update(plan.constants)
-        self.owner.update(dict.fromkeys([*plan.path, *plan.replaced.values()], plan))
         for node, _ in plan.constants:
             self._affines.pop(node, None)
+
+    def owned(self, node):
+        """Return the plan that changes a node or lets an affine through it, or None."""
+        plan = self.owner.get(node)
+        while plan is not None and plan.joined is not None:
+            plan = plan.joined
+        return plan
 
     def tensor(self, node, slot):
         """Return the constant at a slot: what a plan has made of it, or the model's, or None."""
@@ -309,23 +336,25 @@ def plan(index, only=None, skip=None, excluded=None):
     Planning
     """
     site = Site(index)
-    plans, refusals = [], {}
+    plans, refusals = {}, {}
     waiting = [node for node in index.order if is_batch_norm(node) or node.is_op(*ELEMENTWISE)]
-    # A fold may open the way for one before it, so what was refused is asked again until nothing moves.
-    moved = True
-    while moved:
-        refusals, before = {}, len(site.removed) + len(site.replaced)
+    while waiting:
+        refused, placed = {}, False
         for node in waiting:
             try:
                 affine = site.lifted(node)
-                if affine is not None:
-                    _refuse_unselected(node, only, skip, excluded or {})
-                    _place(node, affine, site, plans)
+                if affine is None:
+                    continue
+                _refuse_unselected(node, only, skip, excluded or {})
+                _place(node, affine, site, plans)
+                placed = True
             except Refusal as refusal:
-                refusals[node] = refusal
-        waiting = list(refusals)
-        moved = len(site.removed) + len(site.replaced) > before
-    return Planning(plans, _kept(index, site, refusals), site)
+                refused[node] = refusal
+        refusals = refused
+        # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+        waiting = list(refused)[::-1] if placed else []
+    site.removed = {node: site.source(node.outputs[0]) for node in index.order if node in site.removed}
+    return Planning(list(plans), _kept(index, site, refusals), site)
 
 
 def _refuse_unselected(node, only, skip, excluded):
@@ -344,20 +373,20 @@ def _place(node, affine, site, plans):
     found, forward, stays = _find_home(node, value, affine, site)
     _refuse_bad_constants(found)
     leaving = [node, *found.dissolved]
-    owners = [site.owner[step] for step in (*found.path, *leaving) if step in site.owner]
-    target = min(owners, key=plans.index) if owners else Plan()
+    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *leaving))))
+    target = min(owners, key=lambda plan: plan.number, default=None) or Plan(number=len(site.owner))
+    plans[target] = None
     for other in owners:
-        if other is not target and other in plans:
-            plans.remove(other)
+        if other is not target:
+            del plans[other]
             target.join(other)
-    if target not in plans:
-        plans.append(target)
+            other.joined = target
     for gone in leaving:
         target.forget(gone)
     found.lifted.append(node)
     found.channels = affine.channels
     if stays is None:
-        site.removed[node] = value
+        site.remove(node, value)
         if forward:
             site.forwarded.add(node)
     else:
@@ -366,9 +395,10 @@ def _place(node, affine, site, plans):
         found.constants[add, 1] = constant
         site.replaced[node] = add
     for gone, kept in found.dissolved.items():
-        site.removed[gone] = site.source(kept)
+        site.remove(gone, kept)
     target.join(found)
-    site.apply(target)
+    site.apply(found)
+    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values()], target))
 
 
 def _find_home(node, value, affine, site):
@@ -509,10 +539,12 @@ class _Search:
 
     def _taken(self, taken, node, follow):
         absorbs = bool(taken.constants)
-        found = Plan(path=[node], homes=[node] if absorbs else [], attributes={node: taken.attributes} if taken.attributes else {})
+        found = Plan(
+            path={node: None}, homes={node: None} if absorbs else {}, attributes={node: taken.attributes} if taken.attributes else {}
+        )
         for slot, constant in taken.constants.items():
             if isinstance(constant, Requantised):
-                found.path.append(constant.node)
+                found.path[constant.node] = None
                 found.constants.update(constant.constants())
                 found.attributes[constant.node] = {"axis": constant.axis}
             else:
@@ -520,7 +552,8 @@ class _Search:
         if taken.dissolves is not None:
             sibling = next(iter(taken.elsewhere))[0]
             found.constants.update(taken.elsewhere)
-            found.path, found.homes, found.dissolved = [sibling, *taken.via], [sibling], {node: node.inputs[taken.dissolves]}
+            found.path, found.homes = dict.fromkeys([sibling, *taken.via]), {sibling: None}
+            found.dissolved = {node: node.inputs[taken.dissolves]}
         for at, onward in taken.onward:
             _add(found, follow(at, onward))
         return found

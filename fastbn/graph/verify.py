@@ -161,9 +161,8 @@ class _Segment:
     def run(self, rng, amplitude):
         """Return (before, after, size of the terms) as float64 arrays."""
         runtime_error = None
-        for samples in self._samples():
-            feeds = {name: self._typed(amplitude * rng.standard_normal(shape)) for name, shape in samples.items()}
-            feeds.update((name, target) for name, target in self.targets.items() if target is not None)
+        for inputs in self._inputs(rng, amplitude):
+            feeds = {name: self._typed(values) if values.dtype.kind == "f" else values for name, values in inputs.items()}
             try:
                 before = _run_nodes(*self._original(feeds), self.index.opset)
                 after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
@@ -171,7 +170,11 @@ class _Segment:
             except _runtime_errors() as error:
                 runtime_error = runtime_error or error
                 continue
-            return tuple(np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size))
+            sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
+            if any(node.is_op("GRU") for node in self.before):
+                # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
+                sides[2] = np.maximum(sides[2], 1.0)
+            return sides
         raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
 
     def _typed(self, values):
@@ -180,37 +183,27 @@ class _Segment:
     def _array(self, array):
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
-    def _samples(self):
-        """Yield shapes for the inputs of the site, by name: those that its operators propose, then those that the model says."""
-        proposed, stated, self.targets = {}, {}, {}
+    def _inputs(self, rng, amplitude):
+        """Yield inputs of the site by name: random ones in the shapes that its operators propose, in those that the model says, the values
+        that the model itself has there, and random ones of any rank."""
+        proposed, stated, needed = {}, {}, set()
         for node in self.before:
             for slot, value in enumerate(node.inputs):
                 if value is None or value in self.inside or self.index.constant(value) is not None:
                     continue
-                if node.op == "Reshape" and slot == 1:
-                    self.targets[value.name] = self._target(node)
-                    continue
-                shape = self._row_sample(node).get(slot)
-                if shape is None:
-                    return
-                proposed[value.name] = shape
-                stated[value.name] = self.site.small_shape(value) or shape
-        yield proposed
-        if stated != proposed:
-            yield stated
-        for rank in (2, 3, 4, 5):
-            yield {name: (*shape, 3, 3, 3)[:rank] for name, shape in proposed.items()}
-
-    def _target(self, node):
-        """Return a target for a Reshape whose own is computed outside the site."""
-        shape = self.index.shape(node.outputs[0])
-        if shape is None:
-            return None
-        free = next((axis for axis, size in enumerate(shape) if size is None), None)
-        return np.array([-1 if axis == free else size or 1 for axis, size in enumerate(shape)], np.int64)
-
-    def _row_sample(self, node):
-        return row_of(node, self.index).sample(node, self.site)
+                needed.add(value)
+                shape = row_of(node, self.index).sample(node, self.site).get(slot)
+                if shape is not None:
+                    proposed[value.name] = shape
+                    stated[value.name] = self.site.small_shape(value) or shape
+        shapes = [] if len(proposed) < len(needed) else [proposed] if stated == proposed else [proposed, stated]
+        for chosen in shapes:
+            yield {name: amplitude * rng.standard_normal(shape) for name, shape in chosen.items()}
+        captured = _captured(self.index, needed)
+        if captured:
+            yield captured
+        for rank in (2, 3, 4, 5) if shapes else ():
+            yield {name: amplitude * rng.standard_normal((*shape, 3, 3, 3)[:rank]) for name, shape in proposed.items()}
 
     def _original(self, feeds):
         feeds = dict(feeds)
@@ -254,8 +247,26 @@ class _Segment:
 
     def _name(self, value):
         while value.producer in self.site.removed and value.producer in self.before:
-            value = self.site.removed[value.producer]
+            node = value.producer
+            value = self.plan.dissolved.get(node) or node.inputs[self.site.data_slot(node)]
         return value.name
+
+
+def _captured(index, values):
+    """Return what values of the main graph are when the original runs, by name; None where it does not."""
+    if any(value.scope is not index.main for value in values):
+        return None
+    proto = onnx.ModelProto()
+    proto.CopyFrom(index.proto)
+    names = [value.name for value in values]
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    folder = index.source.path.parent if index.source.path else None
+    try:
+        run = session(serialize(proto, index.source.name), folder)
+        return dict(zip(names, run.run(names, _feeds(run, index, index.input_shapes, seed=0)[0]), strict=True))
+    except (*_runtime_errors(), _ModelNotRun, ModelError):
+        return None
 
 
 def _magnitude(node, slot, array):

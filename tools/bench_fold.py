@@ -1,0 +1,267 @@
+#!/usr/bin/env python3
+"""What fastbn and other tools make of a folder of models, each tool in a process of its own.
+
+    python tools/bench_fold.py FOLDER [--json FILE] [--limit SECONDS] [--tool NAME ...] [--peers PYTHON] [--latency]
+
+For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
+(onnxruntime, its optimiser off on both sides; the part of the largest element of that output), seconds to read, optimise and write, and
+peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Tools that are not installed are left
+out; --peers names a Python that has them.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+LATENCY_RUNS = 30
+
+
+def fastbn_tool(source, target, freeze_inputs=False):
+    import fastbn
+
+    fastbn.fold(source, freeze_inputs=freeze_inputs).save(target)
+
+
+def fastbn_freeze(source, target):
+    fastbn_tool(source, target, freeze_inputs=True)
+
+
+def ort(level, source, target):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    options.optimized_model_filepath = target
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def ort_basic(source, target):
+    ort("BASIC", source, target)
+
+
+def ort_extended(source, target):
+    ort("EXTENDED", source, target)
+
+
+def onnxsim(source, target):
+    import onnx
+    import onnxsim
+
+    model, equal = onnxsim.simplify(source)
+    if not equal:
+        raise RuntimeError("its own check failed")
+    onnx.save(model, target)
+
+
+def onnxslim(source, target):
+    import onnxslim
+
+    onnxslim.slim(source, target)
+
+
+def onnxscript(source, target):
+    import onnx
+    from onnxscript import optimizer, rewriter
+
+    onnx.save(rewriter.rewrite(optimizer.optimize(onnx.load(source))), target)
+
+
+def onnxoptimizer(source, target):
+    import onnx
+    import onnxoptimizer
+
+    passes = onnxoptimizer.get_fuse_and_elimination_passes()
+    onnx.save(onnxoptimizer.optimize(onnx.load(source), passes), target)
+
+
+# Name -> (module to import, function).
+TOOLS = {
+    "fastbn": ("fastbn", fastbn_tool),
+    "fastbn --freeze-inputs": ("fastbn", fastbn_freeze),
+    "ort basic": ("onnxruntime", ort_basic),
+    "ort extended": ("onnxruntime", ort_extended),
+    "onnxsim": ("onnxsim", onnxsim),
+    "onnxslim": ("onnxslim", onnxslim),
+    "onnxscript": ("onnxscript", onnxscript),
+    "onnxoptimizer": ("onnxoptimizer", onnxoptimizer),
+}
+
+
+# What runs in the subprocess of one tool or one question: the answer is the last line of standard output.
+def work(task, *arguments):
+    with redirect_stdout(sys.stderr):
+        answer = TASKS[task](*arguments)
+    print(json.dumps(answer))
+
+
+def optimise(name, source, target):
+    start = time.perf_counter()
+    TOOLS[name][1](source, target)
+    return {"seconds": time.perf_counter() - start, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def count(path):
+    """Return how many nodes and BatchNormalization a model holds, subgraphs and functions included."""
+    import onnx
+
+    from fastbn.graph.model import is_standard, scopes_of
+
+    proto = onnx.load(path)
+    nodes = [node for graph in (proto.graph, *proto.functions) for inner in scopes_of(graph) for node in inner.node]
+    return {"nodes": len(nodes), "bn": sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for node in nodes)}
+
+
+def compare(original, folded):
+    """Return the worst error of any output as a part of that output's largest element, on fastbn's own inputs."""
+    import numpy as np
+
+    from fastbn.graph.model import Index
+    from fastbn.graph.storage import load
+    from fastbn.graph.verify import Runnable, feeds_for, session
+
+    index = Index(load(original))
+    worst = 0.0
+    reference, candidate = session(original), session(folded)
+    known = {entry.name for entry in candidate.get_inputs()}
+    for feed in feeds_for(Runnable.of(index.source), index):
+        before, after = reference.run(None, feed), candidate.run(None, {name: value for name, value in feed.items() if name in known})
+        for one, other in zip(before, after, strict=True):
+            if one.shape != other.shape:
+                return {"error": float("inf")}
+            one, other = one.astype(np.float64), other.astype(np.float64)
+            if not (np.isfinite(one) == np.isfinite(other)).all():
+                return {"error": float("inf")}
+            finite = np.isfinite(one)
+            size = np.abs(one[finite]).max(initial=0)
+            worst = max(worst, float(np.abs(one - other)[finite].max(initial=0) / size) if size else 0.0)
+    return {"error": worst}
+
+
+def latency(original, folded):
+    from fastbn.graph.bench import bench
+
+    return {f"{row['model']} {row['threads']}": row["median_ms"] for row in bench(original, folded, runs=LATENCY_RUNS)}
+
+
+TASKS = {"optimise": optimise, "count": count, "compare": compare, "latency": latency}
+
+
+def ask(python, limit, task, *arguments):
+    """Return the answer of a task in a process of its own, or {"failed": why}."""
+    command = [python, __file__, "--work", task, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer in {limit} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"failed": lines[-1][:200] if lines and done.returncode > 0 else f"stopped by signal {-done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment():
+    import os
+
+    import fastbn
+
+    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+
+
+def installed(python, module):
+    return subprocess.run([python, "-c", f"import {module}"], capture_output=True, env=environment(), check=False).returncode == 0
+
+
+def measure(path, tools, folder, limit, with_latency):
+    """Return the row of one model."""
+    row = {"model": path.name, **ask(sys.executable, limit, "count", path), "tools": {}}
+    for name, python in tools.items():
+        target = folder / "out.onnx"
+        target.unlink(missing_ok=True)
+        found = ask(python, limit, "optimise", name, path, target)
+        if "failed" not in found:
+            found |= ask(sys.executable, limit, "count", target)
+            compared = ask(sys.executable, limit, "compare", path, target)
+            found |= compared if "failed" not in compared else {"unusable": compared["failed"]}
+            if with_latency and name == "fastbn":
+                row["latency_ms"] = ask(sys.executable, limit, "latency", path, target)
+        row["tools"][name] = found
+    return row
+
+
+def cell(found):
+    """Return what a table says of one tool and one model: BN left, and what was wrong."""
+    if "failed" in found:
+        return "failed"
+    if "unusable" in found:
+        return f"{found['bn']} (does not run)"
+    return f"{found['bn']} ({found['error']:.0e})"
+
+
+def tables(rows, tools):
+    """Return the tables as lines of Markdown."""
+    lines = [f"| model | BN | nodes | {' | '.join(tools)} |", "|---" * (3 + len(tools)) + "|"]
+    for row in rows:
+        cells = [cell(row["tools"][name]) for name in tools]
+        lines.append(f"| {row['model']} | {row.get('bn', '?')} | {row.get('nodes', '?')} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| tool | models | failed | wrong or not running | BN left | nodes left | worst error | seconds | peak MB |",
+        "|---" * 9 + "|",
+    ]
+    for name in tools:
+        found = [row["tools"][name] for row in rows]
+        good = [each for each in found if "failed" not in each]
+        # A model that a tool failed on keeps what it had.
+        left = [sum(row["tools"][name].get(key, row.get(key, 0)) for row in rows) for key in ("bn", "nodes")]
+        wrong = sum("unusable" in each or each["error"] > WRONG for each in good)
+        worst = max((each["error"] for each in good if "error" in each), default=0.0)
+        seconds, peak = sum(each["seconds"] for each in good), max((each["peak_mb"] for each in good), default=0.0)
+        cells = [name, len(found), len(found) - len(good), wrong, *left, f"{worst:.1e}", f"{seconds:.1f}", f"{peak:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    timed = [row for row in rows if row.get("latency_ms") and "failed" not in row["latency_ms"]]
+    if timed:
+        threads = sorted({key.split()[1] for row in timed for key in row["latency_ms"]})
+        head = [f"{which}, {number} thread{'s' if number != '1' else ''}" for number in threads for which in ("before", "after")]
+        lines += ["", f"| model | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+        for row in timed:
+            times = [row["latency_ms"][f"{which} {number}"] for number in threads for which in ("original", "folded")]
+            lines.append(f"| {row['model']} | {' | '.join(f'{time:.3f} ms' for time in times)} |")
+    return lines
+
+
+# No rounding explains more than this part of the largest element.
+WRONG = 1e-2
+
+
+def main():
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=120)
+    parser.add_argument("--tool", action="append", choices=TOOLS)
+    parser.add_argument("--peers", default=sys.executable)
+    parser.add_argument("--latency", action="store_true")
+    options = parser.parse_args()
+    pythons = {name: sys.executable if module == "fastbn" else options.peers for name, (module, _) in TOOLS.items()}
+    tools = {name: pythons[name] for name in options.tool or TOOLS if installed(pythons[name], TOOLS[name][0])}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(options.folder.rglob("*.onnx")):
+            rows.append(measure(path, tools, Path(folder), options.limit, options.latency))
+            print(path.name, *(f"{name}: {cell(found)}" for name, found in rows[-1]["tools"].items()), sep="   ", file=sys.stderr)
+    print("\n".join(tables(rows, list(tools))))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
