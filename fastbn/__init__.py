@@ -4,7 +4,7 @@
 """
 
 from fastbn.config import kernels, show_config
-from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, StorageError
+from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError
 from fastbn.functional import fold_conv, fold_linear
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "Kept",
     "ModelError",
     "Parity",
+    "ParityError",
     "StorageError",
     "__version__",
     "fold",

@@ -13,7 +13,7 @@ import fastbn
 
 # The names that other people's scripts rely on, as far as they are built.
 NAMES = {"fold", "fold_conv", "fold_linear", "verify", "Fold", "FoldResult", "Kept", "Parity", "show_config", "kernels", "__version__"}
-ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "StorageError"}
+ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "ParityError", "StorageError"}
 
 
 def python(code, environment):
@@ -68,7 +68,8 @@ def test_public_names():
 
 
 def test_errors_are_also_the_builtin_ones():
-    kinds = {"ArgumentError": ValueError, "ArgumentTypeError": TypeError, "FoldError": ValueError, "ModelError": ValueError}
+    values = ("ArgumentError", "FoldError", "ModelError", "ParityError")
+    kinds = {**dict.fromkeys(values, ValueError), "ArgumentTypeError": TypeError}
     for name, kind in {**kinds, "StorageError": OSError}.items():
         assert issubclass(getattr(fastbn, name), (kind, fastbn.FastbnError))
         assert issubclass(getattr(fastbn, name), kind)
