@@ -24,6 +24,7 @@ FLOORS = [
     ["graph.plan"],
     ["graph.rewrite"],
     ["graph.verify"],
+    ["graph.result"],
     ["graph.folding"],
     ["graph.bench"],
     ["graph.__init__"],

@@ -11,7 +11,7 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, model, norm, normal, op
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import absorb, rewrite
+from fastbn.graph import absorb, plan, rewrite
 from fastbn.graph.folding import fold_watched
 from fastbn.graph.verify import session
 
@@ -91,6 +91,47 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
     result = fastbn.fold(mixed())
     assert [fold.bn for fold in result.folded] == ["third"]
     assert codes(result) == {"parity": 2}
+
+
+def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
+    """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
+    lift = plan.lift
+
+    def wrong_lift(node, site):
+        found = lift(node, site)
+        return replace(found, scale=found.scale * 1.5) if node.label == "second" else found
+
+    monkeypatch.setattr(plan, "lift", wrong_lift)
+    text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        c = Conv(x, w, b)
+        first = BatchNormalization(c, s, t, m, v)
+        second = BatchNormalization(first, s2, t2, m2, v2)
+        y = Tanh(second)
+    }"""
+    proto = conv_bn(text, **norm(4, "2", seed=4))
+    result = fastbn.fold(proto)
+    assert [(fold.bn, fold.into) for fold in result.folded] == [("first", "c")]
+    assert [(kept.bn, kept.code) for kept in result.kept] == [("second", "parity")]
+    assert_same(proto, result.model)
+
+
+def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
+    """Every site holds, and the writer spoils one node: bisection finds it, the other folds are written."""
+    write = rewrite._Writer._write_constant
+
+    def wrong_write(self, node, slot, constant):
+        if node.label == "d" and slot == 1:
+            constant = constant.times(constant.view, np.full(4, 1.5))
+        return write(self, node, slot, constant)
+
+    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    result = fastbn.fold(mixed())
+    assert [fold.bn for fold in result.folded] == ["first", "third"]
+    (kept,) = result.kept
+    assert (kept.bn, kept.code) == ("second", "parity")
+    assert "whole model" in kept.reason
+    assert result.parity.ok
+    assert_same(mixed(), result.model)
 
 
 def tampered(monkeypatch):

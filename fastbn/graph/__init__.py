@@ -7,7 +7,8 @@ try:
 except ImportError as error:
     raise FastbnError(expected("onnx (pip install 'fastbn[onnx]')", "none installed", "fastbn.graph")) from error
 
-from fastbn.graph.folding import FoldResult, fold, verify
+from fastbn.graph.folding import fold, verify
 from fastbn.graph.report import Fold, Kept, Parity
+from fastbn.graph.result import FoldResult
 
 __all__ = ["Fold", "FoldResult", "Kept", "Parity", "fold", "verify"]

@@ -1,101 +1,21 @@
 """The main job: load, plan, verify each site, write, verify the whole."""
 
 import os
-from pathlib import Path
+from fnmatch import fnmatchcase
 
 from onnx.inliner import inline_selected_functions
 
-from fastbn.errors import ArgumentError, ArgumentTypeError, ParityError, expected
-from fastbn.graph import report, storage
+from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.graph import storage
 from fastbn.graph.lift import BATCH_NORM, is_batch_norm
-from fastbn.graph.model import Index, is_standard, scopes_of
+from fastbn.graph.model import Index, is_standard
 from fastbn.graph.plan import plan
 from fastbn.graph.report import Fold
-from fastbn.graph.rewrite import external_tensors, rewrite
+from fastbn.graph.result import FoldResult
+from fastbn.graph.rewrite import rewrite
 from fastbn.graph.verify import Runnable, check_model, check_site
 
-__all__ = ["FoldResult", "fold", "fold_watched", "verify", "verify_watched"]
-
-
-class FoldResult:
-    """What folding made of a model.
-
-    Attributes
-    ----------
-    folded : list of Fold
-        bn, ops, into, op, channels, error, bound, note.
-    kept : list of Kept
-        bn, ops, code, reason.
-    parity : Parity or None
-        The whole model compared with its original; None with verify=False or when nothing was folded.
-    notes : tuple of str
-        What else was done to the model.
-    """
-
-    def __init__(self, source, index, output, folded, kept, parity):
-        self._source = source
-        self._index = index
-        self._output = output
-        self.folded = folded
-        self.kept = kept
-        self.parity = parity
-        self.notes = index.source.notes
-
-    @property
-    def model(self):
-        """The folded onnx.ModelProto with all tensors inside; above 2 GB use save."""
-        return self._output.to_proto()
-
-    def to_bytes(self):
-        """Return the folded model as bytes with all tensors inside; a model in which nothing changed comes back byte for byte."""
-        return self._output.to_bytes()
-
-    def save(self, path):
-        """Write the folded model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
-
-        Raises
-        ------
-        ParityError
-            The folded model differs from its original by more than rounding explains.
-        StorageError
-            A file cannot be written.
-        """
-        if self.parity is not None and self.parity.status == "failed":
-            raise ParityError(expected("parity with the original", str(self.parity), "fold"))
-        return [Path(path), *self._output.save(path).values()]
-
-    def to_dict(self):
-        """Return everything as data that JSON holds; "schema" is its version."""
-        before, after = _counts(self._source.proto), _counts(self._output.proto)
-        return {
-            "schema": report.SCHEMA,
-            "model": self._index.source.name,
-            "opset": self._index.opset,
-            "ir_version": self._index.proto.ir_version,
-            "nodes": {"before": before[0], "after": after[0]},
-            "batch_normalizations": {"before": before[1], "after": after[1]},
-            "folded": [report.fold_dict(fold) for fold in self.folded],
-            "kept": [report.kept_dict(kept) for kept in self.kept],
-            "notes": list(self.notes),
-            "parity": None if self.parity is None else self.parity.to_dict(),
-        }
-
-    def lines(self):
-        """Return the report as lines of text, the first about the model as it came."""
-        before, after = _counts(self._source.proto), _counts(self._output.proto)
-        source = self._source
-        size = report.size_text(source.size(external_tensors(source.proto)))
-        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
-        lines = [head, *report.result_rows(self.folded, self.kept)]
-        lines.extend(f"  note    {note}" for note in self.notes)
-        lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
-        if self.parity is not None:
-            lines.append(f"parity  {self.parity}")
-            lines.extend(f"        {note}" for note in self.parity.notes)
-        return lines
-
-    def __str__(self):
-        return "\n".join(self.lines())
+__all__ = ["fold", "fold_watched", "verify", "verify_watched"]
 
 
 def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_inputs=False, seed=0):
@@ -147,15 +67,102 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
     for candidate in _with_and_without_functions(source):
         index = Index(candidate, freeze_inputs, input_shapes)
         _check_globs(index, only, skip)
-        planning, checks = _plan_verified(index, only, skip, verify, seed, progress)
+        job = _Job(source, index, only, skip, verify, seed, progress or (lambda text: None), stage)
+        planning = job.plan()
         if planning.plans:
             break
-    output = rewrite(index, planning)
-    parity = None
-    if verify and planning.plans:
-        parity = _whole_parity(source, index, output, input_shapes, seed, progress, stage)
-    folded = [_fold_of(plan, checks.get(_key(plan)), output) for plan in planning.plans]
+    planning, output, parity = job.finish(planning)
+    folded = [_fold_of(plan, job.checks.get(_key(plan)), output) for plan in planning.plans]
     return FoldResult(source, index, output, folded, planning.kept, parity)
+
+
+class _Job:
+    """One model on its way: plans whose sites hold, the model that they make, and its parity as a whole."""
+
+    def __init__(self, source, index, only, skip, verify, seed, progress, stage):
+        self.source = source
+        self.index = index
+        self.only, self.skip = only, skip
+        self.verify = verify
+        self.seed = seed
+        self.progress = progress
+        self.stage = stage
+        self.excluded = {}
+        self.checks = {}
+
+    def plan(self, without=()):
+        """Plan, run every site, and plan again without the folds that failed, until none does."""
+        while True:
+            planning = plan(self.index, self.only, self.skip, {**self.excluded, **dict.fromkeys(without, "")})
+            wrong = [found for found in planning.plans if self.verify and not self._check(found, planning).ok]
+            if not wrong:
+                return planning
+            for found in wrong:
+                self._exclude(found, planning)
+
+    def _check(self, found, planning):
+        key = _key(found)
+        if key not in self.checks:
+            number = planning.plans.index(found) + 1
+            self.progress(f"verifying fold {number} of {len(planning.plans)}: {found.lifted[0].label}")
+            self.checks[key] = check_site(found, planning.site, self.seed)
+        return self.checks[key]
+
+    def _exclude(self, found, planning):
+        """Leave out of a plan that failed the one node without which it holds, or all of it."""
+        check = self._check(found, planning)
+        homes = ", ".join(f"{home.op} '{home.label}'" for home in found.homes)
+        sentence = f"folded into {homes} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+        key = _key(found)
+        for node in key if len(key) > 1 else ():
+            trial = plan(self.index, self.only, self.skip, {**self.excluded, node: sentence})
+            rest = [other for other in trial.plans if set(_key(other)) & set(key)]
+            if rest and all(self._check(other, trial).ok for other in rest):
+                self.excluded[node] = sentence
+                return
+        self.excluded.update(dict.fromkeys(key, sentence))
+
+    def finish(self, planning):
+        """Return (planning, output, parity): where one fold spoils the whole model although its site held, without that fold."""
+        output, parity = self._whole(planning)
+        if parity is not None and parity.status == "failed" and len(planning.plans) > 1:
+            culprit = self._culprit(planning)
+            sentence = f"with it the whole model differs: {parity}"
+            trial = plan(self.index, self.only, self.skip, {**self.excluded, **dict.fromkeys(culprit, sentence)})
+            trial_output, trial_parity = self._whole(trial)
+            if trial_parity is not None and trial_parity.ok:
+                return trial, trial_output, trial_parity
+        return planning, output, parity
+
+    def _culprit(self, planning):
+        """Return the key of the first plan with which the whole model fails, by bisection."""
+        keys = [_key(found) for found in planning.plans]
+        holds, fails = 0, len(keys)
+        while fails - holds > 1:
+            middle = (holds + fails) // 2
+            self.progress(f"looking for the fold that fails: {fails - holds} left")
+            parity = self._whole(self.plan(without=[node for key in keys[middle:] for node in key]))[1]
+            if parity is None or parity.status != "failed":
+                holds = middle
+            else:
+                fails = middle
+        return keys[fails - 1]
+
+    def _whole(self, planning):
+        """Return (output, parity of the whole model)."""
+        output = rewrite(self.index, planning)
+        if not self.verify or not planning.plans:
+            return output, None
+        if output.is_external:
+            self.progress("writing the folded model for its verification")
+            path = output.stage(self.stage)
+            folded = Runnable(os.fspath(path), output.proto, path.parent)
+        else:
+            folded = Runnable(output.to_bytes(), output.proto)
+        original = Runnable.of(self.source)
+        return output, check_model(
+            original, folded, self.index, input_shapes=self.index.input_shapes, seed=self.seed, progress=self.progress
+        )
 
 
 def _with_and_without_functions(source):
@@ -210,30 +217,6 @@ def verify_watched(original, folded, input_shapes, seed=0, progress=None):
     return check_model(Runnable.of(index.source), other, index, input_shapes=input_shapes, seed=seed, progress=progress)
 
 
-def _plan_verified(index, only, skip, verify, seed, progress):
-    """Plan, run every site, and plan again without the folds that failed, until none does."""
-    excluded, checks = {}, {}
-    while True:
-        planning = plan(index, only, skip, excluded)
-        if not verify:
-            return planning, checks
-        failed = False
-        for number, found in enumerate(planning.plans):
-            key = _key(found)
-            if key not in checks:
-                if progress:
-                    progress(f"verifying fold {number + 1} of {len(planning.plans)}: {found.lifted[0].label}")
-                checks[key] = check_site(found, planning.site, seed)
-            check = checks[key]
-            if not check.ok:
-                failed = True
-                homes = ", ".join(f"{home.op} '{home.label}'" for home in found.homes)
-                sentence = f"folded into {homes} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
-                excluded.update(dict.fromkeys(key, sentence))
-        if not failed:
-            return planning, checks
-
-
 def _key(found):
     return tuple((node.scope.number, node.position) for node in found.lifted)
 
@@ -251,26 +234,6 @@ def _fold_of(found, check, output):
     return Fold(labels, ops, into, op, found.channels, error, bound, "; ".join(notes) or None)
 
 
-def _whole_parity(source, index, output, input_shapes, seed, progress, stage):
-    original = Runnable.of(source)
-    if not output.is_external:
-        return check_model(
-            original, Runnable(output.to_bytes(), output.proto), index, input_shapes=input_shapes, seed=seed, progress=progress
-        )
-    if progress:
-        progress("writing the folded model for its verification")
-    path = output.stage(stage)
-    folded = Runnable(os.fspath(path), output.proto, path.parent)
-    return check_model(original, folded, index, input_shapes=input_shapes, seed=seed, progress=progress)
-
-
-def _counts(proto):
-    """Return (nodes, batch normalizations) of a model, those in subgraphs and functions included."""
-    nodes = [node for graph in scopes_of(proto.graph) for node in graph.node]
-    nodes += [node for function in proto.functions for node in function.node]
-    return len(nodes), sum(node.op_type == BATCH_NORM and is_standard(node.domain) for node in nodes)
-
-
 def _globs(value, where):
     if value is None:
         return None
@@ -281,8 +244,6 @@ def _globs(value, where):
 
 
 def _check_globs(index, only, skip):
-    from fnmatch import fnmatchcase
-
     labels = [node.label for node in index.order]
     for where, globs in (("only", only), ("skip", skip)):
         for glob in globs or ():
