@@ -257,9 +257,12 @@ def _magnitude(node, slot, array):
     return -np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array)
 
 
+# What bounds the size of a result whose operator takes signs into account.
+UNSIGNED = {"Sub": "Add", "Neg": "Identity", "ReduceMin": "ReduceMax"}
+
+
 def _bounding(proto):
-    if proto.op_type == "Sub":
-        proto.op_type = "Add"
+    proto.op_type = UNSIGNED.get(proto.op_type, proto.op_type)
     for attribute in proto.attribute:
         if proto.op_type == "Gemm" and attribute.name == "alpha":
             attribute.f = abs(attribute.f)
