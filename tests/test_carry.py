@@ -27,7 +27,7 @@ def backward(nodes, *, channels=4, x="2,3,8,8", positive=False, shift=True, opse
 
 
 def forward(nodes, *, x="2,4,6,6", w, positive=False, shift=True, opset=17, **constants):
-    """Return Tanh, a BatchNormalization, which gives n, `nodes`, which give d from n, and Conv of d without padding (MatMul where w is 2-D)."""
+    """Return Tanh, a BatchNormalization, which gives n, `nodes`, which give d from n, and Conv of d (Gemm where w is a matrix)."""
     channels = int(x.split(",")[1])
     parameters = norm(channels, positive=positive)
     parameters = parameters if shift else zeroed(parameters)
@@ -171,7 +171,7 @@ STAYS = {
     "Slice by computed bounds": (
         "dynamic-index",
         backward(
-            "k = ArgMax <axis = 0, keepdims = 1> (o) o = Flatten <axis = 0> (x) q = Reshape(k, one) p = Slice(q, nul, one) d = Slice(c, nul, p, one)",
+            "o = Flatten <axis = 0> (x) k = ArgMax <axis = 0> (o) q = Reshape(k, one) d = Slice(c, nul, q, one)",
             channels=2,
             one=ints(1),
             nul=ints(0),
