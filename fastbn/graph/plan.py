@@ -44,9 +44,9 @@ class Plan:
 
     constants: (node, slot) -> Scaled or Dense; attributes: node -> dict of attributes to set; lifted: the nodes whose affines were taken,
     in order; dissolved: node that leaves with them -> the operand that takes its place; replaced: lifted node -> the Add that stays in
-    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb (both are dicts without values, so
-    that a long plan is asked and joined quickly); number: its age; joined: the plan that has taken
-    it over.
+    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb; through: removed
+    nodes in whose place an affine passed (these are dicts without values, so that a long plan is asked and joined quickly); number: its
+    age; joined: the plan that has taken it over.
     """
 
     constants: dict = field(default_factory=dict)
@@ -56,6 +56,7 @@ class Plan:
     replaced: dict = field(default_factory=dict)
     path: dict = field(default_factory=dict)
     homes: dict = field(default_factory=dict)
+    through: dict = field(default_factory=dict)
     channels: int = 0
     number: int = 0
     joined: "Plan" = None
@@ -67,7 +68,7 @@ class Plan:
 
     def join(self, other):
         """Take over what another plan holds."""
-        for name in ("constants", "attributes", "dissolved", "replaced", "path", "homes"):
+        for name in ("constants", "attributes", "dissolved", "replaced", "path", "homes", "through"):
             getattr(self, name).update(getattr(other, name))
         self.lifted.extend(other.lifted)
         self.channels = max(self.channels, other.channels)
@@ -342,7 +343,8 @@ def _place(node, affine, site, plans):
     found, forward, stays = _find_home(node, value, affine, site)
     _refuse_bad_constants(found)
     leaving = [node, *found.dissolved]
-    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *leaving))))
+    before = node.inputs[site.data_slot(node)].producer
+    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *found.through, *leaving, *({before} & site.removed.keys())))))
     target = min(owners, key=lambda plan: plan.number, default=None) or Plan(number=len(site.owner))
     plans[target] = None
     for other in owners:
@@ -367,7 +369,7 @@ def _place(node, affine, site, plans):
         site.remove(gone, kept)
     target.join(found)
     site.apply(found)
-    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values()], target))
+    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
 
 
 def _find_home(node, value, affine, site):
@@ -423,6 +425,7 @@ class _Search:
     def _ask(self, value, affine, asker, slot, depth):
         if depth and self.site.index.constant(value) is not None:
             return self._into_constant(asker, slot, affine)
+        through = {value.producer: None} if value.producer in self.site.removed else {}
         value = self.site.source(value)
         self.site.refuse_readers(value, asker, slot)
         node = self.site.producer(value)
@@ -441,7 +444,9 @@ class _Search:
             if refusal.code == "axis" and is_batch_norm(asker) and node.op in ("Conv", "ConvTranspose", "Gemm") and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
-        return self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+        found = self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+        found.through.update(through)
+        return found
 
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
@@ -463,6 +468,8 @@ class _Search:
             if row is None or row.forward is None:
                 raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
             choices = row.forward(node, slot, affine, self.site)
+            if node.inputs[slot] is not value:
+                found.through[node.inputs[slot].producer] = None
             _add(found, self._first(choices, node, lambda at, onward, node=node: self.forward(node.outputs[at], onward, depth + 1)))
         return found
 
