@@ -125,7 +125,7 @@ def data_files(path):
 
     from fastbn.graph.rewrite import external_tensors, location_of
 
-    return sorted({location_of(tensor) for tensor in external_tensors(onnx.load(path, load_external_data=False))})
+    return {"names": sorted({location_of(tensor) for tensor in external_tensors(onnx.load(path, load_external_data=False))})}
 
 
 def runs(path):
@@ -135,7 +135,7 @@ def runs(path):
     from fastbn.graph.verify import Runnable, feeds_for
 
     index = Index(load(path))
-    return len(feeds_for(Runnable.of(index.source), index))
+    return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
 
 
 def compare(original, folded):
@@ -200,7 +200,7 @@ def measure(path, tools, folder, limit, with_latency):
     """Return the row of one model."""
     row = {"model": path.name, **ask(sys.executable, limit, "count", path), "tools": {}}
     row["runs"] = "failed" not in ask(sys.executable, limit, "runs", path)
-    for name in ask(sys.executable, limit, "data_files", path):
+    for name in ask(sys.executable, limit, "data_files", path).get("names", ()):
         shutil.copy(path.parent / name, folder)  # a tool may leave the tensors of its result in them
     for name, python in tools.items():
         target = folder / "out.onnx"
