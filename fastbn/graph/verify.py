@@ -147,7 +147,7 @@ class _Segment:
 
     def run(self, rng, amplitude):
         """Return (before, after, size of the terms) as float64 arrays."""
-        runtime_error = None
+        complaint = "an input of the site has no known type"
         for samples in self._samples():
             feeds = {name: self._typed(amplitude * rng.standard_normal(shape)) for name, shape in samples.items()}
             feeds.update((name, target) for name, target in self.targets.items() if target is not None)
@@ -156,14 +156,17 @@ class _Segment:
                 after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
                 size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
             except _runtime_errors() as error:
-                runtime_error = error
+                complaint = _said(error)
                 continue
             sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
+            if not sides[0].size:
+                complaint = "what comes out of the site is empty on every input tried"
+                continue
             if any(node.is_op("GRU") for node in self.before):
                 # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
                 sides[2] = np.maximum(sides[2], 1.0)
             return sides
-        raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
+        raise _NotRun(complaint)
 
     def _typed(self, values):
         return values.astype(np.float32 if self.promoted else self.dtype)
