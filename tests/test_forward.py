@@ -46,9 +46,21 @@ TAKES_ALL = {
     "MatMul, Sub": ("c = MatMul(n, w) y = Sub(c, b)", "N,4", {"w": normal(4, 6), "b": B6}),
     "MatMul, Sub from": ("c = MatMul(n, w) y = Sub(b, c)", "N,4", {"w": normal(4, 6), "b": B6}),
     "MatMul left": ("c = MatMul(w, n) y = Add(c, b)", "N,4,5", {"w": normal(6, 4), "b": normal(6, 1)}),
-    "two Convs": ("c = Conv(n, w) d = Conv(n, w2) y = Concat <axis = 1> (c, d)", "N,4,5,5", {"w": normal(6, 4, 3, 3), "w2": normal(2, 4, 3, 3)}),
-    "LSTM": ("q = Transpose <perm = [0,2,1]> (n) y, h, c = LSTM <hidden_size = 3> (q, w, u, b)", "5,4,2", {"w": normal(1, 12, 4), "u": normal(1, 12, 3), "b": normal(1, 24)}),
-    "LSTM without bias": ("q = Transpose <perm = [0,2,1]> (n) y = LSTM <hidden_size = 3> (q, w, u)", "5,4,2", {"w": normal(1, 12, 4), "u": normal(1, 12, 3)}),
+    "two Convs": (
+        "c = Conv(n, w) d = Conv(n, w2) y = Concat <axis = 1> (c, d)",
+        "N,4,5,5",
+        {"w": normal(6, 4, 3, 3), "w2": normal(2, 4, 3, 3)},
+    ),
+    "LSTM": (
+        "q = Transpose <perm = [0,2,1]> (n) y, h, c = LSTM <hidden_size = 3> (q, w, u, b)",
+        "5,4,2",
+        {"w": normal(1, 12, 4), "u": normal(1, 12, 3), "b": normal(1, 24)},
+    ),
+    "LSTM without bias": (
+        "q = Transpose <perm = [0,2,1]> (n) y = LSTM <hidden_size = 3> (q, w, u)",
+        "5,4,2",
+        {"w": normal(1, 12, 4), "u": normal(1, 12, 3)},
+    ),
     "GRU both ways": (
         'q = Transpose <perm = [0,2,1]> (n) y = GRU <hidden_size = 3, direction = "bidirectional"> (q, w, u, b)',
         "5,4,2",
@@ -59,8 +71,12 @@ TAKES_ALL = {
         "5,4,2",
         {"w": normal(1, 9, 4), "u": normal(1, 9, 3), "b": normal(1, 18)},
     ),
-    "RNN": ("q = Transpose <perm = [0,2,1]> (n) y = RNN <hidden_size = 3> (q, w, u)", "5,4,2", {"w": normal(1, 3, 4), "u": normal(1, 3, 3)}),
-}  # fmt: skip
+    "RNN": (
+        "q = Transpose <perm = [0,2,1]> (n) y = RNN <hidden_size = 3> (q, w, u)",
+        "5,4,2",
+        {"w": normal(1, 3, 4), "u": normal(1, 3, 3)},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", TAKES_ALL)
@@ -221,14 +237,16 @@ def test_only_the_data_is_an_input(code):
 
 
 def test_the_initial_state_of_a_gru_is_not_its_data():
-    text = f"(float[2,4,1] z, float[5,2,4] x) => (float y) {{ r = Tanh(z) {NORM} q = Transpose <perm = [2,0,1]> (n) y = GRU <hidden_size = 4, layout = 0> (x, w, u, , , q) }}"
+    node = "y = GRU <hidden_size = 4, layout = 0> (x, w, u, , , q)"
+    text = f"(float[2,4,1] z, float[5,2,4] x) => (float y) {{ r = Tanh(z) {NORM} q = Transpose <perm = [2,0,1]> (n) {node} }}"
     proto = model(text, w=normal(1, 12, 4), u=normal(1, 12, 4), **norm(4))
     assert "not the input sequence" in refuses(proto)
 
 
 def test_an_affine_behind_takes_the_shift_and_the_convolution_the_scale():
     """(S x + T) * k goes on as S k x + T k: everything arrives in the Conv, which is not padded."""
-    proto = after_norm("c = Mul(n, k) d = Add(l, c) y = Conv(d, w, b)", "N,4,6,6", k=normal(4, 1, 1), l=normal(4, 1, 1, seed=2), w=normal(6, 4, 3, 3), b=B6)  # fmt: skip
+    constants = {"k": normal(4, 1, 1), "l": normal(4, 1, 1, seed=2), "w": normal(6, 4, 3, 3), "b": B6}
+    proto = after_norm("c = Mul(n, k) d = Add(l, c) y = Conv(d, w, b)", "N,4,6,6", **constants)
     folds(proto, "Tanh Conv")
 
 

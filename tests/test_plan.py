@@ -237,3 +237,21 @@ def test_what_one_fold_makes_possible_is_found_in_any_order(text, seed):
     expected = fastbn.fold(proto)
     assert expected.parity.status == "ok"
     assert_same(proto, expected.model)
+
+
+def test_plans_join_where_one_passes_what_the_other_has_dissolved():
+    """The Add of the identity goes with one fold; the affine that came through its place may not be verified without it."""
+    text = """(float[1,4,6,6] x) => (float y) {
+        i = BatchNormalization(x, s, t, m, v)
+        d = Conv <pads = [1,1,1,1]> (x, w3)
+        p = Conv(x, w1)
+        a = Add(p, d)
+        b = Add(a, i)
+        g = Transpose <perm = [0,2,3,1]> (b)
+        h = Transpose <perm = [0,3,1,2]> (g)
+        y = Add(h, k)
+    }"""
+    proto = model(text, w3=normal(4, 4, 3, 3), w1=normal(4, 4, 1, 1), k=normal(4, 1, 1), **norm(4))
+    result = fastbn.fold(proto)
+    assert [fold.bn for fold in result.folded] == ["i+y"]
+    assert_same(proto, result.model)

@@ -245,3 +245,11 @@ def test_a_folded_constant_is_rounded_once():
     found = initializers(fastbn.fold(proto, verify=False).model)["w"]
     assert np.abs(found.view(np.int32) - expected.view(np.int32)).max() <= 1
     assert (found == expected).mean() > 0.95
+
+
+def test_a_norm_whose_home_goes_forward_itself_leaves_the_graph_input_its_name():
+    text = "(float[2,4,5,5] x) => (float y) { a = Mul(x, k) n = BatchNormalization(a, s, t, m, v) y = Conv(n, w) }"
+    parameters = norm(4)
+    parameters["t"] = parameters["m"] = np.zeros(4, np.float32)
+    result = folds(model(text, k=normal(4, 1, 1), w=normal(3, 4, 3, 3), **parameters), "Conv")
+    assert result.model.graph.node[0].input[0] == "x"

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from sketch import CONV_BN, assert_same, codes, conv_bn, model, norm, normal, ops
+from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, normal, ops
 
 import fastbn
 from fastbn.cli import main
@@ -342,3 +342,17 @@ def test_an_input_that_is_no_tensor_is_said():
     result = fastbn.fold(proto)
     assert result.parity.status == "not-run"
     assert "'q' is no tensor" in result.parity.reason
+
+
+def test_a_site_whose_smallest_input_leaves_nothing_is_run_on_the_sizes_of_the_model():
+    text = (
+        "(float[2,3,8] x) => (float y) { c = Conv(x, w, b) d = AveragePool <kernel_shape = [4]> (c) y = BatchNormalization(d, s, t, m, v) }"
+    )
+    result = folds(model(text, w=normal(4, 3, 1), b=normal(4), **norm(4)), "Conv AveragePool")
+    assert result.folded[0].error is not None
+
+
+def test_a_gru_is_bounded_although_absolute_values_close_its_gate():
+    nodes = "r = Tanh(x) n = BatchNormalization(r, s, t, m, v) q = Transpose <perm = [0,2,1]> (n) y = GRU <hidden_size = 3> (q, w, u)"
+    proto = model(f"(float[5,4,2] x) => (float y) {{ {nodes} }}", w=4 * normal(1, 9, 4), u=normal(1, 9, 3), **norm(4))
+    folds(proto, "Tanh Transpose GRU")

@@ -11,7 +11,9 @@ out; --peers names a Python that has them.
 
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,9 +114,28 @@ def count(path):
 
     from fastbn.graph.model import is_standard, scopes_of
 
-    proto = onnx.load(path)
+    proto = onnx.load(path, load_external_data=False)
     nodes = [node for graph in (proto.graph, *proto.functions) for inner in scopes_of(graph) for node in inner.node]
     return {"nodes": len(nodes), "bn": sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for node in nodes)}
+
+
+def data_files(path):
+    """Return the names of a model's data files."""
+    import onnx
+
+    from fastbn.graph.rewrite import external_tensors, location_of
+
+    return {"names": sorted({location_of(tensor) for tensor in external_tensors(onnx.load(path, load_external_data=False))})}
+
+
+def runs(path):
+    """Fail where onnxruntime cannot run the original: then there is nothing to compare with."""
+    from fastbn.graph.model import Index
+    from fastbn.graph.storage import load
+    from fastbn.graph.verify import Runnable, feeds_for
+
+    index = Index(load(path))
+    return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
 
 
 def compare(original, folded):
@@ -149,7 +170,7 @@ def latency(original, folded):
     return {f"{row['model']} {row['threads']}": row["median_ms"] for row in bench(original, folded, runs=LATENCY_RUNS)}
 
 
-TASKS = {"optimise": optimise, "count": count, "compare": compare, "latency": latency}
+TASKS = {"optimise": optimise, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
 
 
 def ask(python, limit, task, *arguments):
@@ -166,8 +187,6 @@ def ask(python, limit, task, *arguments):
 
 
 def environment():
-    import os
-
     import fastbn
 
     return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
@@ -180,14 +199,18 @@ def installed(python, module):
 def measure(path, tools, folder, limit, with_latency):
     """Return the row of one model."""
     row = {"model": path.name, **ask(sys.executable, limit, "count", path), "tools": {}}
+    row["runs"] = "failed" not in ask(sys.executable, limit, "runs", path)
+    for name in ask(sys.executable, limit, "data_files", path).get("names", ()):
+        shutil.copy(path.parent / name, folder)  # a tool may leave the tensors of its result in them
     for name, python in tools.items():
         target = folder / "out.onnx"
         target.unlink(missing_ok=True)
         found = ask(python, limit, "optimise", name, path, target)
         if "failed" not in found:
             found |= ask(sys.executable, limit, "count", target)
-            compared = ask(sys.executable, limit, "compare", path, target)
-            found |= compared if "failed" not in compared else {"unusable": compared["failed"]}
+            if row["runs"]:
+                compared = ask(sys.executable, limit, "compare", path, target)
+                found |= compared if "failed" not in compared else {"unusable": compared["failed"]}
             if with_latency and name == "fastbn":
                 row["latency_ms"] = ask(sys.executable, limit, "latency", path, target)
         row["tools"][name] = found
@@ -200,7 +223,7 @@ def cell(found):
         return "failed"
     if "unusable" in found:
         return f"{found['bn']} (does not run)"
-    return f"{found['bn']} ({found['error']:.0e})"
+    return f"{found['bn']} ({found['error']:.0e})" if "error" in found else f"{found['bn']} (not compared)"
 
 
 def tables(rows, tools):
@@ -219,7 +242,7 @@ def tables(rows, tools):
         good = [each for each in found if "failed" not in each]
         # A model that a tool failed on keeps what it had.
         left = [sum(row["tools"][name].get(key, row.get(key, 0)) for row in rows) for key in ("bn", "nodes")]
-        wrong = sum("unusable" in each or each["error"] > WRONG for each in good)
+        wrong = sum("unusable" in each or each.get("error", 0) > WRONG for each in good)
         worst = max((each["error"] for each in good if "error" in each), default=0.0)
         seconds, peak = sum(each["seconds"] for each in good), max((each["peak_mb"] for each in good), default=0.0)
         cells = [name, len(found), len(found) - len(good), wrong, *left, f"{worst:.1e}", f"{seconds:.1f}", f"{peak:.0f}"]

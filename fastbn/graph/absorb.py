@@ -285,7 +285,9 @@ def _matmul_backward(node, affine, site):
     slot, weight, rank = _matmul_operands(node, affine, node.outputs[0], site)
     axis = _matmul_axis(node, affine, slot, weight, rank, site)
     if affine.shifts and axis not in (None, "own"):
-        raise Refusal("axis", f"its channels are axis {axis}, which is not the output channels of MatMul '{node.label}'")
+        raise Refusal(
+            "shift-cannot-pass", f"a shift along axis {axis} cannot pass MatMul '{node.label}', whose output channels lie elsewhere"
+        )
     if affine.shifts:
         raise Refusal("shift-cannot-pass", f"MatMul '{node.label}' has no bias to take the shift")
     if axis not in (None, "own"):

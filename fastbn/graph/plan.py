@@ -47,9 +47,9 @@ class Plan:
 
     constants: (node, slot) -> Scaled or Dense; attributes: node -> dict of attributes to set; lifted: the nodes whose affines were taken,
     in order; dissolved: node that leaves with them -> the operand that takes its place; replaced: lifted node -> the Add that stays in
-    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb (both are dicts without values, so
-    that a long plan is asked and joined quickly); number: its age; joined: the plan that has taken
-    it over.
+    its place; path: the nodes that absorb or carry, in the order of travel; homes: those that absorb; through: removed
+    nodes in whose place an affine passed (these are dicts without values, so that a long plan is asked and joined quickly); number: its
+    age; joined: the plan that has taken it over.
     """
 
     constants: dict = field(default_factory=dict)
@@ -59,6 +59,7 @@ class Plan:
     replaced: dict = field(default_factory=dict)
     path: dict = field(default_factory=dict)
     homes: dict = field(default_factory=dict)
+    through: dict = field(default_factory=dict)
     channels: int = 0
     number: int = 0
     joined: "Plan" = None
@@ -70,7 +71,7 @@ class Plan:
 
     def join(self, other):
         """Take over what another plan holds."""
-        for name in ("constants", "attributes", "dissolved", "replaced", "path", "homes"):
+        for name in ("constants", "attributes", "dissolved", "replaced", "path", "homes", "through"):
             getattr(self, name).update(getattr(other, name))
         self.lifted.extend(other.lifted)
         self.channels = max(self.channels, other.channels)
@@ -373,7 +374,8 @@ def _place(node, affine, site, plans):
     found, forward, stays = _find_home(node, value, affine, site)
     _refuse_bad_constants(found)
     leaving = [node, *found.dissolved]
-    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *leaving))))
+    before = node.inputs[site.data_slot(node)].producer
+    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *found.through, *leaving, *({before} & site.removed.keys())))))
     target = min(owners, key=lambda plan: plan.number, default=None) or Plan(number=len(site.owner))
     plans[target] = None
     for other in owners:
@@ -398,7 +400,7 @@ def _place(node, affine, site, plans):
         site.remove(gone, kept)
     target.join(found)
     site.apply(found)
-    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values()], target))
+    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
 
 
 def _find_home(node, value, affine, site):
@@ -427,7 +429,9 @@ def _find_home(node, value, affine, site):
 def _keep_shift_backward(node, value, affine, site):
     """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
     found = _Search(site).backward(value, affine.scale_only(), node, site.data_slot(node))
-    return _with_add(found, node, affine, site, forward=False)
+    if not any(step.op == "MatMul" for step in found.path):
+        raise Refusal("shift-cannot-pass", "no MatMul asks for it")
+    return found, False, _shift_node(node, affine, site, found)
 
 
 def _keep_shift_forward(node, value, affine, site):
@@ -436,15 +440,9 @@ def _keep_shift_forward(node, value, affine, site):
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
     found = _Search(site).forward(node.outputs[0], affine.scale_only())
     inverse = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
-    return _with_add(found, node, inverse, site, forward=True)
-
-
-def _with_add(found, node, affine, site, forward):
-    """Let an Add of the shift stay, where nothing but the missing bias of a MatMul asks for it."""
-    if any(home.op != "MatMul" for home in found.homes) or not found.homes:
-        raise Refusal("shift-cannot-pass", "the shift finds no home")
-    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-    return found, forward, _shift_node(node, affine, site, next(iter(found.constants.values())).dtype)
+    if any(home.op != "MatMul" for home in found.homes):
+        raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
+    return found, True, _shift_node(node, inverse, site, found)
 
 
 def row_of(node, index):
@@ -478,6 +476,7 @@ class _Search:
     def _ask(self, value, affine, asker, slot, depth):
         if depth and self.site.index.constant(value) is not None:
             return self._into_constant(asker, slot, affine)
+        through = {value.producer: None} if value.producer in self.site.removed else {}
         value = self.site.source(value)
         self.site.refuse_readers(value, asker, slot)
         node = self.site.producer(value)
@@ -496,7 +495,9 @@ class _Search:
             if refusal.code == "axis" and is_batch_norm(asker) and node.op in ("Conv", "ConvTranspose", "Gemm") and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
-        return self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+        found = self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+        found.through.update(through)
+        return found
 
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
@@ -518,6 +519,8 @@ class _Search:
             if row is None or row.forward is None:
                 raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
             choices = row.forward(node, slot, affine, self.site)
+            if node.inputs[slot] is not value:
+                found.through[node.inputs[slot].producer] = None
             _add(found, self._first(choices, node, lambda at, onward, node=node: self.forward(node.outputs[at], onward, depth + 1)))
         return found
 
@@ -573,13 +576,14 @@ def _refuse_source(value):
     return Refusal("reads-constant", f"it reads the constant '{value.name}'")
 
 
-def _shift_node(node, affine, site, dtype):
+def _shift_node(node, affine, site, found):
     """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
     rank = site.rank(node.inputs[0])
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{node.inputs[0].name}' is not known, so the shift that would stay cannot be placed")
     _, shift, spread = affine.shaped(rank)
-    vector = Dense(dtype, shift, spread)
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+    vector = Dense(next(iter(found.constants.values())).dtype, shift, spread)
     proto = onnx.NodeProto(op_type="Add")
     for text in ("name", "doc_string"):
         if node.proto.HasField(text):

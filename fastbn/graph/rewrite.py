@@ -116,7 +116,8 @@ class _Writer:
         """
         names = {}
         for node, value in self.site.removed.items():
-            if node not in self.site.forwarded:
+            # A graph input keeps its name: the node that had taken this affine in went forward itself.
+            if node not in self.site.forwarded and value.producer is not None:
                 names[value] = node.outputs[0].name
         for node, value in self.site.removed.items():
             names[node.outputs[0]] = names.get(value, value.name)

@@ -160,7 +160,7 @@ class _Segment:
 
     def run(self, rng, amplitude):
         """Return (before, after, size of the terms) as float64 arrays."""
-        runtime_error = None
+        complaint = None
         for inputs in self._inputs(rng, amplitude):
             feeds = {name: self._typed(values) if values.dtype.kind == "f" else values for name, values in inputs.items()}
             try:
@@ -168,14 +168,17 @@ class _Segment:
                 after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
                 size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
             except _runtime_errors() as error:
-                runtime_error = runtime_error or error
+                complaint = complaint or _said(error)
                 continue
             sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
+            if not sides[0].size:
+                complaint = complaint or "what comes out of the site is empty on every input tried"
+                continue
             if any(node.is_op("GRU") for node in self.before):
                 # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
                 sides[2] = np.maximum(sides[2], 1.0)
             return sides
-        raise _NotRun(_said(runtime_error) if runtime_error else "an input of the site has no known type")
+        raise _NotRun(complaint or "an input of the site has no known type")
 
     def _typed(self, values):
         return values.astype(np.float32 if self.promoted else self.dtype)
@@ -276,14 +279,17 @@ def _magnitude(node, slot, array):
     return -np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array)
 
 
+# What bounds the size of a result whose operator takes signs into account.
+UNSIGNED = {"Sub": "Add", "Neg": "Identity", "ReduceMin": "ReduceMax"}
+
+
 def _bounding(proto):
     """Make a node bound the size of its terms; return what must follow it."""
     if proto.op_type == "DequantizeLinear":
         absolute = helper.make_node("Abs", [f"{proto.output[0]}/signed"], [proto.output[0]])
         proto.output[0] = absolute.input[0]
         return [absolute]
-    if proto.op_type == "Sub":
-        proto.op_type = "Add"
+    proto.op_type = UNSIGNED.get(proto.op_type, proto.op_type)
     for attribute in proto.attribute:
         if proto.op_type == "Gemm" and attribute.name == "alpha":
             attribute.f = abs(attribute.f)
