@@ -29,13 +29,15 @@ class Taken:
     """What a node does with an affine.
 
     constants and attributes are those of the node that change, by slot and by name. onward holds what is asked further: (input slot,
-    affine) backward, (output slot, affine) forward. elsewhere holds constants of another node, by (node, slot), and via the nodes between;
-    a node that dissolves leaves, and the value at that input slot takes the place of its output.
+    affine) backward, (output slot, affine) forward; back what a forward row asks of its other inputs, (input slot, affine). elsewhere
+    holds constants of another node, by (node, slot), and via the nodes between; a node that dissolves leaves, and the value at that
+    input slot takes the place of its output.
     """
 
     constants: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
     onward: list = field(default_factory=list)
+    back: list = field(default_factory=list)
     elsewhere: dict = field(default_factory=dict)
     via: list = field(default_factory=list)
     dissolves: int | None = None
@@ -369,7 +371,8 @@ def _matmul_slot(node, site):
     return 1 if site.index.constant(node.inputs[1]) is not None or site.index.constant(node.inputs[0]) is None else 0
 
 
-# BatchNormalization:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T), n the normalised input.
+# BatchNormalization, n its normalised input, s its scale:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T);  forward
+# s (S x + T - mean) + bias = s S (x - mean) + (bias + s (T - mean (1 - S))).
 def _batch_norm_backward(node, affine, site):
     if site.affine(node) is None:
         raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which must stay as it is")
@@ -378,6 +381,19 @@ def _batch_norm_backward(node, affine, site):
     _require_channels(node, affine, weight.shape[0], "output")
     scale, shift, spread = affine.along(weight.shape[0])
     return Taken({1: weight.times(scale), 2: bias.affine(scale, shift, spread)})
+
+
+def _batch_norm_forward(node, slot, affine, site):
+    own = site.affine(node)
+    if slot != 0 or own is None:
+        raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which must stay as it is")
+    weight, bias, mean = (site.dense(node, at) for at in (1, 2, 3))
+    _require_axis(node, affine, axis_of(node, affine, node.inputs[0], site), 1, "input")
+    _require_channels(node, affine, weight.shape[0], "input")
+    scale, shift, spread = affine.along(weight.shape[0])
+    moved = own.scale * (shift - mean.values * (1 - scale))
+    size = np.abs(own.scale) * (spread + np.abs(mean.values * (1 - scale)))
+    return Taken({1: weight.times(scale), 2: bias.affine(1.0, moved, size)})
 
 
 # Add, Sub with a constant c:  backward S*(x + c) + T = S*x + (S*c + T), S*(x - c) + T = S*x - (S*c - T), S*(c - x) + T = (S*c + T) - S*x,
@@ -588,7 +604,7 @@ ABSORBERS = {
     "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, _conv_terms, _conv_sample),
     "Gemm": Row(_gemm_backward, _gemm_forward, _gemm_terms, _gemm_sample),
     "MatMul": Row(_matmul_backward, _matmul_forward, _matmul_terms, _matmul_sample),
-    "BatchNormalization": Row(_batch_norm_backward, None, _one_term, _batch_norm_sample),
+    "BatchNormalization": Row(_batch_norm_backward, _batch_norm_forward, _one_term, _batch_norm_sample),
     "Add": Row(_add_backward, _add_forward, _one_term, _elementwise_sample),
     "Sub": Row(_add_backward, _add_forward, _one_term, _elementwise_sample),
     "Mul": Row(_mul_backward, _mul_forward, _one_term, _elementwise_sample),

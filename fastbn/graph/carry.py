@@ -396,7 +396,7 @@ def _pad(node, affine, came, goes, site):
 
 # Add, Sub, Sum of values that are no constants:  S (a + b) + T = (S a + T) + S b: the scale goes to each, the shift to one of them.
 # Forward a scale needs every operand to have it, a shift passes.  Where the other operand is a convolution of the same value, the affine
-# becomes the centre of its kernel (RepVGG).
+# becomes the centre of its kernel (RepVGG); otherwise the producers of the other operands are asked to make up for it.
 def _sum_backward(node, affine, site):
     slots = range(len(node.inputs))
     choices = []
@@ -416,14 +416,25 @@ def _sum_backward(node, affine, site):
 
 def _sum_forward(node, slot, affine, site):
     if affine.scales:
-        taken = site.into_sibling(node, slot, affine)
-        if taken is None:
-            raise Refusal("other-branch", f"{node.op} '{node.label}' adds it to a value that does not have its scale")
-        return taken
+        sibling = site.into_sibling(node, slot, affine)
+        return sibling or _joined(node, slot, affine, site)
     onward = _narrowed(node, affine, node.inputs[slot], node.outputs[0], site)
     if node.op == "Sub" and slot == 1:
         onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.spread)
     return Taken(onward=[(0, onward)])
+
+
+def _joined(node, slot, affine, site):
+    """(S x + T) + b = S (x + b/S) + T: the other operands are asked for what makes up for the scale."""
+    if not site.may_rearrange() or (affine.scale == 0).any():
+        raise Refusal("other-branch", f"{node.op} '{node.label}' adds it to a value that does not have its scale")
+    onward = _narrowed(node, affine, node.inputs[slot], node.outputs[0], site)
+    undone = onward.inverse().scale_only()
+    others = [at for at in range(len(node.inputs)) if at != slot]
+    back = [(at, _narrowed(node, undone, node.outputs[0], node.inputs[at], site)) for at in others]
+    if node.op == "Sub" and slot == 1:
+        onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.spread)
+    return Taken(onward=[(0, onward)], back=back)
 
 
 def _narrowed(node, affine, came, goes, site):

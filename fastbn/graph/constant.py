@@ -264,6 +264,11 @@ class Affine:
         scale, shift, spread = (part[indices] for part in (self.scale, self.shift, self.spread))
         return Affine(scale, shift, axis, 0, spread)
 
+    def inverse(self):
+        """Return x = (y - shift) / scale as an affine of y; scale must not be 0 anywhere."""
+        size = self.spread / np.abs(self.scale)
+        return Affine(1 / self.scale, -self.shift / self.scale, self.axis, self.rank, size)
+
     def scale_only(self):
         """Return the part that multiplies."""
         return replace(self, shift=np.zeros_like(self.shift), spread=np.zeros_like(self.spread))

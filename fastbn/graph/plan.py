@@ -34,6 +34,9 @@ LARGEST_SAMPLE = 1 << 20
 # Conv, ConvTranspose and Gemm read their weight here; DequantizeLinear has a scale per step of an axis from this opset on.
 WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
 
+# Other readers that one search may ask to undo what it changes: a long residual stream is not walked again for each of its nodes.
+MOST_REARRANGED = 40
+
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
 
@@ -176,6 +179,10 @@ class Site:
         others = [node for node, at in self.readers(value) if (node, at) != (asker, slot)]
         if others:
             raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
+
+    def may_rearrange(self):
+        """Say whether other readers may be asked to undo a change in their constants: for a batch normalization it is worth it."""
+        return is_batch_norm(self.lifting[0])
 
     def apply(self, plan):
         """Make what a plan changes part of the present graph."""
@@ -338,7 +345,7 @@ def plan(index, only=None, skip=None, excluded=None):
     """
     site = Site(index)
     plans, refusals = {}, {}
-    waiting = [node for node in index.order if is_batch_norm(node) or node.is_op(*ELEMENTWISE)]
+    waiting = _by_level(index)
     while waiting:
         refused, placed = {}, False
         for node in waiting:
@@ -355,7 +362,20 @@ def plan(index, only=None, skip=None, excluded=None):
         # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
         waiting = list(refused)[::-1] if placed else []
     site.removed = {node: site.source(node.outputs[0]) for node in index.order if node in site.removed}
-    return Planning(list(plans), _kept(index, site, refusals), site)
+    place = {node: number for number, node in enumerate(index.order)}
+    found = sorted(plans, key=lambda each: min(place[node] for node in each.lifted))
+    return Planning(found, _kept(index, site, refusals), site)
+
+
+def _by_level(index):
+    """Return the nodes that may be lifted by their distance from the inputs, then by name: the order of the file must not matter."""
+    level, candidates = {}, []
+    for node in index.order:
+        producers = (value.producer for value in node.inputs if value is not None and value.producer is not None)
+        level[node] = 1 + max((level.get(producer, 0) for producer in producers), default=0)
+        if is_batch_norm(node) or node.is_op(*ELEMENTWISE):
+            candidates.append(node)
+    return sorted(candidates, key=lambda node: (node.scope.number, level[node], node.label))
 
 
 def _refuse_unselected(node, only, skip, excluded):
@@ -461,6 +481,8 @@ class _Search:
     def __init__(self, site):
         self.site = site
         self.refused = {}
+        self.open = set()
+        self.rearranged = 0
 
     def backward(self, value, affine, asker, slot, depth=0):
         """Return a Plan that makes the producer of `value` yield the affine of it; this slot of `asker` is the one reader that may be."""
@@ -470,7 +492,8 @@ class _Search:
         try:
             return self._ask(value, affine, asker, slot, depth)
         except Refusal as refusal:
-            self.refused[key] = refusal
+            if refusal.code != "reads-twice":  # that one depends on the way taken
+                self.refused[key] = refusal
             raise
 
     def _ask(self, value, affine, asker, slot, depth):
@@ -478,7 +501,9 @@ class _Search:
             return self._into_constant(asker, slot, affine)
         through = {value.producer: None} if value.producer in self.site.removed else {}
         value = self.site.source(value)
-        self.site.refuse_readers(value, asker, slot)
+        if value in self.open:
+            raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
+        others = self._other_readers(value, affine, asker, slot)
         node = self.site.producer(value)
         if node is None:
             raise _refuse_source(value)
@@ -495,9 +520,33 @@ class _Search:
             if refusal.code == "axis" and is_batch_norm(asker) and node.op in ("Conv", "ConvTranspose", "Gemm") and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
-        found = self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1))
+        self.open.add(value)
+        try:
+            found = self._first(choices, node, lambda at, onward: self.backward(node.inputs[at], onward, node, at, depth + 1), depth)
+            for reader, at in others:
+                _add(found, self._undone(reader, at, value, affine.inverse(), depth))
+        finally:
+            self.open.remove(value)
         found.through.update(through)
         return found
+
+    def _other_readers(self, value, affine, asker, slot):
+        """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
+        others = [use for use in self.site.readers(value) if use != (asker, slot)]
+        if others:
+            self.rearranged += len(others)
+            node = others[0][0]
+            if not self.site.may_rearrange() or (affine.scale == 0).any() or self.rearranged > MOST_REARRANGED:
+                raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
+        return others
+
+    def _undone(self, node, slot, value, affine, depth):
+        """Return a Plan in which another reader of a value that changes undoes the change in its own constants."""
+        try:
+            return self._read(node, slot, value, affine, depth)
+        except Refusal as refusal:
+            sentence = f"{node.op} '{node.label}' reads the value '{value.name}' before it too"
+            raise Refusal("other-readers", sentence) from refusal
 
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
@@ -511,36 +560,50 @@ class _Search:
         readers = self.site.readers(value)
         if not readers:
             raise Refusal("unused", f"nothing reads '{value.name}'")
+        root = self.site.source(value)
+        if root in self.open:
+            raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         found = Plan()
-        for node, slot in readers:
-            if node.scope is not value.scope:
-                raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
-            row = self._row(node, depth)
-            if row is None or row.forward is None:
-                raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
-            choices = row.forward(node, slot, affine, self.site)
-            if node.inputs[slot] is not value:
-                found.through[node.inputs[slot].producer] = None
-            _add(found, self._first(choices, node, lambda at, onward, node=node: self.forward(node.outputs[at], onward, depth + 1)))
+        self.open.add(root)
+        try:
+            for node, slot in readers:
+                _add(found, self._read(node, slot, value, affine, depth))
+        finally:
+            self.open.remove(root)
+        return found
+
+    def _read(self, node, slot, value, affine, depth):
+        """Return a Plan in which one reader of `value` makes up for the affine."""
+        if node.scope is not value.scope:
+            raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
+        row = self._row(node, depth)
+        if row is None or row.forward is None:
+            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
+        choices = row.forward(node, slot, affine, self.site)
+        found = self._first(choices, node, lambda at, onward: self.forward(node.outputs[at], onward, depth + 1), depth)
+        if node.inputs[slot] is not value:
+            found.through[node.inputs[slot].producer] = None
         return found
 
     def _row(self, node, depth):
+        if node is self.site.lifting[0]:
+            raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
         if depth > LONGEST_WAY:
             raise Refusal("too-far", f"the way is longer than {LONGEST_WAY} nodes at {node.op} '{node.label}'")
         return row_of(node, self.site.index)
 
-    def _first(self, choices, node, follow):
+    def _first(self, choices, node, follow, depth):
         """Return what the first choice that works out changes; the refusal of the last one otherwise."""
         choices = choices if isinstance(choices, list) else [choices]
         for number, taken in enumerate(choices):
             try:
-                return self._taken(taken, node, follow)
+                return self._taken(taken, node, follow, depth)
             except Refusal:
                 if number == len(choices) - 1:
                     raise
         raise AssertionError("a row without choices")
 
-    def _taken(self, taken, node, follow):
+    def _taken(self, taken, node, follow, depth):
         absorbs = bool(taken.constants)
         found = Plan(
             path={node: None}, homes={node: None} if absorbs else {}, attributes={node: taken.attributes} if taken.attributes else {}
@@ -559,6 +622,8 @@ class _Search:
             found.dissolved = {node: node.inputs[taken.dissolves]}
         for at, onward in taken.onward:
             _add(found, follow(at, onward))
+        for at, asked in taken.back:
+            _add(found, self.backward(node.inputs[at], asked, node, at, depth + 1))
         return found
 
 
