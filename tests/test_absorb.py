@@ -121,7 +121,7 @@ def test_matmul_without_add_keeps_the_shift_of_a_batch_norm_as_an_add():
 
 def test_matmul_along_another_axis_is_refused():
     proto = model("(float[2,4,5] x) => (float y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }", w=normal(5, 4), **norm(4))
-    assert "axis" in refuses(proto, "axis")
+    assert "axis 1" in refuses(proto, "shift-cannot-pass")
 
 
 def test_matmul_of_a_square_weight_and_axis_is_not_fooled():

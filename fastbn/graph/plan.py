@@ -307,22 +307,23 @@ def plan(index, only=None, skip=None, excluded=None):
     """
     site = Site(index)
     plans, refusals = {}, {}
-    waiting = [node for node in index.order if is_batch_norm(node) or node.op in ABSORBERS]
-    while waiting:
-        refused, placed = {}, False
-        for node in waiting:
-            try:
-                affine = site.lifted(node)
-                if affine is None:
-                    continue
-                _refuse_unselected(node, only, skip, excluded or {})
-                _place(node, affine, site, plans)
-                placed = True
-            except Refusal as refusal:
-                refused[node] = refusal
-        refusals = refused
-        # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
-        waiting = list(refused)[::-1] if placed else []
+    candidates = [node for node in index.order if is_batch_norm(node) or node.op in ABSORBERS]
+    for split in (False, True):  # a shift stays behind only where nothing else can be done any more
+        waiting = list(refusals) if split else candidates
+        while waiting:
+            refusals, placed = {}, False
+            for node in waiting:
+                try:
+                    affine = site.lifted(node)
+                    if affine is None:
+                        continue
+                    _refuse_unselected(node, only, skip, excluded or {})
+                    _place(node, affine, site, plans, split)
+                    placed = True
+                except Refusal as refusal:
+                    refusals[node] = refusal
+            # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+            waiting = list(refusals)[::-1] if placed else []
     site.removed = {node: site.source(node.outputs[0]) for node in index.order if node in site.removed}
     return Planning(list(plans), _kept(index, site, refusals), site)
 
@@ -336,11 +337,11 @@ def _refuse_unselected(node, only, skip, excluded):
         raise Refusal("not-selected", "--skip names it")
 
 
-def _place(node, affine, site, plans):
+def _place(node, affine, site, plans, split):
     """Find a home for a node's affine and record the plan in `site` and `plans`; raises Refusal where there is none."""
     value = site.source(node.inputs[site.data_slot(node)])
     site.lifting = node, value
-    found, forward, stays = _find_home(node, value, affine, site)
+    found, forward, stays = _find_home(node, value, affine, site, split)
     _refuse_bad_constants(found)
     leaving = [node, *found.dissolved]
     before = node.inputs[site.data_slot(node)].producer
@@ -372,7 +373,7 @@ def _place(node, affine, site, plans):
     site.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
 
 
-def _find_home(node, value, affine, site):
+def _find_home(node, value, affine, site, split):
     """Return (what changes, whether forward, what stays): backward first, then forward, then backward with the shift left in an Add."""
     slot = site.data_slot(node)
     try:
@@ -383,7 +384,7 @@ def _find_home(node, value, affine, site):
         return _Search(site).forward(node.outputs[0], affine), True, None
     except Refusal as refusal:
         ahead = refusal
-    if behind.code == "shift-cannot-pass" and is_batch_norm(node):
+    if split and behind.code == "shift-cannot-pass" and is_batch_norm(node):
         try:
             return _Search(site).backward(value, affine.scale_only(), node, slot), False, _shift_node(node, affine, site)
         except Refusal:
