@@ -239,11 +239,11 @@ def test_plans_join_where_one_passes_what_the_other_has_dissolved():
 def test_no_shift_stays_behind_where_another_fold_makes_room_for_all_of_it():
     """At first only the scale of n has a home, in the MatMul before it; when o has gone into the Conv, all of n follows it there."""
     text = """(float[2,4,6] x) => (float y) {
-        a = MatMul(x, w4)
+        a = MatMul(w4, x)
         n = BatchNormalization(a, s, t, m, v)
         c = Concat <axis = 1> (n, x)
         o = BatchNormalization(c, s8, t8, m8, v8)
         y = Conv(o, w8)
     }"""
-    result = fastbn.fold(model(text, w4=normal(6, 6), w8=normal(2, 8, 3), **norm(4), **norm(8, "8")))
+    result = fastbn.fold(model(text, w4=normal(4, 4), w8=normal(2, 8, 3), **norm(4), **norm(8, "8")))
     assert ops(result.model) == "MatMul Concat Conv"
