@@ -20,8 +20,8 @@ NETS = {
     "tdnn": (4, 1),
     "repvgg": (12, 0),
     "unet": (5, 0),
-    "resnet_v2": (13, 7),
-    "densenet_like": (28, 15),
+    "resnet_v2": (13, 6),
+    "densenet_like": (28, 13),
     "keras_cnn": (1, 0),
 }
 

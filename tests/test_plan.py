@@ -76,7 +76,13 @@ def test_excluded_folds_are_left_out_with_their_sentence():
 def test_a_chain_is_one_plan_and_all_or_nothing():
     """The Add takes the shift, but its scale finds no home behind it: nothing of it may be applied."""
     proto = model(
-        "(float[2,4,3,3] x) => (float[2,4,3,3] y) { r = Tanh(x) a = Add(r, k) b = BatchNormalization(a, s, t, m, v) y = Tanh(b) }",
+        """(float[2,4,3,3] x) => (float[2,4,3,3] y, float[2,4,3,3] z) {
+            r = Tanh(x)
+            a = Add(r, k)
+            z = Sigmoid(a)
+            b = BatchNormalization(a, s, t, m, v)
+            y = Tanh(b)
+        }""",
         k=normal(4, 1, 1),
         **norm(4),
     )
@@ -255,3 +261,16 @@ def test_plans_join_where_one_passes_what_the_other_has_dissolved():
     result = fastbn.fold(proto)
     assert [fold.bn for fold in result.folded] == ["i+y"]
     assert_same(proto, result.model)
+
+
+def test_no_shift_stays_behind_where_another_fold_makes_room_for_all_of_it():
+    """At first only the scale of n has a home, in the MatMul before it; when o has gone into the Conv, all of n follows it there."""
+    text = """(float[2,4,6] x) => (float y) {
+        a = MatMul(w4, x)
+        n = BatchNormalization(a, s, t, m, v)
+        c = Concat <axis = 1> (n, x)
+        o = BatchNormalization(c, s8, t8, m8, v8)
+        y = Conv(o, w8)
+    }"""
+    result = fastbn.fold(model(text, w4=normal(4, 4), w8=normal(2, 8, 3), **norm(4), **norm(8, "8")))
+    assert ops(result.model) == "MatMul Concat Conv"

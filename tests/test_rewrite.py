@@ -253,3 +253,13 @@ def test_a_norm_whose_home_goes_forward_itself_leaves_the_graph_input_its_name()
     parameters["t"] = parameters["m"] = np.zeros(4, np.float32)
     result = folds(model(text, k=normal(4, 1, 1), w=normal(3, 4, 3, 3), **parameters), "Conv")
     assert result.model.graph.node[0].input[0] == "x"
+
+
+def test_a_norm_whose_home_goes_forward_itself_leaves_the_graph_output_its_name():
+    text = """(float[2,4,5,5] x) => (float y, float a) {
+        a = Tanh(x)
+        n = BatchNormalization(a, s, t, m, v)
+        o = BatchNormalization(n, s2, t2, m2, v2)
+        y = Conv(o, w)
+    }"""
+    folds(model(text, w=normal(3, 4, 3, 3), **norm(4), **norm(4, "2")), "Tanh Conv")

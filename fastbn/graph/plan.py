@@ -34,6 +34,10 @@ LARGEST_SAMPLE = 1 << 20
 # Conv, ConvTranspose and Gemm read their weight here; DequantizeLinear has a scale per step of an axis from this opset on.
 WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
 
+# How far the planner goes, each only where the one before leaves nothing to do, the later ones for a batch normalization alone: move it;
+# change a value that others read too, they undoing it; leave the shift behind in an Add.
+EFFORTS = ("plain", "rearrange", "split")
+
 # Other readers that one search may ask to undo what it changes: a long residual stream is not walked again for each of its nodes.
 MOST_REARRANGED = 40
 
@@ -107,6 +111,7 @@ class Site:
         self.replaced = {}
         self.owner = {}
         self.lifting = None
+        self.effort = EFFORTS[0]
         self._affines = {}
         self._views = {}
 
@@ -181,8 +186,8 @@ class Site:
             raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
 
     def may_rearrange(self):
-        """Say whether other readers may be asked to undo a change in their constants: for a batch normalization it is worth it."""
-        return is_batch_norm(self.lifting[0])
+        """Say whether other readers may be asked to undo a change in their constants."""
+        return self.effort != "plain"
 
     def apply(self, plan):
         """Make what a plan changes part of the present graph."""
@@ -344,27 +349,30 @@ def plan(index, only=None, skip=None, excluded=None):
     Planning
     """
     site = Site(index)
-    plans, refusals = {}, {}
-    waiting = _by_level(index)
-    while waiting:
-        refused, placed = {}, False
-        for node in waiting:
+    plans, reasons, effort = {}, {}, 0
+    candidates = waiting = _by_level(index)
+    while effort < len(EFFORTS):
+        site.effort = EFFORTS[effort]
+        refused, placed = {}, set()
+        for node in waiting if effort == 0 else [node for node in candidates if node in reasons and is_batch_norm(node)]:
             try:
                 affine = site.lifted(node)
                 if affine is None:
                     continue
                 _refuse_unselected(node, only, skip, excluded or {})
                 _place(node, affine, site, plans)
-                placed = True
+                placed.add(node)
             except Refusal as refusal:
                 refused[node] = refusal
-        refusals = refused
+        if effort == 0:
+            reasons = refused
         # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
-        waiting = list(refused)[::-1] if placed else []
+        waiting = [node for node in reasons if node not in placed][::-1]
+        effort = 0 if placed else effort + 1
     site.removed = {node: site.source(node.outputs[0]) for node in index.order if node in site.removed}
     place = {node: number for number, node in enumerate(index.order)}
     found = sorted(plans, key=lambda each: min(place[node] for node in each.lifted))
-    return Planning(found, _kept(index, site, refusals), site)
+    return Planning(found, _kept(index, site, reasons), site)
 
 
 def _by_level(index):
@@ -434,7 +442,7 @@ def _find_home(node, value, affine, site):
         return _Search(site).forward(node.outputs[0], affine), True, None
     except Refusal as refusal:
         ahead = refusal
-    if is_batch_norm(node):
+    if site.effort == "split":
         for way in (_keep_shift_backward, _keep_shift_forward):
             try:
                 return way(node, value, affine, site)

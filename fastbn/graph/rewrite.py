@@ -116,8 +116,9 @@ class _Writer:
         """
         names = {}
         for node, value in self.site.removed.items():
-            # A graph input keeps its name: the node that had taken this affine in went forward itself.
-            if node not in self.site.forwarded and value.producer is not None:
+            # Where the node that had taken this affine in went forward itself, what stands before it may be seen from elsewhere.
+            seen = value.producer is None or value.is_output or value.scope is not node.scope
+            if node not in self.site.forwarded and not seen:
                 names[value] = node.outputs[0].name
         for node, value in self.site.removed.items():
             names[node.outputs[0]] = names.get(value, value.name)
