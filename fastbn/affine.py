@@ -7,16 +7,23 @@ With weight (gamma), bias (beta), mean, var of length C and eps (Ioffe & Szegedy
 Folding multiplies a producer's weights by scale; `scale_weight` does that in float64 and rounds once to the weights' own type.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from fastbn import _native
 
-__all__ = ["DTYPES", "View", "batch_norm_affine", "narrow", "scale_weight"]
+__all__ = ["DTYPES", "View", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
 
 # dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+
+
+@cache
+def dtype_name(dtype):
+    """Return the name of a NumPy dtype, which NumPy builds anew each time that it is asked."""
+    return dtype.name
 
 
 class View(NamedTuple):
@@ -71,7 +78,7 @@ def scale_weight(weight, scale, view, out=None, *, store=True):
     if store and out is None:
         out = np.empty(weight.shape, weight.dtype)
     nonfinite, flushed = _native.scale_weight(
-        out.ctypes.data if store else 0, weight.ctypes.data, scale.ctypes.data, *view, DTYPES[weight.dtype.name]
+        out.ctypes.data if store else 0, weight.ctypes.data, scale.ctypes.data, *view, DTYPES[dtype_name(weight.dtype)]
     )
     return out, nonfinite, flushed
 
@@ -81,7 +88,7 @@ def narrow(values, dtype):
     values = np.asarray(values, dtype=np.float64, order="C")
     if dtype == np.float64:
         return values
-    if dtype.name in ("float32", "float16"):
+    if dtype_name(dtype) in ("float32", "float16"):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(dtype)
     # NumPy's bfloat16 goes through float32 and rounds twice: let it see only values that are already rounded.

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastbn.affine import View, narrow, scale_weight
 
-__all__ = ["BLOCK", "Affine", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "spread_over"]
+__all__ = ["BLOCK", "Affine", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "float64_of", "spread_over"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -164,6 +164,16 @@ def _least_normal(dtype):
     return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
 
 
+def float64_of(constant):
+    """Return the values of any constant in float64, not rounded."""
+    if isinstance(constant, Dense):
+        return constant.values
+    if isinstance(constant, Scaled):
+        return Dense.of(constant).values
+    with np.errstate(invalid="ignore"):  # a signalling NaN says so when it is widened
+        return constant.array().astype(np.float64)
+
+
 def spread_over(view, scale, shape):
     """Return a scale per (group, channel) of a view as an array that multiplies weights of this shape."""
     return np.broadcast_to(np.reshape(scale, (view.groups, 1, view.channels, 1)), view).reshape(shape)
@@ -189,8 +199,7 @@ class Dense:
         if isinstance(constant, Scaled):
             base = cls.of(constant.base)
             return base.times(spread_over(constant.view, constant.scale, constant.shape))
-        with np.errstate(invalid="ignore"):  # a signalling NaN says so when it is widened
-            values = constant.array().astype(np.float64)
+        values = float64_of(constant)
         return cls(constant.dtype, values, np.abs(values))
 
     @classmethod

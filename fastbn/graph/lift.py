@@ -12,9 +12,9 @@ c is a constant that broadcasts along one axis, on either side of the operator.
 
 import numpy as np
 
-from fastbn.affine import DTYPES, batch_norm_affine
+from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.constant import Affine, Dense
+from fastbn.graph.constant import Affine, float64_of
 from fastbn.graph.report import Refusal
 
 __all__ = ["BATCH_NORM", "ELEMENTWISE", "PARAMETERS", "constant_slot", "is_batch_norm", "lift"]
@@ -55,7 +55,7 @@ def constant_slot(node, index):
     if (found[0] is None) == (found[1] is None):
         return None
     slot = 0 if found[1] is None else 1
-    return slot if found[slot].dtype.name in DTYPES else None
+    return slot if dtype_name(found[slot].dtype) in DTYPES else None
 
 
 def _batch_norm(node, site):
@@ -76,16 +76,15 @@ def _batch_norm(node, site):
                 )
                 raise Refusal("overridable-parameters", sentence)
             raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
-        if found.dtype.name not in DTYPES:
+        if dtype_name(found.dtype) not in DTYPES:
             raise Refusal("unsupported-type", f"its {name} is {found.dtype}")
-        arrays[name] = Dense.of(found).values
+        arrays[name] = float64_of(found)
     channels = arrays["var"].size
     for slot, name in PARAMETERS.items():
         if arrays[name].shape != (channels,):
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", f"{node.label}.{node.inputs[slot].name}"))
     eps = node.attribute("epsilon", EPSILON)
-    finite = np.logical_and.reduce([np.isfinite(array) for array in arrays.values()])
-    good = finite & (arrays["var"] + eps > 0)
+    good = np.isfinite(np.stack([*arrays.values()])).all(axis=0) & (arrays["var"] + eps > 0)
     if not good.all():
         bad = np.flatnonzero(~good)
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {_channels(bad)}")
@@ -115,7 +114,7 @@ def _elementwise(node, site):
     wide = [axis - len(constant.shape) for axis, size in enumerate(constant.shape) if size != 1]
     if len(wide) > 1 or 0 in constant.shape:
         return None
-    values = Dense.of(constant).values.reshape(-1)
+    values = float64_of(constant).reshape(-1)
     ones, zeros = np.ones_like(values), np.zeros_like(values)
     with np.errstate(divide="ignore", over="ignore"):
         scale, shift = {

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx
 
-from fastbn.affine import DTYPES
+from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
@@ -224,7 +224,7 @@ class Site:
                 )
                 raise Refusal("overridable-weight", sentence)
             raise Refusal("dynamic-weight", f"the weight '{value.name}' of {node.op} '{node.label}' is computed when the model runs")
-        if found.dtype.name not in DTYPES:
+        if dtype_name(found.dtype) not in DTYPES:
             raise Refusal("unsupported-type", f"the weight '{node.input(slot).name}' of {node.op} '{node.label}' is {found.dtype}")
         return found
 
@@ -237,7 +237,7 @@ class Site:
         quantised, scale = self.tensor(source, 0), self.tensor(source, 1)
         zero_point = self.tensor(source, 2)
         known = quantised is not None and scale is not None and (zero_point is not None or source.input(2) is None)
-        if not known or source.attribute("block_size", 0) or scale.dtype.name not in DTYPES or source.scope is not node.scope:
+        if not known or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES or source.scope is not node.scope:
             return None
         self.refuse_readers(value, node, slot)
         changed = self.owner[source].attributes.get(source, {}) if source in self.owner else {}
