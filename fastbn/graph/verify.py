@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from fastbn.errors import FastbnError, ModelError, expected
-from fastbn.graph.lift import is_batch_norm
+from fastbn.graph.constant import float64_of
+from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
 from fastbn.graph.model import is_standard
 from fastbn.graph.plan import SHAPE_READERS, row_of
 from fastbn.graph.report import Parity
@@ -36,6 +37,9 @@ NOISE, NOISE_RUNS, NOISE_MARGIN = 4, 3, 8
 SIZES = ((2, 16), (1, 16), (2, 64), (1, 64), (1, 1), (2, 224), (16, 16), (1, 3), (1, 2))
 
 KINDS = ("normal", "wide", "zero")
+
+# Constants of elementwise operators up to this size are disturbed.
+LARGEST_DISTURBED = 1 << 16
 
 
 def _runtime():
@@ -475,48 +479,65 @@ def _feed(inputs, shapes, kind, rng):
 
 
 class _Noisy:
-    """The original with the scale and bias of every batch normalization as inputs, so that they can be disturbed."""
+    """The original with the parameters of every affine as inputs, so that they can be disturbed by rounding: the scale and bias of a batch
+    normalization, the constant of an Add, Sub, Mul or Div."""
 
     def __init__(self, original, index):
         self.parameters = {}
-        proto = onnx.ModelProto()
-        proto.CopyFrom(index.proto)
-        proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
-        self.unit = UNIT["float32"]
-        units = []
+        self.units = []
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(index.proto)
+        self.proto.ir_version = max(self.proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
+        types = {info.name: info.type.tensor_type.elem_type for info in (*index.proto.graph.value_info, *index.proto.graph.input)}
+        types |= {info.name: info.type.tensor_type.elem_type for info in index.proto.graph.output}
         for node in index.main.nodes:
-            if not is_batch_norm(node) or len(node.inputs) < 5:
-                continue
-            found = [index.constant(value) for value in node.inputs[1:5]]
-            if any(constant is None or constant.dtype.name not in UNIT for constant in found):
-                continue
-            scale, bias, mean, var = (constant.array().astype(np.float64) for constant in found)
-            unit = UNIT[found[0].dtype.name]
-            units.append(unit)
-            with np.errstate(all="ignore"):
-                moved = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", 1e-5)))
-            for slot, values, size in ((1, scale, np.abs(scale)), (2, bias, moved)):
-                name = f"fastbn/noise/{node.position}/{slot}"
-                proto.graph.node[node.position].input[slot] = name
-                kind = helper.np_dtype_to_tensor_dtype(found[slot - 1].dtype)
-                proto.graph.input.append(helper.make_tensor_value_info(name, kind, values.shape))
-                self.parameters[name] = (values, NOISE * unit * size, found[slot - 1].dtype)
-        if units:
-            self.unit = max(units)
+            if is_batch_norm(node) and len(node.inputs) == 5:
+                self._disturb_batch_norm(node, index, types)
+            elif node.is_op(*ELEMENTWISE):
+                slot = constant_slot(node, index)
+                found = None if slot is None else index.constant(node.inputs[slot])
+                if found is not None and found.size <= LARGEST_DISTURBED:
+                    values = float64_of(found)
+                    self._disturb(node, slot, values, np.abs(values), found.dtype, UNIT[found.dtype.name])
+        self.unit = max(self.units, default=UNIT["float32"])
+        self.session = self._open(original)
+
+    def _disturb_batch_norm(self, node, index, types):
+        found = [index.constant(value) for value in node.inputs[1:5]]
+        if any(constant is None or constant.dtype.name not in UNIT for constant in found):
+            return
+        scale, bias, mean, var = map(float64_of, found)
+        # Parameters may be float32 beside float16 data: the data says what rounding does.
+        kind = next(filter(None, (types.get(value.name) for value in (node.outputs[0], node.inputs[0]))), None)
+        unit = UNIT.get(helper.tensor_dtype_to_np_dtype(kind).name if kind else "", UNIT[found[0].dtype.name])
+        with np.errstate(all="ignore"):
+            moved = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))
+        self._disturb(node, 1, scale, np.abs(scale), found[0].dtype, unit)
+        self._disturb(node, 2, bias, moved, found[1].dtype, unit)
+
+    def _disturb(self, node, slot, values, size, dtype, unit):
+        name = f"fastbn/noise/{node.position}/{slot}"
+        self.proto.graph.node[node.position].input[slot] = name
+        self.proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), values.shape))
+        self.parameters[name] = (values, NOISE * unit * size, dtype)
+        self.units.append(unit)
+
+    def _open(self, original):
         try:
-            self.session = session(serialize(proto, "the original"), original.folder)
+            return session(serialize(self.proto, "the original"), original.folder)
         except _runtime_errors():  # then the noise enters by the graph inputs alone
-            self.session, self.parameters = _open(original), {}
+            self.parameters = {}
+            return _open(original)
 
     def run(self, feed, rng):
         """Return the outputs with disturbed parameters and inputs."""
         noisy = dict(feed)
         for name, (values, size, dtype) in self.parameters.items():
-            noisy[name] = (values + size * rng.choice([-1.0, 1.0], values.shape)).astype(dtype)
+            noisy[name] = np.asarray(values + size * rng.choice([-1.0, 1.0], values.shape)).astype(dtype)
         for name, values in feed.items():
             if values.dtype.name in UNIT:
                 disturbed = values.astype(np.float64) * (1 + NOISE * UNIT[values.dtype.name] * rng.choice([-1.0, 1.0], values.shape))
-                noisy[name] = disturbed.astype(values.dtype)
+                noisy[name] = np.asarray(disturbed).astype(values.dtype)
         return self.session.run(None, noisy)
 
 
