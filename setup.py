@@ -3,6 +3,7 @@
 import os
 from glob import glob
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -14,8 +15,9 @@ extra = os.environ.get("FASTBN_CFLAGS", "").split()
 extension = Extension(
     "fastbn._native",
     sources=["fastbn/_native.pyx", *sorted(glob("src_c/*.c"))],
-    depends=sorted(glob("src_c/*.h")),
-    include_dirs=["src_c"],
+    depends=sorted(glob("src_c/*.h") + glob("src_c/*.inc")),
+    include_dirs=["src_c", numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     extra_compile_args=flags + extra,
     extra_link_args=extra,
 )

@@ -1,0 +1,14 @@
+/* Statistics that do not hurry. Private to src_c. */
+#ifndef FASTBN_WIDE_H
+#define FASTBN_WIDE_H
+
+#include "fastbn.h"
+
+/* centre[c] = the mean of up to 16 values spread over channel first + c, or 0 where that is not finite, for c below channels. */
+void fbn_sample(double *centre, const fbn_job *job, int64_t first, int64_t channels);
+
+/* Mean and sum of squared distances to it of channels first + c, in two passes of float64; at most FBN_WIDE channels. */
+enum { FBN_WIDE = 16 };
+void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, int64_t first, int64_t channels);
+
+#endif
