@@ -9,8 +9,8 @@
 
 /* A piece of a tensor: rows of `cols` contiguous elements, `stride` elements apart.
  *
- * In layout ncs all of it is one channel and each constant is one value; in layout nsc each column has its own channel and each constant is an
- * array of `cols`. The constants are float32, float64 for float64 data:
+ * In layout ncs a row is of one channel and finds its constants `constant_step` values behind those of the row before; a reduction is of one
+ * channel. In layout nsc each column has its own channel and each constant is an array of `cols`. The constants are float32, float64 for float64 data:
  *
  *   z = (x - center) * scale + shift + residual     with a rounding after each step
  *   stats        sums of d and d*d,  d = x - center
@@ -26,6 +26,7 @@ typedef struct {
     const void *dy, *x, *residual;
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
+    int64_t constant_step;
     fbn_activation activation;
     int frozen, stream;
 } fbn_piece;

@@ -8,12 +8,12 @@ enum {
     PLANE_TILE = 16384, /* elements of a tile by planes, a multiple of every kernel's line */
     ROW_TILE = 65536,   /* elements of a tile by columns, */
     LEAST_ROWS = 128,   /* but no fewer rows than this */
-    NARROW_ROW = 256,   /* rows shorter than this are joined, */
-    JOINED_ROW = 512,   /* to about this many columns */
+    NARROW_ROW = 64,    /* rows of other lengths than multiples of this are joined to one that is, */
+    JOINED_ROW = 512,   /* or to about this many columns */
     SMALL_PLANE = 256,  /* planes shorter than this are walked by columns, */
     FEW_SAMPLES = 4,    /* unless there are fewer samples than this */
-    MOST_COLUMNS = 1024,
-    LEAST_COLUMNS = 64,
+    MOST_COLUMNS = 4096, /* columns of a group, so that a row's part is a long run of memory */
+    LEAST_COLUMNS = 1024,
     ONE_THREAD = 32768 /* elements below which a second thread costs more than it brings */
 };
 
@@ -61,6 +61,9 @@ static void plan_planes(fbn_plan *plan) {
     plan->tile_cols = smaller(job->S, PLANE_TILE);
     plan->tiles = job->S <= PLANE_TILE ? parts(job->N, plan->tile_rows) : job->N * parts(job->S, PLANE_TILE);
     plan->group = plan->threads > 1 ? smaller(larger(1, PLANE_TILE / larger(1, job->N * job->S)), job->C) : 1;
+    plan->by_sample = plan->map_only && job->S <= PLANE_TILE;
+    if (plan->by_sample)
+        plan->group = smaller(larger(1, PLANE_TILE / larger(1, job->S)), job->C);
     plan->groups = parts(job->C, plan->group);
     plan->fused = plan->threads == 1 || plan->groups >= 4 * plan->threads;
 }
@@ -74,22 +77,23 @@ static void plan_columns(fbn_plan *plan, int64_t outer, int64_t samples, int64_t
     plan->outer = outer;
     plan->K = 1;
     if (contiguous && row < NARROW_ROW) {
-        plan->K = larger(1, smaller(JOINED_ROW / row, samples / FBN_BLOCK));
-        if (plan->K > 16)
-            plan->K -= plan->K % 16;
+        while (plan->K * row % NARROW_ROW && (plan->K + 1) * row <= JOINED_ROW)
+            plan->K++;
+        plan->K = larger(1, smaller(plan->K, samples / FBN_BLOCK));
     }
+    plan->joined = contiguous ? larger(1, JOINED_ROW / (plan->K * row)) : 1;
     plan->rows = samples / plan->K;
     plan->rest = samples % plan->K * row;
     plan->tile_rows = larger(LEAST_ROWS, ROW_TILE / (plan->K * row) / FBN_BLOCK * FBN_BLOCK);
     plan->tiles = outer * parts(plan->rows, plan->tile_rows) + (plan->rest > 0);
-    if (plan->K > 1) {
+    if (row * plan->K <= JOINED_ROW) {
         plan->group = job->C;
         plan->groups = 1;
     } else {
         const int64_t column = outer * samples * plan->bytes * (job->dy.data ? 2 : 1), budget = fbn_core_cache() / 2;
         const int64_t most = larger(1, MOST_COLUMNS / span), least = parts(LEAST_COLUMNS, span);
         plan->group = smaller(most, budget / larger(1, column * span));
-        plan->fused = plan->group >= least;
+        plan->fused = plan->group >= least && !plan->map_only;
         if (!plan->fused)
             plan->group = most;
         if (plan->fused && plan->threads > 1)
@@ -113,6 +117,9 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
     plan->stream = !in_place && elements * plan->bytes > fbn_last_cache() / 2;
 
+    plan->map_only = job->out.data != NULL &&
+                     (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
+
     const int channels_last = steps(job, c_of, 1, one_of) && (job->S == 1 || !steps(job, s_of, 1, one_of));
     if (channels_last && job->S == 1)
         plan_columns(plan, 1, job->N, 1, steps(job, n_of, job->C, one_of));
@@ -120,7 +127,7 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
         plan_columns(plan, 1, job->N * job->S, 1, steps(job, s_of, job->C, one_of));
     else if (channels_last)
         plan_columns(plan, job->N, job->S, 1, 0);
-    else if (job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of))
+    else if (!plan->map_only && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of))
         plan_columns(plan, 1, job->N, job->S, steps(job, n_of, job->C * job->S, one_of));
     else
         plan_planes(plan);
@@ -134,6 +141,6 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
         next += (uintptr_t)aligned(job->C * plan->constant_bytes);
     }
     plan->slots = (char *)next;
-    plan->slot_bytes = aligned(plan->tile_cols * (2 * 8 + 5 * plan->constant_bytes));
+    plan->slot_bytes = aligned(plan->tile_cols * (2 * 8 + larger(1, plan->joined) * 5 * plan->constant_bytes));
     return (int64_t)(next - (uintptr_t)work) + plan->threads * plan->slot_bytes;
 }

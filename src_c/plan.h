@@ -18,8 +18,11 @@ typedef struct {
     fbn_layout layout;
     int64_t bytes, constant_bytes; /* of an element, of a constant */
     int64_t span, K, outer, rows, rest;
+    int64_t joined; /* rows that a map may take as one */
     int64_t tile_rows, tile_cols, tiles; /* by planes: tiles per channel */
     int64_t group, groups;               /* channels that are worked on together, and how many such groups there are */
+    int map_only;                        /* nothing to add up: inference, or dx alone through frozen statistics */
+    int by_sample;                       /* map only, channels first: a group of channels of one sample at a time */
     int fused;                           /* the second sweep of a group follows its first, while it is in the core's cache */
     int threads, stream;
     double *sums;       /* [tiles][C][2] */

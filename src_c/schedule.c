@@ -11,6 +11,7 @@
 typedef struct run run;
 struct run {
     fbn_plan plan;
+    fbn_sample sample; /* where statistics look for a first guess of the mean */
     int reduces, maps;
     fbn_op reduction, map;
     void (*finish)(const run *run, int64_t first, int64_t channels);
@@ -89,13 +90,17 @@ static void call(const run *run, fbn_op op, const fbn_piece *piece) {
     run->plan.table->kernel[op][run->plan.layout][run->plan.job->dtype](piece);
 }
 
+static void set_constants(fbn_piece *piece, const fbn_plan *plan, int64_t c) {
+    const void **constants[] = {&piece->center, &piece->scale, &piece->shift, &piece->slope, &piece->offset};
+    for (int i = 0; i < 5; i++)
+        *constants[i] = plan->constants[i] + c * plan->constant_bytes;
+}
+
 static void plane_piece(const run *run, fbn_op op, int64_t c, int64_t tile) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     fbn_piece piece = new_piece(run);
-    const void **constants[] = {&piece.center, &piece.scale, &piece.shift, &piece.slope, &piece.offset};
-    for (int i = 0; i < 5; i++)
-        *constants[i] = plan->constants[i] + c * plan->constant_bytes;
+    set_constants(&piece, plan, c);
     int64_t n = tile * plan->tile_rows, s = 0;
     piece.rows = job->N - n < plan->tile_rows ? job->N - n : plan->tile_rows;
     piece.cols = job->S;
@@ -113,7 +118,7 @@ static void plane_piece(const run *run, fbn_op op, int64_t c, int64_t tile) {
 }
 
 /* Repeats the constants of channels first.. for every column of a row. */
-static void expand(const fbn_plan *plan, char *columns, const char *constants, int64_t channels) {
+static void expand(const fbn_plan *plan, char *columns, const char *constants, int64_t channels, int64_t times) {
     const int64_t bytes = plan->constant_bytes, once = channels * plan->span * bytes;
     if (plan->span == 1)
         memcpy(columns, constants, (size_t)once);
@@ -126,7 +131,7 @@ static void expand(const fbn_plan *plan, char *columns, const char *constants, i
                 for (int64_t s = 0; s < plan->span; s++)
                     ((float *)columns)[c * plan->span + s] = ((const float *)constants)[c];
         }
-    for (int64_t k = 1; k < plan->K; k++)
+    for (int64_t k = 1; k < times; k++)
         memcpy(columns + k * once, columns, (size_t)once);
 }
 
@@ -169,7 +174,11 @@ static void column_piece(const run *run, fbn_op op, int64_t group, int64_t tile,
         n = n / job->S;
     }
     point(&piece, job, plan->bytes, n, first, s);
-    set_strides(&piece, job, along_n, plan->K);
+    const int reduces = op == FBN_STATS || op == FBN_GRAD_REDUCE;
+    const int64_t joined = reduces || piece.rows < plan->joined ? 1 : plan->joined, left = piece.rows % joined, width = piece.cols;
+    piece.rows /= joined;
+    piece.cols *= joined;
+    set_strides(&piece, job, along_n, plan->K * joined);
 
     char *const scratch = plan->slots + slot * plan->slot_bytes;
     piece.sums = (double *)scratch;
@@ -181,14 +190,21 @@ static void column_piece(const run *run, fbn_op op, int64_t group, int64_t tile,
         if (!(wanted >> i & 1))
             continue;
         *constants[i] = values;
-        if (plan->K * plan->span > 1) {
-            expand(plan, columns, values, channels);
+        if (plan->K * plan->span * joined > 1) {
+            expand(plan, columns, values, channels, plan->K * joined);
             *constants[i] = columns;
-            columns += plan->tile_cols * plan->constant_bytes;
+            columns += plan->tile_cols * joined * plan->constant_bytes;
         }
     }
     call(run, op, &piece);
-    if (op != FBN_STATS && op != FBN_GRAD_REDUCE)
+    if (left) {
+        const int64_t done = n * (along_n ? 1 : job->S) + s + piece.rows * joined * plan->K;
+        point(&piece, job, plan->bytes, along_n ? done : done / job->S, first, along_n ? 0 : done % job->S);
+        piece.rows = 1;
+        piece.cols = left * width;
+        call(run, op, &piece);
+    }
+    if (!reduces)
         return;
     double *sums = plan->sums + (tile * job->C + first) * 2;
     memset(sums, 0, (size_t)channels * 2 * sizeof *sums);
@@ -211,11 +227,32 @@ static void piece_of(const run *run, fbn_op op, int64_t group, int64_t tile, int
         plane_piece(run, op, c, tile);
 }
 
+/* A map without a reduction before it visits planes in the order of memory: the channels of one sample are the rows of a piece. */
+static void sample_task(void *context, int64_t index, int slot) {
+    const run *run = context;
+    const fbn_plan *plan = &run->plan;
+    const fbn_job *job = plan->job;
+    const int64_t n = index / plan->groups, first = index % plan->groups * plan->group;
+    fbn_piece piece = new_piece(run);
+    (void)slot;
+    set_constants(&piece, plan, first);
+    piece.rows = job->C - first < plan->group ? job->C - first : plan->group;
+    piece.cols = job->S;
+    piece.constant_step = 1;
+    point(&piece, job, plan->bytes, n, first, 0);
+    piece.out_stride = job->out.c;
+    piece.dresidual_stride = job->dresidual.c;
+    piece.dy_stride = job->dy.c;
+    piece.x_stride = job->x.c;
+    piece.residual_stride = job->residual.c;
+    run->plan.table->kernel[run->map][FBN_NCS][job->dtype](&piece);
+}
+
 static void center_on_sample(const run *run, int64_t first, int64_t channels) {
     double centre[FBN_WIDE];
     for (int64_t c = first; c < first + channels; c += FBN_WIDE) {
         const int64_t count = first + channels - c < FBN_WIDE ? first + channels - c : FBN_WIDE;
-        fbn_sample(centre, run->plan.job, c, count);
+        fbn_sample_mean(centre, run->plan.job, &run->sample, c, count);
         for (int64_t i = 0; i < count; i++)
             fbn_set_constant(&run->plan, FBN_CENTER, c + i, centre[i]);
     }
@@ -291,6 +328,7 @@ static void execute(run *run) {
         execute_empty(run);
         return;
     }
+    run->sample = fbn_sample_of(plan->job);
     if (plan->fused && run->reduces) {
         fbn_parallel(group_task, run, plan->groups, plan->threads);
         return;
@@ -301,7 +339,9 @@ static void execute(run *run) {
         fbn_parallel(reduce_task, run, tasks, plan->threads);
         fbn_parallel(finish_task, run, (plan->job->C + FBN_WIDE - 1) / FBN_WIDE, plan->threads);
     }
-    if (run->maps && !(run->reduces && run->independent))
+    if (plan->by_sample)
+        fbn_parallel(sample_task, run, plan->job->N * plan->groups, plan->threads);
+    else if (run->maps && !(run->reduces && run->independent))
         fbn_parallel(map_task, run, tasks, plan->threads);
 }
 
@@ -328,7 +368,7 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
         }
         if (again && n > 1) {
             double wide_mean[FBN_WIDE], wide_m2[FBN_WIDE];
-            fbn_wide_stats(wide_mean, wide_m2, job, group, count);
+            fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
             for (int64_t i = 0; i < count; i++)
                 if (again >> i & 1) {
                     mean[i] = wide_mean[i];
@@ -405,13 +445,13 @@ void fbn_stats(const fbn_job *job, void *work) {
 }
 
 void fbn_backward(const fbn_job *job, void *work) {
-    run run = {.reduces = !job->frozen || job->dweight.data || job->dbias.data,
-               .reduction = FBN_GRAD_REDUCE,
+    run run = {.reduction = FBN_GRAD_REDUCE,
                .maps = 1,
                .map = FBN_GRAD_INPUT,
                .finish = finish_backward,
                .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
+    run.reduces = !run.plan.map_only;
     for (int64_t c = 0; c < job->C; c++)
         set_affine(&run.plan, c, job->batch_mean[c], job->batch_m2[c] / (double)job->count);
     execute(&run);

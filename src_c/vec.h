@@ -1,6 +1,7 @@
 /* The vector vocabulary, once per ISA: vf holds VF_LANES float32, vd holds VD_LANES float64.
  *
  *   set1 add sub mul          one rounding per operation, never fused
+ *   plus(a, b)                a + b, on the multiplying units where that leaves the adders to others: the same bits as add
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b takes y; le likewise
  *   first(v, k)               lanes 0..k-1 of v, zeros behind them
  *   add_to(sums, v)           sums[i] += v[i] in float64
@@ -49,6 +50,7 @@ typedef double vd;
 #define SCALAR(V)                                                                                                                          \
     OP(V, V##_set1, (V a), a)                                                                                                              \
     OP(V, V##_add, (V a, V b), a + b)                                                                                                      \
+    OP(V, V##_plus, (V a, V b), a + b)                                                                                                     \
     OP(V, V##_sub, (V a, V b), a - b)                                                                                                      \
     OP(V, V##_mul, (V a, V b), a *b)                                                                                                       \
     OP(V, V##_lt, (V a, V b, V x, V y), a < b ? x : y)                                                                                     \
@@ -78,6 +80,7 @@ typedef __m128d vd;
 #define SSE2(V, E, ps)                                                                                                                     \
     OP(V, V##_set1, (E a), _mm_set1_##ps(a))                                                                                               \
     OP(V, V##_add, (V a, V b), _mm_add_##ps(a, b))                                                                                         \
+    OP(V, V##_plus, (V a, V b), _mm_add_##ps(a, b))                                                                                        \
     OP(V, V##_sub, (V a, V b), _mm_sub_##ps(a, b))                                                                                         \
     OP(V, V##_mul, (V a, V b), _mm_mul_##ps(a, b))                                                                                         \
     OP(V, V##_lt, (V a, V b, V x, V y), SELECT(ps, _mm_cmplt_##ps(a, b), x, y))                                                            \
@@ -125,6 +128,7 @@ typedef __m256d vd;
 #define AVX2(V, E, ps)                                                                                                                     \
     OP(V, V##_set1, (E a), _mm256_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm256_add_##ps(a, b))                                                                                      \
+    OP(V, V##_plus, (V a, V b), _mm256_fmadd_##ps(a, _mm256_set1_##ps(1), b))                                                              \
     OP(V, V##_sub, (V a, V b), _mm256_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm256_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm256_blendv_##ps(y, x, _mm256_cmp_##ps(a, b, _CMP_LT_OQ)))                                       \
@@ -172,6 +176,7 @@ typedef __m512d vd;
 #define AVX512(V, E, ps, M)                                                                                                                \
     OP(V, V##_set1, (E a), _mm512_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm512_add_##ps(a, b))                                                                                      \
+    OP(V, V##_plus, (V a, V b), _mm512_fmadd_##ps(a, _mm512_set1_##ps(1), b))                                                              \
     OP(V, V##_sub, (V a, V b), _mm512_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm512_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LT_OQ), y, x))                            \
@@ -227,6 +232,7 @@ typedef float64x2_t vd;
 #define NEON(V, E, f32)                                                                                                                    \
     OP(V, V##_set1, (E a), vdupq_n_##f32(a))                                                                                               \
     OP(V, V##_add, (V a, V b), vaddq_##f32(a, b))                                                                                          \
+    OP(V, V##_plus, (V a, V b), vaddq_##f32(a, b))                                                                                         \
     OP(V, V##_sub, (V a, V b), vsubq_##f32(a, b))                                                                                          \
     OP(V, V##_mul, (V a, V b), vmulq_##f32(a, b))                                                                                          \
     OP(V, V##_lt, (V a, V b, V x, V y), vbslq_##f32(vcltq_##f32(a, b), x, y))                                                              \

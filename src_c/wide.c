@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-enum { SAMPLES = 16, LANES = 8 };
+enum { LANES = 8 };
 
 static inline double same(double value) {
     return value;
@@ -53,23 +53,22 @@ static inline double same(double value) {
         }                                                                                                                                  \
     }
 
-/* `at` are the offsets of the sampled values in their channel. */
 #define SAMPLE(DT, T, WIDEN)                                                                                                               \
-    static void sample_##DT(double *centre, const T *x, const int64_t *at, int samples, int64_t channels, int64_t stride) {                \
+    static void sample_##DT(double *centre, const T *x, const fbn_sample *sample, int64_t channels, int64_t stride) {                      \
         if (stride != 1) {                                                                                                                 \
             for (int64_t c = 0; c < channels; c++) {                                                                                       \
                 double sum = 0;                                                                                                            \
-                for (int k = 0; k < samples; k++)                                                                                          \
-                    sum += WIDEN(x[at[k] + c * stride]);                                                                                   \
+                for (int k = 0; k < sample->count; k++)                                                                                        \
+                    sum += WIDEN(x[sample->at[k] + c * stride]);                                                                                   \
                 centre[c] = sum;                                                                                                           \
             }                                                                                                                              \
             return;                                                                                                                        \
         }                                                                                                                                  \
         for (int64_t c = 0; c < channels; c++)                                                                                             \
             centre[c] = 0;                                                                                                                 \
-        for (int k = 0; k < samples; k++)                                                                                                  \
+        for (int k = 0; k < sample->count; k++)                                                                                                \
             for (int64_t c = 0; c < channels; c++)                                                                                         \
-                centre[c] += WIDEN(x[at[k] + c]);                                                                                          \
+                centre[c] += WIDEN(x[sample->at[k] + c]);                                                                                          \
     }
 
 #define BOTH(DT, T, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, WIDEN)
@@ -78,32 +77,35 @@ BOTH(f64, double, same)
 BOTH(f16, uint16_t, widen_f16)
 BOTH(bf16, uint16_t, widen_bf16)
 
-void fbn_sample(double *centre, const fbn_job *job, int64_t first, int64_t channels) {
-    const fbn_tensor x = job->x;
+fbn_sample fbn_sample_of(const fbn_job *job) {
     const int64_t n = job->N * job->S;
-    const int samples = n < SAMPLES ? (int)n : SAMPLES;
-    int64_t at[SAMPLES];
-    for (int k = 0; k < samples; k++) {
+    fbn_sample sample = {.count = n < FBN_SAMPLES ? (int)n : FBN_SAMPLES};
+    for (int k = 0; k < sample.count; k++) {
         /* One value in each sixteenth, at another place in each: a regular step could meet the same border every time. */
-        const int64_t start = k * n / samples, q = start + (k * 7 % samples) * (n / samples) / samples;
-        at[k] = first * x.c + q / job->S * x.n + q % job->S * x.s;
+        const int64_t start = k * n / sample.count, q = start + (k * 7 % sample.count) * (n / sample.count) / sample.count;
+        sample.at[k] = q / job->S * job->x.n + q % job->S * job->x.s;
     }
+    return sample;
+}
+
+void fbn_sample_mean(double *centre, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels) {
+    const fbn_tensor x = job->x;
     switch (job->dtype) {
     case FBN_FLOAT32:
-        sample_f32(centre, (const float *)x.data, at, samples, channels, x.c);
+        sample_f32(centre, (const float *)x.data + first * x.c, sample, channels, x.c);
         break;
     case FBN_FLOAT64:
-        sample_f64(centre, (const double *)x.data, at, samples, channels, x.c);
+        sample_f64(centre, (const double *)x.data + first * x.c, sample, channels, x.c);
         break;
     case FBN_FLOAT16:
-        sample_f16(centre, (const uint16_t *)x.data, at, samples, channels, x.c);
+        sample_f16(centre, (const uint16_t *)x.data + first * x.c, sample, channels, x.c);
         break;
     case FBN_BFLOAT16:
-        sample_bf16(centre, (const uint16_t *)x.data, at, samples, channels, x.c);
+        sample_bf16(centre, (const uint16_t *)x.data + first * x.c, sample, channels, x.c);
         break;
     }
     for (int64_t c = 0; c < channels; c++)
-        centre[c] = isfinite(centre[c]) ? centre[c] / samples : 0;
+        centre[c] = isfinite(centre[c]) ? centre[c] / sample->count : 0;
 }
 
 static void sums_of(double *sum, double *square, const double *shift, const fbn_job *job, int64_t first, int64_t channels) {
@@ -123,10 +125,10 @@ static void sums_of(double *sum, double *square, const double *shift, const fbn_
     }
 }
 
-void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, int64_t first, int64_t channels) {
+void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels) {
     const double n = (double)job->N * (double)job->S;
     double sum[FBN_WIDE];
-    fbn_sample(mean, job, first, channels);
+    fbn_sample_mean(mean, job, sample, first, channels);
     sums_of(sum, m2, mean, job, first, channels);
     for (int64_t c = 0; c < channels; c++)
         mean[c] += sum[c] / n;
