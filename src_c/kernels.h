@@ -9,8 +9,9 @@
 
 /* A piece of a tensor: rows of `cols` contiguous elements, `stride` elements apart.
  *
- * In layout ncs a row is of one channel and finds its constants `constant_step` values behind those of the row before; a reduction is of one
- * channel. In layout nsc each column has its own channel and each constant is an array of `cols`. The constants are float32, float64 for float64 data:
+ * In layout ncs a row is of one channel and finds its constants `constant_step` values behind those of the row before; a reduction is of
+ * one channel. In layout nsc each column has its own channel and each constant is an array of `cols`. The constants are float32, float64
+ * for float64 data:
  *
  *   z = (x - center) * scale + shift + residual     with a rounding after each step
  *   stats        sums of d and d*d,  d = x - center

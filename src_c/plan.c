@@ -5,13 +5,13 @@
 #include <stddef.h>
 
 enum {
-    PLANE_TILE = 16384, /* elements of a tile by planes, a multiple of every kernel's line */
-    ROW_TILE = 65536,   /* elements of a tile by columns, */
-    LEAST_ROWS = 128,   /* but no fewer rows than this */
-    NARROW_ROW = 64,    /* rows of other lengths than multiples of this are joined to one that is, */
-    JOINED_ROW = 512,   /* or to about this many columns */
-    SMALL_PLANE = 256,  /* planes shorter than this are walked by columns, */
-    FEW_SAMPLES = 4,    /* unless there are fewer samples than this */
+    PLANE_TILE = 16384,  /* elements of a tile by planes, a multiple of every kernel's line */
+    ROW_TILE = 65536,    /* elements of a tile by columns, */
+    LEAST_ROWS = 128,    /* but no fewer rows than this */
+    NARROW_ROW = 64,     /* rows of other lengths than multiples of this are joined to one that is, */
+    JOINED_ROW = 512,    /* or to about this many columns */
+    SMALL_PLANE = 256,   /* planes shorter than this are walked by columns, */
+    FEW_SAMPLES = 4,     /* unless there are fewer samples than this */
     MOST_COLUMNS = 4096, /* columns of a group, so that a row's part is a long run of memory */
     LEAST_COLUMNS = 1024,
     ONE_THREAD = 32768 /* elements below which a second thread costs more than it brings */
@@ -61,9 +61,8 @@ static void plan_planes(fbn_plan *plan) {
     plan->tile_cols = smaller(job->S, PLANE_TILE);
     plan->tiles = job->S <= PLANE_TILE ? parts(job->N, plan->tile_rows) : job->N * parts(job->S, PLANE_TILE);
     plan->group = plan->threads > 1 ? smaller(larger(1, PLANE_TILE / larger(1, job->N * job->S)), job->C) : 1;
-    plan->by_sample = plan->map_only && job->S <= PLANE_TILE;
-    if (plan->by_sample)
-        plan->group = smaller(larger(1, PLANE_TILE / larger(1, job->S)), job->C);
+    if (plan->map_only && job->S <= PLANE_TILE)
+        plan->sample_group = smaller(PLANE_TILE / larger(1, job->S), job->C);
     plan->groups = parts(job->C, plan->group);
     plan->fused = plan->threads == 1 || plan->groups >= 4 * plan->threads;
 }
@@ -93,7 +92,7 @@ static void plan_columns(fbn_plan *plan, int64_t outer, int64_t samples, int64_t
         const int64_t column = outer * samples * plan->bytes * (job->dy.data ? 2 : 1), budget = fbn_core_cache() / 2;
         const int64_t most = larger(1, MOST_COLUMNS / span), least = parts(LEAST_COLUMNS, span);
         plan->group = smaller(most, budget / larger(1, column * span));
-        plan->fused = plan->group >= least && !plan->map_only;
+        plan->fused = plan->group >= least && !plan->map_only && span == 1;
         if (!plan->fused)
             plan->group = most;
         if (plan->fused && plan->threads > 1)
@@ -127,9 +126,10 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
         plan_columns(plan, 1, job->N * job->S, 1, steps(job, s_of, job->C, one_of));
     else if (channels_last)
         plan_columns(plan, job->N, job->S, 1, 0);
-    else if (!plan->map_only && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of))
+    else if (!plan->map_only && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of)) {
         plan_columns(plan, 1, job->N, job->S, steps(job, n_of, job->C * job->S, one_of));
-    else
+        plan->sample_group = smaller(larger(1, PLANE_TILE / job->S), job->C);
+    } else
         plan_planes(plan);
 
     /* Integers, because there may be no memory yet. */

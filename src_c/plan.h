@@ -11,18 +11,19 @@
  * (span 1), and channels first with planes too small to visit one by one (span S). Tile t is a run of rows; the samples that do not fill a
  * row follow as a last tile of `rest` columns.
  *
- * What decides the order of additions, the tiles, depends on shape and layout only; how columns are shared out may depend on the machine. */
+ * What decides the order of additions, the tiles, depends on shape and layout only; how columns are shared out may depend on the machine.
+ */
 typedef struct {
     const fbn_job *job;
     const fbn_kernels *table;
     fbn_layout layout;
     int64_t bytes, constant_bytes; /* of an element, of a constant */
     int64_t span, K, outer, rows, rest;
-    int64_t joined; /* rows that a map may take as one */
+    int64_t joined;                      /* rows that a map may take as one */
     int64_t tile_rows, tile_cols, tiles; /* by planes: tiles per channel */
     int64_t group, groups;               /* channels that are worked on together, and how many such groups there are */
     int map_only;                        /* nothing to add up: inference, or dx alone through frozen statistics */
-    int by_sample;                       /* map only, channels first: a group of channels of one sample at a time */
+    int64_t sample_group;                /* where not 0, maps go in the order of memory: so many channels of one sample at a time */
     int fused;                           /* the second sweep of a group follows its first, while it is in the core's cache */
     int threads, stream;
     double *sums;       /* [tiles][C][2] */

@@ -227,16 +227,21 @@ static void piece_of(const run *run, fbn_op op, int64_t group, int64_t tile, int
         plane_piece(run, op, c, tile);
 }
 
-/* A map without a reduction before it visits planes in the order of memory: the channels of one sample are the rows of a piece. */
+static int64_t sample_groups(const fbn_plan *plan) {
+    return (plan->job->C + plan->sample_group - 1) / plan->sample_group;
+}
+
+/* Planes in the order of memory: the channels of one sample are the rows of a piece. */
 static void sample_task(void *context, int64_t index, int slot) {
     const run *run = context;
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const int64_t n = index / plan->groups, first = index % plan->groups * plan->group;
+    const int64_t groups = sample_groups(plan), position = run->reduces ? job->N * groups - 1 - index : index;
+    const int64_t n = position / groups, first = position % groups * plan->sample_group;
     fbn_piece piece = new_piece(run);
     (void)slot;
     set_constants(&piece, plan, first);
-    piece.rows = job->C - first < plan->group ? job->C - first : plan->group;
+    piece.rows = job->C - first < plan->sample_group ? job->C - first : plan->sample_group;
     piece.cols = job->S;
     piece.constant_step = 1;
     point(&piece, job, plan->bytes, n, first, 0);
@@ -339,9 +344,11 @@ static void execute(run *run) {
         fbn_parallel(reduce_task, run, tasks, plan->threads);
         fbn_parallel(finish_task, run, (plan->job->C + FBN_WIDE - 1) / FBN_WIDE, plan->threads);
     }
-    if (plan->by_sample)
-        fbn_parallel(sample_task, run, plan->job->N * plan->groups, plan->threads);
-    else if (run->maps && !(run->reduces && run->independent))
+    if (!run->maps || (run->reduces && run->independent))
+        return;
+    if (plan->sample_group)
+        fbn_parallel(sample_task, run, plan->job->N * sample_groups(plan), plan->threads);
+    else
         fbn_parallel(map_task, run, tasks, plan->threads);
 }
 
@@ -433,7 +440,13 @@ void fbn_infer(const fbn_job *job, void *work) {
 }
 
 void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work) {
-    run run = {.reduces = 1, .reduction = FBN_STATS, .maps = 1, .map = FBN_APPLY, .finish = finish_stats, .momentum = momentum, .unbiased = unbiased};
+    run run = {.reduces = 1,
+               .reduction = FBN_STATS,
+               .maps = 1,
+               .map = FBN_APPLY,
+               .finish = finish_stats,
+               .momentum = momentum,
+               .unbiased = unbiased};
     fbn_plan_job(&run.plan, job, work);
     execute(&run);
 }
@@ -445,11 +458,7 @@ void fbn_stats(const fbn_job *job, void *work) {
 }
 
 void fbn_backward(const fbn_job *job, void *work) {
-    run run = {.reduction = FBN_GRAD_REDUCE,
-               .maps = 1,
-               .map = FBN_GRAD_INPUT,
-               .finish = finish_backward,
-               .independent = job->frozen};
+    run run = {.reduction = FBN_GRAD_REDUCE, .maps = 1, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
     run.reduces = !run.plan.map_only;
     for (int64_t c = 0; c < job->C; c++)

@@ -96,10 +96,8 @@ VEC void vf_add_to(double *sums, vf a) {
 }
 OP(vf, vf_load_f32, (const float *p), _mm_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm_loadu_pd(p))
-OP(vf, vf_load_f16, (const uint16_t *p),
-   _mm_setr_ps(float_of_f16(p[0]), float_of_f16(p[1]), float_of_f16(p[2]), float_of_f16(p[3])))
-OP(vf, vf_load_bf16, (const uint16_t *p),
-   _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p))))
+OP(vf, vf_load_f16, (const uint16_t *p), _mm_setr_ps(float_of_f16(p[0]), float_of_f16(p[1]), float_of_f16(p[2]), float_of_f16(p[3])))
+OP(vf, vf_load_bf16, (const uint16_t *p), _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p))))
 DO(vf_store_f32, (float *p, vf a), _mm_storeu_ps(p, a))
 DO(vd_store_f64, (double *p, vd a), _mm_storeu_pd(p, a))
 DO(vf_stream_f32, (float *p, vf a), _mm_stream_ps(p, a))

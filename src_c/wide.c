@@ -58,17 +58,17 @@ static inline double same(double value) {
         if (stride != 1) {                                                                                                                 \
             for (int64_t c = 0; c < channels; c++) {                                                                                       \
                 double sum = 0;                                                                                                            \
-                for (int k = 0; k < sample->count; k++)                                                                                        \
-                    sum += WIDEN(x[sample->at[k] + c * stride]);                                                                                   \
+                for (int k = 0; k < sample->count; k++)                                                                                    \
+                    sum += WIDEN(x[sample->at[k] + c * stride]);                                                                           \
                 centre[c] = sum;                                                                                                           \
             }                                                                                                                              \
             return;                                                                                                                        \
         }                                                                                                                                  \
         for (int64_t c = 0; c < channels; c++)                                                                                             \
             centre[c] = 0;                                                                                                                 \
-        for (int k = 0; k < sample->count; k++)                                                                                                \
+        for (int k = 0; k < sample->count; k++)                                                                                            \
             for (int64_t c = 0; c < channels; c++)                                                                                         \
-                centre[c] += WIDEN(x[sample->at[k] + c]);                                                                                          \
+                centre[c] += WIDEN(x[sample->at[k] + c]);                                                                                  \
     }
 
 #define BOTH(DT, T, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, WIDEN)
