@@ -79,6 +79,8 @@ def variance(value, where, length, eps):
 
 def eps_of(value):
     """Return eps as a float that is finite and not negative."""
+    if type(value) is float and 0 <= value < float("inf"):
+        return value
     eps = _number(value, "eps")
     if not 0 <= eps < float("inf"):
         raise ArgumentError(expected("a finite number >= 0", f"{eps}", "eps"))
@@ -95,8 +97,6 @@ def positive_int(value, where):
 
 
 def _number(value, where):
-    if type(value) is float:
-        return value
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -176,6 +176,8 @@ def axis_of(value, array):
 
 def parameter(value, where, channels, required=False):
     """Return a float32 or float64 array of shape (channels,); None passes unless required."""
+    if _native.is_vector(value, channels):
+        return value
     if value is None and not required:
         return None
     array = value if type(value) is np.ndarray else _ndarray(value, where)
@@ -224,22 +226,20 @@ def output(value, x, *inputs):
     """Return the array to write: a new one, or value, which is an input itself or apart from all of them."""
     if value is None:
         return np.empty_like(x)
-    if value is x:
-        _writable(x, "out")
-        return x
-    array = value if type(value) is np.ndarray else _ndarray(value, "out")
-    if array.dtype != x.dtype:
-        raise ArgumentTypeError(expected(f"an array of {x.dtype}, as x", str(array.dtype), "out"))
-    if array.shape != x.shape:
-        raise ArgumentError(expected(f"shape {x.shape}, that of x", f"shape {array.shape}", "out"))
-    if not _native.is_aligned(array):
-        raise ArgumentError(expected("aligned memory", "an unaligned array", "out"))
-    _writable(array, "out")
-    if array.strides != x.strides and _meets_itself(array.shape, array.strides):
-        raise ArgumentError(expected("an element of its own for each result", "an array that overlaps itself", "out"))
+    array = value
+    if not _native.is_like(value, x):
+        array = value if type(value) is np.ndarray else _ndarray(value, "out")
+        if array.dtype != x.dtype:
+            raise ArgumentTypeError(expected(f"an array of {x.dtype}, as x", str(array.dtype), "out"))
+        if array.shape != x.shape:
+            raise ArgumentError(expected(f"shape {x.shape}, that of x", f"shape {array.shape}", "out"))
+        if not _native.is_aligned(array):
+            raise ArgumentError(expected("aligned memory", "an unaligned array", "out"))
+        _writable(array, "out")
+        if _meets_itself(array.shape, array.strides):
+            raise ArgumentError(expected("an element of its own for each result", "an array that overlaps itself", "out"))
     for other in (x, *inputs):
-        if other is not None:
-            _apart(array, other, "out")
+        _apart(array, other, "out")
     return array
 
 
@@ -249,7 +249,7 @@ def _writable(array, where):
 
 
 def _apart(array, other, where):
-    if not _native.may_overlap(array, other):
+    if other is None or other is array or not _native.may_overlap(array, other):
         return
     same = array.ctypes.data == other.ctypes.data and array.shape == other.shape and array.strides == other.strides
     if not same and np.shares_memory(array, other):

@@ -4,6 +4,7 @@
 cimport numpy as cnp
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 cnp.import_array()
 
@@ -66,9 +67,7 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
 
 cdef fbn_job new_job(tuple view, int dtype, int activation, double eps):
     cdef fbn_job job
-    cdef char *bytes = <char *>&job
-    for i in range(sizeof(fbn_job)):
-        bytes[i] = 0
+    memset(&job, 0, sizeof(job))
     job.N, job.C, job.S = view[0], view[1], view[2]
     job.dtype = <fbn_dtype>dtype
     job.activation = <fbn_activation>activation
@@ -180,6 +179,34 @@ def first_without_root(var, double eps):
     cdef fbn_vector vector
     set_vector(&vector, var)
     return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
+
+
+def is_vector(array, int64_t length):
+    """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
+    return (
+        cnp.PyArray_CheckExact(array)
+        and (cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_ISBEHAVED_RO(array)
+        and cnp.PyArray_NDIM(array) == 1
+        and cnp.PyArray_DIM(array, 0) == length
+    )
+
+
+def is_like(array, other):
+    """Whether array is an ndarray of other's dtype, shape and strides, aligned and writable, without gaps."""
+    cdef int i
+    if not (
+        cnp.PyArray_CheckExact(array)
+        and <void *>cnp.PyArray_DESCR(array) == <void *>cnp.PyArray_DESCR(other)
+        and cnp.PyArray_ISBEHAVED(array)
+        and cnp.PyArray_ISONESEGMENT(array)
+        and cnp.PyArray_NDIM(array) == cnp.PyArray_NDIM(other)
+    ):
+        return False
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, i) != cnp.PyArray_DIM(other, i) or cnp.PyArray_STRIDE(array, i) != cnp.PyArray_STRIDE(other, i):
+            return False
+    return True
 
 
 def is_aligned(array):

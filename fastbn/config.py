@@ -83,7 +83,8 @@ def show_config():
     Returns
     -------
     dict
-        version, isa (in use), isa_available (names, the best first), threads, python, platform, machine, cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
+        version, isa (in use), isa_available (names, the best first), threads (the most that a call uses), python, platform, machine,
+        cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
     """
     from importlib import metadata
 

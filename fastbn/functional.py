@@ -157,9 +157,7 @@ def batch_norm_train(
     return _deliver(out, y, target), stats
 
 
-def batch_norm_backward(
-    dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, training=True, activation=None, residual=None, out=None
-):
+def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, training=True, activation=None, residual=None, out=None):
     """Gradients of `batch_norm_train`, or of `batch_norm` with frozen statistics.
 
     With ``g = dy`` where the activation passed its input (recomputed from x, no mask is stored), ``xhat = (x - mean) / sqrt(var + eps)``:
@@ -279,7 +277,7 @@ def _values_per_channel(x, channels):
 
 
 def _new_stats(x, channels):
-    return BatchStats(_values_per_channel(x, channels), np.empty(channels), np.empty(channels))
+    return BatchStats._new(_values_per_channel(x, channels), channels)
 
 
 def _arrange(axis, *arrays):

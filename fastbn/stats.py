@@ -45,6 +45,13 @@ class BatchStats:
         if self.mean.shape != self.m2.shape:
             raise ArgumentError(expected(f"shape {self.mean.shape}, that of mean", f"shape {self.m2.shape}", "m2"))
 
+    @classmethod
+    def _new(cls, count, channels):
+        """Statistics that a kernel will fill in: a small call cannot afford the checks of what it made itself."""
+        stats = object.__new__(cls)
+        stats.count, stats.mean, stats.m2 = count, np.empty(channels), np.empty(channels)
+        return stats
+
     def __repr__(self):
         return f"BatchStats(count={self.count}, channels={self.mean.size})"
 
@@ -70,13 +77,10 @@ class BatchStats:
 
 
 def _values(value, where):
-    # What the kernels made is taken as it is, so that a small call stays cheap.
-    if type(value) is not np.ndarray or value.dtype != np.float64 or value.ndim != 1 or not value.flags.c_contiguous:
-        value = np.asarray(value)
-        if value.dtype.kind != "f" or value.ndim != 1:
-            raise ArgumentTypeError(expected("a floating array of shape (C,)", f"{value.dtype} of shape {value.shape}", where))
-        value = np.ascontiguousarray(value, dtype=np.float64)
-    return value
+    value = np.asarray(value)
+    if value.dtype.kind != "f" or value.ndim != 1:
+        raise ArgumentTypeError(expected("a floating array of shape (C,)", f"{value.dtype} of shape {value.shape}", where))
+    return np.require(value, dtype=np.float64, requirements=["C", "A"])
 
 
 def merge_stats(stats):

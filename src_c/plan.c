@@ -119,14 +119,15 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
 
-    const int channels_last = steps(job, c_of, 1, one_of) && (job->S == 1 || !steps(job, s_of, 1, one_of));
+    /* Without values there is nothing to cut. */
+    const int channels_last = elements > 0 && steps(job, c_of, 1, one_of) && (job->S == 1 || !steps(job, s_of, 1, one_of));
     if (channels_last && job->S == 1)
         plan_columns(plan, 1, job->N, 1, steps(job, n_of, job->C, one_of));
     else if (channels_last && steps(job, n_of, job->S, s_of))
         plan_columns(plan, 1, job->N * job->S, 1, steps(job, s_of, job->C, one_of));
     else if (channels_last)
         plan_columns(plan, job->N, job->S, 1, 0);
-    else if (!plan->map_only && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of)) {
+    else if (elements > 0 && !plan->map_only && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES && steps(job, c_of, job->S, one_of)) {
         plan_columns(plan, 1, job->N, job->S, steps(job, n_of, job->C * job->S, one_of));
         plan->sample_group = smaller(larger(1, PLANE_TILE / job->S), job->C);
     } else

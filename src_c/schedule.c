@@ -329,7 +329,7 @@ static void execute_empty(const run *run) {
 static void execute(run *run) {
     const fbn_plan *plan = &run->plan;
     const int64_t tasks = plan->tiles * plan->groups;
-    if (plan->job->N * plan->job->S == 0) {
+    if (plan->job->N * plan->job->C * plan->job->S == 0) {
         execute_empty(run);
         return;
     }
