@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 # FASTBN_CFLAGS adds flags for a sanitizer or a debug build; no -march: one build runs on every CPU of its family.
 # The generated file leaves slots of Python's type structures out, which -Wextra would report line by line.
-flags = ["-std=c11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+flags = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
 extra = os.environ.get("FASTBN_CFLAGS", "").split()
 
 extension = Extension(

@@ -1,4 +1,5 @@
 /* The four jobs: which kernel meets which piece, in which order, and the arithmetic per channel between the sweeps. */
+#include "channels.h"
 #include "machine.h"
 #include "plan.h"
 #include "wide.h"
@@ -19,36 +20,6 @@ struct run {
     double momentum;
     int unbiased;
 };
-
-static double value_of(const fbn_vector *vector, int64_t c, double otherwise) {
-    if (vector->data == NULL)
-        return otherwise;
-    return vector->is_f64 ? ((const double *)vector->data)[c * vector->stride] : (double)((const float *)vector->data)[c * vector->stride];
-}
-
-static void set_value(const fbn_vector *vector, int64_t c, double value) {
-    if (vector->data == NULL)
-        return;
-    if (vector->is_f64)
-        ((double *)vector->data)[c * vector->stride] = value;
-    else
-        ((float *)vector->data)[c * vector->stride] = (float)value;
-}
-
-/* 1/sqrt(var+eps), but 0 where there is nothing to divide by: a constant channel with eps 0 becomes its bias. */
-static double inverse_std(double var, double eps) {
-    return var + eps == 0 ? 0 : 1 / sqrt(var + eps);
-}
-
-/* center is mean rounded to CT; what the rounding lost returns through shift: y = (x - center)*scale + (bias - lost*scale). */
-static void set_affine(const fbn_plan *plan, int64_t c, double mean, double var) {
-    const fbn_job *job = plan->job;
-    const double scale = value_of(&job->weight, c, 1) * inverse_std(var, job->eps);
-    fbn_set_constant(plan, FBN_CENTER, c, mean);
-    const double lost = mean - fbn_constant(plan, FBN_CENTER, c);
-    fbn_set_constant(plan, FBN_SCALE, c, scale);
-    fbn_set_constant(plan, FBN_SHIFT, c, value_of(&job->bias, c, 0) - lost * scale);
-}
 
 static void total(const fbn_plan *plan, int64_t c, double *first, double *second) {
     *first = *second = 0;
@@ -254,9 +225,9 @@ static void sample_task(void *context, int64_t index, int slot) {
 }
 
 static void center_on_sample(const run *run, int64_t first, int64_t channels) {
-    double centre[FBN_WIDE];
-    for (int64_t c = first; c < first + channels; c += FBN_WIDE) {
-        const int64_t count = first + channels - c < FBN_WIDE ? first + channels - c : FBN_WIDE;
+    double centre[FBN_CHANNELS];
+    for (int64_t c = first; c < first + channels; c += FBN_CHANNELS) {
+        const int64_t count = first + channels - c < FBN_CHANNELS ? first + channels - c : FBN_CHANNELS;
         fbn_sample_mean(centre, run->plan.job, &run->sample, c, count);
         for (int64_t i = 0; i < count; i++)
             fbn_set_constant(&run->plan, FBN_CENTER, c + i, centre[i]);
@@ -304,9 +275,9 @@ static void reduce_task(void *context, int64_t index, int slot) {
 
 static void finish_task(void *context, int64_t index, int slot) {
     const run *run = context;
-    const int64_t first = index * FBN_WIDE, left = run->plan.job->C - first;
+    const int64_t first = index * FBN_CHANNELS, left = run->plan.job->C - first;
     (void)slot;
-    run->finish(run, first, left < FBN_WIDE ? left : FBN_WIDE);
+    run->finish(run, first, left < FBN_CHANNELS ? left : FBN_CHANNELS);
 }
 
 static void map_task(void *context, int64_t index, int slot) {
@@ -321,8 +292,8 @@ static void execute_empty(const run *run) {
     for (int64_t c = 0; c < job->C; c++) {
         if (run->reduces && run->reduction == FBN_STATS)
             job->batch_mean[c] = job->batch_m2[c] = 0;
-        set_value(&job->dweight, c, 0);
-        set_value(&job->dbias, c, 0);
+        fbn_set_value(&job->dweight, c, 0);
+        fbn_set_value(&job->dbias, c, 0);
     }
 }
 
@@ -342,7 +313,7 @@ static void execute(run *run) {
         if (run->reduction == FBN_STATS)
             center_on_sample(run, 0, plan->job->C);
         fbn_parallel(reduce_task, run, tasks, plan->threads);
-        fbn_parallel(finish_task, run, (plan->job->C + FBN_WIDE - 1) / FBN_WIDE, plan->threads);
+        fbn_parallel(finish_task, run, (plan->job->C + FBN_CHANNELS - 1) / FBN_CHANNELS, plan->threads);
     }
     if (!run->maps || (run->reduces && run->independent))
         return;
@@ -360,9 +331,9 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
     const double n = (double)job->N * (double)job->S;
     /* Squares below this lose bits in CT. */
     const double least = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
-    double mean[FBN_WIDE], m2[FBN_WIDE];
-    for (int64_t group = first; group < first + channels; group += FBN_WIDE) {
-        const int64_t count = first + channels - group < FBN_WIDE ? first + channels - group : FBN_WIDE;
+    double mean[FBN_CHANNELS], m2[FBN_CHANNELS];
+    for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
+        const int64_t count = first + channels - group < FBN_CHANNELS ? first + channels - group : FBN_CHANNELS;
         int again = 0;
         for (int64_t i = 0; i < count; i++) {
             double sum, square;
@@ -374,7 +345,7 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
             again |= !(spread >= least * n && off * off * n <= spread && spread < INFINITY) << i;
         }
         if (again && n > 1) {
-            double wide_mean[FBN_WIDE], wide_m2[FBN_WIDE];
+            double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
             fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
             for (int64_t i = 0; i < count; i++)
                 if (again >> i & 1) {
@@ -382,17 +353,21 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
                     m2[i] = wide_m2[i];
                 }
         }
+        double var[FBN_CHANNELS];
         for (int64_t i = 0; i < count; i++) {
-            const int64_t c = group + i;
             m2[i] = m2[i] < 0 ? 0 : m2[i];
-            job->batch_mean[c] = mean[i];
-            job->batch_m2[c] = m2[i];
-            if (!run->maps)
-                continue;
-            set_affine(plan, c, mean[i], m2[i] / n);
+            var[i] = m2[i] / n;
+            job->batch_mean[group + i] = mean[i];
+            job->batch_m2[group + i] = m2[i];
+        }
+        if (!run->maps)
+            continue;
+        fbn_set_affine(plan, group, (int)count, mean, var);
+        for (int64_t i = 0; i < count && (job->mean.data != NULL || job->var.data != NULL); i++) {
+            const int64_t c = group + i;
             const double moved = m2[i] / (run->unbiased && n > 1 ? n - 1 : n);
-            set_value(&job->mean, c, (1 - run->momentum) * value_of(&job->mean, c, 0) + run->momentum * mean[i]);
-            set_value(&job->var, c, (1 - run->momentum) * value_of(&job->var, c, 0) + run->momentum * moved);
+            fbn_set_value(&job->mean, c, (1 - run->momentum) * fbn_value_of(&job->mean, c, 0) + run->momentum * mean[i]);
+            fbn_set_value(&job->var, c, (1 - run->momentum) * fbn_value_of(&job->var, c, 0) + run->momentum * moved);
         }
     }
 }
@@ -404,24 +379,31 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
 static void finish_backward(const run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const double n = (double)job->N * (double)job->S;
-    for (int64_t c = first; c < first + channels; c++) {
-        double sum, product;
-        total(plan, c, &sum, &product);
-        const double var = job->batch_m2[c] / (double)job->count, inverse = inverse_std(var, job->eps);
-        const double lost = job->batch_mean[c] - fbn_constant(plan, FBN_CENTER, c);
-        const double scale = value_of(&job->weight, c, 1) * inverse, centred = product - lost * sum;
-        const double slope = -scale * inverse * inverse * centred / n;
-        set_value(&job->dbias, c, sum);
-        set_value(&job->dweight, c, inverse * centred);
-        fbn_set_constant(plan, FBN_SLOPE, c, slope);
-        fbn_set_constant(plan, FBN_OFFSET, c, -scale * sum / n - slope * lost);
+    const double one_of_n = 1 / ((double)job->N * (double)job->S), one_of_count = 1 / (double)job->count;
+    for (int64_t block = first; block < first + channels; block += FBN_CHANNELS) {
+        const int count = first + channels - block < FBN_CHANNELS ? (int)(first + channels - block) : FBN_CHANNELS;
+        double sum[FBN_CHANNELS], product[FBN_CHANNELS], lost[FBN_CHANNELS], var[FBN_CHANNELS], inverse[FBN_CHANNELS], weight[FBN_CHANNELS];
+        for (int i = 0; i < count; i++) {
+            total(plan, block + i, &sum[i], &product[i]);
+            lost[i] = job->batch_mean[block + i] - fbn_constant(plan, FBN_CENTER, block + i);
+            var[i] = job->batch_m2[block + i] * one_of_count;
+        }
+        fbn_gather(weight, &job->weight, block, count, 1);
+        fbn_inverse_std(inverse, var, count, job->eps);
+        for (int i = 0; i < count; i++) {
+            const double scale = weight[i] * inverse[i], dweight = inverse[i] * (product[i] - lost[i] * sum[i]);
+            const double slope = -scale * inverse[i] * dweight * one_of_n;
+            fbn_set_value(&job->dbias, block + i, sum[i]);
+            fbn_set_value(&job->dweight, block + i, dweight);
+            fbn_set_constant(plan, FBN_SLOPE, block + i, slope);
+            fbn_set_constant(plan, FBN_OFFSET, block + i, -scale * sum[i] * one_of_n - slope * lost[i]);
+        }
     }
 }
 
 int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps) {
     for (int64_t c = 0; c < C; c++)
-        if (value_of(var, c, 1) + eps <= 0)
+        if (fbn_value_of(var, c, 1) + eps <= 0)
             return c;
     return -1;
 }
@@ -434,8 +416,13 @@ int64_t fbn_work_bytes(const fbn_job *job) {
 void fbn_infer(const fbn_job *job, void *work) {
     run run = {.maps = 1, .map = FBN_APPLY};
     fbn_plan_job(&run.plan, job, work);
-    for (int64_t c = 0; c < job->C; c++)
-        set_affine(&run.plan, c, value_of(&job->mean, c, 0), value_of(&job->var, c, 1));
+    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
+        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
+        double mean[FBN_CHANNELS], var[FBN_CHANNELS];
+        fbn_gather(mean, &job->mean, c, count, 0);
+        fbn_gather(var, &job->var, c, count, 1);
+        fbn_set_affine(&run.plan, c, count, mean, var);
+    }
     execute(&run);
 }
 
@@ -461,7 +448,13 @@ void fbn_backward(const fbn_job *job, void *work) {
     run run = {.reduction = FBN_GRAD_REDUCE, .maps = 1, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
     run.reduces = !run.plan.map_only;
-    for (int64_t c = 0; c < job->C; c++)
-        set_affine(&run.plan, c, job->batch_mean[c], job->batch_m2[c] / (double)job->count);
+    const double one_of_count = 1 / (double)job->count;
+    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
+        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
+        double var[FBN_CHANNELS];
+        for (int i = 0; i < count; i++)
+            var[i] = job->batch_m2[c + i] * one_of_count;
+        fbn_set_affine(&run.plan, c, count, job->batch_mean + c, var);
+    }
     execute(&run);
 }

@@ -127,7 +127,7 @@ static void sums_of(double *sum, double *square, const double *shift, const fbn_
 
 void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels) {
     const double n = (double)job->N * (double)job->S;
-    double sum[FBN_WIDE];
+    double sum[FBN_CHANNELS];
     fbn_sample_mean(mean, job, sample, first, channels);
     sums_of(sum, m2, mean, job, first, channels);
     for (int64_t c = 0; c < channels; c++)
