@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import fastbn
+from fastbn import reference
 
 SHAPES = [
     (1, 64, 56, 56),
@@ -111,8 +112,6 @@ class Case:
         at = (..., few) if self.axis == -1 else (slice(None), few)
         x, dy, residual = (array[at].astype(np.float64) for array in (self.x, self.dy, self.residual))
         weight, bias = self.weight[few], self.bias[few]
-        from fastbn import reference
-
         if operation == "train":
             return at, reference.batch_norm_train(x, weight, bias, axis=self.axis)[0]
         if operation == "backward":
@@ -187,11 +186,10 @@ def torch_calls(torch, case):
 def onnx_calls(onnxruntime, onnx, case, threads):
     if case.layout != "NCHW" or case.dtype != np.float32:
         return {}
-    from onnx import TensorProto, helper, numpy_helper
-
+    helper, numpy_helper, FLOAT = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
     node = helper.make_node("BatchNormalization", ["x", "w", "b", "m", "v"], ["y"])
     values = zip("wbmv", (case.weight, case.bias, case.mean, case.var), strict=True)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, case.shape) for name in "xy"]
+    ends = [helper.make_tensor_value_info(name, FLOAT, case.shape) for name in "xy"]
     graph = helper.make_graph([node], "bn", ends[:1], ends[1:], [numpy_helper.from_array(array, name) for name, array in values])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
