@@ -105,6 +105,8 @@ def _number(value, where):
 
 def momentum_of(value):
     """Return momentum as a float between 0 and 1, the weight of the new batch."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
     momentum = _number(value, "momentum")
     if not 0 <= momentum <= 1:
         raise ArgumentError(expected("a number from 0 to 1", f"{momentum}", "momentum"))

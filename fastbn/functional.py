@@ -151,8 +151,7 @@ def batch_norm_train(
     stats = _new_stats(x, channels)
     view, (x, target, residual) = _arrange(axis, x, y, residual)
     _native.train(
-        *(x, target, residual, running_mean, running_var, weight, bias, stats.mean, stats.m2),
-        *(view, dtype, activation, eps, momentum, bool(unbiased)),
+        x, target, residual, running_mean, running_var, weight, bias, stats.mean, stats.m2, view, dtype, activation, eps, momentum, unbiased
     )
     return _deliver(out, y, target), stats
 
@@ -228,8 +227,23 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=
     masked = dresidual if residual is not None else None
     view, (x, target, dy, residual, masked_target) = _arrange(axis, x, dx, dy, residual, masked)
     _native.backward(
-        *(x, target, dy, residual, masked_target, dweight, dbias, weight, bias, stats.mean, stats.m2),
-        *(stats.count, view, dtype, activation, eps, not training),
+        x,
+        target,
+        dy,
+        residual,
+        masked_target,
+        dweight,
+        dbias,
+        weight,
+        bias,
+        stats.mean,
+        stats.m2,
+        stats.count,
+        view,
+        dtype,
+        activation,
+        eps,
+        not training,
     )
     dx = _deliver(out, dx, target)
     if not with_residual:
