@@ -3,6 +3,7 @@
     python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
     python tools/bench_kernels.py --shapes shapes.json             other shapes: a list of {"N", "C", "spatial"}
     python tools/bench_kernels.py --json bench.json --chart bench.svg
+    python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
 
 Every result is checked before it is timed. Each figure is the 10th percentile of its calls, in microseconds; every side that can writes
 into existing memory (out=). Peers that are not installed are left out, with a line that says so.
@@ -327,6 +328,22 @@ def chart(records, path):
     Path(path).write_text("\n".join(parts) + "\n")
 
 
+def print_accuracy():
+    """The largest error of y against long double: x = k + randn, 65,536 values per channel, weight 1, bias 0."""
+    torch = optional("torch")
+    for k in (1.0, 1e2, 1e4, 1e6, 1e7):
+        for layout, shape in (("channels first", (4, 2, 16384)), ("channels last", (65536, 2))):
+            x = (np.random.default_rng(0).standard_normal(shape) + k).astype(np.float32)
+            axes = (0, *range(2, x.ndim))
+            centred = x - x.astype(np.longdouble).mean(axes, keepdims=True)
+            want = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+            line = f"mean/std {k:8.0e} {layout:14} fastbn {float(np.abs(fastbn.batch_norm_train(x)[0] - want).max()):.0e}"
+            if torch is not None:
+                y = torch.nn.functional.batch_norm(torch.from_numpy(x), None, None, training=True).numpy()
+                line += f" torch {float(np.abs(y - want).max()):.0e}"
+            print(line)
+
+
 def dtype_of(name):
     if name == "bfloat16":
         import ml_dtypes
@@ -342,9 +359,13 @@ def main():
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, fastbn.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=0.15, help="for each figure")
+    parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
     parser.add_argument("--json", help="write every figure here")
     parser.add_argument("--chart", help="write an SVG here")
     arguments = parser.parse_args()
+    if arguments.accuracy:
+        print_accuracy()
+        return
     shapes = SHAPES
     if arguments.shapes:
         listed = json.loads(Path(arguments.shapes).read_text())
