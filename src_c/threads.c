@@ -101,20 +101,24 @@ static void forget(void) {
     atomic_store(&pool.running, 0);
 }
 
+static void set_num_threads(int threads) {
+    atomic_store(&num_threads, threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads);
+}
+
 static void initialise(void) {
     pthread_atfork(NULL, NULL, forget);
     const char *wish = getenv("FASTBN_NUM_THREADS");
     const int threads = wish ? atoi(wish) : 0;
-    fbn_set_num_threads(threads > 0 ? threads : fbn_cpus());
+    set_num_threads(threads > 0 ? threads : fbn_cpus());
 }
 
 void fbn_set_num_threads(int threads) {
-    atomic_store(&num_threads, threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads);
+    pthread_once(&once, initialise);
+    set_num_threads(threads);
 }
 
 int fbn_num_threads(void) {
-    if (atomic_load(&num_threads) == 0)
-        pthread_once(&once, initialise);
+    pthread_once(&once, initialise);
     return atomic_load(&num_threads);
 }
 

@@ -87,6 +87,11 @@ def test_the_environment_chooses():
     assert asked("fastbn.show_config()['isa']", FASTBN_ISA="no such") == fastbn.show_config()["isa_available"][0]
 
 
+def test_a_setting_before_the_first_call_stays():
+    work = "fastbn.batch_stats(__import__('numpy').ones((64, 64, 64)))"
+    assert asked(f"fastbn.set_num_threads(3) or {work} and fastbn.get_num_threads()") == "3"
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
 def test_the_affinity_mask_is_respected():
     code = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]) or fastbn.get_num_threads()"
