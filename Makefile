@@ -1,7 +1,11 @@
 # The commands of a working day. PYTHON is any Python 3.11+ with the build requirements of pyproject.toml installed.
 PYTHON ?= python3
 
-.PHONY: build test lint format clean
+.PHONY: build test sanitize neon lint format clean
+
+# Kernels alone, for a target without Python.
+KERNELS = src_c/*.c tests/check_bits.c
+KERNEL_FLAGS = -std=c11 -O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Isrc_c
 
 build:
 	$(PYTHON) setup.py build_ext --inplace
@@ -9,15 +13,36 @@ build:
 test: build
 	$(PYTHON) -m pytest
 
+# The test-suite over a build with one sanitizer: address, undefined or thread. Python itself is not instrumented, so its library is preloaded.
+SANITIZER ?= address
+sanitize:
+	FASTBN_CFLAGS="-O1 -g -fsanitize=$(SANITIZER)" $(PYTHON) setup.py build_ext --force --build-temp build/$(SANITIZER) --build-lib build/$(SANITIZER)/lib
+	cp fastbn/*.py build/$(SANITIZER)/lib/fastbn/
+	cp -r fastbn/graph build/$(SANITIZER)/lib/fastbn/
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS=halt_on_error=1 PYTHONMALLOC=malloc \
+	LD_PRELOAD=$$($(CC) -print-file-name=lib$(patsubst address,a,$(patsubst undefined,ub,$(patsubst thread,t,$(SANITIZER))))san.so) \
+	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x -p no:cacheprovider
+
+# The same bits under NEON as here, with a cross compiler and user-mode emulation.
+AARCH64_CC ?= aarch64-linux-gnu-gcc
+AARCH64_RUN ?= qemu-aarch64-static
+neon:
+	mkdir -p build/neon
+	$(CC) $(KERNEL_FLAGS) $(KERNELS) -o build/neon/here -lpthread -lm
+	$(AARCH64_CC) $(KERNEL_FLAGS) -static $(KERNELS) -o build/neon/there -lpthread -lm
+	build/neon/here > build/neon/here.txt
+	$(AARCH64_RUN) build/neon/there > build/neon/there.txt
+	diff build/neon/here.txt build/neon/there.txt
+
 lint:
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror src_c/*.c src_c/*.h
+	clang-format --dry-run --Werror src_c/*.c src_c/*.h src_c/*.inc tests/*.c
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i src_c/*.c src_c/*.h
+	clang-format -i src_c/*.c src_c/*.h src_c/*.inc tests/*.c
 
 clean:
 	rm -rf build dist *.egg-info fastbn/_native.c fastbn/*.so

@@ -3,9 +3,10 @@
 `import fastbn` loads NumPy and nothing else; the graph functions load onnx and onnxruntime when they are first called.
 """
 
-from fastbn.config import kernels, show_config
+from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError
-from fastbn.functional import fold_conv, fold_linear
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, batch_stats, fold_conv, fold_linear
+from fastbn.stats import BatchStats, merge_stats
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ _GRAPH = ("Fold", "FoldResult", "Kept", "Parity", "fold", "verify")
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BatchStats",
     "FastbnError",
     "Fold",
     "FoldError",
@@ -24,11 +26,19 @@ __all__ = [
     "ParityError",
     "StorageError",
     "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_train",
+    "batch_stats",
     "fold",
     "fold_conv",
     "fold_linear",
+    "get_num_threads",
     "kernels",
+    "merge_stats",
+    "set_num_threads",
     "show_config",
+    "use_isa",
     "verify",
 ]
 

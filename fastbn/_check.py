@@ -1,11 +1,39 @@
 """Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
 
+from functools import lru_cache
+from operator import index
+
 import numpy as np
 
+from fastbn import _native
 from fastbn.affine import DTYPES
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.stats import BatchStats
 
-__all__ = ["eps_of", "fold_weight", "positive_int", "variance", "vector"]
+__all__ = [
+    "activation_of",
+    "axis_of",
+    "batch_stats_of",
+    "eps_of",
+    "fold_weight",
+    "isa_of",
+    "layout",
+    "momentum_of",
+    "output",
+    "parameter",
+    "positive_int",
+    "running",
+    "running_variance",
+    "same_shape",
+    "tensor",
+    "variance",
+    "vector",
+]
+
+ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "relu6": 3}
+# dtype -> its number in fbn_dtype; bfloat16 joins when the first array of it is seen.
+_CODES = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float16")}
+_PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def _array(value, where):
@@ -51,10 +79,9 @@ def variance(value, where, length, eps):
 
 def eps_of(value):
     """Return eps as a float that is finite and not negative."""
-    try:
-        eps = float(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(expected("a number", type(value).__name__, "eps")) from error
+    if type(value) is float and 0 <= value < float("inf"):
+        return value
+    eps = _number(value, "eps")
     if not 0 <= eps < float("inf"):
         raise ArgumentError(expected("a finite number >= 0", f"{eps}", "eps"))
     return eps
@@ -67,3 +94,225 @@ def positive_int(value, where):
     if value < 1:
         raise ArgumentError(expected("an integer >= 1", f"{value}", where))
     return int(value)
+
+
+def _number(value, where):
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(expected("a number", type(value).__name__, where)) from error
+
+
+def momentum_of(value):
+    """Return momentum as a float between 0 and 1, the weight of the new batch."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
+    momentum = _number(value, "momentum")
+    if not 0 <= momentum <= 1:
+        raise ArgumentError(expected("a number from 0 to 1", f"{momentum}", "momentum"))
+    return momentum
+
+
+def activation_of(value):
+    """Return the number of an activation in fbn_activation."""
+    try:
+        return ACTIVATIONS[value]
+    except (KeyError, TypeError):
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ArgumentError(expected(f"one of {names}", repr(value), "activation")) from None
+
+
+def isa_of(value):
+    """Return the name of an ISA that this build and this CPU have."""
+    names = _native.isas()
+    if value not in names:
+        raise ArgumentError(expected(f"one of {', '.join(names)}", repr(value), "name"))
+    return value
+
+
+def _dtype_code(dtype):
+    code = _CODES.get(dtype)
+    if code is None and dtype.name == "bfloat16":
+        code = _CODES[dtype] = DTYPES["bfloat16"]
+    return code
+
+
+def _ndarray(value, where):
+    """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    try:
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):
+            return np.asarray(value)
+        return np.asarray(memoryview(value))
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        raise ArgumentTypeError(expected("an array in CPU memory", type(value).__name__, where)) from error
+
+
+def tensor(value, where):
+    """Return (array, code): an aligned array of a dtype that the kernels know, and that dtype's number in fbn_dtype."""
+    array = value if type(value) is np.ndarray else _ndarray(value, where)
+    code = _dtype_code(array.dtype)
+    if code is None:
+        native = array.dtype.newbyteorder("=")
+        if _dtype_code(native) is None:
+            raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", str(array.dtype), where))
+        array, code = array.astype(native), _dtype_code(native)
+    return (array if _native.is_aligned(array) else array.copy()), code
+
+
+def axis_of(value, array):
+    """Return axis as an index from 0."""
+    if value == 1 and array.ndim > 1:
+        return 1
+    try:
+        axis = index(value)
+    except TypeError as error:
+        raise ArgumentTypeError(expected("an integer", type(value).__name__, "axis")) from error
+    if not -array.ndim <= axis < array.ndim:
+        raise ArgumentError(expected(f"an axis of an array with {array.ndim} axes", f"{axis}", "axis"))
+    return axis % array.ndim
+
+
+def parameter(value, where, channels, required=False):
+    """Return a float32 or float64 array of shape (channels,); None passes unless required."""
+    if _native.is_vector(value, channels):
+        return value
+    if value is None and not required:
+        return None
+    array = value if type(value) is np.ndarray else _ndarray(value, where)
+    if array.dtype not in _PARAMETERS:
+        if array.dtype.newbyteorder("=") not in _PARAMETERS:
+            raise ArgumentTypeError(expected("an array of float32 or float64", str(array.dtype), where))
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.shape != (channels,):
+        raise ArgumentError(expected(f"shape ({channels},)", f"shape {array.shape}", where))
+    return array if _native.is_aligned(array) else array.copy()
+
+
+def running_variance(value, where, channels, eps):
+    """Return a parameter whose values plus eps are positive, or NaN."""
+    array = parameter(value, where, channels, required=True)
+    position = _native.first_without_root(array, eps)
+    if position >= 0:
+        raise ArgumentError(expected("var + eps > 0", f"{float(array[position]) + eps:g} in channel {position}", where))
+    return array
+
+
+def running(value, where, channels, *tensors):
+    """Return statistics that can be updated in place, or None."""
+    if value is None:
+        return None
+    array = parameter(value, where, channels)
+    if array is not value and not (array.size == 0 or np.shares_memory(array, _ndarray(value, where))):
+        raise ArgumentError(expected("aligned values in native byte order", "others", where))
+    _writable(array, where)
+    for other in tensors:
+        _apart(array, other, where)
+    return array
+
+
+def same_shape(value, where, x):
+    """Return an array of x's shape and dtype."""
+    array, _ = tensor(value, where)
+    if array.dtype != x.dtype:
+        raise ArgumentTypeError(expected(f"an array of {x.dtype}, as x", str(array.dtype), where))
+    if array.shape != x.shape:
+        raise ArgumentError(expected(f"shape {x.shape}, that of x", f"shape {array.shape}", where))
+    return array
+
+
+def output(value, x, *inputs):
+    """Return the array to write: a new one, or value, which is an input itself or apart from all of them."""
+    if value is None:
+        return np.empty_like(x)
+    array = value
+    if not _native.is_like(value, x):
+        array = value if type(value) is np.ndarray else _ndarray(value, "out")
+        if array.dtype != x.dtype:
+            raise ArgumentTypeError(expected(f"an array of {x.dtype}, as x", str(array.dtype), "out"))
+        if array.shape != x.shape:
+            raise ArgumentError(expected(f"shape {x.shape}, that of x", f"shape {array.shape}", "out"))
+        if not _native.is_aligned(array):
+            raise ArgumentError(expected("aligned memory", "an unaligned array", "out"))
+        _writable(array, "out")
+        if _meets_itself(array.shape, array.strides):
+            raise ArgumentError(expected("an element of its own for each result", "an array that overlaps itself", "out"))
+    for other in (x, *inputs):
+        _apart(array, other, "out")
+    return array
+
+
+def _writable(array, where):
+    if not array.flags.writeable:
+        raise ArgumentError(expected("a writable array", "a read-only one", where))
+
+
+def _apart(array, other, where):
+    if other is None or other is array or not _native.may_overlap(array, other):
+        return
+    same = array.ctypes.data == other.ctypes.data and array.shape == other.shape and array.strides == other.strides
+    if not same and np.shares_memory(array, other):
+        raise ArgumentError(expected("an input itself or memory apart from it", "an array that overlaps an input", where))
+
+
+@lru_cache(maxsize=256)
+def _meets_itself(shape, strides):
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def batch_stats_of(value, channels, count):
+    """Return statistics of the right number of channels, and of the right count where one is given."""
+    if not isinstance(value, BatchStats):
+        raise ArgumentTypeError(expected("a BatchStats", type(value).__name__, "stats"))
+    if value.mean.size != channels:
+        raise ArgumentError(expected(f"{channels} channels", f"{value.mean.size}", "stats"))
+    if count is not None and value.count != count:
+        raise ArgumentError(expected(f"statistics of {count} values per channel", f"{value.count}", "stats"))
+    if count is None and value.count == 0:
+        raise ArgumentError(expected("statistics of at least one value", "none", "stats"))
+    return value
+
+
+@lru_cache(maxsize=1024)
+def layout(shape, axis, itemsize, *strides):
+    """Return (N, C, S, n, c, s, ...): the sizes, and for each array its strides in elements; None when there is no such view.
+
+    `strides` are those of the arrays of one call, all of the same shape. The axes beside the channel axis are taken in the order in which
+    they lie in the first array's memory and joined where that works for every array. At most two may remain, and either the last of them
+    or the channel axis must have stride 1 in every array.
+    """
+    channels = shape[axis]
+    steps = [[stride // itemsize for stride in array] for array in strides]
+    if 0 in shape:
+        return (0, channels, 1, *[1] * 3 * len(steps))
+    groups = []
+    for place in sorted((i for i, size in enumerate(shape) if i != axis and size > 1), key=lambda i: -abs(steps[0][i])):
+        size, along = shape[place], [array[place] for array in steps]
+        if groups and all(outer == inner * size for outer, inner in zip(groups[-1][1], along, strict=True)):
+            groups[-1] = (groups[-1][0] * size, along)
+        else:
+            groups.append((size, along))
+    if len(groups) > 2:
+        return None
+    ones = [1] * len(steps)
+    along_c = ones if channels == 1 else [array[axis] for array in steps]
+    if groups and groups[-1][1] == ones:
+        S, along_s = groups.pop()
+        if channels == 1:
+            along_c = [S] * len(steps)
+        N, along_n = groups[0] if groups else (1, [channels * S] * len(steps))
+    elif along_c == ones:
+        N, along_n = groups[0] if groups else (1, [channels] * len(steps))
+        S, along_s = groups[1] if len(groups) == 2 else (1, ones)
+    else:
+        return None
+    triples = zip(along_n, along_c, along_s, strict=True)
+    return (N, channels, S, *(step for triple in triples for step in triple))

@@ -1,19 +1,60 @@
 # cython: boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The only Cython: addresses in, GIL released, no policy. Callers have checked shapes, types and contiguity."""
+"""The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap."""
 
+cimport numpy as cnp
 from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+cnp.import_array()
 
 
 cdef extern from "fastbn.h" nogil:
     ctypedef enum fbn_dtype:
         pass
 
+    ctypedef enum fbn_activation:
+        pass
+
     ctypedef struct fbn_scale_report:
         int64_t nonfinite
         int64_t flushed
 
+    ctypedef struct fbn_tensor:
+        char *data
+        int64_t n, c, s
+
+    ctypedef struct fbn_vector:
+        char *data
+        int64_t stride
+        int is_f64
+
+    ctypedef struct fbn_job:
+        int64_t N, C, S
+        fbn_dtype dtype
+        fbn_activation activation
+        int frozen, threads
+        double eps
+        fbn_tensor out, dresidual, dy, x, residual
+        fbn_vector dweight, dbias, weight, bias, mean, var
+        double *batch_mean
+        double *batch_m2
+        int64_t count
+
     void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                           int64_t S, fbn_dtype dtype)
+    int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps)
+    int64_t fbn_work_bytes(const fbn_job *job)
+    void fbn_infer(const fbn_job *job, void *work)
+    void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work)
+    void fbn_stats(const fbn_job *job, void *work)
+    void fbn_backward(const fbn_job *job, void *work)
+    const char *fbn_isa_name(int index)
+    int fbn_use_isa(const char *name)
+    const char *fbn_isa()
+    int fbn_kernel_name(int index, char *name, int size)
+    int fbn_num_threads()
+    void fbn_set_num_threads(int threads)
 
 
 def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, int64_t M, int64_t C, int64_t S, int dtype):
@@ -22,3 +63,212 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
     with nogil:
         fbn_scale_weight(<void *>out, &report, <const void *>weight, <const double *>scale, G, M, C, S, <fbn_dtype>dtype)
     return report.nonfinite, report.flushed
+
+
+cdef fbn_job new_job(tuple view, int dtype, int activation, double eps):
+    cdef fbn_job job
+    memset(&job, 0, sizeof(job))
+    job.N, job.C, job.S = view[0], view[1], view[2]
+    job.dtype = <fbn_dtype>dtype
+    job.activation = <fbn_activation>activation
+    job.eps = eps
+    job.threads = fbn_num_threads()
+    return job
+
+
+cdef void set_tensor(fbn_tensor *tensor, object array, tuple view, int *index):
+    """The strides of the arrays that are there follow the sizes in view, in the order of the calls."""
+    if array is None:
+        return
+    tensor.data = <char *>cnp.PyArray_DATA(array)
+    tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
+    index[0] += 3
+
+
+cdef void set_vector(fbn_vector *vector, object array):
+    if array is None:
+        return
+    vector.data = <char *>cnp.PyArray_DATA(array)
+    vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8
+    vector.stride = cnp.PyArray_STRIDE(array, 0) // cnp.PyArray_ITEMSIZE(array)
+
+
+cdef void *new_work(const fbn_job *job) except NULL:
+    cdef void *work = malloc(<size_t>fbn_work_bytes(job) + 1)
+    if work is NULL:
+        raise MemoryError
+    return work
+
+
+def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps):
+    """y into out; view holds the sizes and the strides of x, out and residual."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.out, out, view, &index)
+    set_tensor(&job.residual, residual, view, &index)
+    set_vector(&job.mean, mean)
+    set_vector(&job.var, var)
+    set_vector(&job.weight, weight)
+    set_vector(&job.bias, bias)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_infer(&job, work)
+        free(work)
+
+
+def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean, batch_m2, tuple view, int dtype, int activation, double eps,
+          double momentum, bint unbiased):
+    """y into out, statistics into batch_mean and batch_m2, running statistics moved; view as in infer."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.out, out, view, &index)
+    set_tensor(&job.residual, residual, view, &index)
+    set_vector(&job.mean, running_mean)
+    set_vector(&job.var, running_var)
+    set_vector(&job.weight, weight)
+    set_vector(&job.bias, bias)
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_train(&job, momentum, unbiased, work)
+        free(work)
+
+
+def stats(x, batch_mean, batch_m2, tuple view, int dtype):
+    """Statistics into batch_mean and batch_m2; view holds the sizes and the strides of x."""
+    cdef fbn_job job = new_job(view, dtype, 0, 0)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_stats(&job, work)
+        free(work)
+
+
+def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, tuple view, int dtype,
+             int activation, double eps, bint frozen):
+    """Gradients into dx, dresidual, dweight and dbias; view holds the sizes and the strides of x, dx, dy, residual and dresidual."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.out, dx, view, &index)
+    set_tensor(&job.dy, dy, view, &index)
+    set_tensor(&job.residual, residual, view, &index)
+    set_tensor(&job.dresidual, dresidual, view, &index)
+    set_vector(&job.dweight, dweight)
+    set_vector(&job.dbias, dbias)
+    set_vector(&job.weight, weight)
+    set_vector(&job.bias, bias)
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    job.count = count
+    job.frozen = frozen
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_backward(&job, work)
+        free(work)
+
+
+def first_without_root(var, double eps):
+    """The first index where var + eps is not positive, or -1."""
+    cdef fbn_vector vector
+    set_vector(&vector, var)
+    return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
+
+
+def is_vector(array, int64_t length):
+    """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
+    return (
+        cnp.PyArray_CheckExact(array)
+        and (cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64)
+        and cnp.PyArray_ISBEHAVED_RO(array)
+        and cnp.PyArray_NDIM(array) == 1
+        and cnp.PyArray_DIM(array, 0) == length
+    )
+
+
+def is_like(array, other):
+    """Whether array is an ndarray of other's dtype, shape and strides, aligned and writable, without gaps."""
+    cdef int i
+    if not (
+        cnp.PyArray_CheckExact(array)
+        and <void *>cnp.PyArray_DESCR(array) == <void *>cnp.PyArray_DESCR(other)
+        and cnp.PyArray_ISBEHAVED(array)
+        and cnp.PyArray_ISONESEGMENT(array)
+        and cnp.PyArray_NDIM(array) == cnp.PyArray_NDIM(other)
+    ):
+        return False
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, i) != cnp.PyArray_DIM(other, i) or cnp.PyArray_STRIDE(array, i) != cnp.PyArray_STRIDE(other, i):
+            return False
+    return True
+
+
+def is_aligned(array):
+    """Whether every element lies at a multiple of its size, and every stride is one."""
+    return cnp.PyArray_ISALIGNED(array)
+
+
+def may_overlap(a, b):
+    """Whether the address ranges of two arrays meet."""
+    cdef uintptr_t a_low, a_high, b_low, b_high
+    address_range(a, &a_low, &a_high)
+    address_range(b, &b_low, &b_high)
+    return a_low < b_high and b_low < a_high
+
+
+cdef void address_range(object array, uintptr_t *low, uintptr_t *high):
+    cdef int i
+    cdef int64_t reach
+    low[0] = high[0] = <uintptr_t>cnp.PyArray_DATA(array)
+    if cnp.PyArray_SIZE(array) == 0:
+        return
+    high[0] += <uintptr_t>cnp.PyArray_ITEMSIZE(array)
+    for i in range(cnp.PyArray_NDIM(array)):
+        reach = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
+        if reach < 0:
+            low[0] -= <uintptr_t>-reach
+        else:
+            high[0] += <uintptr_t>reach
+
+
+def isas():
+    """The names of the ISAs that this build and this CPU have, the best first."""
+    names = []
+    while fbn_isa_name(len(names)) is not NULL:
+        names.append(fbn_isa_name(len(names)).decode())
+    return names
+
+
+def isa():
+    """The name of the ISA in use."""
+    return fbn_isa().decode()
+
+
+def use_isa(str name):
+    """Select an ISA for every call that follows."""
+    fbn_use_isa(name.encode())
+
+
+def kernel_names():
+    """The names of the kernels in use."""
+    cdef char name[64]
+    names = []
+    while fbn_kernel_name(len(names), name, sizeof(name)):
+        names.append((<bytes>name).decode())
+    return names
+
+
+def num_threads():
+    """The most threads that a call uses."""
+    return fbn_num_threads()
+
+
+def set_num_threads(int threads):
+    """Set the most threads that a call uses."""
+    fbn_set_num_threads(threads)

@@ -5,14 +5,75 @@ import sys
 
 import numpy as np
 
-__all__ = ["kernels", "show_config"]
+from fastbn import _check, _native
+
+__all__ = ["get_num_threads", "kernels", "set_num_threads", "show_config", "use_isa"]
 
 
 def kernels():
-    """Return the names of the C kernels in use, one per operation and dtype."""
-    from fastbn.affine import DTYPES
+    """Return the names of the array kernels in use: ``fbn_<operation>_<layout>_<dtype>_<isa>``.
 
-    return [f"fbn_scale_weight_{dtype}" for dtype in DTYPES]
+    Returns
+    -------
+    list of str
+        One row of the table that the calls go through, chosen by the CPU, by the environment variable FASTBN_ISA or by `use_isa`.
+    """
+    return _native.kernel_names()
+
+
+def get_num_threads():
+    """Return the most threads that a call uses.
+
+    At first these are FASTBN_NUM_THREADS or the CPUs that the affinity mask and the cgroup quota leave to this process.
+    """
+    return _native.num_threads()
+
+
+def set_num_threads(n):
+    """Set the most threads that a call uses, in the whole process; results do not depend on it.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; more than 256 means 256.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        n is not an integer of at least 1.
+    """
+    _native.set_num_threads(min(_check.positive_int(n, "n"), 256))
+
+
+class use_isa:
+    """Context manager: within it, the kernels of one instruction set run, in the whole process; results do not depend on it.
+
+    Parameters
+    ----------
+    name : str
+        One of ``show_config()["isa_available"]``, such as "avx512", "avx2", "sse2", "neon" or "scalar".
+
+    Raises
+    ------
+    ArgumentError
+        A name that this build or this CPU does not have.
+
+    Examples
+    --------
+    >>> with use_isa("scalar"):
+    ...     show_config()["isa"]
+    'scalar'
+    """
+
+    def __init__(self, name):
+        self._name = _check.isa_of(name)
+
+    def __enter__(self):
+        self._before = _native.isa()
+        _native.use_isa(self._name)
+
+    def __exit__(self, *error):
+        _native.use_isa(self._before)
 
 
 def show_config():
@@ -21,7 +82,8 @@ def show_config():
     Returns
     -------
     dict
-        version, python, platform, machine, cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
+        version, isa (in use), isa_available (names, the best first), threads (the most that a call uses), python, platform, machine,
+        cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
     """
     import platform
     from importlib import metadata
@@ -37,6 +99,9 @@ def show_config():
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "version": fastbn.__version__,
+        "isa": _native.isa(),
+        "isa_available": _native.isas(),
+        "threads": get_num_threads(),
         "python": platform.python_version(),
         "platform": sys.platform,
         "machine": platform.machine(),

@@ -3,8 +3,120 @@
 import numpy as np
 
 from fastbn.affine import batch_norm_affine, narrow
+from fastbn.stats import BatchStats
 
-__all__ = ["fold_conv", "fold_linear"]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_train", "batch_stats", "fold_conv", "fold_linear"]
+
+
+def _along(values, x, axis):
+    """Per-channel values, in a shape that broadcasts against x."""
+    return np.asarray(values, dtype=np.float64).reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
+
+
+def _sum(x, axis):
+    return x.sum(axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
+
+
+def _inverse_std(var, eps):
+    """1/sqrt(var + eps), and 0 where there is nothing to divide by."""
+    with np.errstate(divide="ignore"):
+        return np.where(var + eps == 0, 0.0, 1 / np.sqrt(var + eps))
+
+
+def _activate(z, activation):
+    # A comparison with NaN is false, which keeps NaN.
+    if activation == "leaky_relu":
+        return np.where(z < 0, 0.01 * z, z)
+    if activation is not None:
+        z = np.where(z < 0, 0.0, z)
+    return np.where(z > 6, 6.0, z) if activation == "relu6" else z
+
+
+def _passed(dy, z, activation):
+    """The gradient of `_activate` at z, times dy."""
+    if activation == "leaky_relu":
+        return np.where(z <= 0, 0.01 * dy, dy)
+    if activation is not None:
+        dy = np.where(z <= 0, 0.0, dy)
+    return np.where(z >= 6, 0.0, dy) if activation == "relu6" else dy
+
+
+def _normalised(x, mean, var, weight, bias, eps, axis, residual):
+    """(xhat, z) in float64: the normalised values, and what the activation sees."""
+    xhat = (x.astype(np.float64) - _along(mean, x, axis)) * _along(_inverse_std(np.asarray(var, np.float64), eps), x, axis)
+    z = xhat if weight is None else xhat * _along(weight, x, axis)
+    z = z if bias is None else z + _along(bias, x, axis)
+    return xhat, z if residual is None else z + residual.astype(np.float64)
+
+
+def _into(out, values, dtype):
+    values = narrow(values, dtype)
+    if out is None:
+        return values
+    out[...] = values
+    return out
+
+
+def batch_norm(x, mean, var, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, residual=None, out=None):
+    """Twin of `fastbn.batch_norm`, without its checks."""
+    _, z = _normalised(x, mean, var, weight, bias, eps, axis, residual)
+    return _into(out, _activate(z, activation), x.dtype)
+
+
+def batch_stats(x, *, axis=1):
+    """Twin of `fastbn.batch_stats`, without its checks: two passes in float64."""
+    channels = x.shape[axis]
+    count = x.size // channels if channels else 0
+    if count == 0:
+        return BatchStats(0, np.zeros(channels), np.zeros(channels))
+    values = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = _sum(values, axis) / count
+        # The second pass also takes out what the rounding of the first left in the mean.
+        mean = mean + _sum(values - _along(mean, x, axis), axis) / count
+        return BatchStats(count, mean, _sum((values - _along(mean, x, axis)) ** 2, axis))
+
+
+def batch_norm_train(
+    x,
+    weight=None,
+    bias=None,
+    *,
+    running_mean=None,
+    running_var=None,
+    momentum=0.1,
+    unbiased=True,
+    eps=1e-5,
+    axis=1,
+    activation=None,
+    residual=None,
+    out=None,
+):
+    """Twin of `fastbn.batch_norm_train`, without its checks."""
+    stats = batch_stats(x, axis=axis)
+    y = batch_norm(x, stats.mean, stats.var, weight, bias, eps=eps, axis=axis, activation=activation, residual=residual, out=out)
+    if stats.count:
+        var = stats.m2 / (max(stats.count - 1, 1) if unbiased else stats.count)
+        for running, batch in ((running_mean, stats.mean), (running_var, var)):
+            if running is not None:
+                running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+    return y, stats
+
+
+def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, training=True, activation=None, residual=None, out=None):
+    """Twin of `fastbn.batch_norm_backward`, without its checks."""
+    xhat, z = _normalised(x, stats.mean, stats.var, weight, bias, eps, axis, residual)
+    g = _passed(dy.astype(np.float64), z, activation)
+    dbias, dweight = _sum(g, axis), _sum(g * xhat, axis)
+    n = max(x.size // max(x.shape[axis], 1), 1)
+    dx = g - (_along(dbias / n, x, axis) + xhat * _along(dweight / n, x, axis) if training else 0)
+    dx = dx * _along((1 if weight is None else weight) * _inverse_std(stats.var, eps), x, axis)
+    gradients = (
+        _into(out, dx, x.dtype),
+        None if weight is None else narrow(dweight, weight.dtype),
+        None if bias is None else narrow(dbias, bias.dtype),
+    )
+    return gradients if residual is None else (*gradients, narrow(g, x.dtype))
 
 
 def _fold(weight, bias, mean, var, gamma, beta, eps, channel_axis_scale):

@@ -1,4 +1,4 @@
-/* fastbn: batch normalization on CPUs, in C11 with libc and libm only.
+/* fastbn: batch normalization on CPUs, in C11 with libc, libm and pthreads only.
  *
  * Every function takes outputs first, then inputs, then sizes. Pointers are valid for the sizes given, sizes are not negative, `out` may be
  * the input itself but may not overlap it otherwise. No function allocates or fails.
@@ -23,5 +23,69 @@ typedef struct {
  * S elements behind it. With out == NULL nothing is stored and only the report is made. */
 void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                       int64_t S, fbn_dtype dtype);
+
+/* What follows normalises tensors x[N][C][S]: N samples, C channels, S spatial positions, with n = N*S values per channel:
+ *
+ *   mean = sum(x)/n    var = sum((x-mean)^2)/n    y = activation((x-mean)/sqrt(var+eps)*weight + bias + residual)
+ *
+ * A tensor may lie in memory in any order that has stride 1 along S (channels first, "ncs") or along C (channels last, "nsc"), the same for
+ * all tensors of a job. The results are the same bits for any number of threads and for every ISA, except which NaN a NaN is. */
+
+typedef enum { FBN_NO_ACTIVATION, FBN_RELU, FBN_LEAKY_RELU, FBN_RELU6 } fbn_activation; /* the leak is 0.01 */
+
+/* Strides in elements; data is NULL for a tensor that the job does not have. */
+typedef struct {
+    char *data;
+    int64_t n, c, s;
+} fbn_tensor;
+
+/* One value per channel, float32 or float64, stride in elements; data is NULL where the default holds. */
+typedef struct {
+    char *data;
+    int64_t stride;
+    int is_f64;
+} fbn_vector;
+
+/* One call. `out` is y, or dx in the backward pass; it may be x, dy or residual itself but may not overlap them otherwise. */
+typedef struct {
+    int64_t N, C, S;
+    fbn_dtype dtype;
+    fbn_activation activation;
+    int frozen;  /* backward through given statistics: dx = dy*scale */
+    int threads; /* the most that may work on it, from fbn_num_threads() */
+    double eps;
+    fbn_tensor out, dresidual, dy, x, residual;
+    fbn_vector dweight, dbias, weight, bias, mean, var;
+    double *batch_mean, *batch_m2; /* C values each: written by fbn_train and fbn_stats, read by fbn_backward; m2 = n*var */
+    int64_t count;                 /* the values per channel behind m2 in fbn_backward, not n when they come from elsewhere */
+} fbn_job;
+
+/* The first channel whose var + eps is not positive, or -1; NaN passes. */
+int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps);
+
+/* Bytes of scratch that the functions below need for this job; they allocate nothing themselves. */
+int64_t fbn_work_bytes(const fbn_job *job);
+
+/* Inference: reads mean and var. */
+void fbn_infer(const fbn_job *job, void *work);
+/* Training forward: writes the batch statistics; mean and var, where given, are the running ones and move by momentum. */
+void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work);
+/* The batch statistics alone. */
+void fbn_stats(const fbn_job *job, void *work);
+/* dx, and dweight and dbias where they are given. */
+void fbn_backward(const fbn_job *job, void *work);
+
+/* The ISAs this build and this CPU have, the best first; NULL behind the last. */
+const char *fbn_isa_name(int index);
+/* Selects an ISA for all calls that follow, or reports 0 when there is none of that name. */
+int fbn_use_isa(const char *name);
+/* The ISA in use. */
+const char *fbn_isa(void);
+/* The name of the kernel in use, in the order (op, layout, dtype); 0 behind the last. */
+int fbn_kernel_name(int index, char *name, int size);
+
+/* The most threads a call uses; at least 1. The first call reads FASTBN_NUM_THREADS, the affinity mask and the cgroup quota. */
+int fbn_num_threads(void);
+void fbn_set_num_threads(int threads);
 
 #endif

@@ -13,8 +13,9 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 # Lowest first; the files of one floor do not know each other.
 FLOORS = [
     ["_native", "errors"],
-    ["affine"],
-    ["reference", "_check", "config"],
+    ["affine", "stats"],
+    ["_check"],
+    ["reference", "config"],
     ["functional"],
     ["graph.constant", "graph.report", "graph.storage"],
     ["graph.model"],

@@ -1,0 +1,75 @@
+/* Which ISA runs: the CPU's best, or what FASTBN_ISA or fbn_use_isa names. */
+#include "kernels.h"
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The ISAs that this CPU has, the best first. */
+static const fbn_kernels *available(int index) {
+    const fbn_kernels *rows[4];
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every CPU with both has F16C */
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        rows[count++] = &fbn_kernels_avx512;
+    if (avx2)
+        rows[count++] = &fbn_kernels_avx2;
+    rows[count++] = &fbn_kernels_sse2;
+#elif defined(__aarch64__)
+    rows[count++] = &fbn_kernels_neon;
+#endif
+    rows[count++] = &fbn_kernels_scalar;
+    return index >= 0 && index < count ? rows[index] : NULL;
+}
+
+static const fbn_kernels *named(const char *name) {
+    for (int index = 0;; index++) {
+        const fbn_kernels *row = available(index);
+        if (row == NULL || strcmp(row->isa, name) == 0)
+            return row;
+    }
+}
+
+static _Atomic(const fbn_kernels *) in_use;
+
+const fbn_kernels *fbn_table(void) {
+    const fbn_kernels *row = atomic_load_explicit(&in_use, memory_order_relaxed);
+    if (row == NULL) {
+        const char *wish = getenv("FASTBN_ISA");
+        row = wish ? named(wish) : NULL;
+        row = row ? row : available(0);
+        atomic_store_explicit(&in_use, row, memory_order_relaxed);
+    }
+    return row;
+}
+
+const char *fbn_isa_name(int index) {
+    const fbn_kernels *row = available(index);
+    return row ? row->isa : NULL;
+}
+
+const char *fbn_isa(void) {
+    return fbn_table()->isa;
+}
+
+int fbn_use_isa(const char *name) {
+    const fbn_kernels *row = named(name);
+    if (row)
+        atomic_store_explicit(&in_use, row, memory_order_relaxed);
+    return row != NULL;
+}
+
+int fbn_kernel_name(int index, char *name, int size) {
+    static const char *const ops[] = {"stats", "apply", "grad_reduce", "grad_input"}, *const layouts[] = {"ncs", "nsc"};
+    static const char *const dtypes[] = {"f32", "f64", "f16", "bf16"};
+    if (index < 0 || index >= FBN_OPS * FBN_LAYOUTS * FBN_DTYPES)
+        return 0;
+    snprintf(name, (size_t)size, "fbn_%s_%s_%s_%s", ops[index / (FBN_LAYOUTS * FBN_DTYPES)], layouts[index / FBN_DTYPES % FBN_LAYOUTS],
+             dtypes[index % FBN_DTYPES], fbn_isa());
+    return 1;
+}

@@ -1,0 +1,3 @@
+#define FBN_SCALAR
+#define FBN_ISA scalar
+#include "kernels.inc"

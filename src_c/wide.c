@@ -1,0 +1,138 @@
+/* What the fast statistics start from, and what replaces them where float32 sums cannot hold a channel: see finish_stats in schedule.c. */
+#include "wide.h"
+#include "narrow.h"
+
+#include <math.h>
+
+enum { LANES = 8 };
+
+static inline double same(double value) {
+    return value;
+}
+
+/* Sums of d = x - shift and d*d of a few channels; lanes along S or, where channels lie side by side, a chain for each channel. */
+#define SUMS(DT, T, WIDEN)                                                                                                                 \
+    static void sums_##DT(double *sum, double *square, const double *shift, const fbn_job *job, int64_t first, int64_t channels) {         \
+        const fbn_tensor t = job->x;                                                                                                       \
+        const T *x = (const T *)t.data + first * t.c;                                                                                      \
+        for (int64_t c = 0; c < channels; c++)                                                                                             \
+            sum[c] = square[c] = 0;                                                                                                        \
+        if (t.c == 1) {                                                                                                                    \
+            for (int64_t n = 0; n < job->N; n++)                                                                                           \
+                for (int64_t s = 0; s < job->S; s++) {                                                                                     \
+                    const T *row = x + n * t.n + s * t.s;                                                                                  \
+                    for (int64_t c = 0; c < channels; c++) {                                                                               \
+                        const double d = WIDEN(row[c]) - shift[c];                                                                         \
+                        sum[c] += d;                                                                                                       \
+                        square[c] += d * d;                                                                                                \
+                    }                                                                                                                      \
+                }                                                                                                                          \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
+        for (int64_t c = 0; c < channels; c++) {                                                                                           \
+            double sums[LANES] = {0}, squares[LANES] = {0};                                                                                \
+            for (int64_t n = 0; n < job->N; n++) {                                                                                         \
+                const T *row = x + c * t.c + n * t.n;                                                                                      \
+                int64_t s = 0;                                                                                                             \
+                for (; s + LANES <= job->S; s += LANES)                                                                                    \
+                    for (int j = 0; j < LANES; j++) {                                                                                      \
+                        const double d = WIDEN(row[(s + j) * t.s]) - shift[c];                                                             \
+                        sums[j] += d;                                                                                                      \
+                        squares[j] += d * d;                                                                                               \
+                    }                                                                                                                      \
+                for (; s < job->S; s++) {                                                                                                  \
+                    const double d = WIDEN(row[s * t.s]) - shift[c];                                                                       \
+                    sums[0] += d;                                                                                                          \
+                    squares[0] += d * d;                                                                                                   \
+                }                                                                                                                          \
+            }                                                                                                                              \
+            for (int j = 0; j < LANES; j++) {                                                                                              \
+                sum[c] += sums[j];                                                                                                         \
+                square[c] += squares[j];                                                                                                   \
+            }                                                                                                                              \
+        }                                                                                                                                  \
+    }
+
+#define SAMPLE(DT, T, WIDEN)                                                                                                               \
+    static void sample_##DT(double *centre, const T *x, const fbn_sample *sample, int64_t channels, int64_t stride) {                      \
+        if (stride != 1) {                                                                                                                 \
+            for (int64_t c = 0; c < channels; c++) {                                                                                       \
+                double sum = 0;                                                                                                            \
+                for (int k = 0; k < sample->count; k++)                                                                                    \
+                    sum += WIDEN(x[sample->at[k] + c * stride]);                                                                           \
+                centre[c] = sum;                                                                                                           \
+            }                                                                                                                              \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
+        for (int64_t c = 0; c < channels; c++)                                                                                             \
+            centre[c] = 0;                                                                                                                 \
+        for (int k = 0; k < sample->count; k++)                                                                                            \
+            for (int64_t c = 0; c < channels; c++)                                                                                         \
+                centre[c] += WIDEN(x[sample->at[k] + c]);                                                                                  \
+    }
+
+#define BOTH(DT, T, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, WIDEN)
+BOTH(f32, float, same)
+BOTH(f64, double, same)
+BOTH(f16, uint16_t, widen_f16)
+BOTH(bf16, uint16_t, widen_bf16)
+
+fbn_sample fbn_sample_of(const fbn_job *job) {
+    const int64_t n = job->N * job->S;
+    fbn_sample sample = {.count = n < FBN_SAMPLES ? (int)n : FBN_SAMPLES};
+    for (int k = 0; k < sample.count; k++) {
+        /* One value in each sixteenth, at another place in each: a regular step could meet the same border every time. */
+        const int64_t start = k * n / sample.count, q = start + (k * 7 % sample.count) * (n / sample.count) / sample.count;
+        sample.at[k] = q / job->S * job->x.n + q % job->S * job->x.s;
+    }
+    return sample;
+}
+
+void fbn_sample_mean(double *centre, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels) {
+    const fbn_tensor x = job->x;
+    switch (job->dtype) {
+    case FBN_FLOAT32:
+        sample_f32(centre, (const float *)x.data + first * x.c, sample, channels, x.c);
+        break;
+    case FBN_FLOAT64:
+        sample_f64(centre, (const double *)x.data + first * x.c, sample, channels, x.c);
+        break;
+    case FBN_FLOAT16:
+        sample_f16(centre, (const uint16_t *)x.data + first * x.c, sample, channels, x.c);
+        break;
+    case FBN_BFLOAT16:
+        sample_bf16(centre, (const uint16_t *)x.data + first * x.c, sample, channels, x.c);
+        break;
+    }
+    for (int64_t c = 0; c < channels; c++)
+        centre[c] = isfinite(centre[c]) ? centre[c] / sample->count : 0;
+}
+
+static void sums_of(double *sum, double *square, const double *shift, const fbn_job *job, int64_t first, int64_t channels) {
+    switch (job->dtype) {
+    case FBN_FLOAT32:
+        sums_f32(sum, square, shift, job, first, channels);
+        break;
+    case FBN_FLOAT64:
+        sums_f64(sum, square, shift, job, first, channels);
+        break;
+    case FBN_FLOAT16:
+        sums_f16(sum, square, shift, job, first, channels);
+        break;
+    case FBN_BFLOAT16:
+        sums_bf16(sum, square, shift, job, first, channels);
+        break;
+    }
+}
+
+void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels) {
+    const double n = (double)job->N * (double)job->S;
+    double sum[FBN_CHANNELS];
+    fbn_sample_mean(mean, job, sample, first, channels);
+    sums_of(sum, m2, mean, job, first, channels);
+    for (int64_t c = 0; c < channels; c++)
+        mean[c] += sum[c] / n;
+    sums_of(sum, m2, mean, job, first, channels);
+    for (int64_t c = 0; c < channels; c++)
+        m2[c] -= sum[c] * sum[c] / n;
+}

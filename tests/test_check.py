@@ -1,0 +1,123 @@
+"""Every rule about arguments: one form of message, the right class of error, and nothing written."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import BatchStats
+
+X = np.ones((4, 3, 5), np.float32)
+ONES = np.ones(3)
+
+
+def frozen(array):
+    array.flags.writeable = False
+    return array
+
+
+def overlapping(shift):
+    memory = np.ones(X.size + 8, np.float32)
+    return memory[: X.size].reshape(X.shape), memory[shift : X.size + shift].reshape(X.shape)
+
+
+WRONG = {
+    "x a list": (lambda: fastbn.batch_norm([[1.0]], ONES, ONES), TypeError, "x"),
+    "x an object": (lambda: fastbn.batch_stats(object()), TypeError, "x"),
+    "x None": (lambda: fastbn.batch_stats(None), TypeError, "x"),
+    "x of integers": (lambda: fastbn.batch_stats(X.astype(int)), TypeError, "x"),
+    "x complex": (lambda: fastbn.batch_stats(X.astype(complex)), TypeError, "x"),
+    "x of long double": (lambda: fastbn.batch_stats(X.astype(np.longdouble)), TypeError, "x"),
+    "x without axes": (lambda: fastbn.batch_stats(np.float32(1)), ValueError, "axis"),
+    "axis too large": (lambda: fastbn.batch_stats(X, axis=3), ValueError, "axis"),
+    "axis too small": (lambda: fastbn.batch_stats(X, axis=-4), ValueError, "axis"),
+    "axis a float": (lambda: fastbn.batch_stats(X, axis=1.5), TypeError, "axis"),
+    "eps negative": (lambda: fastbn.batch_norm_train(X, eps=-1e-5), ValueError, "eps"),
+    "eps NaN": (lambda: fastbn.batch_norm_train(X, eps=float("nan")), ValueError, "eps"),
+    "eps infinite": (lambda: fastbn.batch_norm_train(X, eps=float("inf")), ValueError, "eps"),
+    "eps a word": (lambda: fastbn.batch_norm_train(X, eps="small"), TypeError, "eps"),
+    "momentum": (lambda: fastbn.batch_norm_train(X, momentum=1.5), ValueError, "momentum"),
+    "momentum NaN": (lambda: fastbn.batch_norm_train(X, momentum=float("nan")), ValueError, "momentum"),
+    "activation": (lambda: fastbn.batch_norm_train(X, activation="gelu"), ValueError, "activation"),
+    "activation a list": (lambda: fastbn.batch_norm_train(X, activation=[]), ValueError, "activation"),
+    "weight too long": (lambda: fastbn.batch_norm_train(X, np.ones(4)), ValueError, "weight"),
+    "weight a matrix": (lambda: fastbn.batch_norm_train(X, np.ones((3, 1))), ValueError, "weight"),
+    "weight of integers": (lambda: fastbn.batch_norm_train(X, np.ones(3, int)), TypeError, "weight"),
+    "bias float16": (lambda: fastbn.batch_norm_train(X, None, np.ones(3, np.float16)), TypeError, "bias"),
+    "mean None": (lambda: fastbn.batch_norm(X, None, ONES), TypeError, "mean"),
+    "var None": (lambda: fastbn.batch_norm(X, ONES, None), TypeError, "var"),
+    "var too short": (lambda: fastbn.batch_norm(X, ONES, np.ones(2)), ValueError, "var"),
+    "var negative": (lambda: fastbn.batch_norm(X, ONES, np.array([1.0, -1.0, 1.0])), ValueError, "var"),
+    "var zero and eps zero": (lambda: fastbn.batch_norm(X, ONES, np.zeros(3), eps=0.0), ValueError, "var"),
+    "residual of another shape": (lambda: fastbn.batch_norm_train(X, residual=X[:2]), ValueError, "residual"),
+    "residual of another dtype": (lambda: fastbn.batch_norm_train(X, residual=X.astype(float)), TypeError, "residual"),
+    "out of another shape": (lambda: fastbn.batch_norm_train(X, out=np.ones((4, 3, 6), np.float32)), ValueError, "out"),
+    "out of another dtype": (lambda: fastbn.batch_norm_train(X, out=np.ones(X.shape)), TypeError, "out"),
+    "out read-only": (lambda: fastbn.batch_norm_train(X, out=frozen(X.copy())), ValueError, "out"),
+    "out and x read-only": (lambda: (lambda x: fastbn.batch_norm_train(x, out=x))(frozen(X.copy())), ValueError, "out"),
+    "out a list": (lambda: fastbn.batch_norm_train(X, out=[1.0]), TypeError, "out"),
+    "out overlaps itself": (
+        lambda: fastbn.batch_norm_train(X, out=np.lib.stride_tricks.as_strided(np.ones(99, np.float32), X.shape, (4, 4, 4))),
+        ValueError,
+        "out",
+    ),
+    "running_mean too long": (lambda: fastbn.batch_norm_train(X, running_mean=np.ones(4)), ValueError, "running_mean"),
+    "running_var read-only": (lambda: fastbn.batch_norm_train(X, running_var=frozen(np.ones(3))), ValueError, "running_var"),
+    "running_var of integers": (lambda: fastbn.batch_norm_train(X, running_var=np.ones(3, int)), TypeError, "running_var"),
+    "running_mean of swapped bytes": (lambda: fastbn.batch_norm_train(X, running_mean=ONES.astype(">f8")), ValueError, "running_mean"),
+    "dy of another shape": (lambda: fastbn.batch_norm_backward(X[:, :2], X, STATS), ValueError, "dy"),
+    "dy of another dtype": (lambda: fastbn.batch_norm_backward(X.astype(float), X, STATS), TypeError, "dy"),
+    "stats a tuple": (lambda: fastbn.batch_norm_backward(X, X, (ONES, ONES)), TypeError, "stats"),
+    "stats of another width": (lambda: fastbn.batch_norm_backward(X, X, BatchStats(20, np.ones(2), np.ones(2))), ValueError, "stats"),
+    "stats of another count": (lambda: fastbn.batch_norm_backward(X, X, BatchStats(7, ONES, ONES)), ValueError, "stats"),
+    "stats of nothing": (lambda: fastbn.batch_norm_backward(X, X, BatchStats(0, ONES, ONES), training=False), ValueError, "stats"),
+    "isa": (lambda: fastbn.use_isa("mmx"), ValueError, "name"),
+    "isa a number": (lambda: fastbn.use_isa(3), ValueError, "name"),
+}
+STATS = fastbn.batch_stats(X)
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_bad_arguments(case):
+    call, error, where = WRONG[case]
+    before = X.tobytes()
+    with pytest.raises(error, match=rf"^Expected .*, got .* - at `{where}`$") as caught:
+        call()
+    assert isinstance(caught.value, fastbn.FastbnError)
+    assert X.tobytes() == before
+
+
+@pytest.mark.parametrize("shift", [1, 2, 7])
+def test_partial_overlap_writes_nothing(shift):
+    x, out = overlapping(shift)
+    running = np.zeros(3)
+    other = np.ones_like(X)
+    for call in (
+        lambda: fastbn.batch_norm_train(x, running_mean=running, out=out),
+        lambda: fastbn.batch_norm_train(other, residual=x, running_mean=running, out=out),
+        lambda: fastbn.batch_norm(x, ONES, ONES, out=out),
+        lambda: fastbn.batch_norm_backward(x, other, STATS, out=out),
+        lambda: fastbn.batch_norm_backward(other, x, STATS, out=out),
+        lambda: fastbn.batch_norm_backward(x, out, STATS, out=out),
+    ):
+        with pytest.raises(ValueError, match=r"Expected .*, got an array that overlaps an input - at `out`"):
+            call()
+    assert (x == 1).all()
+    assert (running == 0).all()
+
+
+def test_running_statistics_overlap_nothing():
+    memory = np.ones(X.size, np.float32)
+    x = memory.reshape(X.shape)
+    with pytest.raises(ValueError, match="at `running_mean`"):
+        fastbn.batch_norm_train(x, running_mean=memory[:3])
+    shared = np.ones(4)
+    with pytest.raises(ValueError, match="at `running_var`"):
+        fastbn.batch_norm_train(X, running_mean=shared[:3], running_var=shared[1:])
+    assert (memory == 1).all()
+
+
+def test_interleaved_arrays_do_not_overlap():
+    memory = np.ones((4, 6, 5), np.float32)
+    y = fastbn.batch_norm(memory[:, ::2], ONES, ONES, out=memory[:, 1::2])
+    assert (y == 0).all()
+    assert (memory[:, ::2] == 1).all()

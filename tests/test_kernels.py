@@ -1,0 +1,156 @@
+"""The kernels of src_c: the same bits on every ISA and for any number of threads, and not one element read or written beside the arrays."""
+
+import mmap
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastbn
+
+ISAS = fastbn.show_config()["isa_available"]
+DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+# (shape, axis): both layouts, tails of every kind, tiles and groups that are split, joined rows with a rest.
+CASES = [
+    ((3, 5, 7, 9), 1),
+    ((2, 3, 33000), 1),
+    ((40, 70, 5, 5), 1),
+    ((40, 24, 40, 41), 1),
+    ((1, 9, 300), 1),
+    ((1500, 3), 1),
+    ((333, 130), 1),
+    ((6, 50, 40, 67), -1),
+    ((12, 9000), 1),
+    ((1, 1, 70000), 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    before = fastbn.get_num_threads()
+    yield
+    fastbn.set_num_threads(before)
+
+
+def everything(x, dy, residual, weight, bias, axis, activation):
+    """Every result that the kernels can make of these arrays, as bytes."""
+    options = {"axis": axis, "activation": activation, "residual": residual}
+    y, stats = fastbn.batch_norm_train(x, weight, bias, **options)
+    results = [y, stats.mean, stats.m2, fastbn.batch_norm(x, stats.mean, stats.var, weight, bias, **options)]
+    for training in (True, False):
+        results += fastbn.batch_norm_backward(dy, x, stats, weight, bias, training=training, **options)
+    return [np.asarray(values).tobytes() for values in results if values is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+def test_same_bits_on_every_isa_and_for_any_threads(shape, axis, dtype):
+    rng = np.random.default_rng(0)
+    x, dy, residual = ((rng.standard_normal(shape) * 2 + 1).astype(dtype) for _ in range(3))
+    weight, bias = rng.standard_normal((2, shape[axis]))
+    for activation, added in ((None, None), ("relu", None), ("leaky_relu", residual), ("relu6", residual)):
+        fastbn.set_num_threads(1)
+        with fastbn.use_isa("scalar"):
+            want = everything(x, dy, added, weight, bias, axis, activation)
+        for isa in ISAS:
+            for threads in (1, 2, 3, 8) if dtype == np.float32 and activation is None else (2,):
+                fastbn.set_num_threads(threads)
+                with fastbn.use_isa(isa):
+                    assert everything(x, dy, added, weight, bias, axis, activation) == want, (isa, threads)
+
+
+def test_streaming_changes_no_bit():
+    # Larger than half of any last cache up to 64 MB, and odd planes, so that heads and tails meet streaming stores.
+    x = np.random.default_rng(0).standard_normal((9, 31, 190, 191), dtype=np.float32)
+    weight, bias = np.linspace(1, 2, 31), np.linspace(-1, 1, 31)
+    for axis, array in ((1, x), (-1, np.ascontiguousarray(x.transpose(0, 2, 3, 1)))):
+        big, stats = fastbn.batch_norm_train(array, weight, bias, axis=axis, activation="relu")
+        in_place, _ = fastbn.batch_norm_train(array, weight, bias, axis=axis, activation="relu", out=array)
+        assert big.tobytes() == in_place.tobytes()
+        assert stats.count == 9 * 190 * 191
+
+
+class Guarded:
+    """Arrays that end, or begin, where the next byte is not mapped: a read past them is a crash."""
+
+    def __init__(self):
+        self.maps = []
+
+    def array(self, shape, dtype, at_end):
+        size = int(np.prod(shape)) * dtype.itemsize
+        page = mmap.PAGESIZE
+        room = -(-size // page) * page
+        memory = mmap.mmap(-1, room + 2 * page)
+        self.maps.append(memory)
+        whole = np.frombuffer(memory, np.uint8)
+        protect(whole.ctypes.data, page)
+        protect(whole.ctypes.data + page + room, page)
+        first = page + (room - size if at_end else 0)
+        return whole[first : first + size].view(dtype).reshape(shape)
+
+
+def protect(address, size):
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0):
+        pytest.skip("no guard pages here")
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_nothing_beside_the_arrays_is_touched(dtype, isa, at_end):
+    with fastbn.use_isa(isa):
+        for shape in [
+            (3, 5, 1),
+            (1, 3, 1),
+            (2, 3, 5),
+            (3, 2, 17),
+            (2, 3, 67),
+            (5, 33),
+            (17, 65),
+            (33, 3),
+            (300, 7),
+            (9, 7, 3, 3),
+            (2, 2, 1029),
+        ]:
+            guarded = Guarded()
+            x, dy, residual, out = (guarded.array(shape, dtype, at_end) for _ in range(4))
+            for array, seed in ((x, 0), (dy, 1), (residual, 2)):
+                array[...] = np.random.default_rng(seed).standard_normal(shape)
+            weight, bias, mean, var = (guarded.array((shape[1],), np.dtype(np.float32), at_end) for _ in range(4))
+            for values in (weight, bias, mean, var):
+                values[...] = 1
+            for activation in (None, "relu"):
+                _, stats = fastbn.batch_norm_train(
+                    x, weight, bias, running_mean=mean, running_var=var, activation=activation, residual=residual, out=out
+                )
+                fastbn.batch_norm(x, mean, var, weight, bias, activation=activation, out=out)
+                for training in (True, False):
+                    fastbn.batch_norm_backward(
+                        dy, x, stats, weight, bias, activation=activation, residual=residual, training=training, out=out
+                    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_neighbours_of_a_strided_output_are_left_alone(isa):
+    rng = np.random.default_rng(0)
+    with fastbn.use_isa(isa):
+        for shape in [(4, 5, 37), (4, 5, 3), (70, 41), (3, 6, 19, 5)]:
+            frame = np.full([size + 2 for size in shape], 7, np.float32)
+            inside = frame[tuple(slice(1, -1) for _ in shape)]
+            x = rng.standard_normal(shape, dtype=np.float32)
+            fastbn.batch_norm_train(x, out=inside)
+            np.testing.assert_allclose(inside, fastbn.batch_norm_train(x)[0], atol=2e-6)
+            assert (frame == 7).sum() == frame.size - inside.size
+
+
+def test_the_table_is_complete():
+    for isa in ISAS:
+        with fastbn.use_isa(isa):
+            names = fastbn.kernels()
+        assert len(names) == len(set(names)) == 4 * 2 * 4
+        assert all(name.startswith("fbn_") and name.endswith(f"_{isa}") for name in names)
+        for op in ("stats", "apply", "grad_reduce", "grad_input"):
+            assert f"fbn_{op}_nsc_bf16_{isa}" in names

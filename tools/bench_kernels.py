@@ -1,0 +1,384 @@
+"""Time the array functions beside NumPy, PyTorch and ONNX Runtime, a copy and a streaming copy, in one run.
+
+    python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
+    python tools/bench_kernels.py --shapes shapes.json             other shapes: a list of {"N", "C", "spatial"}
+    python tools/bench_kernels.py --json bench.json --chart bench.svg
+    python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
+
+Every result is checked before it is timed. Each figure is the 10th percentile of its calls, in microseconds; every side that can writes
+into existing memory (out=). Peers that are not installed are left out, with a line that says so.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import fastbn
+from fastbn import reference
+
+SHAPES = [
+    (1, 64, 56, 56),
+    (1, 64, 112, 112),
+    (2, 256, 28, 28),
+    (2, 251, 28, 28),
+    (1, 3, 224, 224),
+    (50, 512, 7, 7),
+    (32, 2048, 7, 7),
+    (128, 2048),
+    (3136, 256),
+    (96, 192, 17, 17),
+    (32, 512, 28, 28),
+    (32, 256, 56, 56),
+    (32, 64, 112, 112),
+]
+OPERATIONS = ("train", "backward", "infer", "fused")
+STREAMING_COPY = """
+#include <emmintrin.h>
+#include <stddef.h>
+void streaming_copy(char *to, const char *from, size_t bytes) {
+    for (size_t i = 0; i + 64 <= bytes; i += 64)
+        for (size_t j = i; j < i + 64; j += 16)
+            _mm_stream_si128((__m128i *)(to + j), _mm_loadu_si128((const __m128i *)(from + j)));
+    _mm_sfence();
+}
+"""
+
+
+def percentile(call, seconds):
+    """The 10th percentile of the time of a call, in microseconds."""
+    call()
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 7 or (time.perf_counter() < end and len(times) < 2000):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 10] * 1e6
+
+
+def build_streaming_copy(folder):
+    """A copy with streaming stores: the least that reading x and writing y can cost above the cache. None without a compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None or os.uname().machine != "x86_64":
+        print("streaming copy: no C compiler for x86-64, left out", file=sys.stderr)
+        return None
+    source, library = Path(folder) / "roof.c", Path(folder) / "roof.so"
+    source.write_text(STREAMING_COPY)
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).streaming_copy
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return function
+
+
+def optional(name):
+    try:
+        return __import__(name)
+    except ImportError:
+        print(f"{name}: not installed, left out", file=sys.stderr)
+        return None
+
+
+class Case:
+    """One shape, layout and dtype, with the arrays that every side reads and writes."""
+
+    def __init__(self, shape, layout, dtype):
+        self.shape, self.layout, self.dtype = shape, layout, dtype
+        rng = np.random.default_rng(0)
+        order = (0, *range(2, len(shape)), 1) if layout == "NHWC" else tuple(range(len(shape)))
+
+        def tensor():
+            values = rng.standard_normal(shape, dtype=np.float32) + np.float32(0.5)
+            return np.ascontiguousarray(values.transpose(order)).astype(dtype)
+
+        self.axis = -1 if layout == "NHWC" else 1
+        self.x, self.dy, self.residual = tensor(), tensor(), tensor()
+        self.out = np.zeros_like(self.x)
+        self.weight, self.bias = rng.standard_normal((2, shape[1])).astype(np.float32)
+        self.mean, self.var = np.full(shape[1], 0.5, np.float32), np.ones(shape[1], np.float32)
+        self.stats = fastbn.batch_stats(self.x, axis=self.axis)
+
+    def want(self, operation):
+        """The result by the float64 twin, on the first channels only where all of them would take long."""
+        few = slice(0, max(1, min(self.shape[1], 2_000_000 // (self.x.size // self.shape[1]))))
+        at = (..., few) if self.axis == -1 else (slice(None), few)
+        x, dy, residual = (array[at].astype(np.float64) for array in (self.x, self.dy, self.residual))
+        weight, bias = self.weight[few], self.bias[few]
+        if operation == "train":
+            return at, reference.batch_norm_train(x, weight, bias, axis=self.axis)[0]
+        if operation == "backward":
+            return at, reference.batch_norm_backward(dy, x, reference.batch_stats(x, axis=self.axis), weight, bias, axis=self.axis)[0]
+        extra = {"activation": "relu", "residual": residual} if operation == "fused" else {}
+        return at, reference.batch_norm(x, self.mean[few], self.var[few], weight, bias, axis=self.axis, **extra)
+
+    def check(self, who, operation, result):
+        at, want = self.want(operation)
+        error = np.abs(np.asarray(result)[at].astype(np.float64) - want).max()
+        bound = {2: 0.1, 4: 1e-3, 8: 1e-9}[self.dtype.itemsize]
+        if not error < bound:
+            raise SystemExit(f"{who} {operation} {self.shape} {self.layout}: wrong by {error}")
+
+
+def fastbn_calls(case):
+    keywords = {"axis": case.axis, "out": case.out}
+    return {
+        "train": lambda: fastbn.batch_norm_train(case.x, case.weight, case.bias, **keywords)[0],
+        "backward": lambda: fastbn.batch_norm_backward(case.dy, case.x, case.stats, case.weight, case.bias, **keywords)[0],
+        "infer": lambda: fastbn.batch_norm(case.x, case.mean, case.var, case.weight, case.bias, **keywords),
+        "fused": lambda: fastbn.batch_norm(
+            case.x, case.mean, case.var, case.weight, case.bias, activation="relu", residual=case.residual, **keywords
+        ),
+    }
+
+
+def numpy_calls(case):
+    shape = [-1 if i == case.axis % case.x.ndim else 1 for i in range(case.x.ndim)]
+    axes = tuple(i for i in range(case.x.ndim) if i != case.axis % case.x.ndim)
+    weight, bias = case.weight.reshape(shape), case.bias.reshape(shape)
+
+    def train():
+        mean = case.x.mean(axes, keepdims=True)
+        centred = np.subtract(case.x, mean, out=case.out)
+        centred *= weight / np.sqrt(np.square(centred).mean(axes, keepdims=True) + 1e-5)
+        centred += bias
+        return centred
+
+    return {"train": train}
+
+
+def torch_calls(torch, case):
+    """PyTorch on the same memory; channels last is a transposed view, as PyTorch has it."""
+
+    def view(array):
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)
+        return tensor.movedim(-1, 1) if case.axis == -1 else tensor
+
+    x, dy, residual, out = (view(array) for array in (case.x, case.dy, case.residual, case.out))
+    dtype = torch.float64 if case.dtype == np.float64 else torch.float32
+    weight, bias, mean, var = (torch.from_numpy(values).to(dtype) for values in (case.weight, case.bias, case.mean, case.var))
+    back = (lambda t: t.movedim(1, -1)) if case.axis == -1 else (lambda t: t)
+    saved = torch.empty(case.shape[1], dtype=dtype), torch.empty(case.shape[1], dtype=dtype)
+    _, save_mean, save_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+
+    def forward(training):
+        torch.native_batch_norm(x, weight, bias, mean, var, training, 0.0, 1e-5, out=(out, *saved))
+        return back(out)
+
+    def backward():
+        grads = torch.ops.aten.native_batch_norm_backward(dy, x, weight, mean, var, save_mean, save_std, True, 1e-5, [True, True, True])
+        return back(grads[0])
+
+    def fused():
+        y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, 1e-5, out=(out, *saved))[0]
+        return back(torch.relu_(y.add_(residual)))
+
+    return {"train": lambda: forward(True), "backward": backward, "infer": lambda: forward(False), "fused": fused}
+
+
+def onnx_calls(onnxruntime, onnx, case, threads):
+    if case.layout != "NCHW" or case.dtype != np.float32:
+        return {}
+    helper, numpy_helper, FLOAT = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
+    node = helper.make_node("BatchNormalization", ["x", "w", "b", "m", "v"], ["y"])
+    values = zip("wbmv", (case.weight, case.bias, case.mean, case.var), strict=True)
+    ends = [helper.make_tensor_value_info(name, FLOAT, case.shape) for name in "xy"]
+    graph = helper.make_graph([node], "bn", ends[:1], ends[1:], [numpy_helper.from_array(array, name) for name, array in values])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", case.x)
+    binding.bind_output("y", "cpu", 0, np.float32, case.shape, case.out.ctypes.data)
+
+    def infer():
+        session.run_with_iobinding(binding)
+        return case.out
+
+    return {"infer": infer}
+
+
+def rows(case, threads, seconds, streaming_copy, modules):
+    """One record per operation and side."""
+    fastbn.set_num_threads(threads)
+    roofs = {"copy": lambda: np.copyto(case.out, case.x)}
+    start = -case.out.ctypes.data % 64
+    if streaming_copy is not None and case.out.nbytes > 1024:
+        addresses = case.out.ctypes.data + start, case.x.ctypes.data + start, case.out.nbytes - 64
+        roofs["streaming copy"] = lambda: streaming_copy(*addresses)
+    common = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": threads, "bytes": case.x.nbytes}
+    for who, call in roofs.items():
+        yield {**common, "side": who, "operation": "roof", "us": percentile(call, seconds)}
+    sides = {"fastbn": fastbn_calls(case)}
+    if case.dtype in (np.float32, np.float64) and threads == 1:
+        sides["numpy"] = numpy_calls(case)
+    if modules["torch"] and case.dtype != np.float16:
+        modules["torch"].set_num_threads(threads)
+        sides["torch"] = torch_calls(modules["torch"], case)
+    if modules["onnxruntime"] and modules["onnx"]:
+        sides["onnxruntime"] = onnx_calls(modules["onnxruntime"], modules["onnx"], case, threads)
+    for who, calls in sides.items():
+        for operation, call in calls.items():
+            result = call()
+            if who == "torch" and case.dtype.name == "bfloat16":
+                result = result.float()
+            case.check(who, operation, result)
+            yield {**common, "side": who, "operation": operation, "us": percentile(call, seconds)}
+
+
+def measure(shapes, dtypes, thread_counts, seconds):
+    modules = {name: optional(name) for name in ("torch", "onnxruntime", "onnx")}
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        streaming_copy = build_streaming_copy(folder)
+        for shape in shapes:
+            for dtype in dtypes:
+                for layout in ("NCHW", "NHWC") if math.prod(shape[2:]) > 1 else ("NCHW",):
+                    case = Case(shape, layout, dtype)
+                    for threads in thread_counts:
+                        records += rows(case, threads, seconds, streaming_copy, modules)
+                    print_case(records, case)
+    return records
+
+
+def find(records, side, operation, **where):
+    wanted = {"side": side, "operation": operation, **where}
+    found = [record["us"] for record in records if all(record[key] == value for key, value in wanted.items())]
+    return found[0] if found else None
+
+
+def print_case(records, case):
+    """A line per thread count: the copy in microseconds, then fastbn and the peers as multiples of it."""
+    threads = sorted({record["threads"] for record in records})
+    for count in threads:
+        where = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": count}
+        copy = find(records, "copy", "roof", **where)
+        cells = [f"{case.shape!s:22} {case.layout} {case.dtype.name:8} {count} copy {copy:9.1f}us"]
+        streamed = find(records, "streaming copy", "roof", **where)
+        if streamed:
+            cells.append(f"streaming {streamed / copy:.2f}")
+        for operation in OPERATIONS:
+            times = {side: find(records, side, operation, **where) for side in ("fastbn", "numpy", "torch", "onnxruntime")}
+            cells.append(f"{operation} " + " ".join(f"{side[0]}{us / copy:.2f}" for side, us in times.items() if us))
+        print(" | ".join(cells), flush=True)
+
+
+def summarise(records):
+    """The figures of the project's targets: geometric means over shapes against each peer."""
+    lines = []
+    for dtype in sorted({record["dtype"] for record in records}):
+        for peer in ("torch", "onnxruntime", "numpy"):
+            for operation in OPERATIONS:
+                for layout in ("NCHW", "NHWC"):
+                    ratios = []
+                    for record in records:
+                        same = {key: record[key] for key in ("shape", "layout", "dtype", "threads")}
+                        if record["side"] != peer or record["operation"] != operation or record["layout"] != layout:
+                            continue
+                        if record["dtype"] == dtype and record["threads"] == 1:
+                            ratios.append(record["us"] / find(records, "fastbn", operation, **same))
+                    if ratios:
+                        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                        lines.append(f"{dtype} {operation} {layout}: {mean:.1f}x {peer} (least {min(ratios):.1f}x, {len(ratios)} shapes)")
+    return lines
+
+
+def chart(records, path):
+    """Bars of training forward at one thread, each side as a multiple of a copy, on a logarithmic axis."""
+    colours = {"fastbn": "#1b7f5c", "torch": "#d1603d", "numpy": "#8a8f98"}
+    kept = [
+        record
+        for record in records
+        if record["dtype"] == "float32" and record["threads"] == 1 and record["operation"] == "train" and record["side"] in colours
+    ]
+    cases = list(dict.fromkeys((record["shape"], record["layout"]) for record in kept))
+    left, width, line = 190, 620, 12
+    height = len(cases) * (line * 3 + 10) + 60
+    top = math.log10(1000)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="16" font-size="13">Training forward, float32, one thread: multiples of a copy (less is better)</text>',
+    ]
+    for number, (side, colour) in enumerate(colours.items()):
+        parts.append(f'<rect x="{left + number * 90}" y="24" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{left + number * 90 + 14}" y="33">{side}</text>')
+    y = 48
+    for shape, layout in cases:
+        parts.append(f'<text x="{left - 6}" y="{y + 20}" text-anchor="end">{"x".join(map(str, shape))} {layout}</text>')
+        copy = find(records, "copy", "roof", shape=shape, layout=layout, dtype="float32", threads=1)
+        for side, colour in colours.items():
+            us = find(records, side, "train", shape=shape, layout=layout, dtype="float32", threads=1)
+            if us:
+                length = max(2, width * math.log10(max(us / copy, 1.02)) / top)
+                parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{line - 2}" fill="{colour}"/>')
+                parts.append(f'<text x="{left + length + 4:.0f}" y="{y + 9}" font-size="9">{us / copy:.1f}</text>')
+            y += line
+        y += 10
+    parts.append("</svg>")
+    Path(path).write_text("\n".join(parts) + "\n")
+
+
+def print_accuracy():
+    """The largest error of y against long double: x = k + randn, 65,536 values per channel, weight 1, bias 0."""
+    torch = optional("torch")
+    for k in (1.0, 1e2, 1e4, 1e6, 1e7):
+        for layout, shape in (("channels first", (4, 2, 16384)), ("channels last", (65536, 2))):
+            x = (np.random.default_rng(0).standard_normal(shape) + k).astype(np.float32)
+            axes = (0, *range(2, x.ndim))
+            centred = x - x.astype(np.longdouble).mean(axes, keepdims=True)
+            want = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+            line = f"mean/std {k:8.0e} {layout:14} fastbn {float(np.abs(fastbn.batch_norm_train(x)[0] - want).max()):.0e}"
+            if torch is not None:
+                y = torch.nn.functional.batch_norm(torch.from_numpy(x), None, None, training=True).numpy()
+                line += f" torch {float(np.abs(y - want).max()):.0e}"
+            print(line)
+
+
+def dtype_of(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", help="JSON list of shapes: N, C and spatial")
+    parser.add_argument("--most-bytes", type=int, default=1 << 28, help="leave out shapes whose float32 tensor is larger")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float64", "float16", "bfloat16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, fastbn.get_num_threads()}))
+    parser.add_argument("--seconds", type=float, default=0.15, help="for each figure")
+    parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
+    parser.add_argument("--json", help="write every figure here")
+    parser.add_argument("--chart", help="write an SVG here")
+    arguments = parser.parse_args()
+    if arguments.accuracy:
+        print_accuracy()
+        return
+    shapes = SHAPES
+    if arguments.shapes:
+        listed = json.loads(Path(arguments.shapes).read_text())
+        shapes = [(item["N"], item["C"], *item["spatial"]) for item in listed]
+    shapes = [shape for shape in dict.fromkeys(shapes) if math.prod(shape) * 4 <= arguments.most_bytes]
+    records = measure(shapes, [dtype_of(name) for name in arguments.dtype], arguments.threads, arguments.seconds)
+    print("\n".join(summarise(records)))
+    if arguments.json:
+        about = {"config": fastbn.show_config(), "records": records}
+        Path(arguments.json).write_text(json.dumps(about, indent=1) + "\n")
+    if arguments.chart:
+        chart(records, arguments.chart)
+
+
+if __name__ == "__main__":
+    main()
