@@ -8,7 +8,7 @@ import fastbn
 from fastbn.graph import storage
 from fastbn.graph.lift import lift
 from fastbn.graph.model import Index
-from fastbn.graph.plan import Site
+from fastbn.graph.site import Site
 
 PER_CHANNEL = normal(4, 1, 1)
 

@@ -11,9 +11,9 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, nor
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import absorb, plan, rewrite
+from fastbn.graph import absorb, rewrite, site
 from fastbn.graph.folding import fold_watched
-from fastbn.graph.verify import session
+from fastbn.graph.runtime import session
 
 MIXED = """(float[N,3,8,8] x) => (float[N,4] y) {
     c = Conv(x, w, b)
@@ -95,13 +95,13 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
 
 def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
     """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
-    lift = plan.lift
+    lift = site.lift
 
-    def wrong_lift(node, site):
-        found = lift(node, site)
+    def wrong_lift(node, view):
+        found = lift(node, view)
         return replace(found, scale=found.scale * 1.5) if node.label == "second" else found
 
-    monkeypatch.setattr(plan, "lift", wrong_lift)
+    monkeypatch.setattr(site, "lift", wrong_lift)
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = Conv(x, w, b)
         first = BatchNormalization(c, s, t, m, v)

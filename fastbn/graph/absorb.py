@@ -20,6 +20,24 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Affine, Dense, Dequantised, Scaled, spread_over
 from fastbn.graph.lift import constant_slot
 from fastbn.graph.report import Refusal
+from fastbn.graph.weights import (
+    batch_norm_sample,
+    conv_sample,
+    conv_terms,
+    conv_weight,
+    elementwise_sample,
+    gemm_sample,
+    gemm_terms,
+    gemm_weight,
+    matmul_sample,
+    matmul_slot,
+    matmul_terms,
+    matmul_views,
+    no_sample,
+    one_term,
+    recurrent_sample,
+    recurrent_terms,
+)
 
 __all__ = ["ABSORBERS", "Row", "Taken", "axis_of"]
 
@@ -110,14 +128,14 @@ def _summed(weight, view, affine):
 # Conv:  backward S*(W x + b) + T = (S*W) x + (S*b + T), S along axis 0 of W;  forward W (S x + T) + b = (W*S) x + (b + W T), S along the
 # input channels of each group, and W T is the same everywhere only where no padding takes part.
 def _conv_backward(node, affine, site):
-    weight, _ = _conv_weight(node, site)
+    weight, _ = conv_weight(node, site)
     _require_axis(node, affine, axis_in(node, affine, len(weight.shape)), 1, "output")
     _require_channels(node, affine, weight.shape[0], "output")
     return _output_side(node, affine, site, weight, View(1, 1, weight.shape[0], math.prod(weight.shape[1:])), weight.shape[0])
 
 
 def _conv_forward(node, slot, affine, site):
-    weight, groups = _conv_weight(node, site)
+    weight, groups = conv_weight(node, site)
     view = View(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
     if affine.shifts and _pads(node, weight):
         raise Refusal("padding", f"Conv '{node.label}' pads its input with zeros, which a shift would have to change")
@@ -135,7 +153,7 @@ def _pads(node, weight):
 # ConvTranspose: W is (C_in, C_out / groups, ...): group g of the inputs holds the outputs g * C_out/groups ... A shift of its input reaches
 # every output alike only where each output sums one full kernel: stride 1 and nothing of the border kept.
 def _conv_transpose_backward(node, affine, site):
-    weight, groups = _conv_weight(node, site)
+    weight, groups = conv_weight(node, site)
     channels = weight.shape[1] * groups
     _require_axis(node, affine, axis_in(node, affine, len(weight.shape)), 1, "output")
     _require_channels(node, affine, channels, "output")
@@ -144,7 +162,7 @@ def _conv_transpose_backward(node, affine, site):
 
 
 def _conv_transpose_forward(node, slot, affine, site):
-    weight, groups = _conv_weight(node, site)
+    weight, groups = conv_weight(node, site)
     if affine.shifts and not _sums_whole_kernels(node, weight):
         raise Refusal("padding", f"the borders of ConvTranspose '{node.label}' sum parts of its kernel, which a shift would reach unevenly")
     view = View(1, 1, weight.shape[0], math.prod(weight.shape[1:]))
@@ -168,22 +186,6 @@ def _sums_whole_kernels(node, weight):
     plain = node.attribute("auto_pad", b"NOTSET") == b"NOTSET" and "output_shape" not in node.attributes
     none_added = not any(node.attribute("output_padding", []))
     return plain and none_added and all(s == 1 for s in strides) and all(pads[i] >= r <= pads[i + count] for i, r in enumerate(reach))
-
-
-def _conv_weight(node, site):
-    weight, groups = site.weight(node, 1), node.attribute("group", 1)
-    if len(weight.shape) < 3 or groups < 1 or weight.shape[0] % groups or 0 in weight.shape:
-        raise ModelError(expected(f"convolution weights that {groups} groups divide", f"shape {weight.shape}", node.label))
-    count = len(weight.shape) - 2
-    for name, length in (("strides", count), ("dilations", count), ("pads", 2 * count)):
-        sizes = node.attribute(name, [1] * length)
-        if len(sizes) != length or (name != "pads" and min(sizes) < 1):
-            raise ModelError(expected(f"{length} {name} for {count} axes", f"{sizes}", node.label))
-    declared = site.index.declared_shape(node.inputs[0])
-    channels = weight.shape[1] * groups if node.op == "Conv" else weight.shape[0]
-    if declared and (len(declared) != len(weight.shape) or declared[1] not in (None, channels)):
-        raise ModelError(expected(f"weights for an input of shape {declared}", f"shape {weight.shape}", node.label))
-    return weight, groups
 
 
 def _output_side(node, affine, site, weight, view, channels):
@@ -214,7 +216,7 @@ def _input_side(node, slot, affine, site, weight, view, channels):
 # Gemm:  backward S*(alpha A B + beta C) + T = alpha A (B*S) + (beta*C*S + T), S along the columns of B;  forward
 # alpha (A*S + T) B + beta C = alpha A (S*B) + (beta*C + alpha T B), S along the rows of B.
 def _gemm_backward(node, affine, site):
-    weight, columns_first, (rows, channels) = _gemm_weight(node, site)
+    weight, columns_first, (rows, channels) = gemm_weight(node, site)
     _require_axis(node, affine, axis_in(node, affine, 2), 1, "output")
     _require_channels(node, affine, channels, "output")
     scale, shift, spread = affine.along(channels)
@@ -231,7 +233,7 @@ def _gemm_backward(node, affine, site):
 def _gemm_forward(node, slot, affine, site):
     if slot != 0:
         raise Refusal("no-absorber", f"it is not the first operand of Gemm '{node.label}'")
-    weight, columns_first, (rows, channels) = _gemm_weight(node, site)
+    weight, columns_first, (rows, channels) = gemm_weight(node, site)
     _require_axis(node, affine, axis_in(node, affine, 2), 0 if node.attribute("transA", 0) else 1, "input")
     _require_channels(node, affine, rows, "input")
     taken = Taken()
@@ -246,15 +248,6 @@ def _gemm_forward(node, slot, affine, site):
         taken.constants[2] = bias.affine(1.0, alpha * (shift @ matrix), abs(alpha) * (spread @ np.abs(matrix)))
         _own_bias(node, site, taken)
     return taken
-
-
-def _gemm_weight(node, site):
-    """Return (B, whether its columns come first, (rows, columns))."""
-    weight = site.weight(node, 1)
-    if len(weight.shape) != 2:
-        raise ModelError(expected("a matrix", f"shape {weight.shape}", node.label))
-    columns_first = bool(node.attribute("transB", 0))
-    return weight, columns_first, weight.shape[::-1] if columns_first else weight.shape
 
 
 def _gemm_has_bias(node):
@@ -294,7 +287,7 @@ def _matmul_backward(node, affine, site):
         raise Refusal("shift-cannot-pass", f"MatMul '{node.label}' has no bias to take the shift")
     if axis not in (None, "own"):
         return Taken(onward=[(1 - slot, affine.at(axis - rank))])
-    view = _matmul_views(weight, slot)[0]
+    view = matmul_views(weight, slot)[0]
     _require_channels(node, affine, view.channels, "output")
     return Taken({slot: _scaled(weight, view, affine.along(view.channels)[0])})
 
@@ -313,7 +306,7 @@ def _matmul_forward(node, at, affine, site):
         # A vector takes the contracted axis out: what lies before it moves one towards the end.
         moves = int(len(weight.shape) < 2 and axis < contracted)
         return Taken(onward=[(0, affine.at(axis - rank + moves))])
-    view = _matmul_views(weight, slot)[1]
+    view = matmul_views(weight, slot)[1]
     _require_channels(node, affine, view.channels, "input")
     taken = Taken()
     if affine.scales:
@@ -332,7 +325,7 @@ def _matmul_forward(node, at, affine, site):
 
 def _matmul_operands(node, affine, value, site):
     """Return (slot of the weight, the weight, rank of a value); the rank counts only where the affine has an axis."""
-    slot = _matmul_slot(node, site)
+    slot = matmul_slot(node, site)
     weight = site.weight(node, slot)
     rank = site.rank(value)
     # From the right, the last axis is the last axis of any rank; from the left, a vector has its one axis where a matrix has columns.
@@ -356,19 +349,6 @@ def _matmul_axis(node, affine, slot, weight, rank, site):
     if len(weight.shape) > 2:
         raise Refusal("axis", f"its channels are axis {axis}, which is not the output channels of MatMul '{node.label}'")
     return axis
-
-
-def _matmul_views(weight, slot):
-    """Return the views of a weight that take a scale on its (output, input) channels."""
-    shape = weight.shape
-    if len(shape) < 2:
-        return View(1, 1, 1, shape[0]), View(1, 1, shape[0], 1)
-    rows, columns = View(1, math.prod(shape[:-2]), shape[-2], shape[-1]), View(1, math.prod(shape[:-1]), shape[-1], 1)
-    return (columns, rows) if slot == 1 else (rows, columns)
-
-
-def _matmul_slot(node, site):
-    return 1 if site.index.constant(node.inputs[1]) is not None or site.index.constant(node.inputs[0]) is None else 0
 
 
 # BatchNormalization, n its normalised input, s its scale:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T);  forward
@@ -519,99 +499,19 @@ def _recurrent_forward(node, slot, affine, site):
     return taken
 
 
-def _recurrent_sample(node, site):
-    return {0: (3, 2, site.weight(node, 1).shape[2])}
-
-
-def _recurrent_terms(node, site):
-    return 8 * sum(site.weight(node, 1).shape[1:])
-
-
-def _conv_sample(node, site):
-    shape = site.weight(node, 1).shape
-    groups = node.attribute("group", 1)
-    channels = shape[1] * groups if node.op == "Conv" else shape[0]
-    kernel, count = shape[2:], len(shape) - 2
-    dilations = node.attribute("dilations", [1] * count)
-    strides = node.attribute("strides", [1] * count)
-    if node.op == "Conv":
-        spatial = [d * (k - 1) + 1 + s for k, d, s in zip(kernel, dilations, strides, strict=True)]
-    else:
-        pads = node.attribute("pads", [0] * 2 * count)
-        spatial = [2 + -(-(pads[i] + pads[i + count]) // strides[i]) for i in range(count)]
-    return {0: (2, channels, *spatial)}
-
-
-def _conv_terms(node, site):
-    shape = site.weight(node, 1).shape
-    inputs = shape[1] if node.op == "Conv" else shape[0] // node.attribute("group", 1)
-    return inputs * math.prod(shape[2:])
-
-
-def _gemm_terms(node, site):
-    return _gemm_weight(node, site)[2][0]
-
-
-def _gemm_sample(node, site):
-    inner = _gemm_terms(node, site)
-    bias = site.index.constant(node.input(2))
-    rows = bias.shape[0] if bias is not None and len(bias.shape) == 2 and bias.shape[0] > 1 else 3
-    return {0: (inner, rows) if node.attribute("transA", 0) else (rows, inner)}
-
-
-def _matmul_terms(node, site):
-    slot = _matmul_slot(node, site)
-    return _matmul_views(site.weight(node, slot), slot)[1].channels
-
-
-def _matmul_sample(node, site):
-    slot = _matmul_slot(node, site)
-    weight, inner = site.weight(node, slot).shape, _matmul_terms(node, site)
-    known = site.small_shape(node.inputs[1 - slot])
-    if known is None or len(weight) > 2:
-        more = len(known or ()) - max(len(weight), 2)
-        known = (*[2] * more, *weight[:-2], 3, 3)
-    known = list(known)
-    known[-1 if slot == 1 or len(known) == 1 else -2] = inner
-    return {1 - slot: tuple(known)}
-
-
-def _elementwise_sample(node, site):
-    slot = constant_slot(node, site.index)
-    if slot is None:
-        return {at: site.small_shape(value) for at, value in enumerate(node.inputs)}
-    shape = site.index.constant(node.inputs[slot]).shape
-    return {1 - slot: site.small_shape(node.inputs[1 - slot]) or tuple(2 if size == 1 else size for size in shape) or (2,)}
-
-
-def _batch_norm_sample(node, site):
-    channels = site.index.constant(node.inputs[1]).shape[0]
-    shape = list(site.small_shape(node.inputs[0]) or (2, channels, 3))
-    shape[1:2] = [channels]
-    return {0: tuple(shape)}
-
-
-def _one_term(node, site):
-    return 1
-
-
-def _no_sample(node, site):
-    return {}
-
-
 ABSORBERS = {
-    "Conv": Row(_conv_backward, _conv_forward, _conv_terms, _conv_sample),
-    "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, _conv_terms, _conv_sample),
-    "Gemm": Row(_gemm_backward, _gemm_forward, _gemm_terms, _gemm_sample),
-    "MatMul": Row(_matmul_backward, _matmul_forward, _matmul_terms, _matmul_sample),
-    "BatchNormalization": Row(_batch_norm_backward, _batch_norm_forward, _one_term, _batch_norm_sample),
-    "Add": Row(_add_backward, _add_forward, _one_term, _elementwise_sample),
-    "Sub": Row(_add_backward, _add_forward, _one_term, _elementwise_sample),
-    "Mul": Row(_mul_backward, _mul_forward, _one_term, _elementwise_sample),
-    "Div": Row(_mul_backward, _mul_forward, _one_term, _elementwise_sample),
+    "Conv": Row(_conv_backward, _conv_forward, conv_terms, conv_sample),
+    "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, conv_terms, conv_sample),
+    "Gemm": Row(_gemm_backward, _gemm_forward, gemm_terms, gemm_sample),
+    "MatMul": Row(_matmul_backward, _matmul_forward, matmul_terms, matmul_sample),
+    "BatchNormalization": Row(_batch_norm_backward, _batch_norm_forward, one_term, batch_norm_sample),
+    "Add": Row(_add_backward, _add_forward, one_term, elementwise_sample),
+    "Sub": Row(_add_backward, _add_forward, one_term, elementwise_sample),
+    "Mul": Row(_mul_backward, _mul_forward, one_term, elementwise_sample),
+    "Div": Row(_mul_backward, _mul_forward, one_term, elementwise_sample),
     # The weight of one of the above may stand behind it, and a scale goes into its own.
-    "DequantizeLinear": Row(None, None, _one_term, _no_sample),
-    "LSTM": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),
-    "GRU": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),
-    "RNN": Row(None, _recurrent_forward, _recurrent_terms, _recurrent_sample),
+    "DequantizeLinear": Row(None, None, one_term, no_sample),
+    "LSTM": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
+    "GRU": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
+    "RNN": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
 }

@@ -13,7 +13,9 @@ from fastbn.graph.plan import plan
 from fastbn.graph.report import Fold
 from fastbn.graph.result import FoldResult
 from fastbn.graph.rewrite import rewrite
-from fastbn.graph.verify import Runnable, check_model, check_site
+from fastbn.graph.runtime import Runnable
+from fastbn.graph.segment import check_site
+from fastbn.graph.verify import check_model
 
 __all__ = ["fold", "fold_watched", "verify", "verify_watched"]
 

@@ -1,0 +1,70 @@
+"""onnxruntime as the verification uses it: sessions, what it says when it cannot, and the models that it takes."""
+
+import re
+from dataclasses import dataclass
+
+import onnx
+
+from fastbn.errors import FastbnError, expected
+from fastbn.graph.storage import serialize
+
+__all__ = ["UNIT", "Runnable", "runtime_errors", "said", "session"]
+
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+def _runtime():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise FastbnError(expected("onnxruntime (pip install 'fastbn[onnx]'), or verify=False", "none installed", "verify")) from error
+    return onnxruntime
+
+
+def said(error):
+    """Return the first line of what onnxruntime said, without its prefix."""
+    line = str(error).strip().splitlines()[0]
+    if line.startswith("[ONNXRuntimeError]"):
+        line = line.split(" : ", 3)[-1]
+    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)[:300]  # the place in onnxruntime's own sources
+
+
+def runtime_errors():
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException", "EPFail", "NoSuchFile")
+    return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
+
+
+def session(model, folder=None, threads=0, optimise=False):
+    """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if not optimise:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class Runnable:
+    """A model as onnxruntime takes it: bytes or a path, the folder of its external data, and its ModelProto for questions."""
+
+    model: object
+    proto: onnx.ModelProto
+    folder: object = None
+
+    @classmethod
+    def of(cls, source):
+        """Return the Runnable of a storage.Source."""
+        if source.path is not None:
+            return cls(str(source.path), source.proto, source.path.parent)
+        return cls(serialize(source.proto, source.name), source.proto)
+
+    def session(self):
+        """Return an onnxruntime session of the model."""
+        return session(self.model, self.folder if isinstance(self.model, bytes) else None)
