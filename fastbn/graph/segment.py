@@ -1,8 +1,9 @@
 """Parity of one fold: the nodes of its plan, before and after, run on the same random input.
 
-What is allowed follows from rounding theory: the folded segment evaluated with absolute values, |W'| |x| + |b'|, bounds element by element the size of what was rounded, so the difference may be
-(8 + 2 sqrt(terms)) u times that, u the unit round-off and terms the length of the sums (sums of n terms err by sqrt(n) u with
-overwhelming probability, Higham & Mary 2019; the 8 counts the operations outside the sum). Sums of 16-bit types run in float32 or better.
+What is allowed follows from rounding theory: the folded segment evaluated with absolute values, |W'| |x| + |b'|, bounds element by element
+the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that, u the unit round-off and terms the length of the
+sums (sums of n terms err by sqrt(n) u with overwhelming probability, Higham & Mary 2019; the 8 counts the operations outside the sum). Sums
+of 16-bit types run in float32 or better.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The weights of each operator that absorbs: where they are, what they must look like, and what its verification needs of them.
 
-That is terms(node, site), the number of products summed into one element, and sample(node, site), the shapes to verify with of its inputs that are
-no constants, by slot, small but large enough for every weight to take part.
+That is terms(node, site), the number of products summed into one element, and sample(node, site), the shapes to verify with of its inputs
+that are no constants, by slot, small but large enough for every weight to take part.
 """
 
 import math
