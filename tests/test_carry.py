@@ -73,6 +73,7 @@ PASSES = {
     "Concat on another axis": backward("e = Conv(x, w2) d = Concat <axis = 2> (c, e)", w2=normal(4, 3, 3, 3)),
     "Concat of a constant": backward("d = Concat <axis = 1> (c, k)", channels=6, k=normal(2, 2, 6, 6)),
     "Concat forward": forward("d = Concat <axis = 1> (r, n)", w=normal(5, 8, 2, 2)),
+    "Split backwards": backward("e, d = Split <axis = 1> (c, k) z = Tanh(e)", channels=3, k=ints(1, 3)),
     "Split forward": forward(
         "e, f = Split <axis = 1> (n, k) g = Conv(f, w2) d = Identity(e)", w=normal(5, 1, 2, 2), w2=normal(5, 3, 2, 2), k=ints(1, 3)
     ),
@@ -167,7 +168,7 @@ STAYS = {
         "no-absorber",
         forward("e, f = Split <axis = 1> (n, k) g = Tanh(f) d = Identity(e)", w=normal(5, 2, 2, 2), k=ints(2, 2)),
     ),
-    "Split backwards": ("other-outputs", backward("d, e = Split <axis = 1> (c, k) z = Tanh(e)", channels=2, k=ints(2, 2))),
+    "Split of the space backwards": ("other-outputs", backward("d, e = Split <axis = 2> (c, k) z = Tanh(e)", k=ints(3, 3))),
     "Slice by computed bounds": (
         "dynamic-index",
         backward(
@@ -393,3 +394,14 @@ def test_the_scale_goes_before_a_matmul_over_another_axis_and_the_shift_stays_as
         y = BatchNormalization(d, s, t, m, v)
     }"""
     folds(conv_bn(text, w2=normal(6, 6)), "Conv MatMul Add")
+
+
+def test_the_other_parts_of_a_split_stay_as_they_are():
+    text = """(float[2,3,8,8] x) => (float y, float z) {
+        c = Conv(x, w, b)
+        d, e = Split <axis = 1> (c, k)
+        y = BatchNormalization(d, s, t, m, v)
+        z = Tanh(e)
+    }"""
+    proto = conv_bn(text, **norm(2), k=ints(2, 2))
+    folds(proto, "Conv Split Tanh")

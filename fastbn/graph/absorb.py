@@ -66,14 +66,15 @@ class Row:
     """One operator.
 
     backward(node, affine, site) and forward(node, slot, affine, site) return Taken, or a list of Taken to try in order; None where the
-    operator has no such fold. terms(node, site) is the number of products summed into one element; sample(node, site) the shapes to verify
-    with of its inputs that are no constants, by slot, small but large enough for every weight to take part.
+    operator has no such fold. With parts, the operator hands out parts of its input, and one of them (site.asked) may change alone. For
+    terms and sample see weights.py.
     """
 
     backward: object = None
     forward: object = None
     terms: object = None
     sample: object = None
+    parts: bool = False
 
 
 def axis_of(node, affine, value, site):

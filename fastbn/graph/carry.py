@@ -118,11 +118,16 @@ def _concat_forward(node, slot, affine, site):
     axis, sizes = _concat_axis(node, affine, node.inputs[slot], site)
     if axis is None:
         raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
-    start, total = sum(sizes[:slot]), sum(sizes)
+    return Taken(onward=[(0, _extended(affine, sizes, slot, axis))])
+
+
+def _extended(affine, sizes, part, axis):
+    """Return the affine on one of several parts that lie side by side along an axis, the others left as they are."""
+    start, total = sum(sizes[:part]), sum(sizes)
     scale, shift, spread = np.ones(total), np.zeros(total), np.zeros(total)
-    here = slice(start, start + sizes[slot])
-    scale[here], shift[here], spread[here] = affine.along(sizes[slot])
-    return Taken(onward=[(0, Affine(scale, shift, axis, 0, spread))])
+    here = slice(start, start + sizes[part])
+    scale[here], shift[here], spread[here] = affine.along(sizes[part])
+    return Affine(scale, shift, axis, 0, spread)
 
 
 def _concat_axis(node, affine, value, site):
@@ -143,7 +148,8 @@ def _concat_axis(node, affine, value, site):
     return joined, sizes
 
 
-# Split:  along another axis every output carries the whole affine, along its own each output carries its part.
+# Split:  along another axis every output carries the whole affine, along its own each output carries its part; there one part may be asked
+# for alone, and the others stay as they are.
 def _split_forward(node, slot, affine, site):
     _only_data(node, slot)
     axis, sizes = _split_axis(node, affine, node.inputs[0], site)
@@ -155,7 +161,10 @@ def _split_forward(node, slot, affine, site):
 
 
 def _split_backward(node, affine, site):
-    raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
+    axis, sizes = _split_axis(node, affine, site.asked, site)
+    if axis is None:
+        raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
+    return Taken(onward=[(0, _extended(affine, sizes, site.asked.slot, axis))])
 
 
 def _split_axis(node, affine, value, site):
@@ -501,7 +510,7 @@ CARRIERS = {
     "Squeeze": _symmetric(_reshape),
     "Unsqueeze": _symmetric(_reshape),
     "Concat": Row(_concat_backward, _concat_forward, _no_terms, _data_sample),
-    "Split": Row(_split_backward, _split_forward, _no_terms, _data_sample),
+    "Split": Row(_split_backward, _split_forward, _no_terms, _data_sample, parts=True),
     "Slice": _symmetric(_choose),
     "Gather": _symmetric(_choose),
     "AveragePool": _symmetric(_average_pool, _pool_terms),

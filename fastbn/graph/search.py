@@ -67,8 +67,9 @@ class Search:
         row = self._row(node, depth)
         if row is None or row.backward is None:
             raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
-        if any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
+        if not row.parts and any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
+        self.site.asked = value
         try:
             choices = row.backward(node, affine, self.site)
         except Refusal as refusal:

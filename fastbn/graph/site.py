@@ -89,6 +89,7 @@ class Site:
         self.replaced = {}
         self.owner = {}
         self.lifting = None
+        self.asked = None
         self.effort = EFFORTS[0]
         self._affines = {}
         self._views = {}
