@@ -74,27 +74,30 @@ def test_the_number_of_threads_is_settable():
             fastbn.set_num_threads(wrong)
 
 
-def asked(expression, **variables):
-    environment = {**os.environ, **variables}
-    command = [sys.executable, "-c", f"import os, fastbn; print({expression})"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+@pytest.fixture
+def asked(environment):
+    """Return a function that evaluates an expression in a new process with these variables."""
+
+    def ask(expression, **variables):
+        command = [sys.executable, "-c", f"import os, fastbn; print({expression})"]
+        return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, check=True).stdout.strip()
+
+    return ask
 
 
-def test_the_environment_chooses():
+def test_the_environment_chooses(asked):
     assert asked("fastbn.get_num_threads()", FASTBN_NUM_THREADS="5") == "5"
     assert int(asked("fastbn.get_num_threads()", FASTBN_NUM_THREADS="none")) >= 1
     assert asked("fastbn.show_config()['isa']", FASTBN_ISA="scalar") == "scalar"
     assert asked("fastbn.show_config()['isa']", FASTBN_ISA="no such") == fastbn.show_config()["isa_available"][0]
 
 
-def test_a_setting_before_the_first_call_stays():
+def test_a_setting_before_the_first_call_stays(asked):
     work = "fastbn.batch_stats(__import__('numpy').ones((64, 64, 64)))"
     assert asked(f"fastbn.set_num_threads(3) or {work} and fastbn.get_num_threads()") == "3"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
-def test_the_affinity_mask_is_respected():
+def test_the_affinity_mask_is_respected(asked):
     code = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]) or fastbn.get_num_threads()"
-    variables = {key: value for key, value in os.environ.items() if key != "FASTBN_NUM_THREADS"}
-    command = [sys.executable, "-c", f"import os, fastbn; print({code})"]
-    assert subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip() == "1"
+    assert asked(code, FASTBN_NUM_THREADS="") == "1"

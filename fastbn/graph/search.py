@@ -12,8 +12,8 @@ from fastbn.graph.site import Plan
 __all__ = ["Search", "row_of"]
 
 
-# Other readers that one search may ask to undo what it changes: a long residual stream is not walked again for each of its nodes.
-MOST_REARRANGED = 40
+# Nodes that one search asks once other readers may be asked too: a long residual stream is not walked whole for each of its nodes.
+MOST_STEPS = 30
 
 
 # Nodes that one affine is followed through in a row.
@@ -37,7 +37,7 @@ class Search:
         self.site = site
         self.refused = {}
         self.open = set()
-        self.rearranged = 0
+        self.steps = 0
 
     def backward(self, value, affine, asker, slot, depth=0):
         """Return a Plan that makes the producer of `value` yield the affine of it; this slot of `asker` is the one reader that may be."""
@@ -90,9 +90,8 @@ class Search:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
         others = [use for use in self.site.readers(value) if use != (asker, slot)]
         if others:
-            self.rearranged += len(others)
             node = others[0][0]
-            if not self.site.may_rearrange() or (affine.scale == 0).any() or self.rearranged > MOST_REARRANGED:
+            if not self.site.may_rearrange() or (affine.scale == 0).any():
                 raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
         return others
 
@@ -142,6 +141,9 @@ class Search:
         return found
 
     def _row(self, node, depth):
+        self.steps += 1
+        if self.steps > MOST_STEPS and self.site.may_rearrange():
+            raise Refusal("too-far", f"more than {MOST_STEPS} nodes would have to change by {node.op} '{node.label}'")
         if node is self.site.lifting[0]:
             raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
         if depth > LONGEST_WAY:
