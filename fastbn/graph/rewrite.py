@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import weakref
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -421,7 +421,7 @@ def _layout(patches, size):
 def _write_patched(source, target, patches, offsets, size):
     """Write a copy of a data file in which folded weights replace the old ones."""
     covered = sorted((offset, offset + patch.size) for patch, offset in zip(patches, offsets, strict=True))
-    with open(source, "rb") as reader, open(target, "rb+") as writer, ThreadPoolExecutor(WRITERS) as pool:
+    with open(source, "rb") as reader, open(target, "rb+") as writer, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(WRITERS) as pool:
         writer.truncate(size)
         end = os.fstat(reader.fileno()).st_size
         jobs, position = [], 0
@@ -431,8 +431,13 @@ def _write_patched(source, target, patches, offsets, size):
         for patch, offset in zip(patches, offsets, strict=True):
             jobs.append(pool.submit(_write_constant_at, writer.fileno(), offset, patch.constant))
         try:
-            for job in jobs:
+            flushes = []
+            for job in as_completed(jobs):
                 job.result()
+                # The disk starts on what is there while the rest is written: the sync at the end finds little left.
+                flushes.append(flusher.submit(os.fsync, writer.fileno()))
+            for flush in flushes:
+                flush.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
