@@ -131,8 +131,9 @@ def data_files(path):
 def runs(path):
     """Fail where onnxruntime cannot run the original: then there is nothing to compare with."""
     from fastbn.graph.model import Index
+    from fastbn.graph.runtime import Runnable
     from fastbn.graph.storage import load
-    from fastbn.graph.verify import Runnable, feeds_for
+    from fastbn.graph.verify import feeds_for
 
     index = Index(load(path))
     return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
@@ -143,8 +144,9 @@ def compare(original, folded):
     import numpy as np
 
     from fastbn.graph.model import Index
+    from fastbn.graph.runtime import Runnable, session
     from fastbn.graph.storage import load
-    from fastbn.graph.verify import Runnable, feeds_for, session
+    from fastbn.graph.verify import feeds_for
 
     index = Index(load(original))
     worst = 0.0
