@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn.graph.absorb import Row, Taken, axis_of
 from fastbn.graph.constant import Affine
-from fastbn.graph.report import Refusal
+from fastbn.graph.report import Refusal, first_few
 
 __all__ = ["CARRIERS"]
 
@@ -261,7 +261,7 @@ def _max_pool(node, affine, came, goes, site):
 def _require_sign(node, affine, least):
     wrong = affine.scale < 0 if least == 0 else affine.scale <= 0
     if wrong.any():
-        some = ", ".join(map(str, np.flatnonzero(wrong)[:4])) + (", ..." if wrong.sum() > 4 else "")
+        some = first_few(np.flatnonzero(wrong))
         code, wanted, kind = SIGNS[least]
         raise Refusal(code, f"{node.op} '{node.label}' lets only a {wanted} scale pass; it is {kind} in channels {some}")
 

@@ -10,7 +10,7 @@ from fastbn.graph import storage
 from fastbn.graph.lift import BATCH_NORM, is_batch_norm
 from fastbn.graph.model import Index, is_standard
 from fastbn.graph.plan import plan
-from fastbn.graph.report import Fold
+from fastbn.graph.report import Fold, first_few
 from fastbn.graph.result import FoldResult
 from fastbn.graph.rewrite import rewrite
 from fastbn.graph.runtime import Runnable
@@ -158,9 +158,9 @@ class _Job:
         if output.is_external:
             self.progress("writing the folded model for its verification")
             path = output.stage(self.stage)
-            folded = Runnable(os.fspath(path), output.proto, path.parent)
+            folded = Runnable(os.fspath(path), path.parent)
         else:
-            folded = Runnable(output.to_bytes(), output.proto)
+            folded = Runnable(output.to_bytes())
         original = Runnable.of(self.source)
         return output, check_model(
             original, folded, self.index, input_shapes=self.index.input_shapes, seed=self.seed, progress=self.progress
@@ -251,7 +251,7 @@ def _check_globs(index, only, skip):
         for glob in globs or ():
             if not any(fnmatchcase(label, glob) for label in labels):
                 names = [node.label for node in index.order if is_batch_norm(node)]
-                some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                some = first_few(names)
                 raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
 
 

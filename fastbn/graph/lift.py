@@ -15,7 +15,7 @@ import numpy as np
 from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Affine, float64_of
-from fastbn.graph.report import Refusal
+from fastbn.graph.report import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "ELEMENTWISE", "PARAMETERS", "constant_slot", "is_batch_norm", "lift"]
 
@@ -129,5 +129,4 @@ def _elementwise(node, site):
 
 
 def _channels(indices):
-    shown = ", ".join(map(str, indices[:4]))
-    return f"channel{'s' if len(indices) > 1 else ''} {shown}{', ...' if len(indices) > 4 else ''}"
+    return f"channel{'s' if len(indices) > 1 else ''} {first_few(indices)}"

@@ -1,9 +1,10 @@
 """The planner: every BatchNormalization becomes part of a Plan or a Kept. It reads the model and writes nothing.
 
-The affine of a node is lifted out and travels against the data flow: each node on the way takes it into its constants (absorb.ABSORBERS) or
-lets it pass (carry.CARRIERS), and a value on the way may have no other reader, or the other reader would see it changed. A plan is all or
-nothing. Nodes are taken in the order of the data flow, and a node whose affine went into a plan is from then on as good as removed, so that
-a chain (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
+The affine of a node is lifted out and travels against the data flow or along it: each node on the way takes it into its constants
+(absorb.ABSORBERS) or lets it pass (carry.CARRIERS), and nobody else may see a changed value who cannot undo the change (search.py). A plan
+is all or nothing. Nodes are taken in the order of the data flow, and a node whose affine went into a plan is from then on as good as
+removed, so that a chain (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are
+written.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import onnx
 from fastbn.graph.constant import Affine, Dense, Scaled
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, is_batch_norm
 from fastbn.graph.model import Node, Value, is_standard
-from fastbn.graph.report import FORWARDS, Kept, Refusal
+from fastbn.graph.report import FORWARDS, Kept, Refusal, first_few
 from fastbn.graph.search import Search
 from fastbn.graph.site import EFFORTS, Plan, Site
 
@@ -28,7 +29,7 @@ class Planning:
 
     plans: list
     kept: list
-    site: "Site"
+    site: Site
 
 
 def plan(index, only=None, skip=None, excluded=None):
@@ -130,7 +131,7 @@ def _place(node, affine, site, plans):
 
 
 def _find_home(node, value, affine, site):
-    """Return (what changes, whether forward, what stays): backward first, then forward, then backward with the shift left in an Add."""
+    """Return (what changes, whether forward, what stays): backward first, then forward, last with the shift left in an Add."""
     slot = site.data_slot(node)
     try:
         return Search(site).backward(value, affine, node, slot), False, None
@@ -165,10 +166,10 @@ def _keep_shift_forward(node, value, affine, site):
     if (affine.scale == 0).any():
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
     found = Search(site).forward(node.outputs[0], affine.scale_only())
-    inverse = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
+    before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
     if any(home.op != "MatMul" for home in found.homes):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
-    return found, True, _shift_node(node, inverse, site, found)
+    return found, True, _shift_node(node, before_scale, site, found)
 
 
 def _shift_node(node, affine, site, found):
@@ -201,8 +202,7 @@ def _refuse_bad_constants(found):
             fate = "Inf or NaN" if nonfinite else "zero"
             if nonfinite and isinstance(constant, Scaled) and not np.isfinite(constant.base.array()).all():
                 raise Refusal("bad-parameters", f"input {slot} of {node.op} '{node.label}' holds Inf or NaN already")
-            channels = constant.bad_channels()
-            some = ", ".join(map(str, channels[:4])) + (", ..." if len(channels) > 4 else "")
+            some = first_few(constant.bad_channels())
             what = f"{nonfinite or flushed} values of input {slot} of {node.op} '{node.label}' would become {fate} in {constant.dtype}"
             raise Refusal(code, f"{what}, channels {some}")
 

@@ -10,6 +10,7 @@ __all__ = [
     "Kept",
     "Parity",
     "Refusal",
+    "first_few",
     "fold_dict",
     "json_number",
     "kept_dict",
@@ -178,6 +179,11 @@ def json_number(value):
         return None
     value = float(value)
     return value if value - value == 0 else repr(value)
+
+
+def first_few(entries):
+    """Return a list as a sentence shows it: the first four, and whether there are more."""
+    return ", ".join(map(str, entries[:4])) + (", ..." if len(entries) > 4 else "")
 
 
 def size_text(size):

@@ -3,8 +3,6 @@
 import re
 from dataclasses import dataclass
 
-import onnx
-
 from fastbn.errors import FastbnError, expected
 from fastbn.graph.storage import serialize
 
@@ -52,18 +50,17 @@ def session(model, folder=None, threads=0, optimise=False):
 
 @dataclass
 class Runnable:
-    """A model as onnxruntime takes it: bytes or a path, the folder of its external data, and its ModelProto for questions."""
+    """A model as onnxruntime takes it: bytes or a path, and the folder of its external data."""
 
     model: object
-    proto: onnx.ModelProto
     folder: object = None
 
     @classmethod
     def of(cls, source):
         """Return the Runnable of a storage.Source."""
         if source.path is not None:
-            return cls(str(source.path), source.proto, source.path.parent)
-        return cls(serialize(source.proto, source.name), source.proto)
+            return cls(str(source.path), source.path.parent)
+        return cls(serialize(source.proto, source.name))
 
     def session(self):
         """Return an onnxruntime session of the model."""

@@ -18,17 +18,14 @@ __all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
 # Operators that read the shape of a value and nothing else: an affine before them changes nothing.
 SHAPE_READERS = ("Shape", "Size")
 
-
 # No operator of the tables has a constant behind this many inputs: BatchNormalization has five.
 MOST_SLOTS = 5
 
 # A value is given at most this many elements in a site's verification, where the model says its shape.
 LARGEST_SAMPLE = 1 << 20
 
-
 # Conv, ConvTranspose and Gemm read their weight here; DequantizeLinear has a scale per step of an axis from this opset on.
 WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
-
 
 # How far the planner goes, each only where the one before leaves nothing to do, the later ones for a batch normalization alone: move it;
 # change a value that others read too, they undoing it; leave the shift behind in an Add.
@@ -57,11 +54,6 @@ class Plan:
     channels: int = 0
     number: int = 0
     joined: "Plan" = None
-
-    @property
-    def removed(self):
-        """The nodes that the folded graph lacks."""
-        return [node for node in (*self.lifted, *self.dissolved) if node not in self.replaced]
 
     def join(self, other):
         """Take over what another plan holds."""
