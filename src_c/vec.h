@@ -4,6 +4,7 @@
  *   plus(a, b)                a + b, on the multiplying units where that leaves the adders to others: the same bits as add
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b takes y; le likewise
  *   first(v, k)               lanes 0..k-1 of v, zeros behind them
+ *   join(k, a, b)             lanes 0..k-1 of a, the others of b
  *   add_to(sums, v)           sums[i] += v[i] in float64
  *   load store stream         _<storage>: f32 f64 f16 bf16; streaming stores want an address that is a multiple of the bytes stored
  *   load_part store_part      the first k lanes only; nothing behind them is read or written
@@ -56,6 +57,7 @@ typedef double vd;
     OP(V, V##_lt, (V a, V b, V x, V y), a < b ? x : y)                                                                                     \
     OP(V, V##_le, (V a, V b, V x, V y), a <= b ? x : y)                                                                                    \
     OP(V, V##_first, (V a, int64_t k), k > 0 ? a : 0)                                                                                      \
+    OP(V, V##_join, (int64_t k, V a, V b), k > 0 ? a : b)                                                                                  \
     DO(V##_add_to, (double *sums, V a), *sums += a)
 SCALAR(vf)
 SCALAR(vd)
@@ -89,6 +91,8 @@ SSE2(vf, float, ps)
 SSE2(vd, double, pd)
 OP(vf, vf_first, (vf a, int64_t k), _mm_and_ps(_mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a))
 OP(vd, vd_first, (vd a, int64_t k), _mm_and_pd(_mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a))
+OP(vf, vf_join, (int64_t k, vf a, vf b), SELECT(ps, _mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a, b))
+OP(vd, vd_join, (int64_t k, vd a, vd b), SELECT(pd, _mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a, b))
 DO(vd_add_to, (double *sums, vd a), _mm_storeu_pd(sums, _mm_add_pd(_mm_loadu_pd(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm_cvtps_pd(a));
@@ -137,6 +141,12 @@ OP(__m256i, mask_f32, (int64_t k), _mm256_cmpgt_epi32(_mm256_set1_epi32((int)k),
 OP(__m256i, mask_f64, (int64_t k), _mm256_cmpgt_epi64(_mm256_set1_epi64x(k), _mm256_setr_epi64x(0, 1, 2, 3)))
 OP(vf, vf_first, (vf a, int64_t k), _mm256_and_ps(_mm256_castsi256_ps(mask_f32(k)), a))
 OP(vd, vd_first, (vd a, int64_t k), _mm256_and_pd(_mm256_castsi256_pd(mask_f64(k)), a))
+OP(vf, vf_join, (int64_t k, vf a, vf b), _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask_f32(k))))
+OP(vd, vd_join, (int64_t k, vd a, vd b), _mm256_blendv_pd(b, a, _mm256_castsi256_pd(mask_f64(k))))
+OP(vf, vf_load_part_f32, (const float *p, int64_t k), _mm256_maskload_ps(p, mask_f32(k)))
+OP(vd, vd_load_part_f64, (const double *p, int64_t k), _mm256_maskload_pd(p, mask_f64(k)))
+DO(vf_store_part_f32, (float *p, vf a, int64_t k), _mm256_maskstore_ps(p, mask_f32(k), a))
+DO(vd_store_part_f64, (double *p, vd a, int64_t k), _mm256_maskstore_pd(p, mask_f64(k), a))
 DO(vd_add_to, (double *sums, vd a), _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
@@ -180,7 +190,8 @@ typedef __m512d vd;
     OP(V, V##_lt, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LT_OQ), y, x))                            \
     OP(V, V##_le, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LE_OQ), y, x))                            \
     OP(M, V##_mask, (int64_t k), (M)(k <= 0 ? 0 : k >= V##_lanes ? -1 : (1 << k) - 1))                                                     \
-    OP(V, V##_first, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))
+    OP(V, V##_first, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))                                                              \
+    OP(V, V##_join, (int64_t k, V a, V b), _mm512_mask_blend_##ps(V##_mask(k), b, a))
 enum { vf_lanes = VF_LANES, vd_lanes = VD_LANES };
 AVX512(vf, float, ps, __mmask16)
 AVX512(vd, double, pd, __mmask8)
@@ -241,6 +252,8 @@ static const int32_t IOTA_32[4] = {0, 1, 2, 3};
 static const int64_t IOTA_64[2] = {0, 1};
 OP(vf, vf_first, (vf a, int64_t k), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, vdupq_n_f32(0)))
 OP(vd, vd_first, (vd a, int64_t k), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, vdupq_n_f64(0)))
+OP(vf, vf_join, (int64_t k, vf a, vf b), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, b))
+OP(vd, vd_join, (int64_t k, vd a, vd b), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, b))
 DO(vd_add_to, (double *sums, vd a), vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, vcvt_f64_f32(vget_low_f32(a)));
@@ -290,9 +303,11 @@ DO(vf_stream_bf16, (uint16_t *p, vf a), vf_store_bf16(p, a))
         memcpy(p, lanes, (size_t)k * sizeof(T));                                                                                           \
     }
 #endif
-#if !defined(FBN_AVX512)
+#if !defined(FBN_AVX2) && !defined(FBN_AVX512)
 PART(vf, VF_LANES, float, f32)
 PART(vd, VD_LANES, double, f64)
+#endif
+#if !defined(FBN_AVX512)
 PART(vf, VF_LANES, uint16_t, f16)
 PART(vf, VF_LANES, uint16_t, bf16)
 #endif
