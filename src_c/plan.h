@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#include <math.h>
+
 /* Two ways to walk a tensor, chosen apart for the reduction and for the map of a job.
  *
  * By planes (layout ncs): a channel's rows are its planes of S elements. Tile t of a channel is a run of planes or a part of one. A map
@@ -56,12 +58,17 @@ static inline double fbn_constant(const fbn_plan *plan, int which, int64_t c) {
     return plan->constant_bytes == 8 ? ((const double *)values)[c] : (double)((const float *)values)[c];
 }
 
+/* Every NaN becomes the one that bfloat16 can hold: rounding the bits of others would overflow into the sign. */
+static inline float fbn_constant_f32(double value) {
+    return value == value ? (float)value : (float)NAN;
+}
+
 static inline void fbn_set_constant(const fbn_plan *plan, int which, int64_t c, double value) {
     char *values = plan->constants[which];
     if (plan->constant_bytes == 8)
         ((double *)values)[c] = value;
     else
-        ((float *)values)[c] = (float)value;
+        ((float *)values)[c] = fbn_constant_f32(value);
 }
 
 #endif

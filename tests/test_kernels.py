@@ -63,6 +63,28 @@ def test_same_bits_on_every_isa_and_for_any_threads(shape, axis, dtype):
                     assert everything(x, dy, added, weight, bias, axis, activation) == want, (isa, threads)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_pattern_of_nan_becomes_a_number_in_bfloat16(isa):
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    patterns = np.array([0x7F81, 0x7FFF, 0xFF81, 0xFFFF, 0x7FC0], np.uint16)
+    x = np.ones((patterns.size, 40), dtype)
+    x[:, 7] = patterns.view(dtype)
+    one, nan = np.ones(40, np.float32), np.full(40, 0xFFFFFFFF, np.uint32).view(np.float32)
+    with fastbn.use_isa(isa):
+        for activation in (None, "relu", "leaky_relu", "relu6"):
+            y = fastbn.batch_norm(x, one, one, activation=activation)
+            assert np.isnan(y[:, 7].astype(float)).all()
+            assert np.isfinite(np.delete(y, 7, axis=1).astype(float)).all()
+            for changed in ((nan, one, one, one), (one, nan, one, one), (one, one, nan, one), (one, one, one, nan)):
+                assert np.isnan(fastbn.batch_norm(np.ones_like(x), *changed, activation=activation).astype(float)).all()
+            dy = x.copy()
+            stats = fastbn.BatchStats(1, np.zeros(40), np.ones(40))
+            *_, dresidual = fastbn.batch_norm_backward(
+                dy, np.ones_like(x), stats, one, training=False, activation=activation, residual=np.ones_like(x)
+            )
+            assert (dresidual[:, 7].view(np.uint16) & 0x7FFF > 0x7F80).all()
+
+
 def test_streaming_changes_no_bit():
     # Larger than half of any last cache up to 64 MB, and odd planes, so that heads and tails meet streaming stores.
     x = np.random.default_rng(0).standard_normal((9, 31, 190, 191), dtype=np.float32)
