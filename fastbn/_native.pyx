@@ -40,6 +40,7 @@ cdef extern from "fastbn.h" nogil:
         double *batch_mean
         double *batch_m2
         int64_t count
+        double *sums
 
     void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                           int64_t S, fbn_dtype dtype)
@@ -49,6 +50,8 @@ cdef extern from "fastbn.h" nogil:
     void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work)
     void fbn_stats(const fbn_job *job, void *work)
     void fbn_backward(const fbn_job *job, void *work)
+    void fbn_backward_sums(const fbn_job *job, void *work)
+    void fbn_backward_input(const fbn_job *job, void *work)
     const char *fbn_isa_name(int index)
     int fbn_use_isa(const char *name)
     const char *fbn_isa()
@@ -172,6 +175,45 @@ def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch
     with nogil:
         fbn_backward(&job, work)
         free(work)
+
+
+def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation,
+                  double eps):
+    """Sums of shape (2, C), dweight and dbias of these values; view holds the sizes and the strides of x and dy."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.dy, dy, view, &index)
+    set_vector(&job.dweight, dweight)
+    set_vector(&job.dbias, dbias)
+    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_backward_sums(&job, work)
+        free(work)
+
+
+def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation, double eps):
+    """dx of sums over `count` values per channel; view holds the sizes and the strides of x, dx and dy."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.out, dx, view, &index)
+    set_tensor(&job.dy, dy, view, &index)
+    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_backward_input(&job, work)
+        free(work)
+
+
+cdef void set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums):
+    set_vector(&job.weight, weight)
+    set_vector(&job.bias, bias)
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    job.count = count
+    job.sums = <double *>cnp.PyArray_DATA(sums)
 
 
 def first_without_root(var, double eps):
