@@ -68,14 +68,16 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
     return report.nonfinite, report.flushed
 
 
-cdef fbn_job new_job(tuple view, int dtype, int activation, double eps):
+cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int threads):
+    """`threads`, where not 0, are the most that the caller wants beside the most that the process may use."""
     cdef fbn_job job
+    cdef int most = fbn_num_threads()
     memset(&job, 0, sizeof(job))
     job.N, job.C, job.S = view[0], view[1], view[2]
     job.dtype = <fbn_dtype>dtype
     job.activation = <fbn_activation>activation
     job.eps = eps
-    job.threads = fbn_num_threads()
+    job.threads = threads if 0 < threads < most else most
     return job
 
 
@@ -103,9 +105,9 @@ cdef void *new_work(const fbn_job *job) except NULL:
     return work
 
 
-def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps):
+def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps, int threads=0):
     """y into out; view holds the sizes and the strides of x, out and residual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, out, view, &index)
@@ -121,9 +123,9 @@ def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int 
 
 
 def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean, batch_m2, tuple view, int dtype, int activation, double eps,
-          double momentum, bint unbiased):
+          double momentum, bint unbiased, int threads=0):
     """y into out, statistics into batch_mean and batch_m2, running statistics moved; view as in infer."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, out, view, &index)
@@ -140,9 +142,9 @@ def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean,
         free(work)
 
 
-def stats(x, batch_mean, batch_m2, tuple view, int dtype):
+def stats(x, batch_mean, batch_m2, tuple view, int dtype, int threads=0):
     """Statistics into batch_mean and batch_m2; view holds the sizes and the strides of x."""
-    cdef fbn_job job = new_job(view, dtype, 0, 0)
+    cdef fbn_job job = new_job(view, dtype, 0, 0, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
@@ -154,9 +156,9 @@ def stats(x, batch_mean, batch_m2, tuple view, int dtype):
 
 
 def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, tuple view, int dtype,
-             int activation, double eps, bint frozen):
+             int activation, double eps, bint frozen, int threads=0):
     """Gradients into dx, dresidual, dweight and dbias; view holds the sizes and the strides of x, dx, dy, residual and dresidual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, dx, view, &index)
@@ -178,9 +180,9 @@ def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch
 
 
 def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation,
-                  double eps):
+                  double eps, int threads=0):
     """Sums of shape (2, C), dweight and dbias of these values; view holds the sizes and the strides of x and dy."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.dy, dy, view, &index)
@@ -193,9 +195,10 @@ def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int
         free(work)
 
 
-def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation, double eps):
+def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation, double eps,
+                   int threads=0):
     """dx of sums over `count` values per channel; view holds the sizes and the strides of x, dx and dy."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, dx, view, &index)
