@@ -1,0 +1,430 @@
+"""Batch normalization of torch tensors on CPUs: drop-in modules, and the custom operators under them.
+
+`convert(model)` swaps every batch normalization of a model for one of these modules and back; `batch_norm` stands for
+`torch.nn.functional.batch_norm`. Tensors are read and written in place, whatever their strides; results are new tensors in the memory order
+of the input, in NumPy's memory, which is backed by huge pages where torch's is not. At most `torch.get_num_threads()` threads work on a
+call, and no more than `fastbn.get_num_threads()`.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbn import _check, _native, functional
+from fastbn.errors import ArgumentError, TensorError, expected
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert"]
+
+# dtype -> how NumPy sees it and its number in fbn_dtype; bfloat16 by its bits, which needs no other package.
+_STORAGE = {
+    torch.float32: (np.dtype(np.float32), 0),
+    torch.float64: (np.dtype(np.float64), 1),
+    torch.float16: (np.dtype(np.float16), 2),
+    torch.bfloat16: (np.dtype(np.int16), 3),
+}
+_WIDE = (torch.float32, torch.float64)
+
+
+# ---- tensors and arrays of the same memory ----
+
+
+def _array(tensor):
+    tensor = tensor.detach()
+    array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array if _native.is_aligned(array) else array.copy()
+
+
+def _vector(tensor):
+    """Per-channel values as float32 or float64; None passes."""
+    if tensor is None:
+        return None
+    return _array(tensor if tensor.dtype in _WIDE else tensor.float())
+
+
+def _wide(tensor):
+    return _array(tensor.double().contiguous())
+
+
+def _new(tensor):
+    """Return a new tensor like the given one, with the strides that `torch.empty_like` chooses, and its array."""
+    dtype, _ = _STORAGE[tensor.dtype]
+    if tensor.is_contiguous():
+        array = np.empty(tensor.shape, dtype)
+    else:
+        strides = torch.empty_like(tensor, device="meta").stride()
+        array = torch.from_numpy(np.empty(tensor.numel(), dtype)).as_strided(tensor.shape, strides).numpy()
+    new = torch.from_numpy(array)
+    return (new.view(torch.bfloat16) if tensor.dtype is torch.bfloat16 else new), array
+
+
+def _new_vector(like, channels):
+    """Return a gradient of shape (channels,) in the type of a parameter, and the array that the kernel fills in for it."""
+    array = np.empty(channels, np.float64 if like is not None and like.dtype is torch.float64 else np.float32)
+    return torch.from_numpy(array), array
+
+
+def _copied(array, target):
+    if array is not target:
+        np.copyto(target, array)
+
+
+# ---- the kernels ----
+
+
+def _forward_train(input, weight, bias, running_mean, running_var, momentum, eps):
+    """Return (y, mean, m2), the last two as float64 arrays; the running statistics move."""
+    x, (y, out) = _array(input), _new(input)
+    means = [_vector(running_mean), _vector(running_var)]
+    mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
+    view, (x, target) = functional._arrange(1, x, out)
+    _native.train(
+        *(x, target, None, *means, _vector(weight), _vector(bias), mean, m2, view, _STORAGE[input.dtype][1], 0, eps, momentum, True),
+        torch.get_num_threads(),
+    )
+    _copied(target, out)
+    for running, moved in zip((running_mean, running_var), means, strict=True):
+        if running is not None and running.dtype not in _WIDE:
+            running.copy_(torch.from_numpy(moved))
+        elif running is not None and not running.is_inference():
+            torch.autograd.graph.increment_version(running)
+    return y, mean, m2
+
+
+def _forward(input, mean, var, weight, bias, eps):
+    """Return y of given statistics, arrays of float32 or float64."""
+    x, (y, out) = _array(input), _new(input)
+    view, (x, target) = functional._arrange(1, x, out)
+    _native.infer(
+        x, target, None, mean, var, _vector(weight), _vector(bias), view, _STORAGE[input.dtype][1], 0, eps, torch.get_num_threads()
+    )
+    _copied(target, out)
+    return y
+
+
+def _backward(grad, input, mean, m2, weight, count, eps, training, wanted=(True, True, True)):
+    """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays."""
+    x, dy, channels = _array(input), _array(grad), input.shape[1]
+    code, threads = _STORAGE[input.dtype][1], torch.get_num_threads()
+    dweight, dweight_array = _new_vector(weight, channels) if wanted[1] else (None, None)
+    dbias, dbias_array = _new_vector(weight, channels) if wanted[2] else (None, None)
+    if wanted[0]:
+        dx, out = _new(input)
+        view, (x, target, dy) = functional._arrange(1, x, out, dy)
+        _native.backward(
+            *(x, target, dy, None, None, dweight_array, dbias_array, _vector(weight), None, mean, m2, count, view, code, 0, eps),
+            *(not training, threads),
+        )
+        _copied(target, out)
+    else:
+        dx, sums = None, np.empty((2, channels))
+        view, (x, dy) = functional._arrange(1, x, dy)
+        _native.backward_sums(x, dy, dweight_array, dbias_array, _vector(weight), None, mean, m2, count, sums, view, code, 0, eps, threads)
+    return dx, dweight, dbias
+
+
+def _as(tensor, like):
+    """A gradient in the type of its parameter."""
+    return tensor if tensor is None or like is None else tensor.to(like.dtype)
+
+
+def _count(input):
+    return input.numel() // max(input.shape[1], 1)
+
+
+# ---- the operators: what torch.compile, torch.export and functional transforms see ----
+
+
+@torch.library.custom_op("fastbn::batch_norm_train", mutates_args=(), device_types="cpu")
+def _train_op(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, m2 = _forward_train(input, weight, bias, None, None, 0.0, eps)
+    return y, torch.from_numpy(mean), torch.from_numpy(m2)
+
+
+@_train_op.register_fake
+def _(input, weight, bias, eps):
+    stats = [input.new_empty(input.shape[1], dtype=torch.float64) for _ in range(2)]
+    return torch.empty_like(input), *stats
+
+
+@torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
+def _infer_op(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _forward(input, _vector(mean), _vector(var), weight, bias, eps)
+
+
+@_infer_op.register_fake
+def _(input, mean, var, weight, bias, eps):
+    return torch.empty_like(input)
+
+
+@torch.library.custom_op("fastbn::batch_norm_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    grad: Tensor, input: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, count: int, eps: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _backward(grad, input, _wide(mean), _wide(m2), weight, count, eps, training)
+    return dx, _as(dweight, weight), _as(dbias, weight)
+
+
+@_backward_op.register_fake
+def _(grad, input, mean, m2, weight, count, eps, training):
+    dtype = torch.float32 if weight is None else weight.dtype
+    return torch.empty_like(input), *(input.new_empty(input.shape[1], dtype=dtype) for _ in range(2))
+
+
+@torch.library.custom_op("fastbn::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
+def _update_op(running_mean: Tensor, running_var: Tensor, mean: Tensor, m2: Tensor, count: int, momentum: float) -> None:
+    if count:
+        for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):
+            running.copy_((1 - momentum) * running.double() + momentum * batch)
+
+
+@_update_op.register_fake
+def _(running_mean, running_var, mean, m2, count, momentum):
+    return None
+
+
+def _save_train(ctx, inputs, output):
+    input, weight, bias, ctx.eps = inputs
+    ctx.bias = bias is not None
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, weight, output[1], output[2])
+
+
+def _train_gradients(ctx, grad, *_):
+    input, weight, mean, m2 = ctx.saved_tensors
+    dx, dweight, dbias = _backward_op(grad, input, mean, m2, weight, _count(input), ctx.eps, True)
+    return dx, None if weight is None else dweight, dbias if ctx.bias else None, None
+
+
+def _save_infer(ctx, inputs, output):
+    input, mean, var, weight, bias, ctx.eps = inputs
+    ctx.bias = bias is not None
+    ctx.save_for_backward(input, weight, mean, var)
+
+
+def _infer_gradients(ctx, grad):
+    input, weight, mean, var = ctx.saved_tensors
+    dx, dweight, dbias = _backward_op(grad, input, mean.double(), var.double(), weight, 1, ctx.eps, False)
+    return dx, None, None, None if weight is None else dweight, dbias if ctx.bias else None, None
+
+
+def _save_backward(ctx, inputs, output):
+    grad, input, mean, m2, weight, ctx.count, ctx.eps, ctx.training = inputs
+    ctx.save_for_backward(grad, input, mean, m2, weight)
+
+
+def _second_gradients(ctx, *grads):
+    """The gradient of the backward pass, by differentiating its formula in torch's own operators."""
+    grad, input, mean, m2, weight = ctx.saved_tensors
+    with torch.enable_grad():
+        wanted = [tensor.detach().double().requires_grad_() for tensor in (grad, input)]
+        wanted += [] if weight is None else [weight.detach().double().requires_grad_()]
+        dy, x, scale = *wanted, *([] if weight is not None else [torch.ones_like(mean)])
+        along = [1, -1] + [1] * (x.dim() - 2)
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        if ctx.training:
+            center = x - x.mean(over).view(along)
+            inverse = (center.square().mean(over) + ctx.eps).rsqrt().view(along)
+        else:
+            center, inverse = x - mean.view(along), (m2 / ctx.count + ctx.eps).rsqrt().view(along)
+        xhat = center * inverse
+        dbias, dweight = dy.sum(over), (dy * xhat).sum(over)
+        dx = dy - (dbias.view(along) + xhat * dweight.view(along)) / ctx.count if ctx.training else dy
+        outputs = (dx * scale.view(along) * inverse, dweight, dbias)
+        found = torch.autograd.grad(outputs, wanted, [given.double() for given in grads], allow_unused=True)
+    ddy, dx, dweight = (None if got is None else got.to(to.dtype) for got, to in zip((*found, None), (grad, input, weight), strict=False))
+    return ddy, dx, None, None, dweight, None, None, None
+
+
+_train_op.register_autograd(_train_gradients, setup_context=_save_train)
+_infer_op.register_autograd(_infer_gradients, setup_context=_save_infer)
+_backward_op.register_autograd(_second_gradients, setup_context=_save_backward)
+
+
+# ---- eager mode: the same kernels without the operators' dispatch, which costs a small batch more than its arithmetic ----
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, running_mean, running_var, training, momentum, eps):
+        ctx.training, ctx.eps, ctx.bias_type = training, eps, bias
+        if training:
+            y, ctx.mean, ctx.m2 = _forward_train(input, weight, bias, running_mean, running_var, momentum, eps)
+            ctx.save_for_backward(input, weight)
+        else:
+            y = _forward(input, _vector(running_mean), _vector(running_var), weight, bias, eps)
+            ctx.save_for_backward(input, weight, running_mean, running_var)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, *running = ctx.saved_tensors
+        mean, m2 = (ctx.mean, ctx.m2) if ctx.training else map(_wide, running)
+        count = _count(input) if ctx.training else 1
+        if torch.is_grad_enabled():  # create_graph: through the operator, which has a gradient itself
+            gradients = _backward_op(grad, input, torch.from_numpy(mean), torch.from_numpy(m2), weight, count, ctx.eps, ctx.training)
+            gradients = [got if wanted else None for got, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
+        else:
+            gradients = _backward(grad, input, mean, m2, weight, count, ctx.eps, ctx.training, ctx.needs_input_grad[:3])
+        return gradients[0], _as(gradients[1], weight), _as(gradients[2], ctx.bias_type), None, None, None, None, None
+
+
+def _eager(input):
+    """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or type(input) not in (Tensor, torch.nn.Parameter)
+        or input.device.type != "cpu"
+    )
+
+
+def _check_input(input, vectors):
+    if input.dtype not in _STORAGE:
+        raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(input.dtype), "input"))
+    if input.dim() < 2:
+        raise ArgumentError(expected("at least 2 dimensions", f"shape {tuple(input.shape)}", "input"))
+    channels, device = input.shape[1], input.device
+    if device.type not in ("cpu", "meta") or input.layout is not torch.strided:
+        raise TensorError(expected("a dense tensor in CPU memory", f"one of layout {input.layout} on {device}", "input"))
+    for where, tensor in vectors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _STORAGE:
+            raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(tensor.dtype), where))
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise TensorError(expected(f"shape ({channels},), one value per channel of the input", f"shape {tuple(tensor.shape)}", where))
+        if tensor.device != device:
+            raise TensorError(expected(f"a tensor on {device}, as the input", f"one on {tensor.device}", where))
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, float32, float64, float16 or bfloat16, on the CPU
+        Shape (N, C, ...), any strides.
+    running_mean, running_var : Tensor of shape (C,) or None
+        Required unless `training`, where they are updated in place with the unbiased variance.
+    weight, bias : Tensor of shape (C,) or None
+        gamma and beta, of any of the four types; float32 beside bfloat16 data keeps their precision.
+    training : bool
+        Normalise with the statistics of the batch.
+    momentum : float
+        The weight of this batch in the running statistics.
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        Of the input's shape, type and memory order. First and second derivatives are supported.
+
+    Raises
+    ------
+    TensorError
+        A RuntimeError, as torch raises: another type, device or number of channels.
+    ArgumentError
+        A ValueError: fewer than two dimensions, or one value per channel in training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    >>> batch_norm(x, None, None, bias=torch.tensor([0.0, 7.0], dtype=torch.float64), training=True, eps=0.0)
+    tensor([[-1.,  7.],
+            [ 1.,  7.]], dtype=torch.float64)
+    """
+    tracing = torch.jit.is_tracing()  # where sizes are tensors, whose comparison would be frozen into the trace
+    if not tracing:
+        _check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    eps = _check.eps_of(eps)
+    if training and not tracing and _count(input) == 1:
+        raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
+    if not training and (running_mean is None or running_var is None):
+        raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+    if not _eager(input):
+        return _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+def _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    if not training:
+        return _infer_op(input, running_mean, running_var, weight, bias, eps)
+    y, mean, m2 = _train_op(input, weight, bias, eps)
+    if running_mean is not None:
+        _update_op(running_mean, running_var, mean, m2, _count(input), momentum)
+    return y
+
+
+# ---- the modules ----
+
+
+class _Module:
+    """What the modules share; it comes before torch's own class of the same name."""
+
+    def forward(self, input):
+        # An exported graph gets the operator that everybody knows.
+        if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+            return super().forward(input)
+        self._check_input_dim(input)
+        momentum, training = self.momentum, self.training
+        counted = self.num_batches_tracked if training and self.track_running_stats else None
+        if momentum is None:
+            momentum = 0.0 if counted is None else 1 / (float(counted) + 1)
+        running_mean, running_var = (self.running_mean, self.running_var) if not training or self.track_running_stats else (None, None)
+        training = training or (running_mean is None and running_var is None)
+        y = batch_norm(input, running_mean, running_var, self.weight, self.bias, training, momentum, self.eps)
+        if counted is not None:
+            counted.add_(1)
+        return y
+
+
+class BatchNorm1d(_Module, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics."""
+
+
+class BatchNorm2d(_Module, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics."""
+
+
+class BatchNorm3d(_Module, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics."""
+
+
+_OURS = {torch.nn.BatchNorm1d: BatchNorm1d, torch.nn.BatchNorm2d: BatchNorm2d, torch.nn.BatchNorm3d: BatchNorm3d}
+_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(module, *, back=False):
+    """Swap every batch normalization of a model in place: torch's for fastbn's, or back.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a batch normalization itself. Subclasses of torch's modules that are not torch's own are left alone.
+    back : bool
+        From fastbn's modules to torch's.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object. Modules change their class and nothing else: parameters, buffers, hooks, the training flag and what optimisers
+        hold stay as they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = convert(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+    >>> type(model[1]).__module__, isinstance(model[1], torch.nn.BatchNorm2d)
+    ('fastbn.torch', True)
+    >>> type(convert(model, back=True)[1]).__module__
+    'torch.nn.modules.batchnorm'
+    """
+    classes = _TORCHS if back else _OURS
+    for part in module.modules():
+        part.__class__ = classes.get(type(part), type(part))
+    return module
