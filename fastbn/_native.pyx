@@ -82,16 +82,22 @@ cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int thre
 
 
 cdef void set_tensor(fbn_tensor *tensor, object array, tuple view, int *index):
-    """The strides of the arrays that are there follow the sizes in view, in the order of the calls."""
+    """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls."""
     if array is None:
         return
-    tensor.data = <char *>cnp.PyArray_DATA(array)
+    tensor.data = <char *><uintptr_t>array if isinstance(array, int) else <char *>cnp.PyArray_DATA(array)
     tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
     index[0] += 3
 
 
 cdef void set_vector(fbn_vector *vector, object array):
+    """From an array, or from a tuple (address, stride in elements, whether it is float64, ...)."""
     if array is None:
+        return
+    if isinstance(array, tuple):
+        vector.data = <char *><uintptr_t>array[0]
+        vector.stride = array[1]
+        vector.is_f64 = array[2]
         return
     vector.data = <char *>cnp.PyArray_DATA(array)
     vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8

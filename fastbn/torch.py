@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import _check, _native, functional
+from fastbn import _check, _native
 from fastbn.errors import ArgumentError, TensorError, expected
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert"]
@@ -22,50 +22,49 @@ _STORAGE = {
     torch.float16: (np.dtype(np.float16), 2),
     torch.bfloat16: (np.dtype(np.int16), 3),
 }
-_WIDE = (torch.float32, torch.float64)
+# Bytes of a tensor whose pages cost more than what else a tensor in NumPy's memory costs.
+_LARGE = 1 << 18
 
 
-# ---- tensors and arrays of the same memory ----
+# ---- what the kernels are given: addresses, because an array for each tensor would cost more than a small batch's arithmetic ----
 
 
-def _array(tensor):
-    tensor = tensor.detach()
-    array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return array if _native.is_aligned(array) else array.copy()
+def _arrange(*tensors):
+    """Return the view of the kernels and the tensors it is of: those given, or contiguous copies where they have no common view."""
+    view = _check.layout(tensors[0].shape, 1, 1, *[tensor.stride() for tensor in tensors])
+    if view is not None:
+        return view, tensors
+    return _arrange(*[tensor.contiguous() for tensor in tensors])
 
 
 def _vector(tensor):
-    """Per-channel values as float32 or float64; None passes."""
+    """Return (address, stride, whether float64, what owns the memory) of values per channel; None passes."""
     if tensor is None:
         return None
-    return _array(tensor if tensor.dtype in _WIDE else tensor.float())
-
-
-def _wide(tensor):
-    return _array(tensor.double().contiguous())
+    wide = tensor.dtype is torch.float64
+    if not wide and tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    return tensor.data_ptr(), tensor.stride(0), wide, tensor
 
 
 def _new(tensor):
-    """Return a new tensor like the given one, with the strides that `torch.empty_like` chooses, and its array."""
+    """Return a new tensor, as `torch.empty_like` does, but a large one in NumPy's memory."""
+    if tensor.nbytes < _LARGE:
+        return torch.empty_like(tensor)
     dtype, _ = _STORAGE[tensor.dtype]
     if tensor.is_contiguous():
-        array = np.empty(tensor.shape, dtype)
+        new = torch.from_numpy(np.empty(tensor.shape, dtype))
     else:
         strides = torch.empty_like(tensor, device="meta").stride()
-        array = torch.from_numpy(np.empty(tensor.numel(), dtype)).as_strided(tensor.shape, strides).numpy()
-    new = torch.from_numpy(array)
-    return (new.view(torch.bfloat16) if tensor.dtype is torch.bfloat16 else new), array
+        new = torch.from_numpy(np.empty(tensor.numel(), dtype)).as_strided(tensor.shape, strides)
+    return new.view(torch.bfloat16) if tensor.dtype is torch.bfloat16 else new
 
 
-def _new_vector(like, channels):
-    """Return a gradient of shape (channels,) in the type of a parameter, and the array that the kernel fills in for it."""
-    array = np.empty(channels, np.float64 if like is not None and like.dtype is torch.float64 else np.float32)
-    return torch.from_numpy(array), array
-
-
-def _copied(array, target):
-    if array is not target:
-        np.copyto(target, array)
+def _gradient_vector(like, channels):
+    """Return a gradient of shape (channels,), and what a kernel fills it in by."""
+    wide = like is not None and like.dtype is torch.float64
+    new = torch.empty(channels, dtype=torch.float64 if wide else torch.float32)
+    return new, (new.data_ptr(), 1, wide)
 
 
 # ---- the kernels ----
@@ -73,58 +72,69 @@ def _copied(array, target):
 
 def _forward_train(input, weight, bias, running_mean, running_var, momentum, eps):
     """Return (y, mean, m2), the last two as float64 arrays; the running statistics move."""
-    x, (y, out) = _array(input), _new(input)
-    means = [_vector(running_mean), _vector(running_var)]
-    mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
-    view, (x, target) = functional._arrange(1, x, out)
+    y, channels = _new(input), input.shape[1]
+    mean, m2 = np.empty(channels), np.empty(channels)
+    moved_mean, moved_var = _vector(running_mean), _vector(running_var)
+    view, (x, target) = _arrange(input, y)
     _native.train(
-        *(x, target, None, *means, _vector(weight), _vector(bias), mean, m2, view, _STORAGE[input.dtype][1], 0, eps, momentum, True),
-        torch.get_num_threads(),
+        *(x.data_ptr(), target.data_ptr(), None, moved_mean, moved_var, _vector(weight), _vector(bias), mean, m2, view),
+        *(_STORAGE[input.dtype][1], 0, eps, momentum, True, torch.get_num_threads()),
     )
-    _copied(target, out)
-    for running, moved in zip((running_mean, running_var), means, strict=True):
-        if running is not None and running.dtype not in _WIDE:
-            running.copy_(torch.from_numpy(moved))
-        elif running is not None and not running.is_inference():
+    if target is not y:
+        y.copy_(target)
+    for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
+        if running is None:
+            continue
+        if moved[3] is not running:
+            running.copy_(moved[3])
+        elif not running.is_inference():
             torch.autograd.graph.increment_version(running)
     return y, mean, m2
 
 
 def _forward(input, mean, var, weight, bias, eps):
-    """Return y of given statistics, arrays of float32 or float64."""
-    x, (y, out) = _array(input), _new(input)
-    view, (x, target) = functional._arrange(1, x, out)
+    """Return y of given statistics."""
+    y = _new(input)
+    view, (x, target) = _arrange(input, y)
     _native.infer(
-        x, target, None, mean, var, _vector(weight), _vector(bias), view, _STORAGE[input.dtype][1], 0, eps, torch.get_num_threads()
+        *(x.data_ptr(), target.data_ptr(), None, _vector(mean), _vector(var), _vector(weight), _vector(bias), view),
+        *(_STORAGE[input.dtype][1], 0, eps, torch.get_num_threads()),
     )
-    _copied(target, out)
-    return y
+    return y if target is y else y.copy_(target)
 
 
 def _backward(grad, input, mean, m2, weight, count, eps, training, wanted=(True, True, True)):
     """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays."""
-    x, dy, channels = _array(input), _array(grad), input.shape[1]
-    code, threads = _STORAGE[input.dtype][1], torch.get_num_threads()
-    dweight, dweight_array = _new_vector(weight, channels) if wanted[1] else (None, None)
-    dbias, dbias_array = _new_vector(weight, channels) if wanted[2] else (None, None)
+    channels, code, threads = input.shape[1], _STORAGE[input.dtype][1], torch.get_num_threads()
+    dweight, dweight_place = _gradient_vector(weight, channels) if wanted[1] else (None, None)
+    dbias, dbias_place = _gradient_vector(weight, channels) if wanted[2] else (None, None)
     if wanted[0]:
-        dx, out = _new(input)
-        view, (x, target, dy) = functional._arrange(1, x, out, dy)
+        dx = _new(input)
+        view, (x, target, dy) = _arrange(input, dx, grad)
         _native.backward(
-            *(x, target, dy, None, None, dweight_array, dbias_array, _vector(weight), None, mean, m2, count, view, code, 0, eps),
-            *(not training, threads),
+            *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), None, None, dweight_place, dbias_place, _vector(weight), None, mean, m2),
+            *(count, view, code, 0, eps, not training, threads),
         )
-        _copied(target, out)
+        if target is not dx:
+            dx.copy_(target)
     else:
         dx, sums = None, np.empty((2, channels))
-        view, (x, dy) = functional._arrange(1, x, dy)
-        _native.backward_sums(x, dy, dweight_array, dbias_array, _vector(weight), None, mean, m2, count, sums, view, code, 0, eps, threads)
+        view, (x, dy) = _arrange(input, grad)
+        _native.backward_sums(
+            *(x.data_ptr(), dy.data_ptr(), dweight_place, dbias_place, _vector(weight), None, mean, m2, count, sums),
+            *(view, code, 0, eps, threads),
+        )
     return dx, dweight, dbias
 
 
-def _as(tensor, like):
+def _wide(tensor):
+    """Statistics as a float64 array."""
+    return tensor.detach().double().contiguous().numpy()
+
+
+def _as(tensor, dtype):
     """A gradient in the type of its parameter."""
-    return tensor if tensor is None or like is None else tensor.to(like.dtype)
+    return tensor if tensor is None or dtype is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _count(input):
@@ -148,7 +158,7 @@ def _(input, weight, bias, eps):
 
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
 def _infer_op(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _forward(input, _vector(mean), _vector(var), weight, bias, eps)
+    return _forward(input, mean, var, weight, bias, eps)
 
 
 @_infer_op.register_fake
@@ -161,7 +171,8 @@ def _backward_op(
     grad: Tensor, input: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = _backward(grad, input, _wide(mean), _wide(m2), weight, count, eps, training)
-    return dx, _as(dweight, weight), _as(dbias, weight)
+    dtype = None if weight is None else weight.dtype
+    return dx, _as(dweight, dtype), _as(dbias, dtype)
 
 
 @_backward_op.register_fake
@@ -245,14 +256,17 @@ _backward_op.register_autograd(_second_gradients, setup_context=_save_backward)
 
 
 class _BatchNorm(torch.autograd.Function):
+    """`options` are (running_mean, running_var, training, momentum, eps): each argument of its own costs a small batch time."""
+
     @staticmethod
-    def forward(ctx, input, weight, bias, running_mean, running_var, training, momentum, eps):
-        ctx.training, ctx.eps, ctx.bias_type = training, eps, bias
-        if training:
-            y, ctx.mean, ctx.m2 = _forward_train(input, weight, bias, running_mean, running_var, momentum, eps)
+    def forward(ctx, input, weight, bias, options):
+        running_mean, running_var, ctx.training, momentum, ctx.eps = options
+        ctx.bias_type = None if bias is None else bias.dtype
+        if ctx.training:
+            y, ctx.mean, ctx.m2 = _forward_train(input, weight, bias, running_mean, running_var, momentum, ctx.eps)
             ctx.save_for_backward(input, weight)
         else:
-            y = _forward(input, _vector(running_mean), _vector(running_var), weight, bias, eps)
+            y = _forward(input, running_mean, running_var, weight, bias, ctx.eps)
             ctx.save_for_backward(input, weight, running_mean, running_var)
         return y
 
@@ -262,42 +276,43 @@ class _BatchNorm(torch.autograd.Function):
         mean, m2 = (ctx.mean, ctx.m2) if ctx.training else map(_wide, running)
         count = _count(input) if ctx.training else 1
         if torch.is_grad_enabled():  # create_graph: through the operator, which has a gradient itself
-            gradients = _backward_op(grad, input, torch.from_numpy(mean), torch.from_numpy(m2), weight, count, ctx.eps, ctx.training)
-            gradients = [got if wanted else None for got, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
+            found = _backward_op(grad, input, torch.from_numpy(mean), torch.from_numpy(m2), weight, count, ctx.eps, ctx.training)
+            dx, dweight, dbias = [got if wanted else None for got, wanted in zip(found, ctx.needs_input_grad[:3], strict=True)]
         else:
-            gradients = _backward(grad, input, mean, m2, weight, count, ctx.eps, ctx.training, ctx.needs_input_grad[:3])
-        return gradients[0], _as(gradients[1], weight), _as(gradients[2], ctx.bias_type), None, None, None, None, None
+            dx, dweight, dbias = _backward(grad, input, mean, m2, weight, count, ctx.eps, ctx.training, ctx.needs_input_grad)
+        return dx, _as(dweight, weight.dtype if weight is not None else None), _as(dbias, ctx.bias_type), None
 
 
 def _eager(input):
     """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or type(input) not in (Tensor, torch.nn.Parameter)
-        or input.device.type != "cpu"
+    return (
+        not torch.compiler.is_compiling()
+        and (type(input) is Tensor or type(input) is torch.nn.Parameter)
+        and input.is_cpu
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
-def _check_input(input, vectors):
+def _check_input(input):
     if input.dtype not in _STORAGE:
         raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(input.dtype), "input"))
     if input.dim() < 2:
         raise ArgumentError(expected("at least 2 dimensions", f"shape {tuple(input.shape)}", "input"))
-    channels, device = input.shape[1], input.device
-    if device.type not in ("cpu", "meta") or input.layout is not torch.strided:
-        raise TensorError(expected("a dense tensor in CPU memory", f"one of layout {input.layout} on {device}", "input"))
-    for where, tensor in vectors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in _STORAGE:
-            raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(tensor.dtype), where))
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise TensorError(expected(f"shape ({channels},), one value per channel of the input", f"shape {tuple(tensor.shape)}", where))
-        if tensor.device != device:
-            raise TensorError(expected(f"a tensor on {device}, as the input", f"one on {tensor.device}", where))
+    if not (input.is_cpu or input.is_meta) or input.layout is not torch.strided:
+        raise TensorError(expected("a dense tensor in CPU memory", f"one of layout {input.layout} on {input.device}", "input"))
+
+
+def _check_vector(tensor, where, input):
+    if tensor is None:
+        return
+    if tensor.dtype not in _STORAGE:
+        raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(tensor.dtype), where))
+    if tensor.shape != input.shape[1:2]:
+        raise TensorError(expected(f"shape ({input.shape[1]},), a value per channel of the input", f"shape {tuple(tensor.shape)}", where))
+    if tensor.is_cpu is not input.is_cpu:
+        raise TensorError(expected(f"a tensor on {input.device}, as the input", f"one on {tensor.device}", where))
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -338,17 +353,22 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     tensor([[-1.,  7.],
             [ 1.,  7.]], dtype=torch.float64)
     """
-    tracing = torch.jit.is_tracing()  # where sizes are tensors, whose comparison would be frozen into the trace
-    if not tracing:
-        _check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    eager = _eager(input)
+    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
+    if eager or not torch.jit.is_tracing():
+        _check_input(input)
+        _check_vector(running_mean, "running_mean", input)
+        _check_vector(running_var, "running_var", input)
+        _check_vector(weight, "weight", input)
+        _check_vector(bias, "bias", input)
+        if training and _count(input) == 1:
+            raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
     eps = _check.eps_of(eps)
-    if training and not tracing and _count(input) == 1:
-        raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
     if not training and (running_mean is None or running_var is None):
         raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
-    if not _eager(input):
+    if not eager:
         return _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, (running_mean, running_var, training, momentum, eps))
 
 
 def _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps):
