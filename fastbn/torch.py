@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import _check, _native
+from fastbn import _check, _native, sync
 from fastbn.errors import ArgumentError, TensorError, expected
+from fastbn.stats import BatchStats
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
 
 # dtype -> how NumPy sees it and its number in fbn_dtype; bfloat16 by its bits, which needs no other package.
 _STORAGE = {
@@ -105,26 +106,42 @@ def _forward(input, mean, var, weight, bias, eps):
 
 def _backward(grad, input, mean, m2, weight, count, eps, training, wanted=(True, True, True)):
     """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays."""
-    channels, code, threads = input.shape[1], _STORAGE[input.dtype][1], torch.get_num_threads()
+    if not wanted[0]:
+        return None, *_backward_sums(grad, input, mean, m2, weight, count, eps, wanted)[1:]
+    channels, dx = input.shape[1], _new(input)
     dweight, dweight_place = _gradient_vector(weight, channels) if wanted[1] else (None, None)
     dbias, dbias_place = _gradient_vector(weight, channels) if wanted[2] else (None, None)
-    if wanted[0]:
-        dx = _new(input)
-        view, (x, target, dy) = _arrange(input, dx, grad)
-        _native.backward(
-            *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), None, None, dweight_place, dbias_place, _vector(weight), None, mean, m2),
-            *(count, view, code, 0, eps, not training, threads),
-        )
-        if target is not dx:
-            dx.copy_(target)
-    else:
-        dx, sums = None, np.empty((2, channels))
-        view, (x, dy) = _arrange(input, grad)
-        _native.backward_sums(
-            *(x.data_ptr(), dy.data_ptr(), dweight_place, dbias_place, _vector(weight), None, mean, m2, count, sums),
-            *(view, code, 0, eps, threads),
-        )
+    view, (x, target, dy) = _arrange(input, dx, grad)
+    _native.backward(
+        *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), None, None, dweight_place, dbias_place, _vector(weight), None, mean, m2),
+        *(count, view, _STORAGE[input.dtype][1], 0, eps, not training, torch.get_num_threads()),
+    )
+    if target is not dx:
+        dx.copy_(target)
     return dx, dweight, dbias
+
+
+def _backward_sums(grad, input, mean, m2, weight, count, eps, wanted):
+    """Return (sums, dweight, dbias): the first half of the backward pass."""
+    channels = input.shape[1]
+    dweight, dweight_place = _gradient_vector(weight, channels) if wanted[1] else (None, None)
+    dbias, dbias_place = _gradient_vector(weight, channels) if wanted[2] else (None, None)
+    sums = np.empty((2, channels))
+    view, (x, dy) = _arrange(input, grad)
+    _native.backward_sums(
+        *(x.data_ptr(), dy.data_ptr(), dweight_place, dbias_place, _vector(weight), None, mean, m2, count, sums),
+        *(view, _STORAGE[input.dtype][1], 0, eps, torch.get_num_threads()),
+    )
+    return sums, dweight, dbias
+
+
+def _move(running_mean, running_var, count, mean, m2, momentum):
+    """Move running statistics by those of a batch that did not come from `_forward_train`; either may be None."""
+    moved = [None if running is None else _wide(running).copy() for running in (running_mean, running_var)]
+    sync.move_running(*moved, BatchStats(count, mean, m2), momentum)
+    for running, array in zip((running_mean, running_var), moved, strict=True):
+        if running is not None:
+            running.copy_(torch.from_numpy(array))
 
 
 def _wide(tensor):
@@ -183,9 +200,7 @@ def _(grad, input, mean, m2, weight, count, eps, training):
 
 @torch.library.custom_op("fastbn::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
 def _update_op(running_mean: Tensor, running_var: Tensor, mean: Tensor, m2: Tensor, count: int, momentum: float) -> None:
-    if count:
-        for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):
-            running.copy_((1 - momentum) * running.double() + momentum * batch)
+    _move(running_mean, running_var, count, _wide(mean), _wide(m2), momentum)
 
 
 @_update_op.register_fake
@@ -283,6 +298,67 @@ class _BatchNorm(torch.autograd.Function):
         return dx, _as(dweight, weight.dtype if weight is not None else None), _as(dbias, ctx.bias_type), None
 
 
+class _SyncBatchNorm(torch.autograd.Function):
+    """A training batch that the processes of a group share: each has a part of it."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, options):
+        running_mean, running_var, momentum, ctx.eps, ctx.exchange = options
+        ctx.bias_type = None if bias is None else bias.dtype
+        view, (x,) = _arrange(input)
+        alone = BatchStats(_count(input), np.empty(input.shape[1]), np.empty(input.shape[1]))
+        _native.stats(x.data_ptr(), alone.mean, alone.m2, view, _STORAGE[input.dtype][1], torch.get_num_threads())
+        ctx.stats = sync.merge(alone, ctx.exchange)
+        if ctx.stats.count == 1:
+            raise ArgumentError(expected("more than 1 value per channel when training", "1 in all processes", "input"))
+        _move(running_mean, running_var, ctx.stats.count, ctx.stats.mean, ctx.stats.m2, momentum)
+        ctx.save_for_backward(input, weight)
+        return _forward(input, torch.from_numpy(ctx.stats.mean), torch.from_numpy(ctx.stats.var), weight, bias, ctx.eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (input, weight), stats = ctx.saved_tensors, ctx.stats
+        sums, dweight, dbias = _backward_sums(grad, input, stats.mean, stats.m2, weight, stats.count, ctx.eps, ctx.needs_input_grad)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx, sums = _new(input), sync.add_up(sums, ctx.exchange)
+            view, (x, target, dy) = _arrange(input, dx, grad)
+            _native.backward_input(
+                *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), _vector(weight), None, stats.mean, stats.m2, stats.count, sums, view),
+                *(_STORAGE[input.dtype][1], 0, ctx.eps, torch.get_num_threads()),
+            )
+            if target is not dx:
+                dx.copy_(target)
+        return dx, _as(dweight, None if weight is None else weight.dtype), _as(dbias, ctx.bias_type), None
+
+
+def _exchange_of(process_group):
+    """Return the exchange of `fastbn.sync` among the processes of a group of torch.distributed."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise TensorError(expected("torch.distributed to be initialised", "a process group without it", "process_group"))
+    group = distributed.group.WORLD if process_group == "world" else process_group
+    size = distributed.get_world_size(group)
+    if size < 1:
+        raise TensorError(expected("a group that this process belongs to", "another", "process_group"))
+
+    def exchange(array):
+        mine = torch.from_numpy(np.ascontiguousarray(array))
+        rows = [torch.empty_like(mine) for _ in range(size)]
+        distributed.all_gather(rows, mine, group=group)
+        return [row.numpy() for row in rows]
+
+    return exchange
+
+
+@torch.compiler.disable
+def _synchronised(input, weight, bias, options, process_group):
+    if not _eager(input):
+        raise TensorError(expected("no process group in a traced or transformed call", "one", "process_group"))
+    return _SyncBatchNorm.apply(input, weight, bias, (*options, _exchange_of(process_group)))
+
+
 def _eager(input):
     """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
     return (
@@ -315,8 +391,8 @@ def _check_vector(tensor, where, input):
         raise TensorError(expected(f"a tensor on {input.device}, as the input", f"one on {tensor.device}", where))
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`.
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, process_group=None):
+    """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`, and a process group.
 
     Parameters
     ----------
@@ -332,16 +408,22 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         The weight of this batch in the running statistics.
     eps : float
         Added to the variance.
+    process_group : torch.distributed.ProcessGroup, "world" or None
+        Share the statistics of a training batch with the processes of a group whose backend works on the CPU (gloo): each gives its part
+        of the batch, of any size and even empty, and gets what one process would compute of the whole, with the same bits for one number
+        of processes. One all_gather per forward and one per backward. The gradients of weight and bias are sums over the part of each
+        process, as in torch's SyncBatchNorm: DistributedDataParallel brings them together.
 
     Returns
     -------
     Tensor
-        Of the input's shape, type and memory order. First and second derivatives are supported.
+        Of the input's shape, type and memory order. First and second derivatives are supported; with a process group the first.
 
     Raises
     ------
     TensorError
-        A RuntimeError, as torch raises: another type, device or number of channels.
+        A RuntimeError, as torch raises: another type, device or number of channels, a process group that cannot be used. A process that
+        dies or stays away makes torch's own RuntimeError in the others, at the latest after the timeout of the group.
     ArgumentError
         A ValueError: fewer than two dimensions, or one value per channel in training.
 
@@ -361,11 +443,13 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         _check_vector(running_var, "running_var", input)
         _check_vector(weight, "weight", input)
         _check_vector(bias, "bias", input)
-        if training and _count(input) == 1:
+        if training and process_group is None and _count(input) == 1:
             raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
     eps = _check.eps_of(eps)
     if not training and (running_mean is None or running_var is None):
         raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+    if training and process_group is not None:
+        return _synchronised(input, weight, bias, (running_mean, running_var, momentum, eps), process_group)
     if not eager:
         return _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _BatchNorm.apply(input, weight, bias, (running_mean, running_var, training, momentum, eps))
@@ -386,54 +470,95 @@ def _by_operators(input, running_mean, running_var, weight, bias, training, mome
 class _Module:
     """What the modules share; it comes before torch's own class of the same name."""
 
+    process_group = None
+
     def forward(self, input):
         # An exported graph gets the operator that everybody knows.
         if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
-            return super().forward(input)
+            return self._exported(input)
         self._check_input_dim(input)
         momentum, training = self.momentum, self.training
         counted = self.num_batches_tracked if training and self.track_running_stats else None
         if momentum is None:
             momentum = 0.0 if counted is None else 1 / (float(counted) + 1)
         running_mean, running_var = (self.running_mean, self.running_var) if not training or self.track_running_stats else (None, None)
-        training = training or (running_mean is None and running_var is None)
-        y = batch_norm(input, running_mean, running_var, self.weight, self.bias, training, momentum, self.eps)
+        by_batch, group = training or (running_mean is None and running_var is None), self._group() if training else None
+        y = batch_norm(input, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps, process_group=group)
         if counted is not None:
             counted.add_(1)
         return y
 
+    def _exported(self, input):
+        return super().forward(input)
 
-class BatchNorm1d(_Module, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics."""
-
-
-class BatchNorm2d(_Module, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics."""
+    def _group(self):
+        return self.process_group
 
 
-class BatchNorm3d(_Module, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics."""
+class _Sized(_Module):
+    """The modules of one rank of input: torch's own know no process group."""
+
+    def __init__(self, *args, process_group=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if process_group is not None:
+            self.process_group = process_group
 
 
-_OURS = {torch.nn.BatchNorm1d: BatchNorm1d, torch.nn.BatchNorm2d: BatchNorm2d, torch.nn.BatchNorm3d: BatchNorm3d}
+class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class SyncBatchNorm(_Module, torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` on CPUs, where torch's own raises: without a process group it takes the whole world, once there is one."""
+
+    def _exported(self, input):
+        return torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+
+    def _group(self):
+        distributed = torch.distributed
+        return self.process_group or ("world" if distributed.is_available() and distributed.is_initialized() else None)
+
+
+_OURS = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
+}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def convert(module, *, back=False):
+def convert(module, *, back=False, process_group=None):
     """Swap every batch normalization of a model in place: torch's for fastbn's, or back.
 
     Parameters
     ----------
     module : torch.nn.Module
-        A model, or a batch normalization itself. Subclasses of torch's modules that are not torch's own are left alone.
+        A model, or a batch normalization itself. Subclasses of torch's modules that are not torch's own are left alone, and so are lazy
+        modules before their first call.
     back : bool
         From fastbn's modules to torch's.
+    process_group : torch.distributed.ProcessGroup, "world" or None
+        Not with `back`: every batch normalization shares its training batches with the processes of this group; see `batch_norm`.
 
     Returns
     -------
     torch.nn.Module
         The same object. Modules change their class and nothing else: parameters, buffers, hooks, the training flag and what optimisers
         hold stay as they are.
+
+    Raises
+    ------
+    ArgumentError
+        Both `back` and a process group.
 
     Examples
     --------
@@ -444,7 +569,13 @@ def convert(module, *, back=False):
     >>> type(convert(model, back=True)[1]).__module__
     'torch.nn.modules.batchnorm'
     """
+    if back and process_group is not None:
+        raise ArgumentError(expected("no process group on the way back", "one", "process_group"))
     classes = _TORCHS if back else _OURS
     for part in module.modules():
         part.__class__ = classes.get(type(part), type(part))
+        if back and type(part) in _OURS and type(part) is not torch.nn.SyncBatchNorm:
+            part.__dict__.pop("process_group", None)
+        elif process_group is not None and type(part) in _TORCHS:
+            part.process_group = process_group
     return module
