@@ -448,6 +448,8 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     eps = _check.eps_of(eps)
     if not training and (running_mean is None or running_var is None):
         raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+    if torch._C._are_functorch_transforms_active() and process_group is None:  # torch.func knows the gradients of torch's operators alone
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and process_group is not None:
         return _synchronised(input, weight, bias, (running_mean, running_var, momentum, eps), process_group)
     if not eager:
@@ -473,6 +475,8 @@ class _Module:
     process_group = None
 
     def forward(self, input):
+        if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         # An exported graph gets the operator that everybody knows.
         if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
             return self._exported(input)
