@@ -27,6 +27,29 @@ _STORAGE = {
 _LARGE = 1 << 18
 
 
+# ---- what may be given ----
+
+
+def _check_tensors(input, **vectors):
+    """Raise unless the kernels can work on these: addresses are all that they get."""
+    if input.dtype not in _STORAGE:
+        raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(input.dtype), "input"))
+    if input.dim() < 2:
+        raise ArgumentError(expected("at least 2 dimensions", f"shape {tuple(input.shape)}", "input"))
+    if not (input.is_cpu or input.is_meta) or input.layout is not torch.strided:
+        raise TensorError(expected("a dense tensor in CPU memory", f"one of layout {input.layout} on {input.device}", "input"))
+    shape, on_cpu = input.shape[1:2], input.is_cpu
+    for where, tensor in vectors.items():
+        if tensor is None or (tensor.shape == shape and tensor.dtype in _STORAGE and tensor.is_cpu is on_cpu):
+            continue
+        if tensor.dtype not in _STORAGE:
+            raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(tensor.dtype), where))
+        if tensor.shape != shape:
+            wanted = f"shape ({input.shape[1]},), a value per channel of the input"
+            raise TensorError(expected(wanted, f"shape {tuple(tensor.shape)}", where))
+        raise TensorError(expected(f"a tensor on {input.device}, as the input", f"one on {tensor.device}", where))
+
+
 # ---- what the kernels are given: addresses, because an array for each tensor would cost more than a small batch's arithmetic ----
 
 
@@ -84,11 +107,9 @@ def _forward_train(input, weight, bias, running_mean, running_var, momentum, eps
     if target is not y:
         y.copy_(target)
     for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-        if running is None:
-            continue
-        if moved[3] is not running:
+        if running is not None and moved[3] is not running:
             running.copy_(moved[3])
-        elif not running.is_inference():
+        elif running is not None and not running.is_inference():
             torch.autograd.graph.increment_version(running)
     return y, mean, m2
 
@@ -163,6 +184,7 @@ def _count(input):
 
 @torch.library.custom_op("fastbn::batch_norm_train", mutates_args=(), device_types="cpu")
 def _train_op(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tensors(input, weight=weight, bias=bias)
     y, mean, m2 = _forward_train(input, weight, bias, None, None, 0.0, eps)
     return y, torch.from_numpy(mean), torch.from_numpy(m2)
 
@@ -175,6 +197,7 @@ def _(input, weight, bias, eps):
 
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
 def _infer_op(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    _check_tensors(input, mean=mean, var=var, weight=weight, bias=bias)
     return _forward(input, mean, var, weight, bias, eps)
 
 
@@ -187,6 +210,10 @@ def _(input, mean, var, weight, bias, eps):
 def _backward_op(
     grad: Tensor, input: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tensors(input, mean=mean, m2=m2, weight=weight)
+    if grad.shape != input.shape or grad.dtype is not input.dtype or not grad.is_cpu:
+        got = f"{grad.dtype} of shape {tuple(grad.shape)} on {grad.device}"
+        raise TensorError(expected(f"{input.dtype} of shape {tuple(input.shape)}, as the input", got, "grad"))
     dx, dweight, dbias = _backward(grad, input, _wide(mean), _wide(m2), weight, count, eps, training)
     dtype = None if weight is None else weight.dtype
     return dx, _as(dweight, dtype), _as(dbias, dtype)
@@ -200,6 +227,7 @@ def _(grad, input, mean, m2, weight, count, eps, training):
 
 @torch.library.custom_op("fastbn::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
 def _update_op(running_mean: Tensor, running_var: Tensor, mean: Tensor, m2: Tensor, count: int, momentum: float) -> None:
+    _check_tensors(mean[None], running_mean=running_mean, running_var=running_var, m2=m2)
     _move(running_mean, running_var, count, _wide(mean), _wide(m2), momentum)
 
 
@@ -371,26 +399,6 @@ def _eager(input):
     )
 
 
-def _check_input(input):
-    if input.dtype not in _STORAGE:
-        raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(input.dtype), "input"))
-    if input.dim() < 2:
-        raise ArgumentError(expected("at least 2 dimensions", f"shape {tuple(input.shape)}", "input"))
-    if not (input.is_cpu or input.is_meta) or input.layout is not torch.strided:
-        raise TensorError(expected("a dense tensor in CPU memory", f"one of layout {input.layout} on {input.device}", "input"))
-
-
-def _check_vector(tensor, where, input):
-    if tensor is None:
-        return
-    if tensor.dtype not in _STORAGE:
-        raise TensorError(expected("a tensor of float32, float64, float16 or bfloat16", str(tensor.dtype), where))
-    if tensor.shape != input.shape[1:2]:
-        raise TensorError(expected(f"shape ({input.shape[1]},), a value per channel of the input", f"shape {tuple(tensor.shape)}", where))
-    if tensor.is_cpu is not input.is_cpu:
-        raise TensorError(expected(f"a tensor on {input.device}, as the input", f"one on {tensor.device}", where))
-
-
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, process_group=None):
     """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`, and a process group.
 
@@ -435,26 +443,25 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     tensor([[-1.,  7.],
             [ 1.,  7.]], dtype=torch.float64)
     """
-    eager = _eager(input)
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, _eager(input))
+
+
+def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager):
     # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
     if eager or not torch.jit.is_tracing():
-        _check_input(input)
-        _check_vector(running_mean, "running_mean", input)
-        _check_vector(running_var, "running_var", input)
-        _check_vector(weight, "weight", input)
-        _check_vector(bias, "bias", input)
+        _check_tensors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         if training and process_group is None and _count(input) == 1:
             raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
     eps = _check.eps_of(eps)
     if not training and (running_mean is None or running_var is None):
         raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
-    if torch._C._are_functorch_transforms_active() and process_group is None:  # torch.func knows the gradients of torch's operators alone
-        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and process_group is not None:
         return _synchronised(input, weight, bias, (running_mean, running_var, momentum, eps), process_group)
-    if not eager:
-        return _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _BatchNorm.apply(input, weight, bias, (running_mean, running_var, training, momentum, eps))
+    if eager:
+        return _BatchNorm.apply(input, weight, bias, (running_mean, running_var, training, momentum, eps))
+    if torch._C._are_functorch_transforms_active():  # torch.func knows the gradients of torch's operators alone
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps):
@@ -475,19 +482,21 @@ class _Module:
     process_group = None
 
     def forward(self, input):
-        if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        # An exported graph gets the operator that everybody knows.
-        if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
-            return self._exported(input)
+        eager = _eager(input)
+        if not eager:
+            if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
+                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+            if torch.onnx.is_in_onnx_export():  # an exported graph gets the operator that everybody knows
+                return self._exported(input)
         self._check_input_dim(input)
-        momentum, training = self.momentum, self.training
-        counted = self.num_batches_tracked if training and self.track_running_stats else None
+        momentum, training, buffers = self.momentum, self.training, self._buffers
+        tracked = not training or self.track_running_stats
+        running_mean, running_var = (buffers["running_mean"], buffers["running_var"]) if tracked else (None, None)
+        counted = buffers["num_batches_tracked"] if training and tracked else None
         if momentum is None:
             momentum = 0.0 if counted is None else 1 / (float(counted) + 1)
-        running_mean, running_var = (self.running_mean, self.running_var) if not training or self.track_running_stats else (None, None)
         by_batch, group = training or (running_mean is None and running_var is None), self._group() if training else None
-        y = batch_norm(input, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps, process_group=group)
+        y = _batch_norm(input, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps, group, eager)
         if counted is not None:
             counted.add_(1)
         return y
