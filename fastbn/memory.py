@@ -14,14 +14,17 @@ _idle = {}  # size in bytes -> blocks, the size given back last at the end
 _lent = {}  # id of a weak reference -> that reference and its block
 
 
+class _Block(np.ndarray):
+    """Memory, of a type of its own: a view of a view refers to the last array of its own type, which must be the one that is watched."""
+
+
 def lend(shape, dtype):
     """Return an uninitialised C-contiguous array, whose memory comes back here when the last reference to it is gone."""
     size = math.prod(shape) * dtype.itemsize
     try:
         block = _idle[size].pop()
     except (KeyError, IndexError):
-        # Behind a memoryview: a view of a view refers to the array that owns the memory and would skip the one that is watched here.
-        block = memoryview(np.empty(size, np.uint8))
+        block = _Block(size, np.uint8)
     array = np.ndarray(shape, dtype, block)
     reference = weakref.ref(array, _take_back)
     _lent[id(reference)] = reference, block
