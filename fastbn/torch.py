@@ -74,7 +74,7 @@ def _call(input, running_mean, running_var, weight, bias, training, momentum, ep
         return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
     if eager:
         return _torch.apply(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if torch._C._are_functorch_transforms_active():  # torch.func knows the gradients of torch's operators alone
+    if _transformed():  # torch.func and forward-mode differentiation know torch's operators alone
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not torch.jit.is_tracing():
         for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
@@ -96,9 +96,13 @@ def _eager(input):
         and (type(input) is torch.Tensor or type(input) is torch.nn.Parameter)
         and input.is_cpu
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not _transformed()
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _transformed():
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 # ---- the modules ----

@@ -3,7 +3,10 @@
 import copy
 import doctest
 import io
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +230,23 @@ def test_the_bits_do_not_depend_on_threads():
         assert_same(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_torchs_number_of_threads_is_respected(environment):
+    code = """
+import os, torch, fastbn.torch
+x = torch.ones(4, 64, 60, 60)
+counts = [len(os.listdir("/proc/self/task"))]
+fastbn.set_num_threads(3)
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    fastbn.torch.batch_norm(x, None, None, training=True)
+    counts.append(len(os.listdir("/proc/self/task")))
+print([count - counts[0] for count in counts])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[0, 0, 2]\n"
+
+
 # ---- derivatives and operators ----
 
 
@@ -295,6 +315,16 @@ def test_functional_transforms_take_torchs_operators():
     want, got = (torch.func.vjp(lambda x, module=module: torch.func.functional_call(module, {}, (x,)), x) for module in (theirs, ours))
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
     torch.testing.assert_close(got[1](dy)[0], want[1](dy)[0], rtol=0, atol=0)
+
+
+def test_forward_mode_takes_torchs_operators():
+    theirs, ours = pair(nn.BatchNorm2d)
+    x, tangent = tensor((4, 6, 7, 5)), tensor((4, 6, 7, 5), 1)
+    found = []
+    for module in (theirs, ours):
+        with torch.autograd.forward_ad.dual_level():
+            found.append(torch.autograd.forward_ad.unpack_dual(module(torch.autograd.forward_ad.make_dual(x, tangent))).tangent)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def network():
