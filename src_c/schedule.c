@@ -355,6 +355,8 @@ static void execute_empty(const run *run) {
     for (int64_t c = 0; c < job->C; c++) {
         if (run->reduces && run->reduction == FBN_STATS)
             job->batch_mean[c] = job->batch_m2[c] = 0;
+        if (run->reduces && job->sums != NULL)
+            job->sums[c] = job->sums[job->C + c] = 0;
         fbn_set_value(&job->dweight, c, 0);
         fbn_set_value(&job->dbias, c, 0);
     }
@@ -455,11 +457,13 @@ static void finish_stats(const run *run, int64_t first, int64_t channels) {
 /* With d = x - center and lost = mean - center, per channel:
  *
  *   dbias = sum(g)      dweight = invstd * sum(g*(x-mean)),   sum(g*(x-mean)) = sum(g*d) - lost*sum(g)
- *   dx = scale * (g - dbias/n - (x-mean) * invstd^2 * sum(g*(x-mean))/n) = scale*g + slope*d + offset */
+ *   dx = scale * (g - dbias/n - (x-mean) * invstd^2 * sum(g*(x-mean))/n) = scale*g + slope*d + offset
+ *
+ * Where this job does not reduce, its sums are given. */
 static void finish_backward(const run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const double one_of_n = 1 / ((double)job->N * (double)job->S), one_of_count = 1 / (double)job->count;
+    const double one_of_count = 1 / (double)job->count, one_of_n = run->reduces ? 1 / ((double)job->N * (double)job->S) : one_of_count;
     for (int64_t block = first; block < first + channels; block += FBN_CHANNELS) {
         const int count = first + channels - block < FBN_CHANNELS ? (int)(first + channels - block) : FBN_CHANNELS;
         double sum[FBN_CHANNELS], product[FBN_CHANNELS], lost[FBN_CHANNELS], var[FBN_CHANNELS], inverse[FBN_CHANNELS], weight[FBN_CHANNELS];
@@ -467,11 +471,22 @@ static void finish_backward(const run *run, int64_t first, int64_t channels) {
         for (int i = 0; i < count; i++) {
             lost[i] = job->batch_mean[block + i] - fbn_constant(plan, FBN_CENTER, block + i);
             var[i] = job->batch_m2[block + i] * one_of_count;
+            if (run->reduces) {
+                total(plan, block + i, &sum[i], &product[i]);
+                product[i] -= lost[i] * sum[i];
+            } else {
+                sum[i] = job->sums[block + i];
+                product[i] = job->sums[job->C + block + i];
+            }
+            if (run->reduces && job->sums != NULL) {
+                job->sums[block + i] = sum[i];
+                job->sums[job->C + block + i] = product[i];
+            }
         }
         fbn_gather(weight, &job->weight, block, count, 1);
         fbn_inverse_std(inverse, var, count, job->eps);
         for (int i = 0; i < count; i++) {
-            const double scale = weight[i] * inverse[i], dweight = inverse[i] * (product[i] - lost[i] * sum[i]);
+            const double scale = weight[i] * inverse[i], dweight = inverse[i] * product[i];
             const double slope = -scale * inverse[i] * dweight * one_of_n;
             fbn_set_value(&job->dbias, block + i, sum[i]);
             fbn_set_value(&job->dweight, block + i, dweight);
@@ -524,10 +539,9 @@ void fbn_stats(const fbn_job *job, void *work) {
     execute(&run);
 }
 
-void fbn_backward(const fbn_job *job, void *work) {
-    run run = {.reduction = FBN_GRAD_REDUCE, .maps = 1, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
+static run new_backward(const fbn_job *job, void *work) {
+    run run = {.reduction = FBN_GRAD_REDUCE, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
-    run.reduces = !run.plan.map_only;
     const double one_of_count = 1 / (double)job->count;
     for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
         const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
@@ -536,5 +550,25 @@ void fbn_backward(const fbn_job *job, void *work) {
             var[i] = job->batch_m2[c + i] * one_of_count;
         fbn_set_affine(&run.plan, c, count, job->batch_mean + c, var);
     }
+    return run;
+}
+
+void fbn_backward(const fbn_job *job, void *work) {
+    run run = new_backward(job, work);
+    run.reduces = !run.plan.map_only;
+    run.maps = 1;
+    execute(&run);
+}
+
+void fbn_backward_sums(const fbn_job *job, void *work) {
+    run run = new_backward(job, work);
+    run.reduces = 1;
+    execute(&run);
+}
+
+void fbn_backward_input(const fbn_job *job, void *work) {
+    run run = new_backward(job, work);
+    run.maps = 1;
+    finish_backward(&run, 0, job->C);
     execute(&run);
 }
