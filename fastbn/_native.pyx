@@ -82,10 +82,14 @@ cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int thre
 
 
 cdef void set_tensor(fbn_tensor *tensor, object array, tuple view, int *index):
-    """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls."""
+    """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls; a
+    view of sizes alone is of C-contiguous arrays."""
     if array is None:
         return
     tensor.data = <char *><uintptr_t>array if isinstance(array, int) else <char *>cnp.PyArray_DATA(array)
+    if len(view) == 3:
+        tensor.n, tensor.c, tensor.s = <int64_t>view[1] * <int64_t>view[2], view[2], 1
+        return
     tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
     index[0] += 3
 
@@ -232,6 +236,39 @@ def first_without_root(var, double eps):
     return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
 
 
+def dense_view(int axis, tuple arrays):
+    """(N, C, S) where all arrays that are there are C-contiguous, with elements and more than one channel; else None."""
+    cdef int i
+    cdef int64_t before = 1, behind = 1
+    x = arrays[0]
+    for array in arrays:
+        if array is not None and not cnp.PyArray_IS_C_CONTIGUOUS(array):
+            return None
+    for i in range(cnp.PyArray_NDIM(x)):
+        if i < axis:
+            before *= cnp.PyArray_DIM(x, i)
+        elif i > axis:
+            behind *= cnp.PyArray_DIM(x, i)
+    if before * behind == 0 or cnp.PyArray_DIM(x, axis) < 2:
+        return None
+    return before, cnp.PyArray_DIM(x, axis), behind
+
+
+def new_moments(int64_t channels):
+    """Two new float64 arrays of shape (channels,)."""
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0), cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0)
+
+
+def numpy_code(array):
+    """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
+    cdef int number
+    if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISBEHAVED_RO(array):
+        return -1
+    number = cnp.PyArray_TYPE(array)
+    return 0 if number == cnp.NPY_FLOAT32 else 1 if number == cnp.NPY_FLOAT64 else 2 if number == cnp.NPY_FLOAT16 else -1
+
+
 def is_vector(array, int64_t length):
     """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
     return (
@@ -271,6 +308,14 @@ def may_overlap(a, b):
     address_range(a, &a_low, &a_high)
     address_range(b, &b_low, &b_high)
     return a_low < b_high and b_low < a_high
+
+
+def is_apart(array, *others):
+    """Whether each of the others that is there is array itself or has an address range of its own."""
+    for other in others:
+        if other is not None and other is not array and may_overlap(array, other):
+            return False
+    return True
 
 
 cdef void address_range(object array, uintptr_t *low, uintptr_t *high):

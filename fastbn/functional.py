@@ -357,9 +357,10 @@ def _new_stats(x, channels):
 
 def _arrange(axis, *arrays):
     """Return the view of the kernels and the arrays it is of: those given, or C-contiguous copies where they have no common view."""
-    strides = [array.strides for array in arrays if array is not None]
-    x = arrays[0]
-    view = _check.layout(x.shape, axis, x.itemsize, *strides)
+    view = _native.dense_view(axis, arrays)
+    if view is None:
+        x = arrays[0]
+        view = _check.layout(x.shape, axis, x.itemsize, *(array.strides for array in arrays if array is not None))
     if view is not None:
         return view, arrays
     return _arrange(axis, *(array if array is None else array.copy(order="C") for array in arrays))

@@ -1,25 +1,10 @@
-/* The four jobs: which kernel meets which piece, in which order, and the arithmetic per channel between the sweeps. */
+/* Which kernel meets which piece, in which order. */
+#include "schedule.h"
 #include "channels.h"
 #include "machine.h"
-#include "plan.h"
-#include "wide.h"
 
-#include <math.h>
 #include <stddef.h>
 #include <string.h>
-
-/* A job is a reduction of every channel, arithmetic on its sums, and a map over its elements; any of them may be missing. */
-typedef struct run run;
-struct run {
-    fbn_plan plan;
-    fbn_sample sample; /* where statistics look for a first guess of the mean */
-    int reduces, maps;
-    fbn_op reduction, map;
-    void (*finish)(const run *run, int64_t first, int64_t channels);
-    int independent; /* the map does not need the sums: both visit a tile together */
-    double momentum;
-    int unbiased;
-};
 
 /* ---- pieces ---- */
 
@@ -28,7 +13,7 @@ static void *at(const fbn_tensor *tensor, int64_t bytes, int64_t n, int64_t c, i
 }
 
 /* A piece that begins at sample n, channel c, position s, its rows a step apart along n or along s. */
-static fbn_piece piece_at(const run *run, int64_t n, int64_t c, int64_t s, int along_n, int64_t step) {
+static fbn_piece piece_at(const fbn_run *run, int64_t n, int64_t c, int64_t s, int along_n, int64_t step) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     const int64_t bytes = plan->bytes;
@@ -53,12 +38,12 @@ static void set_constants(fbn_piece *piece, char *const *values, int64_t bytes) 
         *constants[i] = values[i] + bytes;
 }
 
-static void call(const run *run, fbn_op op, fbn_layout layout, const fbn_piece *piece) {
+static void call(const fbn_run *run, fbn_op op, fbn_layout layout, const fbn_piece *piece) {
     run->plan.table->kernel[op][layout][run->plan.job->dtype](piece);
 }
 
 /* Tile `tile` of channel c and, in a map, of the channels behind it that lie side by side. */
-static fbn_piece plane_piece(const run *run, int64_t c, int64_t channels, int64_t tile) {
+static fbn_piece plane_piece(const fbn_run *run, int64_t c, int64_t channels, int64_t tile) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     int64_t n = tile * plan->tile_rows, s = 0, rows = job->N - n < plan->tile_rows ? job->N - n : plan->tile_rows, cols = job->S;
@@ -82,7 +67,7 @@ static fbn_piece plane_piece(const run *run, int64_t c, int64_t channels, int64_
     return piece;
 }
 
-static void reduce_planes(const run *run, int64_t first, int64_t channels, int64_t tile) {
+static void reduce_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
     for (int64_t c = first; c < first + channels; c++) {
         const fbn_piece piece = plane_piece(run, c, 1, tile);
         call(run, run->reduction, FBN_NCS, &piece);
@@ -90,7 +75,7 @@ static void reduce_planes(const run *run, int64_t first, int64_t channels, int64
 }
 
 /* The channels of a group lie side by side, or are visited one by one. */
-static void map_planes(const run *run, int64_t first, int64_t channels, int64_t tile) {
+static void map_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
     const int64_t together = run->plan.adjacent && run->plan.job->S <= FBN_PLANE_TILE ? channels : 1;
     for (int64_t c = first; c < first + channels; c += together) {
         const fbn_piece piece = plane_piece(run, c, together, tile);
@@ -99,7 +84,7 @@ static void map_planes(const run *run, int64_t first, int64_t channels, int64_t 
 }
 
 /* The channels from `first` on are reduced beside the map of those from `mapped` on. */
-static void reduce_and_map(const run *run, int64_t first, int64_t mapped, int64_t channels, int64_t tile) {
+static void reduce_and_map(const fbn_run *run, int64_t first, int64_t mapped, int64_t channels, int64_t tile) {
     for (int64_t i = 0; i < channels; i++) {
         const fbn_piece pieces[2] = {plane_piece(run, first + i, 1, tile), plane_piece(run, mapped + i, 1, tile)};
         call(run, run->reduction == FBN_STATS ? FBN_STATS_APPLY : FBN_GRAD_BOTH, FBN_NCS, pieces);
@@ -165,7 +150,7 @@ static void add_columns(double *sums, const double *columns, int64_t K, int64_t 
 }
 
 /* Channels last has its samples in n and s; otherwise a sample is an n. */
-static fbn_piece samples_at(const run *run, int64_t sample, int64_t c, int64_t step) {
+static fbn_piece samples_at(const fbn_run *run, int64_t sample, int64_t c, int64_t step) {
     const fbn_job *job = run->plan.job;
     const int along_n = run->plan.span == job->S;
     return piece_at(run, along_n ? sample : sample / job->S, c, along_n ? 0 : sample % job->S, along_n, step);
@@ -182,7 +167,7 @@ static int64_t tile_samples(const fbn_plan *plan, int64_t tile, int64_t *count) 
     return tile / tiles * plan->samples + row * plan->K;
 }
 
-static void reduce_columns(const run *run, int64_t group, int64_t tile, int slot) {
+static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int slot) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     const int64_t first = group * plan->group, channels = job->C - first < plan->group ? job->C - first : plan->group;
@@ -217,7 +202,7 @@ static void reduce_columns(const run *run, int64_t group, int64_t tile, int slot
 /* ---- maps in the order of memory ---- */
 
 /* `count` samples of neighbouring channels, whole, or a part of the planes of one channel from s on. */
-static void map_block(const run *run, int64_t sample, int64_t count, int64_t c, int64_t channels, int64_t s, int64_t cols) {
+static void map_block(const fbn_run *run, int64_t sample, int64_t count, int64_t c, int64_t channels, int64_t s, int64_t cols) {
     const fbn_plan *plan = &run->plan;
     fbn_piece piece = plan->map == FBN_NSC ? samples_at(run, sample, c, 1) : piece_at(run, sample, c, s, 1, 1);
     piece.rows = count;
@@ -236,7 +221,7 @@ static void map_block(const run *run, int64_t sample, int64_t count, int64_t c, 
     call(run, run->map, plan->map, &piece);
 }
 
-static void map_samples(const run *run, int64_t sample, int64_t count) {
+static void map_samples(const fbn_run *run, int64_t sample, int64_t count) {
     const fbn_job *job = run->plan.job;
     if (run->plan.map == FBN_NSC || run->plan.adjacent)
         map_block(run, sample, count, 0, job->C, 0, run->plan.span);
@@ -246,7 +231,7 @@ static void map_samples(const run *run, int64_t sample, int64_t count) {
 }
 
 static void map_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
     const int64_t C = plan->job->C, span = plan->span;
     (void)slot;
@@ -264,7 +249,7 @@ static void map_task(void *context, int64_t index, int slot) {
 
 /* ---- the order of pieces ---- */
 
-static void center_on_sample(const run *run, int64_t first, int64_t channels) {
+static void center_on_sample(const fbn_run *run, int64_t first, int64_t channels) {
     double centre[FBN_CHANNELS];
     for (int64_t c = first; c < first + channels; c += FBN_CHANNELS) {
         const int64_t count = first + channels - c < FBN_CHANNELS ? first + channels - c : FBN_CHANNELS;
@@ -280,7 +265,7 @@ static int64_t group_channels(const fbn_plan *plan, int64_t first) {
 }
 
 /* Backwards, from what the reduction left in the cache. */
-static void map_group(const run *run, int64_t first, int64_t channels) {
+static void map_group(const fbn_run *run, int64_t first, int64_t channels) {
     for (int64_t tile = run->plan.tiles - 1; tile >= 0; tile--)
         map_planes(run, first, channels, tile);
 }
@@ -288,7 +273,7 @@ static void map_group(const run *run, int64_t first, int64_t channels) {
 /* By planes: everything that is to be done to some groups of channels, one group after the other, or the map of one beside the reduction of
  * the next. */
 static void groups_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
     const int64_t start = index * plan->stride, left = plan->job->C - start, stop = start + (left < plan->stride ? left : plan->stride);
     int64_t mapped = start;
@@ -321,7 +306,7 @@ static void groups_task(void *context, int64_t index, int slot) {
 }
 
 static void reduce_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
     const int64_t tile = index / plan->groups, group = index % plan->groups;
     if (plan->reduction == FBN_NSC) {
@@ -334,7 +319,7 @@ static void reduce_task(void *context, int64_t index, int slot) {
 
 /* A tile by columns, reduced and mapped together. */
 static void tile_task(void *context, int64_t tile, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     int64_t count;
     const int64_t sample = tile_samples(&run->plan, tile, &count);
     for (int64_t group = 0; group < run->plan.groups; group++)
@@ -343,14 +328,14 @@ static void tile_task(void *context, int64_t tile, int slot) {
 }
 
 static void finish_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     const int64_t first = index * FBN_CHANNELS, left = run->plan.job->C - first;
     (void)slot;
     run->finish(run, first, left < FBN_CHANNELS ? left : FBN_CHANNELS);
 }
 
 /* No values: statistics and gradients are zero, the running statistics stay. */
-static void execute_empty(const run *run) {
+static void execute_empty(const fbn_run *run) {
     const fbn_job *job = run->plan.job;
     for (int64_t c = 0; c < job->C; c++) {
         if (run->reduces && run->reduction == FBN_STATS)
@@ -362,7 +347,7 @@ static void execute_empty(const run *run) {
     }
 }
 
-static void execute(run *run) {
+void fbn_execute(fbn_run *run) {
     const fbn_plan *plan = &run->plan;
     const int64_t C = plan->job->C;
     if (plan->job->N * C * plan->job->S == 0) {
@@ -389,186 +374,4 @@ static void execute(run *run) {
         return;
     fill_tables(plan);
     fbn_parallel(map_task, run, plan->chunks, plan->threads);
-}
-
-/* ---- the jobs ---- */
-
-/* The sums of channels first.. over all tiles. */
-static void add_tiles(const fbn_plan *plan, int64_t first, int channels, double *sum, double *second) {
-    const int64_t C = plan->job->C;
-    for (int i = 0; i < channels; i++)
-        sum[i] = second[i] = 0;
-    for (int64_t tile = 0; tile < plan->tiles; tile++) {
-        const double *of_tile = plan->sums + 2 * tile * C + first;
-        for (int i = 0; i < channels; i++) {
-            sum[i] += of_tile[i];
-            second[i] += of_tile[C + i];
-        }
-    }
-}
-
-static void finish_stats(const run *run, int64_t first, int64_t channels) {
-    const fbn_plan *plan = &run->plan;
-    const fbn_job *job = plan->job;
-    const double n = (double)job->N * (double)job->S;
-    /* Squares below this lose bits in CT. */
-    const double least = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
-    double mean[FBN_CHANNELS], m2[FBN_CHANNELS];
-    for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
-        const int64_t count = first + channels - group < FBN_CHANNELS ? first + channels - group : FBN_CHANNELS;
-        int again = 0;
-        double sum[FBN_CHANNELS], square[FBN_CHANNELS];
-        add_tiles(plan, group, (int)count, sum, square);
-        for (int64_t i = 0; i < count; i++) {
-            const double off = sum[i] / n, spread = square[i] - sum[i] * off;
-            mean[i] = fbn_constant(plan, FBN_CENTER, group + i) + off;
-            m2[i] = spread;
-            /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
-            again |= !(spread >= least * n && off * off * n <= spread && spread < INFINITY) << i;
-        }
-        if (again && n > 1) {
-            double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
-            fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
-            for (int64_t i = 0; i < count; i++)
-                if (again >> i & 1) {
-                    mean[i] = wide_mean[i];
-                    m2[i] = wide_m2[i];
-                }
-        }
-        double var[FBN_CHANNELS];
-        for (int64_t i = 0; i < count; i++) {
-            m2[i] = m2[i] < 0 ? 0 : m2[i];
-            var[i] = m2[i] / n;
-            job->batch_mean[group + i] = mean[i];
-            job->batch_m2[group + i] = m2[i];
-        }
-        if (!run->maps)
-            continue;
-        fbn_set_affine(plan, group, (int)count, mean, var);
-        for (int64_t i = 0; i < count && (job->mean.data != NULL || job->var.data != NULL); i++) {
-            const int64_t c = group + i;
-            const double moved = m2[i] / (run->unbiased && n > 1 ? n - 1 : n);
-            fbn_set_value(&job->mean, c, (1 - run->momentum) * fbn_value_of(&job->mean, c, 0) + run->momentum * mean[i]);
-            fbn_set_value(&job->var, c, (1 - run->momentum) * fbn_value_of(&job->var, c, 0) + run->momentum * moved);
-        }
-    }
-}
-
-/* With d = x - center and lost = mean - center, per channel:
- *
- *   dbias = sum(g)      dweight = invstd * sum(g*(x-mean)),   sum(g*(x-mean)) = sum(g*d) - lost*sum(g)
- *   dx = scale * (g - dbias/n - (x-mean) * invstd^2 * sum(g*(x-mean))/n) = scale*g + slope*d + offset
- *
- * Where this job does not reduce, its sums are given. */
-static void finish_backward(const run *run, int64_t first, int64_t channels) {
-    const fbn_plan *plan = &run->plan;
-    const fbn_job *job = plan->job;
-    const double one_of_count = 1 / (double)job->count, one_of_n = run->reduces ? 1 / ((double)job->N * (double)job->S) : one_of_count;
-    for (int64_t block = first; block < first + channels; block += FBN_CHANNELS) {
-        const int count = first + channels - block < FBN_CHANNELS ? (int)(first + channels - block) : FBN_CHANNELS;
-        double sum[FBN_CHANNELS], product[FBN_CHANNELS], lost[FBN_CHANNELS], var[FBN_CHANNELS], inverse[FBN_CHANNELS], weight[FBN_CHANNELS];
-        add_tiles(plan, block, count, sum, product);
-        for (int i = 0; i < count; i++) {
-            lost[i] = job->batch_mean[block + i] - fbn_constant(plan, FBN_CENTER, block + i);
-            var[i] = job->batch_m2[block + i] * one_of_count;
-            if (run->reduces) {
-                total(plan, block + i, &sum[i], &product[i]);
-                product[i] -= lost[i] * sum[i];
-            } else {
-                sum[i] = job->sums[block + i];
-                product[i] = job->sums[job->C + block + i];
-            }
-            if (run->reduces && job->sums != NULL) {
-                job->sums[block + i] = sum[i];
-                job->sums[job->C + block + i] = product[i];
-            }
-        }
-        fbn_gather(weight, &job->weight, block, count, 1);
-        fbn_inverse_std(inverse, var, count, job->eps);
-        for (int i = 0; i < count; i++) {
-            const double scale = weight[i] * inverse[i], dweight = inverse[i] * product[i];
-            const double slope = -scale * inverse[i] * dweight * one_of_n;
-            fbn_set_value(&job->dbias, block + i, sum[i]);
-            fbn_set_value(&job->dweight, block + i, dweight);
-            fbn_set_constant(plan, FBN_SLOPE, block + i, slope);
-            fbn_set_constant(plan, FBN_OFFSET, block + i, -scale * sum[i] * one_of_n - slope * lost[i]);
-        }
-    }
-}
-
-int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps) {
-    for (int64_t c = 0; c < C; c++)
-        if (fbn_value_of(var, c, 1) + eps <= 0)
-            return c;
-    return -1;
-}
-
-int64_t fbn_work_bytes(const fbn_job *job) {
-    fbn_plan plan;
-    return fbn_plan_job(&plan, job, NULL);
-}
-
-void fbn_infer(const fbn_job *job, void *work) {
-    run run = {.maps = 1, .map = FBN_APPLY};
-    fbn_plan_job(&run.plan, job, work);
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double mean[FBN_CHANNELS], var[FBN_CHANNELS];
-        fbn_gather(mean, &job->mean, c, count, 0);
-        fbn_gather(var, &job->var, c, count, 1);
-        fbn_set_affine(&run.plan, c, count, mean, var);
-    }
-    execute(&run);
-}
-
-void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work) {
-    run run = {.reduces = 1,
-               .reduction = FBN_STATS,
-               .maps = 1,
-               .map = FBN_APPLY,
-               .finish = finish_stats,
-               .momentum = momentum,
-               .unbiased = unbiased};
-    fbn_plan_job(&run.plan, job, work);
-    execute(&run);
-}
-
-void fbn_stats(const fbn_job *job, void *work) {
-    run run = {.reduces = 1, .reduction = FBN_STATS, .finish = finish_stats};
-    fbn_plan_job(&run.plan, job, work);
-    execute(&run);
-}
-
-static run new_backward(const fbn_job *job, void *work) {
-    run run = {.reduction = FBN_GRAD_REDUCE, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
-    fbn_plan_job(&run.plan, job, work);
-    const double one_of_count = 1 / (double)job->count;
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double var[FBN_CHANNELS];
-        for (int i = 0; i < count; i++)
-            var[i] = job->batch_m2[c + i] * one_of_count;
-        fbn_set_affine(&run.plan, c, count, job->batch_mean + c, var);
-    }
-    return run;
-}
-
-void fbn_backward(const fbn_job *job, void *work) {
-    run run = new_backward(job, work);
-    run.reduces = !run.plan.map_only;
-    run.maps = 1;
-    execute(&run);
-}
-
-void fbn_backward_sums(const fbn_job *job, void *work) {
-    run run = new_backward(job, work);
-    run.reduces = 1;
-    execute(&run);
-}
-
-void fbn_backward_input(const fbn_job *job, void *work) {
-    run run = new_backward(job, work);
-    run.maps = 1;
-    finish_backward(&run, 0, job->C);
-    execute(&run);
 }

@@ -1,4 +1,4 @@
-/* What the fast statistics start from, and what replaces them where float32 sums cannot hold a channel: see finish_stats in schedule.c. */
+/* What the fast statistics start from, and what replaces them where float32 sums cannot hold a channel: see finish_stats in jobs.c. */
 #include "wide.h"
 #include "narrow.h"
 
