@@ -1,16 +1,19 @@
-"""Time the array functions beside NumPy, PyTorch and ONNX Runtime, a copy and a streaming copy, in one run.
+"""Time the array functions beside NumPy, PyTorch and ONNX Runtime, and beside what memory allows, in one run.
 
     python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
     python tools/bench_kernels.py --shapes shapes.json             other shapes: a list of {"N", "C", "spatial"}
     python tools/bench_kernels.py --json bench.json --chart bench.svg
     python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
 
-Every result is checked before it is timed. Each figure is the 10th percentile of its calls, in microseconds; every side that can writes
-into existing memory (out=). Peers that are not installed are left out, with a line that says so.
+Every result is checked before it is timed. Each figure is the 10th percentile of its calls, in microseconds; every side writes into
+existing memory (out=), but for "backward new", where every side allocates: PyTorch's backward copies into its out=. The roofs: a copy
+(np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed are left out, with a line that says so.
 """
 
 import argparse
 import ctypes
+import functools
+import itertools
 import json
 import math
 import os
@@ -41,8 +44,10 @@ SHAPES = [
     (32, 256, 56, 56),
     (32, 64, 112, 112),
 ]
-OPERATIONS = ("train", "backward", "infer", "fused")
-STREAMING_COPY = """
+OPERATIONS = ("train", "backward", "backward new", "infer", "fused")
+LARGE = 16 << 20  # bytes of a tensor above which the summary counts it as larger than the cache
+ROOFS = ("copy", "streaming copy", "read")
+ROOF_SOURCE = """
 #include <emmintrin.h>
 #include <stddef.h>
 void streaming_copy(char *to, const char *from, size_t bytes) {
@@ -50,6 +55,20 @@ void streaming_copy(char *to, const char *from, size_t bytes) {
         for (size_t j = i; j < i + 64; j += 16)
             _mm_stream_si128((__m128i *)(to + j), _mm_loadu_si128((const __m128i *)(from + j)));
     _mm_sfence();
+}
+static __m128i add(__m128i sum, const char *from) {
+    return _mm_add_epi32(sum, _mm_loadu_si128((const __m128i *)from));
+}
+void read_all(char *to, const char *from, size_t bytes) {
+    __m128i a = _mm_setzero_si128(), b = a, c = a, d = a;
+    for (size_t i = 0; i + 128 <= bytes; i += 128) {
+        a = add(add(a, from + i), from + i + 64);
+        b = add(add(b, from + i + 16), from + i + 80);
+        c = add(add(c, from + i + 32), from + i + 96);
+        d = add(add(d, from + i + 48), from + i + 112);
+    }
+    if (bytes >= 16)
+        _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm_add_epi32(a, b), _mm_add_epi32(c, d)));
 }
 """
 
@@ -66,18 +85,19 @@ def percentile(call, seconds):
     return sorted(times)[len(times) // 10] * 1e6
 
 
-def build_streaming_copy(folder):
-    """A copy with streaming stores: the least that reading x and writing y can cost above the cache. None without a compiler."""
+def build_roofs(folder):
+    """What memory allows: a copy with streaming stores, the least above the cache, and reading alone. Empty without a compiler."""
     compiler = shutil.which("cc")
     if compiler is None or os.uname().machine != "x86_64":
-        print("streaming copy: no C compiler for x86-64, left out", file=sys.stderr)
-        return None
+        print("streaming copy, read: no C compiler for x86-64, left out", file=sys.stderr)
+        return {}
     source, library = Path(folder) / "roof.c", Path(folder) / "roof.so"
-    source.write_text(STREAMING_COPY)
+    source.write_text(ROOF_SOURCE)
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).streaming_copy
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    return function
+    functions = {"streaming copy": ctypes.CDLL(str(library)).streaming_copy, "read": ctypes.CDLL(str(library)).read_all}
+    for function in functions.values():
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return functions
 
 
 def optional(name):
@@ -115,7 +135,7 @@ class Case:
         weight, bias = self.weight[few], self.bias[few]
         if operation == "train":
             return at, reference.batch_norm_train(x, weight, bias, axis=self.axis)[0]
-        if operation == "backward":
+        if operation.startswith("backward"):
             return at, reference.batch_norm_backward(dy, x, reference.batch_stats(x, axis=self.axis), weight, bias, axis=self.axis)[0]
         extra = {"activation": "relu", "residual": residual} if operation == "fused" else {}
         return at, reference.batch_norm(x, self.mean[few], self.var[few], weight, bias, axis=self.axis, **extra)
@@ -133,6 +153,7 @@ def fastbn_calls(case):
     return {
         "train": lambda: fastbn.batch_norm_train(case.x, case.weight, case.bias, **keywords)[0],
         "backward": lambda: fastbn.batch_norm_backward(case.dy, case.x, case.stats, case.weight, case.bias, **keywords)[0],
+        "backward new": lambda: fastbn.batch_norm_backward(case.dy, case.x, case.stats, case.weight, case.bias, axis=case.axis)[0],
         "infer": lambda: fastbn.batch_norm(case.x, case.mean, case.var, case.weight, case.bias, **keywords),
         "fused": lambda: fastbn.batch_norm(
             case.x, case.mean, case.var, case.weight, case.bias, activation="relu", residual=case.residual, **keywords
@@ -181,7 +202,7 @@ def torch_calls(torch, case):
         y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, 1e-5, out=(out, *saved))[0]
         return back(torch.relu_(y.add_(residual)))
 
-    return {"train": lambda: forward(True), "backward": backward, "infer": lambda: forward(False), "fused": fused}
+    return {"train": lambda: forward(True), "backward new": backward, "infer": lambda: forward(False), "fused": fused}
 
 
 def onnx_calls(onnxruntime, onnx, case, threads):
@@ -207,14 +228,14 @@ def onnx_calls(onnxruntime, onnx, case, threads):
     return {"infer": infer}
 
 
-def rows(case, threads, seconds, streaming_copy, modules):
+def rows(case, threads, seconds, built, modules):
     """One record per operation and side."""
     fastbn.set_num_threads(threads)
     roofs = {"copy": lambda: np.copyto(case.out, case.x)}
     start = -case.out.ctypes.data % 64
-    if streaming_copy is not None and case.out.nbytes > 1024:
+    if case.out.nbytes > 1024:
         addresses = case.out.ctypes.data + start, case.x.ctypes.data + start, case.out.nbytes - 64
-        roofs["streaming copy"] = lambda: streaming_copy(*addresses)
+        roofs |= {name: functools.partial(function, *addresses) for name, function in built.items()}
     common = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": threads, "bytes": case.x.nbytes}
     for who, call in roofs.items():
         yield {**common, "side": who, "operation": "roof", "us": percentile(call, seconds)}
@@ -239,13 +260,13 @@ def measure(shapes, dtypes, thread_counts, seconds):
     modules = {name: optional(name) for name in ("torch", "onnxruntime", "onnx")}
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        streaming_copy = build_streaming_copy(folder)
+        built = build_roofs(folder)
         for shape in shapes:
             for dtype in dtypes:
                 for layout in ("NCHW", "NHWC") if math.prod(shape[2:]) > 1 else ("NCHW",):
                     case = Case(shape, layout, dtype)
                     for threads in thread_counts:
-                        records += rows(case, threads, seconds, streaming_copy, modules)
+                        records += rows(case, threads, seconds, built, modules)
                     print_case(records, case)
     return records
 
@@ -263,9 +284,10 @@ def print_case(records, case):
         where = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": count}
         copy = find(records, "copy", "roof", **where)
         cells = [f"{case.shape!s:22} {case.layout} {case.dtype.name:8} {count} copy {copy:9.1f}us"]
-        streamed = find(records, "streaming copy", "roof", **where)
-        if streamed:
-            cells.append(f"streaming {streamed / copy:.2f}")
+        for roof in ROOFS[1:]:
+            us = find(records, roof, "roof", **where)
+            if us:
+                cells.append(f"{roof} {us / copy:.2f}")
         for operation in OPERATIONS:
             times = {side: find(records, side, operation, **where) for side in ("fastbn", "numpy", "torch", "onnxruntime")}
             cells.append(f"{operation} " + " ".join(f"{side[0]}{us / copy:.2f}" for side, us in times.items() if us))
@@ -275,6 +297,21 @@ def print_case(records, case):
 def summarise(records):
     """The figures of the project's targets: geometric means over shapes against each peer."""
     lines = []
+    for operation, layout, large in itertools.product(OPERATIONS, ("NCHW", "NHWC"), (True, False)):
+        multiples = []
+        for record in records:
+            if (record["side"], record["operation"], record["layout"]) != ("fastbn", operation, layout) or record["threads"] != 1:
+                continue
+            if record["dtype"] == "float32" and (record["bytes"] >= LARGE) == large:
+                same = {key: record[key] for key in ("shape", "layout", "dtype", "threads")}
+                multiples.append(record["us"] / find(records, "copy", "roof", **same))
+        if multiples:
+            where = "above" if large else "below"
+            mean = math.exp(sum(map(math.log, multiples)) / len(multiples))
+            lines.append(
+                f"float32 {operation} {layout}, tensors {where} {LARGE >> 20} MB: {mean:.2f}x copy "
+                f"({min(multiples):.2f} to {max(multiples):.2f}, {len(multiples)} shapes)"
+            )
     for dtype in sorted({record["dtype"] for record in records}):
         for peer in ("torch", "onnxruntime", "numpy"):
             for operation in OPERATIONS:
