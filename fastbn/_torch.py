@@ -318,7 +318,10 @@ def apply(input, running_mean, running_var, weight, bias, training, momentum, ep
         _place(weight, "weight", input),
         _place(bias, "bias", input),
     )
-    return _BatchNorm.apply(input, weight, bias, (places, training, momentum, eps))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
+        return _BatchNorm.apply(input, weight, bias, (places, training, momentum, eps))
+    mean, var, weight, bias = places
+    return _train(input, weight, bias, mean, var, momentum, eps)[0] if training else _infer(input, mean, var, weight, bias, eps)
 
 
 class _BatchNorm(torch.autograd.Function):
