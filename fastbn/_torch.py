@@ -59,15 +59,16 @@ def _place(tensor, where, input):
     if tensor is None:
         return None
     owner = tensor
-    if tensor.dtype is not torch.float32 or tensor.shape != input.shape[1:2] or not tensor.is_cpu:
+    if tensor.dtype is not torch.float32 or tensor.shape != input.shape[1:2] or not tensor.is_cpu or tensor.is_neg():
         check_vector(tensor, where, input)
-        if tensor.dtype is not torch.float64:
-            owner = tensor.float()
+        owner = (tensor if tensor.dtype is torch.float64 else tensor.float()).resolve_neg()
     return owner.data_ptr(), owner.stride(0), owner.dtype is torch.float64, owner, tensor
 
 
 def _arrange(*tensors):
     """Return the view of the kernels and the tensors it is of: those given, or contiguous copies where they have no common view."""
+    # The memory of a negative view, such as z.conj().imag, holds the other sign.
+    tensors = [tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in tensors]
     view = _check.layout(tensors[0].shape, 1, 1, *[tensor.stride() for tensor in tensors])
     if view is not None:
         return view, tensors
@@ -317,7 +318,10 @@ def apply(input, running_mean, running_var, weight, bias, training, momentum, ep
         _place(weight, "weight", input),
         _place(bias, "bias", input),
     )
-    return _BatchNorm.apply(input, weight, bias, (places, training, momentum, eps))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
+        return _BatchNorm.apply(input, weight, bias, (places, training, momentum, eps))
+    mean, var, weight, bias = places
+    return _train(input, weight, bias, mean, var, momentum, eps)[0] if training else _infer(input, mean, var, weight, bias, eps)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -112,6 +112,18 @@ def test_strides_are_read_as_they_are_and_kept(kind, of_dy, dtype):
     assert got["dx"].stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_negative_views_are_read_with_their_sign(training):
+    _, ours = pair(nn.BatchNorm2d)
+    ours.train(training)
+    x, dy = (torch.complex(tensor((4, 6, 7, 5), seed), tensor((4, 6, 7, 5), seed + 1)).conj().imag for seed in (0, 2))
+    assert x.is_neg()
+    assert_same(step(copy.deepcopy(ours), x, dy), step(ours, x.resolve_neg().clone(), dy.resolve_neg().clone()), rtol=1e-5, atol=1e-5)
+    vector = torch.complex(tensor(6), tensor(6, 1)).conj().imag
+    got, want = (batch_norm(x, None, None, vector, bias, True) for bias in (vector, vector.resolve_neg()))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("shape", [(0, 6, 7, 5), (3, 6, 0, 5)])
 def test_an_empty_batch(shape):
     _, ours = pair(nn.BatchNorm2d)
@@ -317,6 +329,7 @@ def test_functional_transforms_take_torchs_operators():
     torch.testing.assert_close(got[1](dy)[0], want[1](dy)[0], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # torch's own
 def test_forward_mode_takes_torchs_operators():
     theirs, ours = pair(nn.BatchNorm2d)
     x, tangent = tensor((4, 6, 7, 5)), tensor((4, 6, 7, 5), 1)
