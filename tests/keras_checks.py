@@ -319,7 +319,7 @@ def test_convert_refuses_what_it_cannot_reach():
         convert(keras.Sequential([keras.Input((3,)), Block()]))
     with pytest.raises(ValueError, match="Functional"):
         convert(Written())
-    with pytest.raises(TypeError, match="^Expected a keras.Model, got int - at `model`$"):
+    with pytest.raises(TypeError, match=r"^Expected a keras\.Model, got int - at `model`$"):
         convert(3)
 
 
