@@ -67,6 +67,14 @@ def test_the_shipped_networks_are_those_of_the_tool():
     assert {(32, 1, 3, 3), (32 * 13 * 13, 10)} <= sizes["keras"]
 
 
+def test_the_same_weights_start_with_either_layers():
+    pytest.importorskip("torch")
+    ours, own = train_cnns.torch_net(True, 3), train_cnns.torch_net(False, 3)
+    assert [type(net[1]).__module__ for net in (ours, own)] == ["fastbn.torch", "torch.nn.modules.batchnorm"]
+    for one, other in zip(ours.state_dict().values(), own.state_dict().values(), strict=True):
+        assert (one == other).all()
+
+
 def test_enlarging_is_bilinear():
     ramp = np.broadcast_to(np.arange(8.0), (1, 8, 8))
     at = np.clip((np.arange(28) + 0.5) * 8 / 28 - 0.5, 0, 7)
