@@ -91,3 +91,16 @@ def test_a_backend_loads_no_other_framework(backend, environment):
     done = python(loaded, environment, KERAS_BACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert not {name.split(".")[0] for name in done.stdout.split()} & ({"torch", "jax", "tensorflow"} - {backend})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_benchmark_compares_before_it_times(backend, environment):
+    needs("keras", backend)
+    tool = CHECKS.parent.parent / "tools" / "bench_keras.py"
+    command = [sys.executable, str(tool), "--shape", "16x8", "--runs", "1", "--batches", "3"]
+    variables = {**environment, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kinds = re.findall(r"^(\w+) +3 batches of 16x8: moving_mean [0-9.]+e-0[78], moving_variance [0-9.]+e-0[78]$", done.stdout, re.MULTILINE)
+    assert kinds == ["Keras", "fastbn"]
+    assert re.search(r"^\| 16x8 \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|$", done.stdout, re.MULTILINE)
