@@ -78,13 +78,13 @@ def variance(value, where, length, eps):
     return array
 
 
-def eps_of(value):
+def eps_of(value, where="eps"):
     """Return eps as a float that is finite and not negative."""
     if type(value) is float and 0 <= value < inf:
         return value
-    eps = _number(value, "eps")
+    eps = _number(value, where)
     if not 0 <= eps < inf:
-        raise ArgumentError(expected("a finite number >= 0", f"{eps}", "eps"))
+        raise ArgumentError(expected("a finite number >= 0", f"{eps}", where))
     return eps
 
 

@@ -19,6 +19,11 @@ FLOORS = [
     ["functional"],
     ["layers", "_torch"],
     ["torch"],
+    ["keras.callbacks"],
+    ["keras.torch", "keras.jax", "keras.tensorflow"],
+    ["keras.layer"],
+    ["keras.conversion"],
+    ["keras.__init__"],
     ["graph.constant", "graph.report", "graph.storage"],
     ["graph.model"],
     ["graph.lift"],
@@ -45,7 +50,16 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Who may import a framework.
-FRAMEWORKS = {"torch": ["torch"], "_torch": ["torch"], "layers": ["torch", "keras"]}
+FRAMEWORKS = {
+    "torch": ["torch"],
+    "_torch": ["torch"],
+    "layers": ["torch", "keras"],
+    "keras.torch": ["torch"],
+    "keras.jax": ["jax"],
+    "keras.tensorflow": ["tensorflow"],
+    "keras.layer": ["keras"],
+    "keras.conversion": ["keras"],
+}
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
 MEETING = {"affine", "errors"}

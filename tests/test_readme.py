@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_run_is_a_real_one(small_cnn, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["small_cnn", "torch_digits", "keras_digits"])
+def test_the_run_is_a_real_one(name, small_cnn, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["fold", str(small_cnn), "folded.onnx"]) == 0
+    assert main(["fold", str(small_cnn.with_name(f"{name}.onnx")), "folded.onnx"]) == 0
     shown = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
     # Rounding differs from one CPU to another: the measured numbers may, nothing else.
     numbers = r"(error|worst|allowed) [0-9.e+-]+|\S+ at \S+ \(.*?\)|of [0-9.e+-]+ allowed"
