@@ -278,7 +278,7 @@ def test_bench(here, capsys):
     assert main(["bench", "in.onnx", "in.onnx", "--runs", "2", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == SCHEMA
-    assert set(report["bench"][0]) == {"threads", "model", "median_ms", "p90_ms", "ratio"}
+    assert set(report["bench"][0]) == {"threads", "model", "runs", "median_ms", "p90_ms", "ratio"}
 
 
 def test_bench_of_external_data(tmp_path, capsys):

@@ -75,7 +75,7 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
             break
     planning, output, parity = job.finish(planning)
     folded = [_fold_of(plan, job.checks.get(_key(plan)), output) for plan in planning.plans]
-    return FoldResult(source, index, output, folded, planning.kept, parity)
+    return FoldResult(source, index, output, planning, folded, parity)
 
 
 class _Job:
