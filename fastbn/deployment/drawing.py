@@ -18,11 +18,11 @@ __all__ = ["Drawing", "draw_model", "draw_site"]
 # Boxes that a drawing of a whole model, and one of a site, shows at most.
 MODEL_BOXES, SITE_BOXES = 240, 24
 
-# Sizes in CSS pixels; a character of the two fonts is this wide.
+# Sizes in CSS pixels; a character of the heading and of the other lines is this wide at most on average.
 GAP_X, GAP_Y, PADDING, LINE = 14, 26, 8, 14
-CHARACTER, LONGEST_TEXT, NARROWEST = 6.3, 26, 56
+HEADING, CHARACTER, LONGEST_TEXT, NARROWEST = 7.6, 6.3, 26, 56
 
-SWEEPS = 6
+SWEEPS, ALIGNMENTS = 6, 16
 
 
 @dataclass
@@ -79,10 +79,10 @@ def draw_model(result):
     ends = {}
     for value in index.main.values.values():
         if value.is_input and value.initializer is None:
-            ends[value] = Box("end", [_short(value.name)], f"input {value.name}")
+            ends[value] = Box("end", [_short(value.name)], f"graph input {value.name}")
             edges += [(ends[value], boxes[reader]) for reader, _ in value.readers if reader in boxes]
         if value.is_output and value.producer in boxes:
-            edges.append((boxes[value.producer], Box("end", [_short(value.name)], f"output {value.name}")))
+            edges.append((boxes[value.producer], Box("end", [_short(value.name)], f"graph output {value.name}")))
     counts = Counter(kinds.get(node, "plain") for node in nodes)
     text = f"{len(nodes)} nodes: {counts['removed']} taken out, {counts['home']} that took them in, {counts['kept']} that stayed"
     hidden = sum(map(len, groups[len(shown) :]))
@@ -256,7 +256,8 @@ def _drawing(boxes, edges, title, text, hidden):
     """Return the Drawing of boxes and of those that only edges name."""
     boxes = _unique([*boxes, *(box for edge in edges for box in edge)])
     for box in boxes:
-        box.width = max(NARROWEST, 2 * PADDING + CHARACTER * max(map(len, box.lines)))
+        heading, *others = box.lines
+        box.width = max(NARROWEST, 2 * PADDING + max(HEADING * len(heading), CHARACTER * max(map(len, others), default=0)))
         box.height = 2 * PADDING + LINE * len(box.lines) - 4
     _rank(boxes, edges)
     rows, chains = _rows(boxes, edges)
@@ -328,7 +329,7 @@ def _place(rows):
         for box in row:
             box.x = x
             x += box.width + GAP_X
-    for sweep in range(SWEEPS):
+    for sweep in range(ALIGNMENTS):
         for row in rows if sweep % 2 == 0 else rows[::-1]:
             _align(row)
     left = min((box.x for row in rows for box in row), default=0) - 2

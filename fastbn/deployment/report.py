@@ -51,7 +51,7 @@ def render(deployment):
         reasons=REASONS,
         model=draw_model(fold),
         threads=sorted({row["threads"] for row in deployment.latency}),
-        slowest=max((row["p90_ms"] for row in deployment.latency), default=0) or 1,
+        scales={row["threads"]: _scale(deployment.latency, row["threads"]) for row in deployment.latency},
         largest=max((stage.size for stage in deployment.stages), default=0) or 1,
         words=STAGE_WORDS,
         name=re.split(r"[\\/]", facts["model"])[-1],
@@ -61,6 +61,13 @@ def render(deployment):
         most_drawn=MOST_DRAWN,
         most_rows=MOST_ROWS,
     )
+
+
+def _scale(latency, threads):
+    """Return the milliseconds at the right end of the bars: room for the 90th percentiles, unless one is far out."""
+    rows = [row for row in latency if row["threads"] == threads]
+    longest = max(row["median_ms"] for row in rows)
+    return min(max(row["p90_ms"] for row in rows), 1.5 * longest)
 
 
 def _printable(value):
@@ -79,10 +86,10 @@ def _percent(value, digits=0):
 
 
 def _times(ratio):
-    """Return a ratio of times in words: 1.25 times as fast, or as slow."""
+    """Return a ratio of times in words."""
     if ratio is None:
         return "-"
-    return f"{1 / ratio:.2f}x faster" if ratio < 0.995 else f"{ratio:.2f}x slower" if ratio > 1.005 else "as fast"
+    return f"{1 / ratio:.2f} times as fast" if ratio < 0.995 else f"{ratio:.2f} times as long" if ratio > 1.005 else "as fast"
 
 
 def _plural(count, word):
