@@ -139,7 +139,7 @@ def test_without_data_random_inputs_and_that_is_said_loudly(here, capsys):
     deploy()
     out = capsys.readouterr().out
     assert "WARNING no --data: compared on random numbers; what they say of real inputs is little\n" in out
-    assert "data    8 samples from normal random numbers, seed 0\n" in out
+    assert "data    4 samples from normal random numbers, seed 0\n" in out
     report = as_json(capsys, "--quantize", "--seed", "3", "--max-drop", "1")
     assert report["data"]["random"] is True
     assert report["data"]["origin"] == "normal random numbers, seed 3"
@@ -594,7 +594,7 @@ def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
 def test_a_real_interrupt(here, environment):
     command = [sys.executable, "-m", "fastbn", "deploy", "in.onnx", "out.onnx", "--runs", "100000000"]
     monkey = {**environment, "PYTHONUNBUFFERED": "1"}
-    # Two seconds a number of threads are timed: long enough to interrupt.
+    # A second and a half is timed for each number of threads: long enough to interrupt.
     process = subprocess.Popen(command, env=monkey, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "measuring latency" in line:

@@ -199,10 +199,18 @@ def test_random_samples_are_seeded_and_said():
     index = index_of(conv_bn())
     reference = Runnable.of(index.source).session()
     one, same, other = (random_samples(reference, index, {}, seed, 5) for seed in (0, 0, 1))
-    assert (one.random, one.rows, one.origin) == (True, 6, "normal random numbers, seed 0")
+    assert (one.random, one.rows, one.origin) == (True, 5, "normal random numbers, seed 0")
+    assert [feed["x"].shape for feed in one.feeds] == [(1, 3, 8, 8)] * 5
     assert np.array_equal(stacked(one), stacked(same))
     assert not np.array_equal(stacked(one), stacked(other))
     assert len({values["x"].tobytes() for values in one.feeds}) == len(one.feeds)
+
+
+def test_random_samples_in_the_batch_that_the_model_takes():
+    text = "(float[N,3] x) => (float[3,N] y) { r = Reshape(x, shape) y = Transpose(r) }"
+    index = index_of(model(text, shape=np.array([2, 3])))
+    samples = random_samples(Runnable.of(index.source).session(), index, {}, 0, 5)
+    assert [feed["x"].shape for feed in samples.feeds] == [(2, 3)] * 3
 
 
 def bad_zip(folder):

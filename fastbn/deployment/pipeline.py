@@ -23,10 +23,10 @@ from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
 
 # Rows of random input where there is no data: to compare on, and to calibrate on.
-RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 8, 32
+RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
 
 # Feeds kept of the data, of rows that calibrate at least, and seconds of timed runs for each number of threads.
-MOST_FEEDS, FEWEST_ROWS, LATENCY_SECONDS = 256, 8, 2.0
+MOST_FEEDS, FEWEST_ROWS, LATENCY_SECONDS = 256, 8, 1.5
 
 # A ratio of medians below this is noise.
 SLOWER = 1.05
@@ -89,7 +89,7 @@ def deploy(model, output=None, *, report=None, force=False, **options):
     only, skip, input_shapes, freeze_inputs, seed
         As in `fold`.
     runs : int
-        Timed runs of each stage, fewer where they take longer than 2 s together.
+        Timed runs of each stage, fewer where those of all stages would take longer than 1.5 s.
     most_samples, min_samples : int
         Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
 

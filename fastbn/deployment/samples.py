@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
 from fastbn.graph.feeds import random_feeds
 from fastbn.graph.report import first_few
+from fastbn.graph.runtime import runtime_errors
 from fastbn.graph.storage import os_error
 
 __all__ = ["Samples", "random_samples", "read_samples"]
@@ -53,10 +54,14 @@ class Samples:
 
 
 def random_samples(reference, index, input_shapes, seed, rows):
-    """Return Samples of seeded normal numbers, at least this many rows; raises feeds.ModelNotRun where the model takes none."""
+    """Return Samples of seeded normal numbers, at least this many rows, one by one where the model takes them so; raises feeds.ModelNotRun
+    where it takes none."""
     (first,) = random_feeds(reference, index, input_shapes, seed, 1)
-    count = -(-rows // max(1, _rows(first)))
+    single = _one_row(reference, index, first)
+    count = -(-rows // max(1, _rows(single or first)))
     feeds = random_feeds(reference, index, input_shapes, seed, count)
+    if single:
+        feeds = [{name: values[: len(single[name])] if values.ndim else values for name, values in feed.items()} for feed in feeds]
     return Samples(feeds, sum(map(_rows, feeds)), len(feeds), f"normal random numbers, seed {seed}", True)
 
 
@@ -92,6 +97,17 @@ def read_samples(data, index, most):
     feeds = [{name: np.ascontiguousarray(values).reshape(values.shape) for name, values in arrays.items()} for _, arrays in chosen]
     _check_finite([where for where, _ in chosen], feeds)
     return Samples(feeds, sum(map(_rows, feeds)), len(pieces), origin, False, tuple(dict.fromkeys(inputs.notes)))
+
+
+def _one_row(reference, index, feed):
+    """Return a feed cut to one row wherever the model leaves the batch open, or None where it does not run on that."""
+    shapes = {name: index.input_shapes.get(name) or index.declared_shape(index.main.values[name]) for name in feed}
+    single = {name: values[:1] if shapes[name] and shapes[name][0] is None else values for name, values in feed.items()}
+    try:
+        reference.run(None, single)
+    except runtime_errors():
+        return None
+    return single
 
 
 def _rows(feed):
