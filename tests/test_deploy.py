@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from shell import Terminal, files, losing
 from sketch import CLASSIFIER, CONV_BN, classifier, conv_bn, model, norm, normal, ops, run
 
 import fastbn
+from fastbn import cli
 from fastbn.cli import main
 from fastbn.deployment import measure, pipeline, quantize
 from fastbn.deployment.compare import Agreement, compare, drop_of, score_outputs
@@ -617,5 +619,35 @@ def test_the_recipe_follows_the_machine(monkeypatch):
     assert not quantize.Recipe.here().reduce_range
 
 
-def test_status_words_are_those_of_the_readme():
-    assert set(STATUS) == {"done", "partial", "refused"}
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## Deploy\n")[1].split("\n## ")[0]
+
+
+def test_the_readme_knows_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["deploy", "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--quiet"}
+    usage = re.search(r"^    fastbn deploy IN OUT \[--data.*?\n\n", SECTION, re.DOTALL | re.MULTILINE)[0]
+    assert set(re.findall(r"--[a-z-]+", usage)) == options
+
+
+def test_the_readme_knows_every_field_of_the_json_report(here, capsys):
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    named = set(re.findall(r"`([a-z0-9_]+)`", README.split("That of `deploy`")[1].split("\n\n")[0]))
+
+    def fields(value):
+        for key, inside in value.items() if isinstance(value, dict) else ():
+            yield key
+            if key not in ("fold", "versions", "float_ops"):
+                yield from fields(inside)
+        for inside in value if isinstance(value, list) else ():
+            yield from fields(inside)
+
+    assert set(fields(report)) <= named
+    assert set(STATUS) <= named
+
+
+def test_the_readme_knows_every_exit_code():
+    table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
+    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.INTERRUPTED]

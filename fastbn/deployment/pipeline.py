@@ -209,6 +209,8 @@ class _Pipeline:
             self._compare(made, reference, scores)
             self._measure(made)
             self._decide(made)
+        for stage in made.stages:
+            stage.path = None  # its folder goes now
         made.seconds = time.perf_counter() - began
         return made
 

@@ -30,10 +30,10 @@ STATUS = {
 
 @dataclass
 class Stage:
-    """One form of the model: original, folded or quantized; refused says why it is not shipped."""
+    """One form of the model: original, folded or quantized; path is where it lies while it is measured, refused why it is not shipped."""
 
     name: str
-    path: Path
+    path: Path | None
     size: int = 0
     load_ms: float | None = None
     resident_mb: float | None = None
