@@ -14,6 +14,9 @@ __all__ = ["render", "template"]
 # Folds that are drawn one by one, and rows of a table; the JSON report has all of them.
 MOST_DRAWN, MOST_ROWS = 40, 400
 
+# Of those drawn, the ones that are seen at once; the others unfold.
+OPEN_SITES = 12
+
 STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
 
 
@@ -58,7 +61,7 @@ def render(deployment):
         style=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
         script=script,
         digest=digest,
-        most_drawn=MOST_DRAWN,
+        open_sites=OPEN_SITES,
         most_rows=MOST_ROWS,
     )
 
