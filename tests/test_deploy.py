@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import bench_deploy
 import numpy as np
 import onnx
 import pytest
@@ -619,6 +620,7 @@ def test_the_recipe_follows_the_machine(monkeypatch):
     assert not quantize.Recipe.here().reduce_range
 
 
+MODELS_FOLDER = Path(__file__).resolve().parent / "models"
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("\n## Deploy\n")[1].split("\n## ")[0]
 
@@ -651,3 +653,16 @@ def test_the_readme_knows_every_exit_code():
     table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
     codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
     assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.INTERRUPTED]
+
+
+@pytest.mark.parametrize("net", ["torch", "keras"])
+def test_the_trained_classifiers_decide_the_same_in_int8(net, monkeypatch):
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
+    path, held_out = MODELS_FOLDER / f"{net}_digits.onnx", MODELS_FOLDER / "digits.npz"
+    made = fastbn.deploy(path, data=bench_deploy.data_of(path, held_out), quantize=True, most_samples=360, runs=1)
+    assert (made.shipped, made.metric, made.samples.rows) == ("quantized", "top-1", 360)
+    assert made.stage("folded").top1 == 1
+    assert made.stage("quantized").top1 > 0.99
+    assert made.quantisation.float_kernels["folded"] == 0
+    assert made.quantisation.float_kernels["unfolded_raw"] > 0
+    assert made.stage("quantized").size < 0.4 * made.stage("original").size
