@@ -319,6 +319,10 @@ def test_the_api_writes_what_it_is_told_to(here):
         made = fastbn.deploy(given, data={"x": np.load("data.npz")["x"]}, quantize=True, max_drop=1, runs=1)
         assert made.shipped == "quantized"
         assert "..." in made.command
+    with pytest.raises(fastbn.ArgumentTypeError, match="Expected a dict of name -> sizes, got str - at `input_shapes`"):
+        fastbn.deploy("in.onnx", input_shapes="x=1,3,8,8")
+    with pytest.raises(fastbn.StorageError, match="got no such file or directory - at `none`"):
+        fastbn.deploy("in.onnx", "none/out.onnx")
     made.save("again.onnx")
     assert onnx.load("again.onnx").SerializeToString() == made.quantized
     assert files(here) == ["again.onnx", "data.npz", "in.onnx", "out.onnx"]

@@ -80,7 +80,7 @@ def test_everything_is_in_it(whole):
     for words in (
         "small_cnn.onnx",
         "Quantized model shipped",
-        "Batch normalizations 7 → 1",
+        "Batch norms 7 → 1",
         "Nodes 25 → 19",
         "no --data: compared and calibrated on random numbers",
         "Latency, 1 thread",

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastbn.deployment.compare import METRICS, compare, drop_of, score_outputs
@@ -16,7 +16,7 @@ from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import storage
 from fastbn.graph.bench import side_by_side
 from fastbn.graph.feeds import ModelNotRun
-from fastbn.graph.folding import fold_watched
+from fastbn.graph.folding import checked_shapes, fold_watched
 from fastbn.graph.model import Index
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
@@ -64,7 +64,25 @@ class Options:
                 raise ArgumentError(expected("at least 1", repr(getattr(self, name)), name))
 
 
-def deploy(model, output=None, *, report=None, force=False, **options):
+def deploy(
+    model,
+    output=None,
+    *,
+    data=None,
+    quantize=False,
+    report=None,
+    force=False,
+    max_drop=None,
+    metric="auto",
+    only=None,
+    skip=None,
+    input_shapes=None,
+    freeze_inputs=False,
+    seed=0,
+    runs=50,
+    most_samples=MOST_FEEDS,
+    min_samples=FEWEST_ROWS,
+):
     """Fold a model, verify it, quantise it on request, compare and measure every stage in onnxruntime, write the best that is good enough.
 
     Parameters
@@ -73,13 +91,14 @@ def deploy(model, output=None, *, report=None, force=False, **options):
         The model; it is not changed.
     output : path, optional
         Where the shipped model goes; without it, `save` of the result writes it.
-    report : path, optional
-        Where the HTML report goes (needs jinja2); an existing file is replaced only with force.
-    force : bool
     data : path, array, dict of name -> array, or list of such dicts, optional
         Samples to compare and to calibrate on, as in `deployment.samples.read_samples`. Without them, seeded normal random numbers.
     quantize : bool
         Try static int8 quantisation (QDQ, per channel) of the folded model.
+    report : path, optional
+        Where the HTML report goes (needs jinja2).
+    force : bool
+        Replace a report that exists.
     max_drop : float, optional
         How much a stage may lose. For metric "top-1": the part of rows whose largest score moves to another place (0.01 by default). For
         "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). y is the original's with onnxruntime's optimiser
@@ -111,9 +130,10 @@ def deploy(model, output=None, *, report=None, force=False, **options):
     >>> deployment.shipped  # doctest: +SKIP
     'quantized'
     """
+    options = Options(data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples)
     check_paths(model, output, report, force)
     folder = Path(output).parent if output is not None else None
-    deployment = deploy_watched(model, Options(**options), command=_call(model, output, report, options), stage=folder)
+    deployment = deploy_watched(model, options, command=_call(model, output, report, options), stage=folder)
     if output is not None and deployment.shipped:
         deployment.save(output)
     if report is not None:
@@ -122,11 +142,18 @@ def deploy(model, output=None, *, report=None, force=False, **options):
 
 
 def _call(model, output, report, options):
-    given = {"report": report, **options}
-    names = [repr(os.fsdecode(each)) if isinstance(each, (str, os.PathLike)) else type(each).__name__ for each in (model, output) if each]
-    simple = (str, int, float, bool, os.PathLike)
-    names += [f"{key}={value!r}" if isinstance(value, simple) else f"{key}=..." for key, value in given.items() if value is not None]
-    return f"fastbn.deploy({', '.join(names)})"
+    """Return the call as a report shows it: what is no number, text or path is three dots."""
+    plain = (str, int, float)
+    given = {"report": report} | {each.name: getattr(options, each.name) for each in fields(options)}
+    usual = {"report": None} | {each.name: each.default for each in fields(options)}
+    words = [repr(str(each)) if isinstance(each, (str, os.PathLike)) else "..." for each in (model, output) if each is not None]
+    changed = {
+        name: value for name, value in given.items() if not (value is usual[name] or (isinstance(value, plain) and value == usual[name]))
+    }
+    for name, value in changed.items():
+        value = str(value) if isinstance(value, os.PathLike) else value
+        words.append(f"{name}={value!r}" if isinstance(value, plain) else f"{name}=...")
+    return f"fastbn.deploy({', '.join(words)})"
 
 
 def check_paths(model, output, report, force):
@@ -168,6 +195,7 @@ class _Pipeline:
         self.folder = folder
         self.progress = progress
         self.step = None
+        self.shapes = {}
 
     def _start(self, step):
         self.step = step
@@ -181,7 +209,8 @@ class _Pipeline:
         began = time.perf_counter()
         self._start("reading")
         source = storage.load(self.model)
-        index = Index(source, self.options.freeze_inputs, self.options.input_shapes)
+        self.shapes = checked_shapes(self.options.input_shapes)
+        index = Index(source, self.options.freeze_inputs, self.shapes)
         samples = None
         if self.options.data is not None:
             samples = read_samples(self.options.data, index, self.options.most_samples)
@@ -238,7 +267,7 @@ class _Pipeline:
             reference = Runnable.of(index.source).session()
             if made.samples is None:
                 rows = RANDOM_ROWS_TO_CALIBRATE if self.options.quantize else RANDOM_ROWS
-                made.samples = random_samples(reference, index, self.options.input_shapes or {}, self.options.seed, rows)
+                made.samples = random_samples(reference, index, self.shapes, self.options.seed, rows)
                 what = "compared and calibrated" if self.options.quantize else "compared"
                 made.warnings.append(f"no --data: {what} on random numbers; what they say of real inputs is little")
         except ModelNotRun as reason:
