@@ -102,7 +102,7 @@ def _parser():
         "--max-drop", type=float, metavar="X", help="the most a stage may lose (0.01 of the decisions, or a relative error of 0.1)"
     )
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
-    deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1.5 s (50)")
+    deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
     deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
     deploy.add_argument("--min-samples", type=int, default=8, metavar="N", help="samples that --quantize asks for at least (8)")
     deploy.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (0)")

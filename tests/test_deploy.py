@@ -601,12 +601,12 @@ def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
 def test_a_real_interrupt(here, environment):
     command = [sys.executable, "-m", "fastbn", "deploy", "in.onnx", "out.onnx", "--runs", "100000000"]
     monkey = {**environment, "PYTHONUNBUFFERED": "1"}
-    # A second and a half is timed for each number of threads: long enough to interrupt.
+    # A second is timed for each number of threads: long enough to interrupt.
     process = subprocess.Popen(command, env=monkey, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "measuring latency" in line:
             break
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "fastbn: interrupted, nothing written\n")

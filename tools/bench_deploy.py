@@ -30,8 +30,8 @@ def data_of(model, path):
 
 
 def row_of(made):
-    """Return the figures of a Deployment as a dict that JSON holds."""
-    return {"model": Path(made.fold.to_dict()["model"]).name, **made.to_dict()}
+    """Return the figures of a Deployment as a dict that JSON holds; of a file name that spells its path, the last part is the model's."""
+    return {"model": Path(made.fold.to_dict()["model"]).stem.rpartition("__")[2], **made.to_dict()}
 
 
 def latency(row, stage, threads):

@@ -26,7 +26,7 @@ __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
 
 # Feeds kept of the data, of rows that calibrate at least, and seconds of timed runs for each number of threads.
-MOST_FEEDS, FEWEST_ROWS, LATENCY_SECONDS = 256, 8, 1.5
+MOST_FEEDS, FEWEST_ROWS, LATENCY_SECONDS = 256, 8, 1.0
 
 # A ratio of medians below this is noise.
 SLOWER = 1.05
@@ -108,7 +108,7 @@ def deploy(
     only, skip, input_shapes, freeze_inputs, seed
         As in `fold`.
     runs : int
-        Timed runs of each stage, fewer where those of all stages would take longer than 1.5 s.
+        Timed runs of each stage, fewer where those of all stages would take longer than a second.
     most_samples, min_samples : int
         Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
 
