@@ -123,7 +123,7 @@ def test_the_json_report(here, capsys):
 def test_the_shipped_model_leaves_fewer_kernels_in_float_when_it_is_folded(small_cnn, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
     made = fastbn.deploy(small_cnn, tmp_path / "out.onnx", quantize=True, runs=1)
-    floats = made.quantisation.float_kernels
+    floats = made.quantization.float_kernels
     assert floats == {"folded": 1, "unfolded": 2, "unfolded_raw": 7}
     assert made.stage("quantized").kernels.floats == {"BatchNormalization": 1}
     assert "1 kernel left in float; without the fold 2 after onnxruntime's own pre-processing, 7 without it" in str(made)
@@ -134,7 +134,7 @@ def test_the_shipped_model_leaves_fewer_kernels_in_float_when_it_is_folded(small
 def test_a_sample_model_quantises_with_fewer_kernels_in_float(monkeypatch):
     monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
     made = fastbn.deploy(MODELS["repvgg"](), quantize=True, runs=1, max_drop=1)
-    floats = made.quantisation.float_kernels
+    floats = made.quantization.float_kernels
     assert floats["folded"] < floats["unfolded"] <= floats["unfolded_raw"]
 
 
@@ -275,6 +275,17 @@ def test_what_the_quantiser_makes_must_load(here, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "quantize_file", quantize_file)
     report = as_json(capsys, "--data", "data.npz", "--quantize", code=4)
     assert report["decision"].startswith("onnxruntime cannot load what its quantiser made: ")
+
+
+def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, capsys):
+    text = "(float[N,C,H,W] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Reshape(n, shape) }"
+    (here / "in.onnx").write_bytes(conv_bn(text, shape=np.array([1, 4 * 36 * 36])).SerializeToString())
+    np.savez("data.npz", x=normal(9, 3, 38, 38))
+    report = as_json(capsys, "--data", "data.npz")
+    assert report["warnings"][0].startswith("the whole model was not verified (--input-shape may help): ")
+    assert (report["shipped"], report["fold"]["parity"]["status"]) == ("folded", "not-run")
+    assert report["stages"][1]["outputs"][0]["relative"] < 1e-6
+    assert as_json(capsys, "--data", "data.npz", "--input-shape", "x=1,3,38,38")["warnings"] == []
 
 
 def test_a_custom_operator(here, capsys):
@@ -667,6 +678,6 @@ def test_the_trained_classifiers_decide_the_same_in_int8(net, monkeypatch):
     assert (made.shipped, made.metric, made.samples.rows) == ("quantized", "top-1", 360)
     assert made.stage("folded").top1 == 1
     assert made.stage("quantized").top1 > 0.99
-    assert made.quantisation.float_kernels["folded"] == 0
-    assert made.quantisation.float_kernels["unfolded_raw"] > 0
+    assert made.quantization.float_kernels["folded"] == 0
+    assert made.quantization.float_kernels["unfolded_raw"] > 0
     assert made.stage("quantized").size < 0.4 * made.stage("original").size

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from train_cnns import enlarge
 
 import fastbn
 
@@ -23,6 +22,8 @@ def data_of(model, path):
     """Return the data of a model: a path, or the held-out digits with the axis for the one channel where the model has it."""
     if Path(path).name != "digits.npz":
         return path or None
+    from train_cnns import enlarge
+
     with np.load(path) as arrays:
         images = enlarge(arrays["images"])
     (info,) = onnx.load(model, load_external_data=False).graph.input

@@ -10,7 +10,7 @@ from fastbn.deployment.compare import METRICS, compare, drop_of, score_outputs
 from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
 from fastbn.deployment.quantize import QuantizerRefused, Recipe, quantize_file
 from fastbn.deployment.report import template
-from fastbn.deployment.result import Deployment, Quantisation, Stage
+from fastbn.deployment.result import Deployment, Quantization, Stage
 from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import storage
@@ -219,8 +219,8 @@ class _Pipeline:
         metric = self._metric(scores)
         max_drop = METRICS[metric] if self.options.max_drop is None else self.options.max_drop
         fold = self._fold()
-        quantisation = Quantisation(str(Recipe.here())) if self.options.quantize else None
-        made = Deployment(fold, samples, metric, max_drop, quantisation, self.command)
+        quantization = Quantization(str(Recipe.here())) if self.options.quantize else None
+        made = Deployment(fold, samples, metric, max_drop, quantization, self.command)
         reference, reason = self._reference(made, index)
         if fold.parity is not None and fold.parity.status == "failed":
             made.status = "refused"
@@ -229,11 +229,13 @@ class _Pipeline:
             made.shipped, made.status = "folded", "partial"
             made.decision = f"not compared, timed or quantised, for {reason}"
             made.warnings.append(f"nothing was measured: {reason}")
-            if quantisation:
-                quantisation.refused = reason
+            if quantization:
+                quantization.refused = reason
         else:
+            if fold.parity is not None and fold.parity.status == "not-run":
+                made.warnings.append(f"the whole model was not verified (--input-shape may help): {fold.parity.reason}")
             self._stages(made, source)
-            if quantisation:
+            if quantization:
                 self._quantise(made)
             self._compare(made, reference, scores)
             self._measure(made)
@@ -291,7 +293,7 @@ class _Pipeline:
         recipe, feeds = Recipe.here(), made.samples.feeds
         target = self.folder / "quantized.onnx"
         try:
-            made.quantisation.notes = quantize_file(
+            made.quantization.notes = quantize_file(
                 made.stage("folded").path, target, feeds, self.folder, recipe=recipe, progress=self._tell
             )
             session(str(target), optimise=True)
@@ -299,19 +301,19 @@ class _Pipeline:
             if kernels is not None and not kernels.other:
                 raise QuantizerRefused("none of what it made runs in integers")
         except QuantizerRefused as reason:
-            made.quantisation.refused = f"onnxruntime's quantiser refuses the model: {reason}"
+            made.quantization.refused = f"onnxruntime's quantiser refuses the model: {reason}"
             return
         except runtime_errors() as error:
-            made.quantisation.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
+            made.quantization.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
             return
         made.stages.append(Stage("quantized", target))
         made.quantized = target.read_bytes()
-        made.quantisation.float_kernels["folded"] = kernels and kernels.float
+        made.quantization.float_kernels["folded"] = kernels and kernels.float
         self._count_floats(made, recipe, feeds)
 
     def _count_floats(self, made, recipe, feeds):
         """Count what is left in float without the fold: what is quantised does not depend on the ranges, so one feed will do."""
-        counts = made.quantisation.float_kernels
+        counts = made.quantization.float_kernels
         for key, optimise in (("unfolded", True), ("unfolded_raw", False)):
             self._tell("the unfolded model, for comparison")
             target = self.folder / f"{key}.onnx"
@@ -361,7 +363,7 @@ class _Pipeline:
             if stage is not None and stage.refused is None:
                 made.shipped = name
                 break
-        reasons = [made.quantisation.refused] if made.quantisation and made.quantisation.refused else []
+        reasons = [made.quantization.refused] if made.quantization and made.quantization.refused else []
         reasons += [f"{stage.name}: {stage.refused}" for stage in made.stages[:0:-1] if stage.refused]
         made.status = "refused" if made.shipped is None else "done" if made.shipped == wanted else "partial"
         made.decision = "; ".join(reasons) or _loss(made.stage(made.shipped), made)

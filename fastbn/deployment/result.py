@@ -15,7 +15,7 @@ from fastbn.errors import ParityError, expected
 from fastbn.graph.report import json_number, size_text, table
 from fastbn.graph.storage import atomic
 
-__all__ = ["SCHEMA", "STATUS", "Deployment", "Quantisation", "Stage"]
+__all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
 
 # Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
 SCHEMA = 1
@@ -66,7 +66,7 @@ class Stage:
 
 
 @dataclass
-class Quantisation:
+class Quantization:
     """What the quantiser was asked for and made: float_kernels holds the kernels that still compute in float, of the quantised folded model
     and of the unfolded one, quantised after onnxruntime's own pre-processing ("unfolded") and without it ("unfolded_raw")."""
 
@@ -105,7 +105,7 @@ class Deployment:
         What it was compared on; None where onnxruntime cannot run the model.
     metric, max_drop : str, float
         What a stage is judged by ("top-1" or "error"), and how much it may lose.
-    quantisation : Quantisation or None
+    quantization : Quantization or None
         None where it was not asked for.
     shipped : str or None
         The name of the stage that `save` writes.
@@ -115,12 +115,12 @@ class Deployment:
         What the reader must know before trusting the figures.
     """
 
-    def __init__(self, fold, samples, metric, max_drop, quantisation, command):
+    def __init__(self, fold, samples, metric, max_drop, quantization, command):
         self.fold = fold
         self.samples = samples
         self.metric = metric
         self.max_drop = max_drop
-        self.quantisation = quantisation
+        self.quantization = quantization
         self.command = command
         self.stages = []
         self.latency = []
@@ -177,7 +177,7 @@ class Deployment:
             "data": self.samples and self.samples.to_dict(),
             "stages": [stage.to_dict() for stage in self.stages],
             "latency": self.latency,
-            "quantization": self.quantisation and self.quantisation.to_dict(),
+            "quantization": self.quantization and self.quantization.to_dict(),
             "fold": self.fold.to_dict(),
             "command": self.command,
             "seconds": round(self.seconds, 3),
@@ -190,9 +190,9 @@ class Deployment:
         if self.samples:
             lines.append(f"data    {self.samples}")
             lines.extend(f"        {note}" for note in self.samples.notes)
-        if self.quantisation:
-            lines.append(f"int8    {self.quantisation.recipe}")
-            lines.extend(f"        {note}" for note in (*self.quantisation.notes, self.quantisation.float_sentence()) if note)
+        if self.quantization:
+            lines.append(f"int8    {self.quantization.recipe}")
+            lines.extend(f"        {note}" for note in (*self.quantization.notes, self.quantization.float_sentence()) if note)
         lines.extend(self._table())
         lines.append(f"shipped {self.shipped or 'nothing'}: {self.decision}")
         return lines
