@@ -217,6 +217,18 @@ def test_a_large_model_gives_a_small_report_that_says_what_it_leaves_out():
     assert drawn.text == "450 nodes: 60 taken out, 60 that took them in, 90 that stayed"
 
 
+def test_a_graph_of_many_long_edges_is_drawn_in_little_space():
+    chain = "".join(f" v{number} = Relu(v{number - 1})" for number in range(1, 400))
+    names = ", ".join(f"v{number}" for number in range(400))
+    text = f"(float[2,4] x) => (float[2,1600] y) {{ v0 = Relu(x){chain} y = Concat<axis=1>({names}) }}"
+    made = fastbn.deploy(model(text), runs=1)
+    drawn = drawing.draw_model(made.fold)
+    assert drawn.hidden == 401 - drawing.MODEL_BOXES, "no node of it stands in a chain"
+    page = report.render(made)
+    assert f"The last {drawn.hidden} nodes are not drawn." in Page(page).text
+    assert len(page) < 300_000
+
+
 def boxes_of(drawn):
     return [(box.kind, box.lines[0]) for box in drawn.boxes if not box.is_bend]
 

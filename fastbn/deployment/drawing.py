@@ -24,6 +24,9 @@ HEADING, CHARACTER, LONGEST_TEXT, NARROWEST = 7.6, 6.3, 26, 56
 
 SWEEPS, ALIGNMENTS = 6, 16
 
+# An edge that passes more ranks than this goes straight, behind what stands in its way.
+MOST_BENDS = 24
+
 
 @dataclass
 class Box:
@@ -294,7 +297,8 @@ def _rows(boxes, edges):
     chains = []
     for upper, lower in edges:
         chain = [upper]
-        for rank in range(upper.rank + 1, lower.rank):
+        passed = range(upper.rank + 1, lower.rank)
+        for rank in passed if len(passed) <= MOST_BENDS else ():
             chain.append(Box("", [], "", rank=rank, width=10))
             rows[rank].append(chain[-1])
         chain.append(lower)
