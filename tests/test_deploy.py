@@ -288,6 +288,23 @@ def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, cap
     assert as_json(capsys, "--data", "data.npz", "--input-shape", "x=1,3,38,38")["warnings"] == []
 
 
+@pytest.mark.parametrize("broken", ["original", "folded"])
+def test_a_stage_that_the_optimiser_of_onnxruntime_breaks_on_is_not_shipped(broken, here, capsys, monkeypatch):
+    real = pipeline.session
+
+    def session(model, **options):
+        if options.get("optimise") and (broken in model or (broken == "original" and model == "in.onnx")):
+            raise RuntimeError("the optimiser broke")
+        return real(model, **options)
+
+    monkeypatch.setattr(pipeline, "session", session)
+    report = as_json(capsys, "--data", "data.npz", code=1 if broken == "folded" else 0)
+    assert report["stages"][broken == "folded"]["refused"] == "onnxruntime cannot load it: the optimiser broke"
+    assert report["shipped"] == (None if broken == "folded" else "folded")
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    assert report["shipped"] == "quantized"
+
+
 def test_a_custom_operator(here, capsys):
     custom = conv_bn(CONV_BN.replace("}", "z = maker.Op(y) }").replace("=> (float[N,4,6,6] y)", "=> (float z)"), imports=["maker"])
     (here / "in.onnx").write_bytes(custom.SerializeToString())
