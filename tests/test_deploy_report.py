@@ -80,8 +80,8 @@ def test_everything_is_in_it(whole):
     for words in (
         "small_cnn.onnx",
         "Quantized model shipped",
-        "Batch norms 7 → 1",
-        "Nodes 25 → 19",
+        "Batch norms 7 \u2192 1",
+        "Nodes 25 \u2192 19",
         "no --data: compared and calibrated on random numbers",
         "Latency, 1 thread",
         "Size on disk",
