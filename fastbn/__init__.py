@@ -4,8 +4,9 @@
 """
 
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
-from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError
+from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, batch_stats, fold_conv, fold_linear
+from fastbn.layers import BatchNorm
 from fastbn.stats import BatchStats, merge_stats
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ _LATER = {
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BatchNorm",
     "BatchStats",
     "Deployment",
     "FastbnError",
@@ -30,6 +32,7 @@ __all__ = [
     "Parity",
     "ParityError",
     "StorageError",
+    "TensorError",
     "__version__",
     "batch_norm",
     "batch_norm_backward",

@@ -1,6 +1,7 @@
 """Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
 
 from functools import lru_cache
+from math import inf
 from operator import index
 
 import numpy as np
@@ -79,10 +80,10 @@ def variance(value, where, length, eps):
 
 def eps_of(value):
     """Return eps as a float that is finite and not negative."""
-    if type(value) is float and 0 <= value < float("inf"):
+    if type(value) is float and 0 <= value < inf:
         return value
     eps = _number(value, "eps")
-    if not 0 <= eps < float("inf"):
+    if not 0 <= eps < inf:
         raise ArgumentError(expected("a finite number >= 0", f"{eps}", "eps"))
     return eps
 
@@ -153,6 +154,9 @@ def _ndarray(value, where):
 
 def tensor(value, where):
     """Return (array, code): an aligned array of a dtype that the kernels know, and that dtype's number in fbn_dtype."""
+    code = _native.numpy_code(value)
+    if code >= 0:
+        return value, code
     array = value if type(value) is np.ndarray else _ndarray(value, where)
     code = _dtype_code(array.dtype)
     if code is None:
@@ -240,8 +244,9 @@ def output(value, x, *inputs):
         _writable(array, "out")
         if _meets_itself(array.shape, array.strides):
             raise ArgumentError(expected("an element of its own for each result", "an array that overlaps itself", "out"))
-    for other in (x, *inputs):
-        _apart(array, other, "out")
+    if not _native.is_apart(array, x, *inputs):
+        for other in (x, *inputs):
+            _apart(array, other, "out")
     return array
 
 

@@ -40,6 +40,7 @@ cdef extern from "fastbn.h" nogil:
         double *batch_mean
         double *batch_m2
         int64_t count
+        double *sums
 
     void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                           int64_t S, fbn_dtype dtype)
@@ -49,6 +50,8 @@ cdef extern from "fastbn.h" nogil:
     void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work)
     void fbn_stats(const fbn_job *job, void *work)
     void fbn_backward(const fbn_job *job, void *work)
+    void fbn_backward_sums(const fbn_job *job, void *work)
+    void fbn_backward_input(const fbn_job *job, void *work)
     const char *fbn_isa_name(int index)
     int fbn_use_isa(const char *name)
     const char *fbn_isa()
@@ -65,28 +68,40 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
     return report.nonfinite, report.flushed
 
 
-cdef fbn_job new_job(tuple view, int dtype, int activation, double eps):
+cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int threads):
+    """`threads`, where not 0, are the most that the caller wants beside the most that the process may use."""
     cdef fbn_job job
+    cdef int most = fbn_num_threads()
     memset(&job, 0, sizeof(job))
     job.N, job.C, job.S = view[0], view[1], view[2]
     job.dtype = <fbn_dtype>dtype
     job.activation = <fbn_activation>activation
     job.eps = eps
-    job.threads = fbn_num_threads()
+    job.threads = threads if 0 < threads < most else most
     return job
 
 
 cdef void set_tensor(fbn_tensor *tensor, object array, tuple view, int *index):
-    """The strides of the arrays that are there follow the sizes in view, in the order of the calls."""
+    """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls; a
+    view of sizes alone is of C-contiguous arrays."""
     if array is None:
         return
-    tensor.data = <char *>cnp.PyArray_DATA(array)
+    tensor.data = <char *><uintptr_t>array if isinstance(array, int) else <char *>cnp.PyArray_DATA(array)
+    if len(view) == 3:
+        tensor.n, tensor.c, tensor.s = <int64_t>view[1] * <int64_t>view[2], view[2], 1
+        return
     tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
     index[0] += 3
 
 
 cdef void set_vector(fbn_vector *vector, object array):
+    """From an array, or from a tuple (address, stride in elements, whether it is float64, ...)."""
     if array is None:
+        return
+    if isinstance(array, tuple):
+        vector.data = <char *><uintptr_t>array[0]
+        vector.stride = array[1]
+        vector.is_f64 = array[2]
         return
     vector.data = <char *>cnp.PyArray_DATA(array)
     vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8
@@ -100,9 +115,9 @@ cdef void *new_work(const fbn_job *job) except NULL:
     return work
 
 
-def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps):
+def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps, int threads=0):
     """y into out; view holds the sizes and the strides of x, out and residual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, out, view, &index)
@@ -118,9 +133,9 @@ def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int 
 
 
 def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean, batch_m2, tuple view, int dtype, int activation, double eps,
-          double momentum, bint unbiased):
+          double momentum, bint unbiased, int threads=0):
     """y into out, statistics into batch_mean and batch_m2, running statistics moved; view as in infer."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, out, view, &index)
@@ -137,9 +152,9 @@ def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean,
         free(work)
 
 
-def stats(x, batch_mean, batch_m2, tuple view, int dtype):
+def stats(x, batch_mean, batch_m2, tuple view, int dtype, int threads=0):
     """Statistics into batch_mean and batch_m2; view holds the sizes and the strides of x."""
-    cdef fbn_job job = new_job(view, dtype, 0, 0)
+    cdef fbn_job job = new_job(view, dtype, 0, 0, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
@@ -151,9 +166,9 @@ def stats(x, batch_mean, batch_m2, tuple view, int dtype):
 
 
 def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, tuple view, int dtype,
-             int activation, double eps, bint frozen):
+             int activation, double eps, bint frozen, int threads=0):
     """Gradients into dx, dresidual, dweight and dbias; view holds the sizes and the strides of x, dx, dy, residual and dresidual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps)
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
     set_tensor(&job.out, dx, view, &index)
@@ -174,11 +189,84 @@ def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch
         free(work)
 
 
+def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation,
+                  double eps, int threads=0):
+    """Sums of shape (2, C), dweight and dbias of these values; view holds the sizes and the strides of x and dy."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.dy, dy, view, &index)
+    set_vector(&job.dweight, dweight)
+    set_vector(&job.dbias, dbias)
+    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_backward_sums(&job, work)
+        free(work)
+
+
+def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation, double eps,
+                   int threads=0):
+    """dx of sums over `count` values per channel; view holds the sizes and the strides of x, dx and dy."""
+    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
+    cdef int index = 3
+    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.out, dx, view, &index)
+    set_tensor(&job.dy, dy, view, &index)
+    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
+    cdef void *work = new_work(&job)
+    with nogil:
+        fbn_backward_input(&job, work)
+        free(work)
+
+
+cdef void set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums):
+    set_vector(&job.weight, weight)
+    set_vector(&job.bias, bias)
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    job.count = count
+    job.sums = <double *>cnp.PyArray_DATA(sums)
+
+
 def first_without_root(var, double eps):
     """The first index where var + eps is not positive, or -1."""
     cdef fbn_vector vector
     set_vector(&vector, var)
     return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
+
+
+def dense_view(int axis, tuple arrays):
+    """(N, C, S) where all arrays that are there are C-contiguous, with elements and more than one channel; else None."""
+    cdef int i
+    cdef int64_t before = 1, behind = 1
+    x = arrays[0]
+    for array in arrays:
+        if array is not None and not cnp.PyArray_IS_C_CONTIGUOUS(array):
+            return None
+    for i in range(cnp.PyArray_NDIM(x)):
+        if i < axis:
+            before *= cnp.PyArray_DIM(x, i)
+        elif i > axis:
+            behind *= cnp.PyArray_DIM(x, i)
+    if before * behind == 0 or cnp.PyArray_DIM(x, axis) < 2:
+        return None
+    return before, cnp.PyArray_DIM(x, axis), behind
+
+
+def new_moments(int64_t channels):
+    """Two new float64 arrays of shape (channels,)."""
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0), cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0)
+
+
+def numpy_code(array):
+    """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
+    cdef int number
+    if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISBEHAVED_RO(array):
+        return -1
+    number = cnp.PyArray_TYPE(array)
+    return 0 if number == cnp.NPY_FLOAT32 else 1 if number == cnp.NPY_FLOAT64 else 2 if number == cnp.NPY_FLOAT16 else -1
 
 
 def is_vector(array, int64_t length):
@@ -220,6 +308,14 @@ def may_overlap(a, b):
     address_range(a, &a_low, &a_high)
     address_range(b, &b_low, &b_high)
     return a_low < b_high and b_low < a_high
+
+
+def is_apart(array, *others):
+    """Whether each of the others that is there is array itself or has an address range of its own."""
+    for other in others:
+        if other is not None and other is not array and may_overlap(array, other):
+            return False
+    return True
 
 
 cdef void address_range(object array, uintptr_t *low, uintptr_t *high):

@@ -1,6 +1,16 @@
 """The errors of fastbn. Every message has one form: "Expected <what>, got <what> - at `<where>`"."""
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "FastbnError", "FoldError", "ModelError", "ParityError", "StorageError", "expected"]
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "FastbnError",
+    "FoldError",
+    "ModelError",
+    "ParityError",
+    "StorageError",
+    "TensorError",
+    "expected",
+]
 
 
 class FastbnError(Exception):
@@ -29,6 +39,10 @@ class ParityError(FastbnError, ValueError):
 
 class StorageError(FastbnError, OSError):
     """A file cannot be read or written."""
+
+
+class TensorError(FastbnError, RuntimeError):
+    """A tensor has a type, device or shape that cannot be used: a RuntimeError, as its framework raises."""
 
 
 def expected(what: str, got: str, where: str) -> str:

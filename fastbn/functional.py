@@ -251,6 +251,67 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=
     return dx, dweight, dbias, dresidual if masked is None else _deliver(None, masked, masked_target)
 
 
+def normalise_with(x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, out=None):
+    """Return what `batch_norm_train` returns as y, with statistics of more than this batch: those that several processes merged.
+
+    The arguments are those of `batch_norm_train`; eps=0 with a variance of 0 gives bias, as there.
+    """
+    x, dtype = _check.tensor(x, "x")
+    axis = _check.axis_of(axis, x)
+    channels = x.shape[axis]
+    stats = _check.batch_stats_of(stats, channels, None)
+    weight = _check.parameter(weight, "weight", channels)
+    bias = _check.parameter(bias, "bias", channels)
+    y = _check.output(out, x)
+    view, (x, target) = _arrange(axis, x, y)
+    code = _check.activation_of(activation)
+    _native.infer(x, target, None, stats.mean, stats.var, weight, bias, view, dtype, code, _check.eps_of(eps))
+    return _deliver(out, y, target)
+
+
+def backward_sums(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None):
+    """Return (sums, dweight, dbias), the first half of `batch_norm_backward` for statistics of more than this batch.
+
+    sums, float64 of shape (2, C), are ``sum(g)`` and ``sum(g * (x - mean))`` of this batch, which processes add up between the halves;
+    dweight and dbias are of this batch too. The arguments are those of `batch_norm_backward`.
+    """
+    x, dtype = _check.tensor(x, "x")
+    dy = _check.same_shape(dy, "dy", x)
+    axis = _check.axis_of(axis, x)
+    channels = x.shape[axis]
+    stats = _check.batch_stats_of(stats, channels, None)
+    weight = _check.parameter(weight, "weight", channels)
+    bias = _check.parameter(bias, "bias", channels)
+    dweight = None if weight is None else np.empty_like(weight)
+    dbias = None if bias is None else np.empty_like(bias)
+    sums = np.empty((2, channels))
+    view, (x, dy) = _arrange(axis, x, dy)
+    code = _check.activation_of(activation)
+    _native.backward_sums(
+        x, dy, dweight, dbias, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps)
+    )
+    return sums, dweight, dbias
+
+
+def backward_input(dy, x, stats, sums, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, out=None):
+    """Return dx, the second half of `batch_norm_backward`, from the sums of all ``stats.count`` values."""
+    x, dtype = _check.tensor(x, "x")
+    dy = _check.same_shape(dy, "dy", x)
+    axis = _check.axis_of(axis, x)
+    channels = x.shape[axis]
+    stats = _check.batch_stats_of(stats, channels, None)
+    weight = _check.parameter(weight, "weight", channels)
+    bias = _check.parameter(bias, "bias", channels)
+    dx = _check.output(out, x, dy)
+    sums = np.ascontiguousarray(sums, dtype=np.float64)
+    if sums.shape != (2, channels):
+        raise ArgumentError(expected(f"shape (2, {channels})", f"shape {sums.shape}", "sums"))
+    view, (x, target, dy) = _arrange(axis, x, dx, dy)
+    code = _check.activation_of(activation)
+    _native.backward_input(x, target, dy, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps))
+    return _deliver(out, dx, target)
+
+
 def batch_stats(x, *, axis=1):
     """Return the statistics of a batch, without normalising it.
 
@@ -296,9 +357,10 @@ def _new_stats(x, channels):
 
 def _arrange(axis, *arrays):
     """Return the view of the kernels and the arrays it is of: those given, or C-contiguous copies where they have no common view."""
-    strides = [array.strides for array in arrays if array is not None]
-    x = arrays[0]
-    view = _check.layout(x.shape, axis, x.itemsize, *strides)
+    view = _native.dense_view(axis, arrays)
+    if view is None:
+        x = arrays[0]
+        view = _check.layout(x.shape, axis, x.itemsize, *(array.strides for array in arrays if array is not None))
     if view is not None:
         return view, arrays
     return _arrange(axis, *(array if array is None else array.copy(order="C") for array in arrays))

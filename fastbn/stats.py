@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastbn import _native
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 
 __all__ = ["BatchStats", "merge_stats"]
@@ -49,7 +50,8 @@ class BatchStats:
     def _new(cls, count, channels):
         """Statistics that a kernel will fill in: a small call cannot afford the checks of what it made itself."""
         stats = object.__new__(cls)
-        stats.count, stats.mean, stats.m2 = count, np.empty(channels), np.empty(channels)
+        stats.count = count
+        stats.mean, stats.m2 = _native.new_moments(channels)
         return stats
 
     def __repr__(self):

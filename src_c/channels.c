@@ -39,20 +39,20 @@ void fbn_inverse_std(double *inverse, const double *var, int count, double eps) 
     }
 }
 
-#define STORE_AFFINE(CT)                                                                                                                   \
+#define STORE_AFFINE(CT, ROUND)                                                                                                            \
     static void store_affine_##CT(const fbn_plan *plan, int64_t first, int count, const double *mean, const double *scale,                 \
                                   const double *bias) {                                                                                    \
         CT *centers = (CT *)plan->constants[FBN_CENTER] + first, *scales = (CT *)plan->constants[FBN_SCALE] + first;                       \
         CT *shifts = (CT *)plan->constants[FBN_SHIFT] + first;                                                                             \
         for (int i = 0; i < count; i++) {                                                                                                  \
-            const CT center = (CT)mean[i];                                                                                                 \
+            const CT center = ROUND(mean[i]);                                                                                              \
             centers[i] = center;                                                                                                           \
-            scales[i] = (CT)scale[i];                                                                                                      \
-            shifts[i] = (CT)(bias[i] - (mean[i] - (double)center) * scale[i]);                                                             \
+            scales[i] = ROUND(scale[i]);                                                                                                   \
+            shifts[i] = ROUND(bias[i] - (mean[i] - (double)center) * scale[i]);                                                            \
         }                                                                                                                                  \
     }
-STORE_AFFINE(float)
-STORE_AFFINE(double)
+STORE_AFFINE(float, fbn_constant_f32)
+STORE_AFFINE(double, )
 
 void fbn_set_affine(const fbn_plan *plan, int64_t first, int count, const double *mean, const double *var) {
     const fbn_job *job = plan->job;

@@ -65,11 +65,15 @@ int fbn_use_isa(const char *name) {
 }
 
 int fbn_kernel_name(int index, char *name, int size) {
-    static const char *const ops[] = {"stats", "apply", "grad_reduce", "grad_input"}, *const layouts[] = {"ncs", "nsc"};
-    static const char *const dtypes[] = {"f32", "f64", "f16", "bf16"};
-    if (index < 0 || index >= FBN_OPS * FBN_LAYOUTS * FBN_DTYPES)
-        return 0;
-    snprintf(name, (size_t)size, "fbn_%s_%s_%s_%s", ops[index / (FBN_LAYOUTS * FBN_DTYPES)], layouts[index / FBN_DTYPES % FBN_LAYOUTS],
-             dtypes[index % FBN_DTYPES], fbn_isa());
-    return 1;
+    static const char *const ops[] = {"stats", "apply", "grad_reduce", "grad_input", "stats_apply", "grad_both"};
+    static const char *const layouts[] = {"ncs", "nsc"}, *const dtypes[] = {"f32", "f64", "f16", "bf16"};
+    const fbn_kernels *const row = fbn_table();
+    for (int op = 0; op < FBN_OPS; op++)
+        for (int layout = 0; layout < FBN_LAYOUTS; layout++)
+            for (int dtype = 0; dtype < FBN_DTYPES; dtype++)
+                if (row->kernel[op][layout][dtype] != NULL && index-- == 0) {
+                    snprintf(name, (size_t)size, "fbn_%s_%s_%s_%s", ops[op], layouts[layout], dtypes[dtype], row->isa);
+                    return 1;
+                }
+    return 0;
 }

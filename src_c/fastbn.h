@@ -58,6 +58,7 @@ typedef struct {
     fbn_vector dweight, dbias, weight, bias, mean, var;
     double *batch_mean, *batch_m2; /* C values each: written by fbn_train and fbn_stats, read by fbn_backward; m2 = n*var */
     int64_t count;                 /* the values per channel behind m2 in fbn_backward, not n when they come from elsewhere */
+    double *sums; /* sum(g) of C channels, then their sum(g*(x-mean)): written by fbn_backward_sums, read by fbn_backward_input */
 } fbn_job;
 
 /* The first channel whose var + eps is not positive, or -1; NaN passes. */
@@ -74,6 +75,10 @@ void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work);
 void fbn_stats(const fbn_job *job, void *work);
 /* dx, and dweight and dbias where they are given. */
 void fbn_backward(const fbn_job *job, void *work);
+/* The same in two halves, between which several processes may add up their sums: first the sums, dweight and dbias of these values alone,
+ * then dx from sums over all `count` values behind batch_mean and batch_m2. */
+void fbn_backward_sums(const fbn_job *job, void *work);
+void fbn_backward_input(const fbn_job *job, void *work);
 
 /* The ISAs this build and this CPU have, the best first; NULL behind the last. */
 const char *fbn_isa_name(int index);

@@ -1,98 +1,101 @@
-/* The four jobs: which kernel meets which piece, in which order, and the arithmetic per channel between the sweeps. */
+/* Which kernel meets which piece, in which order. */
+#include "schedule.h"
 #include "channels.h"
 #include "machine.h"
-#include "plan.h"
-#include "wide.h"
 
-#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
-/* A job is a reduction of every channel, arithmetic on its sums, and a map over its elements; any of them may be missing. */
-typedef struct run run;
-struct run {
-    fbn_plan plan;
-    fbn_sample sample; /* where statistics look for a first guess of the mean */
-    int reduces, maps;
-    fbn_op reduction, map;
-    void (*finish)(const run *run, int64_t first, int64_t channels);
-    int independent; /* the map does not need the sums: both visit a tile together */
-    double momentum;
-    int unbiased;
-};
-
-static void total(const fbn_plan *plan, int64_t c, double *first, double *second) {
-    *first = *second = 0;
-    for (int64_t t = 0; t < plan->tiles; t++) {
-        const double *sums = plan->sums + (t * plan->job->C + c) * 2;
-        *first += sums[0];
-        *second += sums[1];
-    }
-}
-
-/* ---- one piece ---- */
+/* ---- pieces ---- */
 
 static void *at(const fbn_tensor *tensor, int64_t bytes, int64_t n, int64_t c, int64_t s) {
     return tensor->data ? tensor->data + (n * tensor->n + c * tensor->c + s * tensor->s) * bytes : NULL;
 }
 
-static void point(fbn_piece *piece, const fbn_job *job, int64_t bytes, int64_t n, int64_t c, int64_t s) {
-    piece->out = at(&job->out, bytes, n, c, s);
-    piece->dresidual = at(&job->dresidual, bytes, n, c, s);
-    piece->dy = at(&job->dy, bytes, n, c, s);
-    piece->x = at(&job->x, bytes, n, c, s);
-    piece->residual = at(&job->residual, bytes, n, c, s);
-}
-
-static void set_strides(fbn_piece *piece, const fbn_job *job, int along_n, int64_t times) {
-    piece->out_stride = times * (along_n ? job->out.n : job->out.s);
-    piece->dresidual_stride = times * (along_n ? job->dresidual.n : job->dresidual.s);
-    piece->dy_stride = times * (along_n ? job->dy.n : job->dy.s);
-    piece->x_stride = times * (along_n ? job->x.n : job->x.s);
-    piece->residual_stride = times * (along_n ? job->residual.n : job->residual.s);
-}
-
-static fbn_piece new_piece(const run *run) {
-    const fbn_job *job = run->plan.job;
-    return (fbn_piece){.activation = job->activation, .frozen = job->frozen, .stream = run->plan.stream};
-}
-
-static void call(const run *run, fbn_op op, const fbn_piece *piece) {
-    run->plan.table->kernel[op][run->plan.layout][run->plan.job->dtype](piece);
-}
-
-static void set_constants(fbn_piece *piece, const fbn_plan *plan, int64_t c) {
-    const void **constants[] = {&piece->center, &piece->scale, &piece->shift, &piece->slope, &piece->offset};
-    for (int i = 0; i < 5; i++)
-        *constants[i] = plan->constants[i] + c * plan->constant_bytes;
-}
-
-static void plane_piece(const run *run, fbn_op op, int64_t c, int64_t tile) {
+/* A piece that begins at sample n, channel c, position s, its rows a step apart along n or along s. */
+static fbn_piece piece_at(const fbn_run *run, int64_t n, int64_t c, int64_t s, int along_n, int64_t step) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    fbn_piece piece = new_piece(run);
-    set_constants(&piece, plan, c);
-    int64_t n = tile * plan->tile_rows, s = 0;
-    piece.rows = job->N - n < plan->tile_rows ? job->N - n : plan->tile_rows;
-    piece.cols = job->S;
-    if (job->S > plan->tile_cols) {
-        const int64_t pieces = plan->tiles / job->N;
-        n = tile / pieces;
-        s = tile % pieces * plan->tile_cols;
-        piece.rows = 1;
-        piece.cols = job->S - s < plan->tile_cols ? job->S - s : plan->tile_cols;
-    }
-    point(&piece, job, plan->bytes, n, c, s);
-    set_strides(&piece, job, 1, 1);
-    piece.sums = plan->sums + (tile * job->C + c) * 2;
-    call(run, op, &piece);
+    const int64_t bytes = plan->bytes;
+    return (fbn_piece){.out = at(&job->out, bytes, n, c, s),
+                       .dresidual = at(&job->dresidual, bytes, n, c, s),
+                       .dy = at(&job->dy, bytes, n, c, s),
+                       .x = at(&job->x, bytes, n, c, s),
+                       .residual = at(&job->residual, bytes, n, c, s),
+                       .out_stride = step * (along_n ? job->out.n : job->out.s),
+                       .dresidual_stride = step * (along_n ? job->dresidual.n : job->dresidual.s),
+                       .dy_stride = step * (along_n ? job->dy.n : job->dy.s),
+                       .x_stride = step * (along_n ? job->x.n : job->x.s),
+                       .residual_stride = step * (along_n ? job->residual.n : job->residual.s),
+                       .activation = job->activation,
+                       .frozen = job->frozen,
+                       .stream = plan->stream};
 }
 
-/* Repeats the constants of channels first.. for every column of a row. */
-static void expand(const fbn_plan *plan, char *columns, const char *constants, int64_t channels, int64_t times) {
-    const int64_t bytes = plan->constant_bytes, once = channels * plan->span * bytes;
+static void set_constants(fbn_piece *piece, char *const *values, int64_t bytes) {
+    const void **constants[] = {&piece->center, &piece->scale, &piece->shift, &piece->slope, &piece->offset};
+    for (int i = 0; i < 5; i++)
+        *constants[i] = values[i] + bytes;
+}
+
+static void call(const fbn_run *run, fbn_op op, fbn_layout layout, const fbn_piece *piece) {
+    run->plan.table->kernel[op][layout][run->plan.job->dtype](piece);
+}
+
+/* Tile `tile` of channel c and, in a map, of the channels behind it that lie side by side. */
+static fbn_piece plane_piece(const fbn_run *run, int64_t c, int64_t channels, int64_t tile) {
+    const fbn_plan *plan = &run->plan;
+    const fbn_job *job = plan->job;
+    int64_t n = tile * plan->tile_rows, s = 0, rows = job->N - n < plan->tile_rows ? job->N - n : plan->tile_rows, cols = job->S;
+    if (job->S > FBN_PLANE_TILE) {
+        const int64_t pieces = plan->tiles / job->N;
+        n = tile / pieces;
+        s = tile % pieces * FBN_PLANE_TILE;
+        rows = 1;
+        cols = job->S - s < FBN_PLANE_TILE ? job->S - s : FBN_PLANE_TILE;
+    }
+    fbn_piece piece = piece_at(run, n, c, s, 1, 1);
+    set_constants(&piece, plan->constants, c * plan->constant_bytes);
+    piece.rows = rows;
+    piece.cols = channels * cols;
+    piece.period = cols;
+    piece.first = plan->sums + 2 * tile * job->C + c;
+    piece.second = piece.first + job->C;
+    /* What follows in a row is read next, unless another thread does. */
+    if (plan->stream && plan->threads == 1 && cols == job->S)
+        piece.ahead = channels * cols;
+    return piece;
+}
+
+static void reduce_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
+    for (int64_t c = first; c < first + channels; c++) {
+        const fbn_piece piece = plane_piece(run, c, 1, tile);
+        call(run, run->reduction, FBN_NCS, &piece);
+    }
+}
+
+/* The channels of a group lie side by side, or are visited one by one. */
+static void map_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
+    const int64_t together = run->plan.adjacent && run->plan.job->S <= FBN_PLANE_TILE ? channels : 1;
+    for (int64_t c = first; c < first + channels; c += together) {
+        const fbn_piece piece = plane_piece(run, c, together, tile);
+        call(run, run->map, FBN_NCS, &piece);
+    }
+}
+
+/* The channels from `first` on are reduced beside the map of those from `mapped` on. */
+static void reduce_and_map(const fbn_run *run, int64_t first, int64_t mapped, int64_t channels, int64_t tile) {
+    for (int64_t i = 0; i < channels; i++) {
+        const fbn_piece pieces[2] = {plane_piece(run, first + i, 1, tile), plane_piece(run, mapped + i, 1, tile)};
+        call(run, run->reduction == FBN_STATS ? FBN_STATS_APPLY : FBN_GRAD_BOTH, FBN_NCS, pieces);
+    }
+}
+
+/* Repeats the constants of channels first.. for every column of a row and, in a whole table, behind it. */
+static void expand(const fbn_plan *plan, char *columns, const char *constants, int64_t channels, int64_t count) {
+    const int64_t bytes = plan->constant_bytes, once = channels * plan->span;
     if (plan->span == 1)
-        memcpy(columns, constants, (size_t)once);
+        memcpy(columns, constants, (size_t)(once * bytes));
     else
         for (int64_t c = 0; c < channels; c++) {
             if (bytes == 8)
@@ -102,129 +105,151 @@ static void expand(const fbn_plan *plan, char *columns, const char *constants, i
                 for (int64_t s = 0; s < plan->span; s++)
                     ((float *)columns)[c * plan->span + s] = ((const float *)constants)[c];
         }
-    for (int64_t k = 1; k < times; k++)
-        memcpy(columns + k * once, columns, (size_t)once);
-}
-
-/* The constants that an operation reads, as bits 1 << FBN_CENTER and so on. */
-static unsigned constants_of(const run *run, fbn_op op) {
-    const unsigned center = 1u << FBN_CENTER, affine = center | 1u << FBN_SCALE | 1u << FBN_SHIFT;
-    switch (op) {
-    case FBN_STATS:
-        return center;
-    case FBN_GRAD_REDUCE:
-        return run->plan.job->activation ? affine : center;
-    case FBN_GRAD_INPUT:
-        return affine | 1u << FBN_SLOPE | 1u << FBN_OFFSET;
-    default:
-        return affine;
+    for (int64_t done = once; done < count;) {
+        const int64_t more = count - done < done ? count - done : done;
+        memcpy(columns + done * bytes, columns, (size_t)(more * bytes));
+        done += more;
     }
 }
 
-static void column_piece(const run *run, fbn_op op, int64_t group, int64_t tile, int slot) {
+static void fill_tables(const fbn_plan *plan) {
+    for (int i = 0; i < 5 && plan->map == FBN_NSC; i++) {
+        if (plan->tables[i] != plan->constants[i])
+            expand(plan, plan->tables[i], plan->constants[i], plan->job->C, plan->period + FBN_SPARE);
+        else
+            for (int64_t j = 0; j < FBN_SPARE * plan->constant_bytes; j++)
+                plan->tables[i][plan->period * plan->constant_bytes + j] = plan->tables[i][j];
+    }
+}
+
+/* A sum over a row of columns, in lanes that a compiler can vectorise. */
+static double sum_of(const double *values, int64_t count) {
+    double lanes[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int j = 0; j < 8; j++)
+            lanes[j] += values[i + j];
+    for (int j = 0; i + j < count; j++)
+        lanes[j] += values[i + j];
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+/* The sums of channels from those of the columns of K samples. */
+static void add_columns(double *sums, const double *columns, int64_t K, int64_t channels, int64_t span) {
+    for (int64_t c = 0; c < channels; c++)
+        sums[c] = span == 1 ? columns[c] : sum_of(columns + c * span, span);
+    for (int64_t k = 1; k < K; k++) {
+        columns += channels * span;
+        if (span == 1)
+            for (int64_t c = 0; c < channels; c++)
+                sums[c] += columns[c];
+        else
+            for (int64_t c = 0; c < channels; c++)
+                sums[c] += sum_of(columns + c * span, span);
+    }
+}
+
+/* Channels last has its samples in n and s; otherwise a sample is an n. */
+static fbn_piece samples_at(const fbn_run *run, int64_t sample, int64_t c, int64_t step) {
+    const fbn_job *job = run->plan.job;
+    const int along_n = run->plan.span == job->S;
+    return piece_at(run, along_n ? sample : sample / job->S, c, along_n ? 0 : sample % job->S, along_n, step);
+}
+
+/* The first sample of a tile and, in *count, how many there are. */
+static int64_t tile_samples(const fbn_plan *plan, int64_t tile, int64_t *count) {
+    const int64_t tiles = (plan->rows + plan->tile_rows - 1) / plan->tile_rows, row = tile % tiles * plan->tile_rows;
+    if (plan->rest && tile == plan->tiles - 1) {
+        *count = plan->rest;
+        return plan->rows * plan->K;
+    }
+    *count = (plan->rows - row < plan->tile_rows ? plan->rows - row : plan->tile_rows) * plan->K;
+    return tile / tiles * plan->samples + row * plan->K;
+}
+
+static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int slot) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     const int64_t first = group * plan->group, channels = job->C - first < plan->group ? job->C - first : plan->group;
-    const int64_t tiles_per_outer = (plan->rows + plan->tile_rows - 1) / plan->tile_rows;
-    fbn_piece piece = new_piece(run);
-    int64_t n, s = 0;
-    if (plan->rest && tile == plan->tiles - 1) {
-        n = plan->rows * plan->K;
-        piece.rows = 1;
-        piece.cols = plan->rest;
-    } else {
-        const int64_t row = tile % tiles_per_outer * plan->tile_rows;
-        n = tile / tiles_per_outer * plan->rows + row * plan->K;
-        piece.rows = plan->rows - row < plan->tile_rows ? plan->rows - row : plan->tile_rows;
-        piece.cols = plan->K * channels * plan->span;
-    }
-    /* Channels last has its samples in n and s; otherwise a sample is an n. */
-    const int along_n = plan->span > 1 || job->S == 1;
-    if (!along_n) {
-        s = n % job->S;
-        n = n / job->S;
-    }
-    point(&piece, job, plan->bytes, n, first, s);
-    const int reduces = op == FBN_STATS || op == FBN_GRAD_REDUCE;
-    const int64_t joined = reduces || piece.rows < plan->joined ? 1 : plan->joined, left = piece.rows % joined, width = piece.cols;
-    piece.rows /= joined;
-    piece.cols *= joined;
-    set_strides(&piece, job, along_n, plan->K * joined);
-
-    char *const scratch = plan->slots + slot * plan->slot_bytes;
-    piece.sums = (double *)scratch;
-    char *columns = scratch + plan->tile_cols * 2 * (int64_t)sizeof(double);
-    const void **constants[] = {&piece.center, &piece.scale, &piece.shift, &piece.slope, &piece.offset};
-    const unsigned wanted = constants_of(run, op);
-    for (int i = 0; i < 5; i++) {
-        const char *values = plan->constants[i] + first * plan->constant_bytes;
-        if (!(wanted >> i & 1))
-            continue;
-        *constants[i] = values;
-        if (plan->K * plan->span * joined > 1) {
-            expand(plan, columns, values, channels, plan->K * joined);
-            *constants[i] = columns;
-            columns += plan->tile_cols * joined * plan->constant_bytes;
-        }
-    }
-    call(run, op, &piece);
-    if (left) {
-        const int64_t done = n * (along_n ? 1 : job->S) + s + piece.rows * joined * plan->K;
-        point(&piece, job, plan->bytes, along_n ? done : done / job->S, first, along_n ? 0 : done % job->S);
-        piece.rows = 1;
-        piece.cols = left * width;
-        call(run, op, &piece);
-    }
-    if (!reduces)
+    int64_t count;
+    const int64_t sample = tile_samples(plan, tile, &count), K = count < plan->K ? count : plan->K;
+    fbn_piece piece = samples_at(run, sample, first, K);
+    piece.rows = count / K;
+    piece.cols = K * channels * plan->span;
+    double *const sums = plan->sums + 2 * tile * job->C + first;
+    set_constants(&piece, plan->constants, first * plan->constant_bytes);
+    if (!plan->slot_columns) {
+        piece.first = sums;
+        piece.second = sums + job->C;
+        call(run, run->reduction, FBN_NSC, &piece);
         return;
-    double *sums = plan->sums + (tile * job->C + first) * 2;
-    memset(sums, 0, (size_t)channels * 2 * sizeof *sums);
-    for (int64_t column = 0, c = 0; column < piece.cols; c = c + 1 < channels ? c + 1 : 0)
-        for (const int64_t stop = column + plan->span; column < stop; column++) {
-            sums[2 * c] += piece.sums[column];
-            sums[2 * c + 1] += piece.sums[piece.cols + column];
+    }
+    char *const scratch = plan->slots + slot * plan->slot_bytes;
+    piece.first = (double *)scratch;
+    piece.second = piece.first + piece.cols;
+    const void **constants[] = {&piece.center, &piece.scale, &piece.shift};
+    char *columns = scratch + plan->slot_columns * 2 * (int64_t)sizeof(double);
+    const int wanted = run->reduction == FBN_STATS || job->activation == FBN_NO_ACTIVATION ? 1 : 3;
+    for (int i = 0; i < wanted; i++, columns += (plan->slot_columns + FBN_SPARE) * plan->constant_bytes) {
+        expand(plan, columns, *constants[i], channels, piece.cols);
+        *constants[i] = columns;
+    }
+    call(run, run->reduction, FBN_NSC, &piece);
+    for (int moment = 0; moment < 2; moment++)
+        add_columns(sums + moment * job->C, piece.first + moment * piece.cols, K, channels, plan->span);
+}
+
+/* ---- maps in the order of memory ---- */
+
+/* `count` samples of neighbouring channels, whole, or a part of the planes of one channel from s on. */
+static void map_block(const fbn_run *run, int64_t sample, int64_t count, int64_t c, int64_t channels, int64_t s, int64_t cols) {
+    const fbn_plan *plan = &run->plan;
+    fbn_piece piece = plan->map == FBN_NSC ? samples_at(run, sample, c, 1) : piece_at(run, sample, c, s, 1, 1);
+    piece.rows = count;
+    piece.cols = channels * cols;
+    if (plan->map == FBN_NSC) {
+        set_constants(&piece, plan->tables, 0);
+        piece.period = plan->period;
+        if (plan->contiguous) {
+            piece.rows = 1;
+            piece.cols *= count;
         }
+    } else {
+        set_constants(&piece, plan->constants, c * plan->constant_bytes);
+        piece.period = cols;
+    }
+    call(run, run->map, plan->map, &piece);
+}
+
+static void map_samples(const fbn_run *run, int64_t sample, int64_t count) {
+    const fbn_job *job = run->plan.job;
+    if (run->plan.map == FBN_NSC || run->plan.adjacent)
+        map_block(run, sample, count, 0, job->C, 0, run->plan.span);
+    else
+        for (int64_t c = 0; c < job->C; c++)
+            map_block(run, sample, count, c, 1, 0, job->S);
+}
+
+static void map_task(void *context, int64_t index, int slot) {
+    const fbn_run *run = context;
+    const fbn_plan *plan = &run->plan;
+    const int64_t C = plan->job->C, span = plan->span;
+    (void)slot;
+    /* Backwards, from what the reduction left in the cache. */
+    if (run->reduces)
+        index = plan->chunks - 1 - index;
+    const int64_t along_s = (span + plan->chunk_cols - 1) / plan->chunk_cols,
+                  along_c = (C + plan->chunk_channels - 1) / plan->chunk_channels;
+    const int64_t s = index % along_s * plan->chunk_cols, c = index / along_s % along_c * plan->chunk_channels;
+    const int64_t block = index / along_s / along_c, blocks = plan->chunks / along_s / along_c / plan->outer;
+    const int64_t sample = block % blocks * plan->chunk_samples, left = plan->samples - sample;
+    map_block(run, block / blocks * plan->samples + sample, left < plan->chunk_samples ? left : plan->chunk_samples, c,
+              C - c < plan->chunk_channels ? C - c : plan->chunk_channels, s, span - s < plan->chunk_cols ? span - s : plan->chunk_cols);
 }
 
 /* ---- the order of pieces ---- */
 
-static void piece_of(const run *run, fbn_op op, int64_t group, int64_t tile, int slot) {
-    const fbn_plan *plan = &run->plan;
-    if (plan->layout == FBN_NSC) {
-        column_piece(run, op, group, tile, slot);
-        return;
-    }
-    for (int64_t c = group * plan->group; c < plan->job->C && c < (group + 1) * plan->group; c++)
-        plane_piece(run, op, c, tile);
-}
-
-static int64_t sample_groups(const fbn_plan *plan) {
-    return (plan->job->C + plan->sample_group - 1) / plan->sample_group;
-}
-
-/* Planes in the order of memory: the channels of one sample are the rows of a piece. */
-static void sample_task(void *context, int64_t index, int slot) {
-    const run *run = context;
-    const fbn_plan *plan = &run->plan;
-    const fbn_job *job = plan->job;
-    const int64_t groups = sample_groups(plan), position = run->reduces ? job->N * groups - 1 - index : index;
-    const int64_t n = position / groups, first = position % groups * plan->sample_group;
-    fbn_piece piece = new_piece(run);
-    (void)slot;
-    set_constants(&piece, plan, first);
-    piece.rows = job->C - first < plan->sample_group ? job->C - first : plan->sample_group;
-    piece.cols = job->S;
-    piece.constant_step = 1;
-    point(&piece, job, plan->bytes, n, first, 0);
-    piece.out_stride = job->out.c;
-    piece.dresidual_stride = job->dresidual.c;
-    piece.dy_stride = job->dy.c;
-    piece.x_stride = job->x.c;
-    piece.residual_stride = job->residual.c;
-    run->plan.table->kernel[run->map][FBN_NCS][job->dtype](&piece);
-}
-
-static void center_on_sample(const run *run, int64_t first, int64_t channels) {
+static void center_on_sample(const fbn_run *run, int64_t first, int64_t channels) {
     double centre[FBN_CHANNELS];
     for (int64_t c = first; c < first + channels; c += FBN_CHANNELS) {
         const int64_t count = first + channels - c < FBN_CHANNELS ? first + channels - c : FBN_CHANNELS;
@@ -234,227 +259,119 @@ static void center_on_sample(const run *run, int64_t first, int64_t channels) {
     }
 }
 
-static void whole_channels(const run *run, int64_t group, int64_t channel, int64_t channels, int slot) {
-    const fbn_plan *plan = &run->plan;
-    const int planes = plan->layout == FBN_NCS;
-    if (run->reduces && run->reduction == FBN_STATS)
-        center_on_sample(run, channel, channels);
-    for (int64_t tile = 0; run->reduces && tile < plan->tiles; tile++) {
-        if (planes)
-            plane_piece(run, run->reduction, channel, tile);
-        else
-            column_piece(run, run->reduction, group, tile, slot);
-        if (run->independent)
-            planes ? plane_piece(run, run->map, channel, tile) : column_piece(run, run->map, group, tile, slot);
-    }
-    if (run->reduces)
-        run->finish(run, channel, channels);
-    /* Backwards, from what the first sweep left in the cache. */
-    for (int64_t tile = plan->tiles - 1; run->maps && !(run->reduces && run->independent) && tile >= 0; tile--)
-        planes ? plane_piece(run, run->map, channel, tile) : column_piece(run, run->map, group, tile, slot);
+static int64_t group_channels(const fbn_plan *plan, int64_t first) {
+    const int64_t left = plan->job->C - first;
+    return left < plan->group ? left : plan->group;
 }
 
-static void group_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+/* Backwards, from what the reduction left in the cache. */
+static void map_group(const fbn_run *run, int64_t first, int64_t channels) {
+    for (int64_t tile = run->plan.tiles - 1; tile >= 0; tile--)
+        map_planes(run, first, channels, tile);
+}
+
+/* By planes: everything that is to be done to some groups of channels, one group after the other, or the map of one beside the reduction of
+ * the next. */
+static void groups_task(void *context, int64_t index, int slot) {
+    const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
-    const int64_t first = index * plan->group, left = plan->job->C - first, channels = left < plan->group ? left : plan->group;
-    if (plan->layout == FBN_NSC)
-        whole_channels(run, index, first, channels, slot);
-    else
-        for (int64_t c = first; c < first + channels; c++)
-            whole_channels(run, index, c, 1, slot);
+    const int64_t start = index * plan->stride, left = plan->job->C - start, stop = start + (left < plan->stride ? left : plan->stride);
+    int64_t mapped = start;
+    (void)slot;
+    for (int64_t first = start, sampled = start; first < stop; first += plan->group) {
+        const int64_t channels = stop - first < plan->group ? stop - first : plan->group;
+        if (run->reduction == FBN_STATS && sampled < first + channels) {
+            /* More than this group, because the values lie far apart and arrive together. */
+            const int64_t more = channels < FBN_CHANNELS ? FBN_CHANNELS : channels, most = stop - first < more ? stop - first : more;
+            center_on_sample(run, sampled, first + most - sampled);
+            sampled = first + most;
+        }
+        const int together = plan->beside && mapped < first && channels == plan->group;
+        for (int64_t tile = 0; tile < plan->tiles; tile++) {
+            if (together)
+                reduce_and_map(run, first, mapped, channels, tile);
+            else
+                reduce_planes(run, first, channels, tile);
+            if (run->maps && run->independent)
+                map_planes(run, first, channels, tile);
+        }
+        run->finish(run, first, channels);
+        if (together)
+            mapped = first;
+        else if (run->maps && !run->independent && !plan->beside)
+            map_group(run, first, channels);
+    }
+    for (; plan->beside && mapped < stop; mapped += plan->group)
+        map_group(run, mapped, stop - mapped < plan->group ? stop - mapped : plan->group);
 }
 
 static void reduce_task(void *context, int64_t index, int slot) {
-    const run *run = context;
-    const int64_t tile = index / run->plan.groups, group = index % run->plan.groups;
-    piece_of(run, run->reduction, group, tile, slot);
-    if (run->independent)
-        piece_of(run, run->map, group, tile, slot);
+    const fbn_run *run = context;
+    const fbn_plan *plan = &run->plan;
+    const int64_t tile = index / plan->groups, group = index % plan->groups;
+    if (plan->reduction == FBN_NSC) {
+        reduce_columns(run, group, tile, slot);
+        return;
+    }
+    const int64_t first = group * plan->group, channels = group_channels(plan, first);
+    reduce_planes(run, first, channels, tile);
+}
+
+/* A tile by columns, reduced and mapped together. */
+static void tile_task(void *context, int64_t tile, int slot) {
+    const fbn_run *run = context;
+    int64_t count;
+    const int64_t sample = tile_samples(&run->plan, tile, &count);
+    for (int64_t group = 0; group < run->plan.groups; group++)
+        reduce_columns(run, group, tile, slot);
+    map_samples(run, sample, count);
 }
 
 static void finish_task(void *context, int64_t index, int slot) {
-    const run *run = context;
+    const fbn_run *run = context;
     const int64_t first = index * FBN_CHANNELS, left = run->plan.job->C - first;
     (void)slot;
     run->finish(run, first, left < FBN_CHANNELS ? left : FBN_CHANNELS);
 }
 
-static void map_task(void *context, int64_t index, int slot) {
-    const run *run = context;
-    const int64_t last = run->plan.tiles * run->plan.groups - 1, from_end = run->reduces ? last - index : index;
-    piece_of(run, run->map, from_end % run->plan.groups, from_end / run->plan.groups, slot);
-}
-
 /* No values: statistics and gradients are zero, the running statistics stay. */
-static void execute_empty(const run *run) {
+static void execute_empty(const fbn_run *run) {
     const fbn_job *job = run->plan.job;
     for (int64_t c = 0; c < job->C; c++) {
         if (run->reduces && run->reduction == FBN_STATS)
             job->batch_mean[c] = job->batch_m2[c] = 0;
+        if (run->reduces && job->sums != NULL)
+            job->sums[c] = job->sums[job->C + c] = 0;
         fbn_set_value(&job->dweight, c, 0);
         fbn_set_value(&job->dbias, c, 0);
     }
 }
 
-static void execute(run *run) {
+void fbn_execute(fbn_run *run) {
     const fbn_plan *plan = &run->plan;
-    const int64_t tasks = plan->tiles * plan->groups;
-    if (plan->job->N * plan->job->C * plan->job->S == 0) {
+    const int64_t C = plan->job->C;
+    if (plan->job->N * C * plan->job->S == 0) {
         execute_empty(run);
         return;
     }
     run->sample = fbn_sample_of(plan->job);
-    if (plan->fused && run->reduces) {
-        fbn_parallel(group_task, run, plan->groups, plan->threads);
+    if (run->reduces && plan->fused) {
+        fbn_parallel(groups_task, run, (C + plan->stride - 1) / plan->stride, plan->threads);
         return;
     }
+    const int together = run->maps && run->independent && plan->reduction == FBN_NSC && plan->tiles >= plan->threads;
     if (run->reduces) {
         if (run->reduction == FBN_STATS)
-            center_on_sample(run, 0, plan->job->C);
-        fbn_parallel(reduce_task, run, tasks, plan->threads);
-        fbn_parallel(finish_task, run, (plan->job->C + FBN_CHANNELS - 1) / FBN_CHANNELS, plan->threads);
+            center_on_sample(run, 0, C);
+        if (together) {
+            fill_tables(plan);
+            fbn_parallel(tile_task, run, plan->tiles, plan->threads);
+        } else
+            fbn_parallel(reduce_task, run, plan->tiles * plan->groups, plan->threads);
+        fbn_parallel(finish_task, run, (C + FBN_CHANNELS - 1) / FBN_CHANNELS, plan->threads);
     }
-    if (!run->maps || (run->reduces && run->independent))
+    if (!run->maps || (run->reduces && together))
         return;
-    if (plan->sample_group)
-        fbn_parallel(sample_task, run, plan->job->N * sample_groups(plan), plan->threads);
-    else
-        fbn_parallel(map_task, run, tasks, plan->threads);
-}
-
-/* ---- the jobs ---- */
-
-static void finish_stats(const run *run, int64_t first, int64_t channels) {
-    const fbn_plan *plan = &run->plan;
-    const fbn_job *job = plan->job;
-    const double n = (double)job->N * (double)job->S;
-    /* Squares below this lose bits in CT. */
-    const double least = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
-    double mean[FBN_CHANNELS], m2[FBN_CHANNELS];
-    for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
-        const int64_t count = first + channels - group < FBN_CHANNELS ? first + channels - group : FBN_CHANNELS;
-        int again = 0;
-        for (int64_t i = 0; i < count; i++) {
-            double sum, square;
-            total(plan, group + i, &sum, &square);
-            const double off = sum / n, spread = square - sum * off;
-            mean[i] = fbn_constant(plan, FBN_CENTER, group + i) + off;
-            m2[i] = spread;
-            /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
-            again |= !(spread >= least * n && off * off * n <= spread && spread < INFINITY) << i;
-        }
-        if (again && n > 1) {
-            double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
-            fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
-            for (int64_t i = 0; i < count; i++)
-                if (again >> i & 1) {
-                    mean[i] = wide_mean[i];
-                    m2[i] = wide_m2[i];
-                }
-        }
-        double var[FBN_CHANNELS];
-        for (int64_t i = 0; i < count; i++) {
-            m2[i] = m2[i] < 0 ? 0 : m2[i];
-            var[i] = m2[i] / n;
-            job->batch_mean[group + i] = mean[i];
-            job->batch_m2[group + i] = m2[i];
-        }
-        if (!run->maps)
-            continue;
-        fbn_set_affine(plan, group, (int)count, mean, var);
-        for (int64_t i = 0; i < count && (job->mean.data != NULL || job->var.data != NULL); i++) {
-            const int64_t c = group + i;
-            const double moved = m2[i] / (run->unbiased && n > 1 ? n - 1 : n);
-            fbn_set_value(&job->mean, c, (1 - run->momentum) * fbn_value_of(&job->mean, c, 0) + run->momentum * mean[i]);
-            fbn_set_value(&job->var, c, (1 - run->momentum) * fbn_value_of(&job->var, c, 0) + run->momentum * moved);
-        }
-    }
-}
-
-/* With d = x - center and lost = mean - center, per channel:
- *
- *   dbias = sum(g)      dweight = invstd * sum(g*(x-mean)),   sum(g*(x-mean)) = sum(g*d) - lost*sum(g)
- *   dx = scale * (g - dbias/n - (x-mean) * invstd^2 * sum(g*(x-mean))/n) = scale*g + slope*d + offset */
-static void finish_backward(const run *run, int64_t first, int64_t channels) {
-    const fbn_plan *plan = &run->plan;
-    const fbn_job *job = plan->job;
-    const double one_of_n = 1 / ((double)job->N * (double)job->S), one_of_count = 1 / (double)job->count;
-    for (int64_t block = first; block < first + channels; block += FBN_CHANNELS) {
-        const int count = first + channels - block < FBN_CHANNELS ? (int)(first + channels - block) : FBN_CHANNELS;
-        double sum[FBN_CHANNELS], product[FBN_CHANNELS], lost[FBN_CHANNELS], var[FBN_CHANNELS], inverse[FBN_CHANNELS], weight[FBN_CHANNELS];
-        for (int i = 0; i < count; i++) {
-            total(plan, block + i, &sum[i], &product[i]);
-            lost[i] = job->batch_mean[block + i] - fbn_constant(plan, FBN_CENTER, block + i);
-            var[i] = job->batch_m2[block + i] * one_of_count;
-        }
-        fbn_gather(weight, &job->weight, block, count, 1);
-        fbn_inverse_std(inverse, var, count, job->eps);
-        for (int i = 0; i < count; i++) {
-            const double scale = weight[i] * inverse[i], dweight = inverse[i] * (product[i] - lost[i] * sum[i]);
-            const double slope = -scale * inverse[i] * dweight * one_of_n;
-            fbn_set_value(&job->dbias, block + i, sum[i]);
-            fbn_set_value(&job->dweight, block + i, dweight);
-            fbn_set_constant(plan, FBN_SLOPE, block + i, slope);
-            fbn_set_constant(plan, FBN_OFFSET, block + i, -scale * sum[i] * one_of_n - slope * lost[i]);
-        }
-    }
-}
-
-int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps) {
-    for (int64_t c = 0; c < C; c++)
-        if (fbn_value_of(var, c, 1) + eps <= 0)
-            return c;
-    return -1;
-}
-
-int64_t fbn_work_bytes(const fbn_job *job) {
-    fbn_plan plan;
-    return fbn_plan_job(&plan, job, NULL);
-}
-
-void fbn_infer(const fbn_job *job, void *work) {
-    run run = {.maps = 1, .map = FBN_APPLY};
-    fbn_plan_job(&run.plan, job, work);
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double mean[FBN_CHANNELS], var[FBN_CHANNELS];
-        fbn_gather(mean, &job->mean, c, count, 0);
-        fbn_gather(var, &job->var, c, count, 1);
-        fbn_set_affine(&run.plan, c, count, mean, var);
-    }
-    execute(&run);
-}
-
-void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work) {
-    run run = {.reduces = 1,
-               .reduction = FBN_STATS,
-               .maps = 1,
-               .map = FBN_APPLY,
-               .finish = finish_stats,
-               .momentum = momentum,
-               .unbiased = unbiased};
-    fbn_plan_job(&run.plan, job, work);
-    execute(&run);
-}
-
-void fbn_stats(const fbn_job *job, void *work) {
-    run run = {.reduces = 1, .reduction = FBN_STATS, .finish = finish_stats};
-    fbn_plan_job(&run.plan, job, work);
-    execute(&run);
-}
-
-void fbn_backward(const fbn_job *job, void *work) {
-    run run = {.reduction = FBN_GRAD_REDUCE, .maps = 1, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
-    fbn_plan_job(&run.plan, job, work);
-    run.reduces = !run.plan.map_only;
-    const double one_of_count = 1 / (double)job->count;
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double var[FBN_CHANNELS];
-        for (int i = 0; i < count; i++)
-            var[i] = job->batch_m2[c + i] * one_of_count;
-        fbn_set_affine(&run.plan, c, count, job->batch_mean + c, var);
-    }
-    execute(&run);
+    fill_tables(plan);
+    fbn_parallel(map_task, run, plan->chunks, plan->threads);
 }

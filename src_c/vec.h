@@ -4,8 +4,10 @@
  *   plus(a, b)                a + b, on the multiplying units where that leaves the adders to others: the same bits as add
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b takes y; le likewise
  *   first(v, k)               lanes 0..k-1 of v, zeros behind them
+ *   join(k, a, b)             lanes 0..k-1 of a, the others of b
  *   add_to(sums, v)           sums[i] += v[i] in float64
  *   load store stream         _<storage>: f32 f64 f16 bf16; streaming stores want an address that is a multiple of the bytes stored
+ *                             A NaN that is stored as bf16 has no bits set below those that are kept: constants have been cleared of such.
  *   load_part store_part      the first k lanes only; nothing behind them is read or written
  *
  * A file that includes this header defines one of FBN_SCALAR, FBN_SSE2, FBN_AVX2, FBN_AVX512, FBN_NEON and sets the target first. */
@@ -56,6 +58,7 @@ typedef double vd;
     OP(V, V##_lt, (V a, V b, V x, V y), a < b ? x : y)                                                                                     \
     OP(V, V##_le, (V a, V b, V x, V y), a <= b ? x : y)                                                                                    \
     OP(V, V##_first, (V a, int64_t k), k > 0 ? a : 0)                                                                                      \
+    OP(V, V##_join, (int64_t k, V a, V b), k > 0 ? a : b)                                                                                  \
     DO(V##_add_to, (double *sums, V a), *sums += a)
 SCALAR(vf)
 SCALAR(vd)
@@ -89,6 +92,8 @@ SSE2(vf, float, ps)
 SSE2(vd, double, pd)
 OP(vf, vf_first, (vf a, int64_t k), _mm_and_ps(_mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a))
 OP(vd, vd_first, (vd a, int64_t k), _mm_and_pd(_mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a))
+OP(vf, vf_join, (int64_t k, vf a, vf b), SELECT(ps, _mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a, b))
+OP(vd, vd_join, (int64_t k, vd a, vd b), SELECT(pd, _mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a, b))
 DO(vd_add_to, (double *sums, vd a), _mm_storeu_pd(sums, _mm_add_pd(_mm_loadu_pd(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm_cvtps_pd(a));
@@ -111,8 +116,7 @@ VEC void vf_store_f16(uint16_t *p, vf a) {
 VEC void vf_store_bf16(uint16_t *p, vf a) {
     const __m128i bits = _mm_castps_si128(a), even = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
     const __m128i rounded = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), even);
-    const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(a, a)), quiet = _mm_or_si128(bits, _mm_set1_epi32(0x400000));
-    const __m128i halves = _mm_srai_epi32(_mm_or_si128(_mm_and_si128(nan, quiet), _mm_andnot_si128(nan, rounded)), 16);
+    const __m128i halves = _mm_srai_epi32(rounded, 16);
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi32(halves, halves));
 }
 
@@ -137,6 +141,12 @@ OP(__m256i, mask_f32, (int64_t k), _mm256_cmpgt_epi32(_mm256_set1_epi32((int)k),
 OP(__m256i, mask_f64, (int64_t k), _mm256_cmpgt_epi64(_mm256_set1_epi64x(k), _mm256_setr_epi64x(0, 1, 2, 3)))
 OP(vf, vf_first, (vf a, int64_t k), _mm256_and_ps(_mm256_castsi256_ps(mask_f32(k)), a))
 OP(vd, vd_first, (vd a, int64_t k), _mm256_and_pd(_mm256_castsi256_pd(mask_f64(k)), a))
+OP(vf, vf_join, (int64_t k, vf a, vf b), _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask_f32(k))))
+OP(vd, vd_join, (int64_t k, vd a, vd b), _mm256_blendv_pd(b, a, _mm256_castsi256_pd(mask_f64(k))))
+OP(vf, vf_load_part_f32, (const float *p, int64_t k), _mm256_maskload_ps(p, mask_f32(k)))
+OP(vd, vd_load_part_f64, (const double *p, int64_t k), _mm256_maskload_pd(p, mask_f64(k)))
+DO(vf_store_part_f32, (float *p, vf a, int64_t k), _mm256_maskstore_ps(p, mask_f32(k), a))
+DO(vd_store_part_f64, (double *p, vd a, int64_t k), _mm256_maskstore_pd(p, mask_f64(k), a))
 DO(vd_add_to, (double *sums, vd a), _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
@@ -146,13 +156,19 @@ OP(__m128i, load_8_halves, (const uint16_t *p), _mm_loadu_si128((const __m128i *
 OP(vf, vf_load_f32, (const float *p), _mm256_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm256_loadu_pd(p))
 OP(vf, vf_load_f16, (const uint16_t *p), _mm256_cvtph_ps(load_8_halves(p)))
-OP(vf, vf_load_bf16, (const uint16_t *p), _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_8_halves(p)), 16)))
+/* Few shuffles and shifts, which have few units: bytes move to and from the upper halves, and a comparison finds the even ones. */
+VEC vf vf_load_bf16(const uint16_t *p) {
+    const __m256i to_upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1,
+                                              12, 13, -1, -1, 14, 15);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_8_halves(p)), to_upper));
+}
 VEC __m128i bf16_of_vf(vf a) {
-    const __m256i bits = _mm256_castps_si256(a), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    const __m256i halves = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    const __m256i from_upper =
+        _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i bits = _mm256_castps_si256(a), last = _mm256_and_si256(bits, _mm256_set1_epi32(0x10000));
+    const __m256i minus_even = _mm256_cmpeq_epi32(last, _mm256_setzero_si256());
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), minus_even);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(rounded, from_upper), 0x08));
 }
 OP(__m128i, f16_of_vf, (vf a), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 DO(vf_store_f32, (float *p, vf a), _mm256_storeu_ps(p, a))
@@ -180,7 +196,8 @@ typedef __m512d vd;
     OP(V, V##_lt, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LT_OQ), y, x))                            \
     OP(V, V##_le, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LE_OQ), y, x))                            \
     OP(M, V##_mask, (int64_t k), (M)(k <= 0 ? 0 : k >= V##_lanes ? -1 : (1 << k) - 1))                                                     \
-    OP(V, V##_first, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))
+    OP(V, V##_first, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))                                                              \
+    OP(V, V##_join, (int64_t k, V a, V b), _mm512_mask_blend_##ps(V##_mask(k), b, a))
 enum { vf_lanes = VF_LANES, vd_lanes = VD_LANES };
 AVX512(vf, float, ps, __mmask16)
 AVX512(vd, double, pd, __mmask8)
@@ -198,9 +215,7 @@ OP(vf, vf_load_bf16, (const uint16_t *p), vf_of_bf16(load_16_halves(p)))
 VEC __m256i bf16_of_vf(vf a) {
     const __m512i bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
-    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    const __m512i halves = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 OP(__m256i, f16_of_vf, (vf a), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 DO(vf_store_f32, (float *p, vf a), _mm512_storeu_ps(p, a))
@@ -241,6 +256,8 @@ static const int32_t IOTA_32[4] = {0, 1, 2, 3};
 static const int64_t IOTA_64[2] = {0, 1};
 OP(vf, vf_first, (vf a, int64_t k), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, vdupq_n_f32(0)))
 OP(vd, vd_first, (vd a, int64_t k), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, vdupq_n_f64(0)))
+OP(vf, vf_join, (int64_t k, vf a, vf b), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, b))
+OP(vd, vd_join, (int64_t k, vd a, vd b), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, b))
 DO(vd_add_to, (double *sums, vd a), vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, vcvt_f64_f32(vget_low_f32(a)));
@@ -256,8 +273,7 @@ DO(vf_store_f16, (uint16_t *p, vf a), vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_
 VEC void vf_store_bf16(uint16_t *p, vf a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a), even = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), even);
-    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-    vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, quiet), 16));
+    vst1_u16(p, vshrn_n_u32(rounded, 16));
 }
 
 #endif
@@ -290,9 +306,11 @@ DO(vf_stream_bf16, (uint16_t *p, vf a), vf_store_bf16(p, a))
         memcpy(p, lanes, (size_t)k * sizeof(T));                                                                                           \
     }
 #endif
-#if !defined(FBN_AVX512)
+#if !defined(FBN_AVX2) && !defined(FBN_AVX512)
 PART(vf, VF_LANES, float, f32)
 PART(vd, VD_LANES, double, f64)
+#endif
+#if !defined(FBN_AVX512)
 PART(vf, VF_LANES, uint16_t, f16)
 PART(vf, VF_LANES, uint16_t, bf16)
 #endif

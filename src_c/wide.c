@@ -1,4 +1,4 @@
-/* What the fast statistics start from, and what replaces them where float32 sums cannot hold a channel: see finish_stats in schedule.c. */
+/* What the fast statistics start from, and what replaces them where float32 sums cannot hold a channel: see finish_stats in jobs.c. */
 #include "wide.h"
 #include "narrow.h"
 
@@ -57,10 +57,10 @@ static inline double same(double value) {
     static void sample_##DT(double *centre, const T *x, const fbn_sample *sample, int64_t channels, int64_t stride) {                      \
         if (stride != 1) {                                                                                                                 \
             for (int64_t c = 0; c < channels; c++) {                                                                                       \
-                double sum = 0;                                                                                                            \
+                double sums[4] = {0};                                                                                                      \
                 for (int k = 0; k < sample->count; k++)                                                                                    \
-                    sum += WIDEN(x[sample->at[k] + c * stride]);                                                                           \
-                centre[c] = sum;                                                                                                           \
+                    sums[k & 3] += WIDEN(x[sample->at[k] + c * stride]);                                                                   \
+                centre[c] = (sums[0] + sums[1]) + (sums[2] + sums[3]);                                                                     \
             }                                                                                                                              \
             return;                                                                                                                        \
         }                                                                                                                                  \

@@ -376,3 +376,68 @@ def test_examples():
     result = doctest.testmod(functional)
     assert result.attempted > 10
     assert result.failed == 0
+
+
+def parts(array, axis=0):
+    """Uneven parts of a batch, one of them empty."""
+    size = array.shape[axis]
+    return np.split(array, sorted({0, 1, size // 3 + 1}), axis=axis)
+
+
+def in_halves(dys, xs, weight, bias, **options):
+    """What processes with a part of the batch each compute: (y, dx) of the parts, and dweight, dbias of the whole."""
+    stats = fastbn.merge_stats([fastbn.batch_stats(x, axis=options["axis"]) for x in xs])
+    ys = [functional.normalise_with(x, stats, weight, bias, **options) for x in xs]
+    halves = [functional.backward_sums(dy, x, stats, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
+    sums = np.sum([half[0] for half in halves], axis=0)
+    dxs = [functional.backward_input(dy, x, stats, sums, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
+    return ys, dxs, np.sum([half[1] for half in halves], axis=0), np.sum([half[2] for half in halves], axis=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] > 1], ids=str)
+def test_a_batch_in_parts_is_the_whole_batch(shape, axis, dtype):
+    # In float64 the twin is no more exact than the kernels are.
+    x, dy = random(shape, dtype, mean=1.5 if dtype == np.float64 else 100), random(shape, dtype, seed=1, mean=0.2)
+    weight, bias = parameters(shape[axis])
+    ys, dxs, dweight, dbias = in_halves(parts(dy), parts(x), weight, bias, axis=axis)
+    wide, stats = x.astype(np.float64), reference.batch_stats(x, axis=axis)
+    assert_close(np.concatenate(ys), reference.batch_norm(wide, stats.mean, stats.var, weight, bias, axis=axis), dtype, 4)
+    want = reference.batch_norm_backward(dy.astype(np.float64), wide, stats, weight, bias, axis=axis)
+    magnitude = np.abs(weight) / np.sqrt(stats.var + 1e-5)
+    tolerance = (
+        ULP[dtype.name] * 4 * (np.abs(want[0]) + 4 * np.moveaxis(np.broadcast_to(magnitude, np.moveaxis(x, axis, -1).shape), -1, axis))
+    )
+    np.testing.assert_array_less(np.abs(np.concatenate(dxs).astype(np.float64) - want[0]), tolerance + 1e-30)
+    np.testing.assert_allclose(dweight, want[1], rtol=2e-6, atol=2e-6 * np.sqrt(x.size))
+    np.testing.assert_allclose(dbias, want[2], rtol=2e-6, atol=1e-6 * np.sqrt(x.size))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 3, 40, 41), 1), ((32, 21, 7, 7), 1), ((9, 128), 1), ((3, 9, 9, 20), -1), ((1, 2, 17000), 1)]
+)
+def test_one_part_gives_the_bits_of_the_whole_call(shape, axis, activation):
+    x, dy = random(shape, np.float32), random(shape, np.float32, seed=1)
+    weight, bias = parameters(shape[axis], np.float32)
+    options = {"axis": axis, "activation": activation}
+    y, stats = fastbn.batch_norm_train(x, weight, bias, **options)
+    (got_y,), (got_dx,), *got = in_halves([dy], [x], weight, bias, **options)
+    dx, *want = fastbn.batch_norm_backward(dy, x, stats, weight, bias, **options)
+    assert got_y.tobytes() == y.tobytes()
+    assert got_dx.tobytes() == dx.tobytes()
+    assert [array.tobytes() for array in got] == [array.tobytes() for array in want]
+
+
+def test_parts_of_a_constant_channel_without_eps():
+    x = np.full((6, 2, 3), 5, np.float32)
+    ys, dxs, *_ = in_halves(parts(x), parts(x), np.ones(2), np.array([3.0, 4.0]), eps=0.0, axis=1)
+    assert (np.concatenate(ys) == np.array([3, 4], np.float32)[:, None]).all()
+    assert (np.concatenate(dxs) == 0).all()
+
+
+def test_sums_of_another_shape_are_refused():
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(fastbn.ArgumentError, match=r"Expected shape \(2, 3\), got shape \(3, 2\) - at `sums`"):
+        functional.backward_input(x, x, fastbn.batch_stats(x), np.zeros((3, 2)))

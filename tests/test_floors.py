@@ -12,11 +12,13 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 
 # Lowest first; the files of one floor do not know each other.
 FLOORS = [
-    ["_native", "errors"],
+    ["_native", "errors", "memory"],
     ["affine", "stats"],
-    ["_check"],
+    ["_check", "sync"],
     ["reference", "config"],
     ["functional"],
+    ["layers", "_torch"],
+    ["torch"],
     ["graph.constant", "graph.report", "graph.storage"],
     ["graph.model"],
     ["graph.lift"],
@@ -46,6 +48,9 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# Who may import what is optional.
+OPTIONAL = {"torch": ["torch"], "_torch": ["torch"], "layers": ["torch", "keras"], "deployment.report": ["jinja2"]}
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
 MEETING = {"affine", "errors"}
@@ -118,6 +123,6 @@ def test_onnxruntime_is_imported_inside_functions(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_the_dependencies_are_imported(name):
+    allowed = {*sys.stdlib_module_names, "fastbn", "numpy", "onnx", "onnxruntime", "google", *OPTIONAL.get(name, ())}
     for _, module, _ in imported(name):
-        known = {*sys.stdlib_module_names, "fastbn", "numpy", "onnx", "onnxruntime", "google"}
-        assert module.split(".")[0] in (known | {"jinja2"} if name == "deployment.report" else known)
+        assert module.split(".")[0] in allowed

@@ -15,8 +15,8 @@ import fastbn
 NAMES = {"fold", "fold_conv", "fold_linear", "verify", "Fold", "FoldResult", "Kept", "Parity", "show_config", "kernels", "__version__"}
 NAMES |= {"batch_norm", "batch_norm_train", "batch_norm_backward", "batch_stats", "merge_stats", "BatchStats"}
 NAMES |= {"Deployment", "deploy"}
-NAMES |= {"set_num_threads", "get_num_threads", "use_isa"}
-ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "ParityError", "StorageError"}
+NAMES |= {"BatchNorm", "set_num_threads", "get_num_threads", "use_isa"}
+ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "ParityError", "StorageError", "TensorError"}
 
 
 def python(code, environment):

@@ -10,7 +10,7 @@ import fastbn
 
 ISAS = fastbn.show_config()["isa_available"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
-# (shape, axis): both layouts, tails of every kind, tiles and groups that are split, joined rows with a rest.
+# (shape, axis): both layouts, tails of every kind, tiles and groups that are split, joined rows with a rest, maps beside reductions.
 CASES = [
     ((3, 5, 7, 9), 1),
     ((2, 3, 33000), 1),
@@ -22,6 +22,10 @@ CASES = [
     ((6, 50, 40, 67), -1),
     ((12, 9000), 1),
     ((1, 1, 70000), 1),
+    ((3, 23, 29, 31), 1),
+    ((2, 5, 130, 150), 1),
+    ((5, 3, 4, 4), 1),
+    ((7, 40, 17), 1),
 ]
 
 
@@ -59,15 +63,37 @@ def test_same_bits_on_every_isa_and_for_any_threads(shape, axis, dtype):
                     assert everything(x, dy, added, weight, bias, axis, activation) == want, (isa, threads)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_pattern_of_nan_becomes_a_number_in_bfloat16(isa):
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    patterns = np.array([0x7F81, 0x7FFF, 0xFF81, 0xFFFF, 0x7FC0], np.uint16)
+    x = np.ones((patterns.size, 40), dtype)
+    x[:, 7] = patterns.view(dtype)
+    one, nan = np.ones(40, np.float32), np.full(40, 0xFFFFFFFF, np.uint32).view(np.float32)
+    with fastbn.use_isa(isa):
+        for activation in (None, "relu", "leaky_relu", "relu6"):
+            y = fastbn.batch_norm(x, one, one, activation=activation)
+            assert np.isnan(y[:, 7].astype(float)).all()
+            assert np.isfinite(np.delete(y, 7, axis=1).astype(float)).all()
+            for changed in ((nan, one, one, one), (one, nan, one, one), (one, one, nan, one), (one, one, one, nan)):
+                assert np.isnan(fastbn.batch_norm(np.ones_like(x), *changed, activation=activation).astype(float)).all()
+            dy = x.copy()
+            stats = fastbn.BatchStats(1, np.zeros(40), np.ones(40))
+            *_, dresidual = fastbn.batch_norm_backward(
+                dy, np.ones_like(x), stats, one, training=False, activation=activation, residual=np.ones_like(x)
+            )
+            assert (dresidual[:, 7].view(np.uint16) & 0x7FFF > 0x7F80).all()
+
+
 def test_streaming_changes_no_bit():
     # Larger than half of any last cache up to 64 MB, and odd planes, so that heads and tails meet streaming stores.
     x = np.random.default_rng(0).standard_normal((9, 31, 190, 191), dtype=np.float32)
-    weight, bias = np.linspace(1, 2, 31), np.linspace(-1, 1, 31)
-    for axis, array in ((1, x), (-1, np.ascontiguousarray(x.transpose(0, 2, 3, 1)))):
+    for axis, array in ((1, x), (1, x.reshape(9, 31 * 190, 191)), (-1, np.ascontiguousarray(x.transpose(0, 2, 3, 1)))):
+        weight, bias = (np.linspace(first, 2, array.shape[axis]) for first in (1, -1))
         big, stats = fastbn.batch_norm_train(array, weight, bias, axis=axis, activation="relu")
         in_place, _ = fastbn.batch_norm_train(array, weight, bias, axis=axis, activation="relu", out=array)
         assert big.tobytes() == in_place.tobytes()
-        assert stats.count == 9 * 190 * 191
+        assert stats.count == array.size // array.shape[axis]
 
 
 class Guarded:
@@ -150,7 +176,8 @@ def test_the_table_is_complete():
     for isa in ISAS:
         with fastbn.use_isa(isa):
             names = fastbn.kernels()
-        assert len(names) == len(set(names)) == 4 * 2 * 4
+        assert len(names) == len(set(names)) == (4 * 2 + 2) * 4
         assert all(name.startswith("fbn_") and name.endswith(f"_{isa}") for name in names)
         for op in ("stats", "apply", "grad_reduce", "grad_input"):
             assert f"fbn_{op}_nsc_bf16_{isa}" in names
+        assert f"fbn_stats_apply_ncs_f16_{isa}" in names

@@ -1,0 +1,391 @@
+"""BatchNorm: a layer over NumPy arrays, with state."""
+
+import numpy as np
+
+from fastbn import _check, functional, sync
+from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.stats import BatchStats
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm:
+    """Batch normalization with running statistics, forward and backward, in PyTorch's semantics.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the size of the channel axis.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of the new batch in the running statistics; None keeps the plain average of all batches.
+    axis : int
+        The channel axis; -1 for channels last.
+    affine : bool
+        Learn a weight (gamma, at first ones) and a bias (beta, at first zeros).
+    track_running_stats : bool
+        Keep running statistics for eval mode. Without them eval mode normalises with the statistics of the batch, too.
+    activation : None, "relu", "leaky_relu" or "relu6"
+        Applied last, forward and backward.
+    comm : communicator or None
+        Share the statistics of each training batch with the other processes: anything with mpi4py's ``allgather``. Each process then
+        gives its part of the batch, of any size and even empty, and all get what one process would compute of the whole, with the same
+        bits for one number of processes. dweight and dbias are sums over the part of this process.
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : float32 array of shape (C,) or None
+    num_batches_tracked : int
+    training : bool
+        Changed by `train` and `eval`.
+    unbiased : bool
+        running_var receives the variance times n/(n-1), as in PyTorch; False after `from_keras`.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        An argument that cannot be used.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = BatchNorm(2, momentum=None)
+    >>> y = layer(np.array([[1.0, 5.0], [3.0, 5.0]], np.float32))
+    >>> layer.running_mean.tolist(), layer.running_var.tolist()
+    ([2.0, 5.0], [2.0, 0.0])
+    >>> layer.eval()(np.array([[2.0, 5.0]], np.float32)).tolist()
+    [[0.0, 0.0]]
+    """
+
+    def __init__(self, num_features, *, eps=1e-5, momentum=0.1, axis=1, affine=True, track_running_stats=True, activation=None, comm=None):
+        self.num_features = _check.positive_int(num_features, "num_features")
+        self.eps = _check.eps_of(eps)
+        self.momentum = None if momentum is None else _check.momentum_of(momentum)
+        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+            raise ArgumentTypeError(expected("an integer", type(axis).__name__, "axis"))
+        self.axis = int(axis)
+        _check.activation_of(activation)
+        self.activation = activation
+        if comm is not None and not callable(getattr(comm, "allgather", None)):
+            raise ArgumentTypeError(expected("a communicator with allgather", type(comm).__name__, "comm"))
+        self.comm = comm
+        self.affine, self.track_running_stats = bool(affine), bool(track_running_stats)
+        self.weight = np.ones(self.num_features, np.float32) if affine else None
+        self.bias = np.zeros(self.num_features, np.float32) if affine else None
+        self.running_mean = np.zeros(self.num_features, np.float32) if track_running_stats else None
+        self.running_var = np.ones(self.num_features, np.float32) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self.unbiased = True
+        self.training = True
+        self._saved = None
+
+    def __repr__(self):
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps:g}, momentum={self.momentum}, axis={self.axis}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, activation={self.activation!r})"
+        )
+
+    def train(self, mode=True):
+        """Normalise with the statistics of each batch from here on; return self."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self):
+        """Normalise with the running statistics from here on; return self."""
+        return self.train(False)
+
+    def __call__(self, x, *, out=None):
+        return self.forward(x, out=out)
+
+    def forward(self, x, *, out=None):
+        """Return y, in the shape, type and memory order of x.
+
+        Parameters
+        ----------
+        x : array of float32, float64, float16 or bfloat16
+            C values along `axis`, in any shape and strides that `fastbn.batch_norm` takes. `backward` reads it again: leave it unchanged
+            until then.
+        out : array of x's shape and dtype, or None
+            Receives y. It may be x itself, after which there is no `backward`.
+
+        Returns
+        -------
+        y : array
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            An argument that cannot be used; nothing has been written, no other process has been asked.
+
+        Notes
+        -----
+        In training the running statistics move, ``running = (1 - momentum) * running + momentum * batch``; a batch without elements leaves
+        them alone. One value per channel gives y = bias and a variance of 0.
+        """
+        x, _ = _check.tensor(x, "x")
+        if x.shape[_check.axis_of(self.axis, x)] != self.num_features:
+            raise ArgumentError(expected(f"{self.num_features} channels on axis {self.axis}", f"shape {x.shape}", "x"))
+        options = {"eps": self.eps, "axis": self.axis, "activation": self.activation, "out": out}
+        by_batch, shared = self.training or not self.track_running_stats, self.training and self.comm is not None
+        if not by_batch:
+            stats = BatchStats(1, self.running_mean, self.running_var)
+            y = functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, **options)
+        elif shared:
+            y, stats = self._forward_shared(x, options)
+        else:
+            y, stats = self._forward_alone(x, options)
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked += 1
+        self._saved = None if out is not None and np.may_share_memory(x, y) else (x, stats, by_batch, shared)
+        return y
+
+    def _factor(self):
+        """The weight of the batch at hand in the running statistics."""
+        return 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+
+    def _forward_alone(self, x, options):
+        tracked = self.training and self.track_running_stats
+        return functional.batch_norm_train(
+            x,
+            self.weight,
+            self.bias,
+            running_mean=self.running_mean if tracked else None,
+            running_var=self.running_var if tracked else None,
+            momentum=self._factor(),
+            unbiased=self.unbiased,
+            **options,
+        )
+
+    def _forward_shared(self, x, options):
+        y = _check.output(options["out"], x)
+        stats = sync.merge(functional.batch_stats(x, axis=self.axis), self.comm.allgather)
+        if x.size:
+            functional.normalise_with(x, stats, self.weight, self.bias, **{**options, "out": y})
+        if self.track_running_stats:
+            sync.move_running(self.running_mean, self.running_var, stats, self._factor(), self.unbiased)
+        return y, stats
+
+    def backward(self, dy, *, out=None):
+        """Return the gradients of the last forward pass.
+
+        Parameters
+        ----------
+        dy : array of x's shape and dtype
+            The gradient of y.
+        out : array of x's shape and dtype, or None
+            Receives dx.
+
+        Returns
+        -------
+        dx : array of x's shape and dtype
+        dweight, dbias : float32 array of shape (C,), or None without weight or bias
+            With `comm`, of the values of this process: the sum over processes is the gradient of the whole batch.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            No forward pass to go back through, or an argument that cannot be used.
+        """
+        if self._saved is None:
+            raise ArgumentError(expected("a forward pass that kept its x", "none", "backward"))
+        x, stats, by_batch, shared = self._saved
+        options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
+        if not shared:
+            return functional.batch_norm_backward(dy, x, stats, self.weight, self.bias, training=by_batch, out=out, **options)
+        dy = _check.same_shape(dy, "dy", x)
+        dx = _check.output(out, x, dy)
+        if x.size:
+            sums, dweight, dbias = functional.backward_sums(dy, x, stats, self.weight, self.bias, **options)
+        else:
+            sums = np.zeros((2, self.num_features))
+            dweight, dbias = (None if values is None else np.zeros_like(values) for values in (self.weight, self.bias))
+        sums = sync.add_up(sums, self.comm.allgather)
+        if x.size:
+            functional.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
+        return dx, dweight, dbias
+
+    def state_dict(self):
+        """Return a copy of the state under PyTorch's names: weight, bias, running_mean, running_var and num_batches_tracked, as arrays.
+
+        Those that the layer does not have are left out, as in PyTorch.
+        """
+        state = {name: getattr(self, name) for name in _ARRAYS}
+        state = {name: values.copy() for name, values in state.items() if values is not None}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state):
+        """Take over a state: that of `state_dict`, or of a batch normalization of PyTorch.
+
+        Parameters
+        ----------
+        state : mapping of names to arrays or CPU tensors
+            Exactly the names that `state_dict` returns; num_batches_tracked may be missing, as in old files.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            A name too many or too few, or another shape; the layer is unchanged.
+        """
+        names = set(self.state_dict())
+        if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
+            raise ArgumentError(expected(f"the names {', '.join(sorted(names))}", f"{', '.join(sorted(state))}", sorted(unknown)[0]))
+        vectors = {name: _vector(state[name], name, self.num_features) for name in _ARRAYS if name in names}
+        count = self.num_batches_tracked
+        if "num_batches_tracked" in state:
+            count = np.asarray(state["num_batches_tracked"])
+            if count.shape != () or count.dtype.kind not in "iu" or count < 0:
+                raise ArgumentError(expected("a number of batches", f"{count}", "num_batches_tracked"))
+        for name, values in vectors.items():
+            getattr(self, name)[...] = values
+        self.num_batches_tracked = int(count)
+
+    @classmethod
+    def from_torch(cls, module):
+        """Return a layer with the parameters, statistics and settings of a batch normalization of PyTorch.
+
+        Everything has the same meaning there: eps, momentum (None too), the unbiased running variance, the names of the state. The values
+        are copied; bfloat16 and float16 ones become float32.
+
+        Parameters
+        ----------
+        module : torch.nn.BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+
+        Raises
+        ------
+        ArgumentTypeError
+            Another module.
+        """
+        names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "weight", "bias", "num_batches_tracked")
+        if not all(hasattr(module, name) for name in names):
+            raise ArgumentTypeError(expected("a batch normalization of PyTorch", type(module).__name__, "module"))
+        layer = cls(
+            module.num_features,
+            eps=module.eps,
+            momentum=module.momentum,
+            affine=module.affine,
+            track_running_stats=module.track_running_stats,
+        )
+        for name in _ARRAYS:
+            values = getattr(module, name)
+            setattr(layer, name, None if values is None else values.detach().cpu().float().numpy().copy())
+        layer.num_batches_tracked = int(module.num_batches_tracked or 0)
+        return layer.train(module.training)
+
+    def to_torch(self, dimensions=2):
+        """Return a ``torch.nn.BatchNorm1d``, 2d or 3d with copies of this layer's parameters, statistics and settings.
+
+        `fastbn.torch.convert` makes fastbn's module of it. Where `unbiased` is False, the running variance goes on as PyTorch's does: with
+        the unbiased variance of the batches to come.
+
+        Parameters
+        ----------
+        dimensions : int
+            1, 2 or 3 spatial dimensions.
+
+        Raises
+        ------
+        ArgumentError
+            Another number of dimensions, another axis than 1 or an activation, which PyTorch's modules do not have.
+        ModuleNotFoundError
+            PyTorch is not installed.
+        """
+        self._convertible(dimensions, (1, 2, 3))
+        if self.axis != 1:
+            raise ArgumentError(expected("axis 1, that of PyTorch", f"{self.axis}", "axis"))
+        import torch
+
+        module = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)[dimensions - 1](
+            self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats
+        )
+        for name in ("weight", "bias"):
+            values = getattr(self, name)
+            module.register_parameter(name, None if values is None else torch.nn.Parameter(torch.from_numpy(values.copy())))
+        if self.track_running_stats:
+            module.running_mean.copy_(torch.from_numpy(self.running_mean))
+            module.running_var.copy_(torch.from_numpy(self.running_var))
+            module.num_batches_tracked.fill_(self.num_batches_tracked)
+        return module.train(self.training)
+
+    @classmethod
+    def from_keras(cls, layer):
+        """Return a layer with the parameters, statistics and settings of a built ``BatchNormalization`` of Keras.
+
+        Keras's momentum is the weight of the old statistics: ours is 1 minus it. Its epsilon is our eps. Its moving variance follows the
+        biased variance of the batches, and so does running_var here (`unbiased` is False); in inference the two mean the same.
+
+        Parameters
+        ----------
+        layer : keras.layers.BatchNormalization
+            Built, that is, called once or loaded.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Another layer, one that is not built, or one that normalises over several axes.
+        """
+        names = ("axis", "momentum", "epsilon", "center", "scale", "built", "get_weights")
+        if not all(hasattr(layer, name) for name in names):
+            raise ArgumentTypeError(expected("a BatchNormalization of Keras", type(layer).__name__, "layer"))
+        if not layer.built:
+            raise ArgumentError(expected("a layer that has been built", "one without weights", "layer"))
+        if not isinstance(layer.axis, int):
+            raise ArgumentError(expected("one axis", f"{layer.axis}", "axis"))
+        values = [np.array(array, np.float32) for array in layer.get_weights()]
+        new = cls(values[0].size, eps=layer.epsilon, momentum=1 - layer.momentum, axis=layer.axis, affine=layer.center or layer.scale)
+        new.running_mean, new.running_var = values[-2:]
+        new.weight = values[0] if layer.scale else None
+        new.bias = values[int(layer.scale)] if layer.center else None
+        new.unbiased = False
+        return new
+
+    def to_keras(self, dimensions=2):
+        """Return a built ``keras.layers.BatchNormalization`` with copies of this layer's parameters, statistics and settings.
+
+        momentum becomes 1 - momentum, eps epsilon. Keras's moving variance goes on with the biased variance of the batches to come,
+        whatever `unbiased` is here; num_batches_tracked has no counterpart.
+
+        Parameters
+        ----------
+        dimensions : int
+            0 to 3 spatial dimensions: Keras builds a layer for one rank.
+
+        Raises
+        ------
+        ArgumentError
+            Another number of dimensions, or what Keras does not have: momentum None, no running statistics, an activation.
+        ModuleNotFoundError
+            Keras is not installed.
+        """
+        self._convertible(dimensions, (0, 1, 2, 3))
+        if self.momentum is None or not self.track_running_stats:
+            what = "momentum None" if self.momentum is None else "no running statistics"
+            raise ArgumentError(expected("running statistics with a momentum, as Keras has", what, "momentum"))
+        import keras
+
+        new = keras.layers.BatchNormalization(
+            axis=self.axis, momentum=1 - self.momentum, epsilon=self.eps, center=self.bias is not None, scale=self.weight is not None
+        )
+        shape = [None] * (2 + dimensions)
+        shape[self.axis] = self.num_features
+        new.build(tuple(shape))
+        new.set_weights([values for values in (getattr(self, name) for name in _ARRAYS) if values is not None])
+        return new
+
+    def _convertible(self, dimensions, possible):
+        if dimensions not in possible:
+            raise ArgumentError(expected(f"one of {', '.join(map(str, possible))}", f"{dimensions!r}", "dimensions"))
+        if self.activation is not None:
+            raise ArgumentError(expected("no activation, which the framework keeps in a layer of its own", self.activation, "activation"))
+
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _vector(value, where, channels):
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.shape != (channels,):
+        raise ArgumentError(expected(f"numbers of shape ({channels},)", f"{array.dtype} of shape {array.shape}", where))
+    return array

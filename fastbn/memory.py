@@ -1,0 +1,49 @@
+"""Memory of large results, kept when it is given up and lent again: fresh pages cost more than the kernels that fill them in."""
+
+import math
+import weakref
+
+import numpy as np
+
+__all__ = ["KEPT", "lend", "release"]
+
+# Bytes that are kept at most while nobody uses them.
+KEPT = 1 << 28
+
+_idle = {}  # size in bytes -> blocks, the size given back last at the end
+_lent = {}  # id of a weak reference -> that reference and its block
+
+
+class _Block(np.ndarray):
+    """Memory, of a type of its own: a view of a view refers to the last array of its own type, which must be the one that is watched."""
+
+
+def lend(shape, dtype):
+    """Return an uninitialised C-contiguous array, whose memory comes back here when the last reference to it is gone."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        block = _idle[size].pop()
+    except (KeyError, IndexError):
+        block = _Block(size, np.uint8)
+    array = np.ndarray(shape, dtype, block)
+    reference = weakref.ref(array, _take_back)
+    _lent[id(reference)] = reference, block
+    return array
+
+
+def release():
+    """Free what is kept and not in use."""
+    _idle.clear()
+
+
+def _take_back(reference):
+    # This runs wherever a reference ends, even within itself: each step stands alone, and the worst of a race is a block freed early.
+    _, block = _lent.pop(id(reference))
+    blocks = _idle.pop(block.nbytes, [])
+    blocks.append(block)
+    _idle[block.nbytes] = blocks
+    excess = sum(size * len(blocks) for size, blocks in list(_idle.items())) - KEPT
+    for size in list(_idle):
+        while excess > 0 and _idle.get(size):
+            _idle[size].pop()
+            excess -= size

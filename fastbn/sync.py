@@ -1,0 +1,41 @@
+"""Statistics of a batch that several processes share: one exchange per forward and one per backward, float64, in the order of the ranks.
+
+An exchange is a function that takes this process's array and returns the arrays of all processes in rank order, the same list in each:
+mpi4py's ``comm.allgather``, or what `fastbn.torch` makes of a process group. So every process computes the same bits.
+"""
+
+import numpy as np
+
+from fastbn.errors import ArgumentError, expected
+from fastbn.stats import BatchStats, merge_stats
+
+__all__ = ["add_up", "merge", "move_running"]
+
+
+def merge(stats, exchange):
+    """Return the statistics of the batches of all processes together; a process may have no values."""
+    rows = exchange(np.concatenate([[stats.count], stats.mean, stats.m2]))
+    return merge_stats(BatchStats(int(row[0]), *np.split(row[1:], 2)) for row in _alike(rows))
+
+
+def add_up(sums, exchange):
+    """Return the sums of the backward pass over all processes."""
+    return np.add.reduce(_alike(exchange(sums)), axis=0)
+
+
+def move_running(running_mean, running_var, stats, momentum, unbiased=True):
+    """Move running statistics, in place, as `fastbn.batch_norm_train` does with those of one process; either may be None."""
+    if stats.count == 0:
+        return
+    var = stats.m2 / max(stats.count - 1, 1) if unbiased else stats.var
+    for running, batch in ((running_mean, stats.mean), (running_var, var)):
+        if running is not None:
+            running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+def _alike(rows):
+    rows = [np.asarray(row) for row in rows]
+    for row in rows:
+        if row.shape != rows[0].shape:
+            raise ArgumentError(expected("as many channels in every process", f"messages of shape {rows[0].shape} and {row.shape}", "x"))
+    return rows

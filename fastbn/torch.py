@@ -1,0 +1,226 @@
+"""Batch normalization of torch tensors on CPUs: drop-in modules over custom operators.
+
+`convert(model)` swaps every batch normalization of a model for one of these modules and back; `batch_norm` stands for
+`torch.nn.functional.batch_norm`. Tensors are read in place, whatever their strides; results are new tensors in the memory order of the
+input. The memory of large results is kept for the next ones (at most `fastbn.memory.KEPT` bytes of it unused, `fastbn.memory.release`
+frees them). At most `torch.get_num_threads()` threads work on a call, and no more than `fastbn.get_num_threads()`.
+"""
+
+import torch
+
+from fastbn import _check, _torch
+from fastbn.errors import ArgumentError, TensorError, expected
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, process_group=None):
+    """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`, and a process group.
+
+    Parameters
+    ----------
+    input : Tensor, float32, float64, float16 or bfloat16, on the CPU
+        Shape (N, C, ...), any strides.
+    running_mean, running_var : Tensor of shape (C,) or None
+        Required unless `training`, where they are updated in place with the unbiased variance.
+    weight, bias : Tensor of shape (C,) or None
+        gamma and beta, of any of the four types; float32 beside bfloat16 data keeps their precision.
+    training : bool
+        Normalise with the statistics of the batch.
+    momentum : float
+        The weight of this batch in the running statistics.
+    eps : float
+        Added to the variance.
+    process_group : torch.distributed.ProcessGroup, "world" or None
+        Share the statistics of a training batch with the processes of a group whose backend works on the CPU (gloo): each gives its part
+        of the batch, of any size and even empty, and gets what one process would compute of the whole, with the same bits for one number
+        of processes. One all_gather per forward and one per backward. The gradients of weight and bias are sums over the part of each
+        process, as in torch's SyncBatchNorm: DistributedDataParallel brings them together.
+
+    Returns
+    -------
+    Tensor
+        Of the input's shape, type and memory order. First and second derivatives are supported; with a process group the first.
+
+    Raises
+    ------
+    TensorError
+        A RuntimeError, as torch raises: another type, device or number of channels, a process group that cannot be used. A process that
+        dies or stays away makes torch's own RuntimeError in the others, at the latest after the timeout of the group.
+    ArgumentError
+        A ValueError: fewer than two dimensions, or one value per channel in training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    >>> batch_norm(x, None, None, bias=torch.tensor([0.0, 7.0], dtype=torch.float64), training=True, eps=0.0)
+    tensor([[-1.,  7.],
+            [ 1.,  7.]], dtype=torch.float64)
+    """
+    return _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, _eager(input))
+
+
+def _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager):
+    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
+    if eager or not torch.jit.is_tracing():
+        _torch.check_input(input)
+        if training and process_group is None and _torch.values_per_channel(input) == 1:
+            raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
+    if not training and (running_mean is None or running_var is None):
+        raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+    eps = _check.eps_of(eps)
+    if training and process_group is not None:
+        return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
+    if eager:
+        return _torch.apply(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if _transformed():  # torch.func and forward-mode differentiation know torch's operators alone
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not torch.jit.is_tracing():
+        for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
+            _torch.check_vector(tensor, where, input)
+    return _torch.by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@torch.compiler.disable
+def _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group):
+    if not _eager(input):
+        raise TensorError(expected("no process group in a traced or transformed call", "one", "process_group"))
+    return _torch.apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
+
+
+def _eager(input):
+    """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
+    return (
+        not torch.compiler.is_compiling()
+        and (type(input) is torch.Tensor or type(input) is torch.nn.Parameter)
+        and input.is_cpu
+        and not torch.jit.is_tracing()
+        and not _transformed()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _transformed():
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+# ---- the modules ----
+
+
+class _Module:
+    """What the modules share; it comes before torch's own class of the same name."""
+
+    process_group = None
+
+    def forward(self, input):
+        eager = _eager(input)
+        if not eager:
+            if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
+                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+            if torch.onnx.is_in_onnx_export():  # an exported graph gets the operator that everybody knows
+                return self._exported(input)
+        self._check_input_dim(input)
+        momentum, training = self.momentum, self.training
+        tracked = not training or self.track_running_stats
+        running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
+        counted = self.num_batches_tracked if training and tracked else None
+        if momentum is None:
+            momentum = 0.0 if counted is None else 1 / (float(counted) + 1)
+        by_batch, group = training or (running_mean is None and running_var is None), self._group() if training else None
+        y = _call(input, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps, group, eager)
+        if counted is not None:
+            counted.add_(1)
+        return y
+
+    def _exported(self, input):
+        return super().forward(input)
+
+    def _group(self):
+        return self.process_group
+
+
+class _Sized(_Module):
+    """The modules of one rank of input: torch's own know no process group."""
+
+    def __init__(self, *args, process_group=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if process_group is not None:
+            self.process_group = process_group
+
+
+class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+
+
+class SyncBatchNorm(_Module, torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` on CPUs, where torch's own raises: without a process group it takes the whole world, once there is one."""
+
+    def _exported(self, input):
+        return torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+
+    def _group(self):
+        distributed = torch.distributed
+        return self.process_group or ("world" if distributed.is_available() and distributed.is_initialized() else None)
+
+
+_OURS = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
+}
+_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(module, *, back=False, process_group=None):
+    """Swap every batch normalization of a model in place: torch's for fastbn's, or back.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a batch normalization itself. Subclasses of torch's modules that are not torch's own are left alone, and so are lazy
+        modules before their first call.
+    back : bool
+        From fastbn's modules to torch's.
+    process_group : torch.distributed.ProcessGroup, "world" or None
+        Not with `back`: every batch normalization shares its training batches with the processes of this group; see `batch_norm`.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object. Modules change their class and nothing else: parameters, buffers, hooks, the training flag and what optimisers
+        hold stay as they are.
+
+    Raises
+    ------
+    ArgumentError
+        Both `back` and a process group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = convert(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+    >>> type(model[1]).__module__, isinstance(model[1], torch.nn.BatchNorm2d)
+    ('fastbn.torch', True)
+    >>> type(convert(model, back=True)[1]).__module__
+    'torch.nn.modules.batchnorm'
+    """
+    if back and process_group is not None:
+        raise ArgumentError(expected("no process group on the way back", "one", "process_group"))
+    classes = _TORCHS if back else _OURS
+    for part in module.modules():
+        part.__class__ = classes.get(type(part), type(part))
+        if back and type(part) in _OURS and type(part) is not torch.nn.SyncBatchNorm:
+            part.__dict__.pop("process_group", None)
+        elif process_group is not None and type(part) in _TORCHS:
+            part.process_group = process_group
+    return module
