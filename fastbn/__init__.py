@@ -1,6 +1,6 @@
 """Batch normalization on CPUs: array functions, and the folding of batch normalization out of ONNX models.
 
-`import fastbn` loads NumPy and nothing else; the graph functions load onnx and onnxruntime when they are first called.
+`import fastbn` loads NumPy and nothing else; the graph functions and `deploy` load onnx and onnxruntime when they are first called.
 """
 
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
@@ -11,13 +11,18 @@ from fastbn.stats import BatchStats, merge_stats
 
 __version__ = "0.1.0"
 
-_GRAPH = ("Fold", "FoldResult", "Kept", "Parity", "fold", "verify")
+# Name -> the module that it is taken from when it is first asked for.
+_LATER = {
+    **dict.fromkeys(("Fold", "FoldResult", "Kept", "Parity", "fold", "verify"), "fastbn.graph"),
+    **dict.fromkeys(("Deployment", "deploy"), "fastbn.deployment"),
+}
 
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BatchNorm",
     "BatchStats",
+    "Deployment",
     "FastbnError",
     "Fold",
     "FoldError",
@@ -33,6 +38,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_train",
     "batch_stats",
+    "deploy",
     "fold",
     "fold_conv",
     "fold_linear",
@@ -47,12 +53,12 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name in _GRAPH:
-        from fastbn import graph
+    if name in _LATER:
+        from importlib import import_module
 
-        return getattr(graph, name)
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fastbn' has no attribute '{name}'")
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_GRAPH))
+    return sorted(set(globals()) | set(_LATER))

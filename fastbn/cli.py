@@ -1,12 +1,15 @@
-"""The command: fastbn fold, verify, bench, show-config.
+"""The command: fastbn fold, deploy, verify, bench, show-config.
 
-Exit codes: 0 done and verified, or nothing to do; 1 parity failed, nothing written; 2 usage, unreadable or invalid model; 3 --strict and a
-batch normalization left; 130 interrupted.
+Exit codes: 0 done and verified, or nothing to do; 1 parity failed or nothing good enough, no model written; 2 usage, unreadable or invalid
+model; 3 --strict and a batch normalization left; 4 the folded model written, but not the quantised one, or nothing could be measured;
+130 interrupted.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +17,10 @@ from fastbn.errors import ArgumentError, FastbnError, StorageError, expected
 
 __all__ = ["main"]
 
-DONE, FAILED, UNUSABLE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
+# Characters of a progress bar.
+BAR = 20
+
+DONE, FAILED, UNUSABLE, LEFT, PARTIAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +34,7 @@ def main(argv=None):
     """Run the command with these arguments, sys.argv's by default, and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
+        arguments.command = shlex.join(["fastbn", *map(str, sys.argv[1:] if argv is None else argv)])
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -55,10 +62,15 @@ def _close_stdout():
 
 
 def _say(text, stream):
-    """Print one line, coloured on a terminal; names may hold control characters, or some that the stream has no code for."""
+    """Print one line, coloured on a terminal."""
+    print(_coloured(_printable(text, stream), stream), file=stream)
+
+
+def _printable(text, stream):
+    """Return a text as a stream takes it: names may hold control characters, or some that it has no code for."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     encoding = stream.encoding or "utf-8"
-    print(_coloured(text.encode(encoding, "backslashreplace").decode(encoding), stream), file=stream)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _parser():
@@ -70,15 +82,34 @@ def _parser():
     fold.add_argument("output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
     fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
     fold.add_argument("--json", metavar="FILE", help="write the report as JSON; - writes it to stdout instead of the table")
-    fold.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
-    fold.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
-    fold.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
+    _add_selection(fold)
     fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
     fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left")
     fold.add_argument("--in-place", action="store_true", help="replace IN")
     fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_input_shape(fold)
     fold.set_defaults(run=_fold)
+
+    deploy = commands.add_parser("deploy", help="fold, verify, quantise on request, compare and measure", description=_deploy.__doc__)
+    deploy.add_argument("input", metavar="IN", help="the model")
+    deploy.add_argument("output", metavar="OUT", help="where the best stage that is good enough goes")
+    deploy.add_argument("--data", metavar="PATH", help="samples: .npz, .npy, .pb, or a folder of them; without it, random numbers")
+    deploy.add_argument("--quantize", action="store_true", help="try static int8 quantisation, calibrated on the data")
+    deploy.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
+    deploy.add_argument("--json", metavar="FILE", help="write the report as JSON; - writes it to stdout instead of the table")
+    deploy.add_argument("--force", action="store_true", help="replace an existing --report")
+    deploy.add_argument(
+        "--max-drop", type=float, metavar="X", help="the most a stage may lose (0.01 of the decisions, or a relative error of 0.1)"
+    )
+    deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
+    deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
+    deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
+    deploy.add_argument("--min-samples", type=int, default=8, metavar="N", help="samples that --quantize asks for at least (8)")
+    deploy.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (0)")
+    deploy.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_selection(deploy)
+    _add_input_shape(deploy)
+    deploy.set_defaults(run=_deploy)
 
     verify = commands.add_parser("verify", help="compare two models on the same inputs", description=_verify.__doc__)
     verify.add_argument("original", metavar="A")
@@ -100,6 +131,12 @@ def _parser():
     config.add_argument("--json", action="store_true", help="as JSON")
     config.set_defaults(run=_show_config)
     return parser
+
+
+def _add_selection(parser):
+    parser.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
+    parser.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
+    parser.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
 
 
 def _add_input_shape(parser):
@@ -236,7 +273,7 @@ def _write_json(where, data):
 def _coloured(line, stream):
     if os.environ.get("NO_COLOR") or not stream.isatty():
         return line
-    for word, colour in (("  folded", 32), ("  kept", 33), ("parity", 36)):
+    for word, colour in (("  folded", 32), ("  kept", 33), ("parity", 36), ("WARNING", 33), ("shipped", 36)):
         if line.startswith(word):
             return f"\x1b[{colour}m{word}\x1b[0m{line[len(word) :]}"
     return line
@@ -251,8 +288,9 @@ class _Progress:
 
     def __call__(self, text):
         if self.shown:
-            print(f"\r{text[:100]:<{self.width}}", end="", file=sys.stderr, flush=True)
-            self.width = len(text[:100])
+            text = _printable(text, sys.stderr)[:100]
+            print(f"\r{text:<{self.width}}", end="", file=sys.stderr, flush=True)
+            self.width = len(text)
 
     def __enter__(self):
         return self
@@ -260,6 +298,77 @@ class _Progress:
     def __exit__(self, *_):
         if self.shown and self.width:
             print(f"\r{'':<{self.width}}\r", end="", file=sys.stderr, flush=True)
+
+
+class _Steps(_Progress):
+    """A bar with what is being done behind it, on a terminal; one line a step in a log."""
+
+    def __init__(self, quiet):
+        super().__init__(quiet)
+        self.logged = not quiet and not self.shown
+        self.number = 0
+
+    def __call__(self, number, total, step, detail=""):
+        if self.logged and number != self.number:
+            _say(f"fastbn: {number}/{total} {step}", sys.stderr)
+        self.number = number
+        bar = "#" * round(BAR * (number - 1) / total)
+        super().__call__(f"[{bar:-<{BAR}}] {number}/{total} {step}{': ' if detail else ''}{detail}")
+
+
+def _deploy(arguments):
+    """Fold the model and verify it, try int8 quantisation on request, compare the outputs of every stage with the original's, measure
+    latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
+    from fastbn.deployment.pipeline import WRITING, Options, check_paths, deploy_watched
+    from fastbn.deployment.report import render
+    from fastbn.graph.storage import atomic
+
+    options = Options(
+        data=arguments.data,
+        quantize=arguments.quantize,
+        max_drop=arguments.max_drop,
+        metric=arguments.metric,
+        only=arguments.only,
+        skip=arguments.skip,
+        input_shapes=_input_shapes(arguments),
+        freeze_inputs=arguments.freeze_inputs,
+        seed=arguments.seed,
+        runs=arguments.runs,
+        most_samples=arguments.samples,
+        min_samples=arguments.min_samples,
+    )
+    target = Path(arguments.output)
+    check_paths(arguments.input, target, arguments.report, arguments.force)
+    _check_folder(target)
+    _check_json(arguments.json, [arguments.input, arguments.output, arguments.report, arguments.data])
+    steps = _Steps(arguments.quiet)
+    with contextlib.ExitStack() as ready:
+        ready.enter_context(steps)
+        made = deploy_watched(arguments.input, options, command=arguments.command, stage=target.parent, progress=steps)
+        steps(*WRITING)
+        if arguments.report:
+            page = render(made)
+            ready.enter_context(atomic(arguments.report)).write_text(page, encoding="utf-8")
+        written = made.save(target) if made.shipped else []
+    _report_deployment(arguments, made, written)
+    return {"done": DONE, "partial": PARTIAL, "refused": FAILED}[made.status]
+
+
+def _report_deployment(arguments, made, written):
+    if arguments.json:
+        _write_json(arguments.json, {**made.to_dict(), "written": [str(path) for path in written], "report": arguments.report})
+    if made.status != "done":
+        _say(f"fastbn: {made.shipped or 'nothing'} shipped: {made.decision}", sys.stderr)
+    if arguments.quiet or arguments.json == "-":
+        return
+    for line in made.lines():
+        _say(line, sys.stdout)
+    if written:
+        from fastbn.graph.report import size_text
+
+        _say(f"wrote   {written[0]}   {size_text(sum(path.stat().st_size for path in written))}", sys.stdout)
+    if arguments.report:
+        _say(f"report  {arguments.report}", sys.stdout)
 
 
 def _verify(arguments):

@@ -112,6 +112,21 @@ CONV_BN = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
 }"""
 
 
+CLASSIFIER = """(float[N,3,8,8] x) => (float[N,5] y) {
+    c = Conv(x, w, b)
+    n = BatchNormalization(c, s, t, m, v)
+    r = Relu(n)
+    p = GlobalAveragePool(r)
+    f = Flatten(p)
+    y = Gemm(f, w2)
+}"""
+
+
+def classifier(**changes):
+    """Return a small classifier of images: Conv, BatchNormalization, Relu, pooling and a Gemm."""
+    return conv_bn(CLASSIFIER, w2=normal(4, 5), **changes)
+
+
 def conv_bn(text=CONV_BN, **changes):
     """Return Conv and BatchNormalization with 4 channels, the model most tests start from."""
     constants = {"w": normal(4, 3, 3, 3), "b": normal(4), **norm(4)}

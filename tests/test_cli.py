@@ -1,6 +1,5 @@
 """The command: every option, exit codes, streams, the table and the JSON report."""
 
-import io
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from shell import Terminal, files
 from sketch import CONV_BN, assert_same, conv_bn, model, norm, ops
 
 import fastbn
@@ -28,10 +28,6 @@ def _here(tmp_path, monkeypatch):
     stuck = "(float[2,4] x) => (float[2,4] y) { a = Tanh(x) b = BatchNormalization(a, s, t, m, v) y = Tanh(b) }"
     (tmp_path / "stuck.onnx").write_bytes(model(stuck, **norm(4)).SerializeToString())
     return tmp_path
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_fold_writes_beside_and_reports(here, capsys):
@@ -206,11 +202,6 @@ def test_a_reader_that_goes_away_is_no_traceback(here, environment):
     process.wait()
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_colours_on_a_terminal_only_and_not_with_no_color(here, monkeypatch, capsys):
     main(["fold", "in.onnx"])
     assert "\x1b" not in capsys.readouterr().out
@@ -278,7 +269,7 @@ def test_bench(here, capsys):
     assert main(["bench", "in.onnx", "in.onnx", "--runs", "2", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == SCHEMA
-    assert set(report["bench"][0]) == {"threads", "model", "median_ms", "p90_ms", "ratio"}
+    assert set(report["bench"][0]) == {"threads", "model", "runs", "median_ms", "p90_ms", "ratio"}
 
 
 def test_bench_of_external_data(tmp_path, capsys):

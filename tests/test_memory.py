@@ -73,7 +73,7 @@ def test_many_threads():
     for thread in threads:
         thread.join()
     assert errors == [None] * 4
-    assert kept() <= 4 * 4000
+    assert kept() <= 4 * 2 * 4000  # a thread asks for the next array before it gives the last one up
 
 
 def test_tensors_of_torch_give_it_back():

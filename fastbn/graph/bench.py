@@ -1,4 +1,4 @@
-"""Latency of two models in onnxruntime at its default options, run by run in turn, so that both see the same machine."""
+"""Latency of models in onnxruntime at its default options, run by run in turn, so that all see the same machine."""
 
 import os
 import time
@@ -11,9 +11,12 @@ from fastbn.graph.model import Index
 from fastbn.graph.runtime import Runnable, session
 from fastbn.graph.verify import feeds_for
 
-__all__ = ["bench"]
+__all__ = ["bench", "side_by_side"]
 
 WARM_UP = 3
+
+# However slow the models are, a median and a 90th percentile take this many runs.
+FEWEST_RUNS = 5
 
 
 def bench(original, folded=None, *, runs=50, input_shapes=None):
@@ -31,7 +34,7 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
     Returns
     -------
     list of dict
-        threads, model, median_ms, p90_ms and ratio (the median as a part of the original's), for 1 and for all threads.
+        As from `side_by_side`, the models called original and folded.
     """
     source = storage.load(original)
     index = Index(source, input_shapes=input_shapes)
@@ -41,19 +44,54 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
         after = Runnable.of(storage.load(folded))
     models = {"original": Runnable.of(source), "folded": after}
     feed = feeds_for(models["original"], index, input_shapes)[0]
+    return side_by_side({name: model.model for name, model in models.items()}, feed, runs)
+
+
+def side_by_side(models, feed, runs, limit=None, progress=None):
+    """Time models on one input, on 1 and on all threads.
+
+    Parameters
+    ----------
+    models : dict of name -> path or bytes
+        The first is what the others are compared with.
+    feed : dict of name -> array
+    runs : int
+        Timed runs of each model.
+    limit : float, optional
+        Seconds after which no further run starts, for each number of threads; FEWEST_RUNS are made in any case.
+    progress : callable of str, optional
+
+    Returns
+    -------
+    list of dict
+        threads, model, runs, median_ms, p90_ms and ratio (the median as a part of the first model's).
+    """
     rows = []
-    for threads in sorted({1, os.cpu_count() or 1}):
-        sessions = {name: session(model.model, threads=threads, optimise=True) for name, model in models.items()}
+    for threads in sorted({1, _cpus()}):
+        sessions = {name: session(model, threads=threads, optimise=True) for name, model in models.items()}
         times = {name: [] for name in sessions}
+        names = list(sessions)
+        start_of_all = time.perf_counter()
         for turn in range(WARM_UP + runs):
-            for name, run in sessions.items():
+            if progress:
+                progress(f"run {turn + 1} of {WARM_UP + runs}, {threads} thread{'s' if threads > 1 else ''}")
+            # Nobody is always the one after a certain other.
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = time.perf_counter()
-                run.run(None, feed)
+                sessions[name].run(None, feed)
                 if turn >= WARM_UP:
                     times[name].append(1e3 * (time.perf_counter() - start))
-        base = float(np.median(times["original"]))
+            late = limit is not None and time.perf_counter() - start_of_all > limit
+            if late and turn + 1 >= WARM_UP + FEWEST_RUNS:
+                break
+        base = float(np.median(times[names[0]]))
         for name, values in times.items():
-            median = float(np.median(values))
-            p90 = float(np.percentile(values, 90))
-            rows.append({"threads": threads, "model": name, "median_ms": median, "p90_ms": p90, "ratio": median / base})
+            median, p90 = float(np.median(values)), float(np.percentile(values, 90))
+            row = {"threads": threads, "model": name, "runs": len(values), "median_ms": median, "p90_ms": p90, "ratio": median / base}
+            rows.append(row)
     return rows
+
+
+def _cpus():
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

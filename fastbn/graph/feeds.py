@@ -5,7 +5,7 @@ from onnx import TensorProto, helper
 
 from fastbn.graph.runtime import UNIT, runtime_errors, said
 
-__all__ = ["KINDS", "ModelNotRun", "feeds_of"]
+__all__ = ["KINDS", "ModelNotRun", "feeds_of", "random_feeds"]
 
 
 # Sizes tried for unknown dimensions: (first axis, other axes).
@@ -36,6 +36,13 @@ def feeds_of(reference, index, input_shapes, seed):
         except runtime_errors() as error:
             complaint = complaint or error
     raise ModelNotRun(f"onnxruntime cannot run the original: {said(complaint)}")
+
+
+def random_feeds(reference, index, input_shapes, seed, count):
+    """Return that many dicts of seeded normal inputs, in sizes that the model accepts; input_shapes as in feeds_of."""
+    shapes = {name: values.shape for name, values in feeds_of(reference, index, input_shapes, seed)[0].items()}
+    inputs = [info for info in index.proto.graph.input if info.name in shapes]
+    return [_feed(inputs, shapes, KINDS[0], np.random.default_rng([seed, number])) for number in range(count)]
 
 
 def _sized(info, first, other):

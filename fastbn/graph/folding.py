@@ -17,7 +17,7 @@ from fastbn.graph.runtime import Runnable
 from fastbn.graph.segment import check_site
 from fastbn.graph.verify import check_model
 
-__all__ = ["fold", "fold_watched", "verify", "verify_watched"]
+__all__ = ["checked_shapes", "fold", "fold_watched", "verify", "verify_watched"]
 
 
 def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_inputs=False, seed=0):
@@ -64,7 +64,7 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
     """Do what `fold` does; tell `progress`, a callable of str, what is being verified, and stage the files of a model with external data in
     the folder `stage` while it is verified (a temporary one without it)."""
     only, skip = _globs(only, "only"), _globs(skip, "skip")
-    input_shapes = _shapes(input_shapes)
+    input_shapes = checked_shapes(input_shapes)
     source = storage.load(model)
     for candidate in _with_and_without_functions(source):
         index = Index(candidate, freeze_inputs, input_shapes)
@@ -75,7 +75,7 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
             break
     planning, output, parity = job.finish(planning)
     folded = [_fold_of(plan, job.checks.get(_key(plan)), output) for plan in planning.plans]
-    return FoldResult(source, index, output, folded, planning.kept, parity)
+    return FoldResult(source, index, output, planning, folded, parity)
 
 
 class _Job:
@@ -213,7 +213,7 @@ def verify(original, folded, *, input_shapes=None, seed=0):
 
 def verify_watched(original, folded, input_shapes, seed=0, progress=None):
     """Do what `verify` does; tell `progress`, a callable of str, what is being run."""
-    input_shapes = _shapes(input_shapes)
+    input_shapes = checked_shapes(input_shapes)
     index = Index(storage.load(original), False, input_shapes)
     other = Runnable.of(storage.load(folded))
     return check_model(Runnable.of(index.source), other, index, input_shapes=input_shapes, seed=seed, progress=progress)
@@ -255,7 +255,8 @@ def _check_globs(index, only, skip):
                 raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
 
 
-def _shapes(input_shapes):
+def checked_shapes(input_shapes):
+    """Return input_shapes as a dict of name -> tuple of int; raises ArgumentError or ArgumentTypeError where they are none."""
     shapes = {}
     if input_shapes is not None and not isinstance(input_shapes, dict):
         raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))

@@ -24,14 +24,19 @@ class FoldResult:
         The whole model compared with its original; None with verify=False or when nothing was folded.
     notes : tuple of str
         What else was done to the model.
+    index : model.Index
+        Of the model as it was planned.
+    planning : plan.Planning
+        Its plans, one for each of folded, node by node.
     """
 
-    def __init__(self, source, index, output, folded, kept, parity):
+    def __init__(self, source, index, output, planning, folded, parity):
         self._source = source
-        self._index = index
+        self.index = index
         self._output = output
+        self.planning = planning
         self.folded = folded
-        self.kept = kept
+        self.kept = planning.kept
         self.parity = parity
         self.notes = index.source.notes
 
@@ -63,9 +68,9 @@ class FoldResult:
         before, after = _counts(self._source.proto), _counts(self._output.proto)
         return {
             "schema": report.SCHEMA,
-            "model": self._index.source.name,
-            "opset": self._index.opset,
-            "ir_version": self._index.proto.ir_version,
+            "model": self.index.source.name,
+            "opset": self.index.opset,
+            "ir_version": self.index.proto.ir_version,
             "nodes": {"before": before[0], "after": after[0]},
             "batch_normalizations": {"before": before[1], "after": after[1]},
             "folded": [report.fold_dict(fold) for fold in self.folded],
@@ -79,7 +84,7 @@ class FoldResult:
         before, after = _counts(self._source.proto), _counts(self._output.proto)
         source = self._source
         size = report.size_text(source.size(external_tensors(source.proto)))
-        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
+        head = f"{Path(source.name).name}   opset {self.index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
         lines = [head, *report.result_rows(self.folded, self.kept)]
         lines.extend(f"  note    {note}" for note in self.notes)
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")

@@ -34,8 +34,9 @@ def runtime_errors():
     return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
 
 
-def session(model, folder=None, threads=0, optimise=False):
-    """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies."""
+def session(model, folder=None, threads=0, optimise=False, profile=None):
+    """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies, profile what the names
+    of the files begin with in which its kernels are recorded."""
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
@@ -43,6 +44,9 @@ def session(model, folder=None, threads=0, optimise=False):
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,383 @@
+"""Drawings of graphs: which boxes there are, where they stand and how they are joined; the report's template makes SVG of them.
+
+Ranks are longest paths from the top, long edges run through places of their own in each rank, and the order within a rank follows the
+neighbours' middles (Sugiyama, Tagawa and Toda 1981, the method in its simplest form).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import onnx
+
+from fastbn.graph.lift import is_batch_norm
+from fastbn.graph.model import bodies
+
+__all__ = ["Drawing", "draw_model", "draw_site"]
+
+# Boxes that a drawing of a whole model, and one of a site, shows at most.
+MODEL_BOXES, SITE_BOXES = 240, 24
+
+# Sizes in CSS pixels; a character of the heading and of the other lines is this wide at most on average.
+GAP_X, GAP_Y, PADDING, LINE = 14, 26, 8, 14
+HEADING, CHARACTER, LONGEST_TEXT, NARROWEST = 7.6, 6.3, 26, 56
+
+SWEEPS, ALIGNMENTS = 6, 16
+
+# An edge that passes more ranks than this goes straight, behind what stands in its way.
+MOST_BENDS = 24
+
+
+@dataclass
+class Box:
+    """A node, or a chain of them: a kind (a class of the style sheet), lines of text, the whole names, and its place."""
+
+    kind: str
+    lines: list
+    title: str
+    rank: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    width: float = 0.0
+    height: float = 0.0
+    above: list = field(default_factory=list)
+    below: list = field(default_factory=list)
+
+    @property
+    def is_bend(self):
+        """Say whether this is only where a long edge passes a rank."""
+        return not self.kind
+
+    @property
+    def middle(self):
+        return self.x + self.width / 2
+
+
+@dataclass
+class Drawing:
+    """Boxes and paths (the d of an SVG path) in a frame, and how many nodes are not shown."""
+
+    boxes: list
+    paths: list
+    width: float
+    height: float
+    title: str
+    text: str
+    hidden: int = 0
+
+
+def draw_model(result):
+    """Return the Drawing of a model's main graph as it came: what was taken out, what took it in, what stayed."""
+    index, kinds = result.index, _kinds(result.planning)
+    nodes = [node for node in index.main.nodes if not _is_constant(node, index)]
+    groups = [[node] for node in nodes]
+    if len(nodes) > MODEL_BOXES:
+        groups = _chains(nodes, MODEL_BOXES)
+    shown = groups[:MODEL_BOXES]
+    boxes = {}
+    for group in shown:
+        box = _group_box(group, kinds)
+        boxes.update(dict.fromkeys(group, box))
+    edges = _edges(boxes, lambda value: value)
+    ends = {}
+    for value in index.main.values.values():
+        if value.is_input and value.initializer is None:
+            ends[value] = Box("end", [_short(value.name)], f"graph input {value.name}")
+            edges += [(ends[value], boxes[reader]) for reader, _ in value.readers if reader in boxes]
+        if value.is_output and value.producer in boxes:
+            edges.append((boxes[value.producer], Box("end", [_short(value.name)], f"graph output {value.name}")))
+    counts = Counter(kinds.get(node, "plain") for node in nodes)
+    text = f"{len(nodes)} nodes: {counts['removed']} taken out, {counts['home']} that took them in, {counts['kept']} that stayed"
+    hidden = sum(map(len, groups[len(shown) :]))
+    return _drawing(_unique(boxes.values()), edges, "The whole model before folding", text, hidden)
+
+
+def draw_site(plan, planning, opset):
+    """Return (before, after): the Drawings of one plan's nodes and their neighbours."""
+    site = planning.site
+    removed, replaced = site.removed, site.replaced
+    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.dissolved])
+    order = [node for node in site.index.order if node in inside]
+    kinds = _kinds(planning)
+    before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:SITE_BOXES]}
+
+    def after_of(value):
+        while value.producer in removed:
+            value = removed[value.producer]
+        return value
+
+    after = {}
+    for node in order:
+        if len(after) == SITE_BOXES or node in removed:
+            continue
+        stays = replaced.get(node, node)
+        changed = [_slot_name(stays, slot, opset) for step, slot in plan.constants if step is stays]
+        lines = [*_lines(stays), f"new {_joined(changed)}"] if changed else _lines(stays)
+        after[node] = Box("home" if changed else "passes", lines, _title(stays))
+    names = ", ".join(node.label for node in plan.lifted)
+    hidden = len(order) - len(before)
+    texts = [f"{_sequence(before)}; {names} is taken out", f"{_sequence(after)}; {names} is gone"]
+    drawings = []
+    for title, boxes, source, gone, text in (
+        ("before", before, lambda value: value, {}, texts[0]),
+        ("after", after, after_of, removed, texts[1]),
+    ):
+        edges = _edges(boxes, source) + _context(boxes, source, gone, site.index)
+        drawings.append(_drawing(list(boxes.values()), edges, title, text, hidden))
+    return drawings
+
+
+def _kinds(planning):
+    """Return node -> kind of every node that a plan names, or that stays although it is a batch normalization."""
+    kinds = {}
+    for plan in planning.plans:
+        kinds.update(dict.fromkeys(plan.path, "passes"))
+        kinds.update(dict.fromkeys((node for node, _ in plan.constants), "home"))
+        kinds.update(dict.fromkeys((*plan.lifted, *plan.dissolved), "removed"))
+    for node in planning.site.index.order:
+        if is_batch_norm(node) and kinds.get(node) != "removed":
+            kinds[node] = "kept"
+    return kinds
+
+
+def _is_constant(node, index):
+    return bool(node.outputs) and node.outputs[0] is not None and not bodies(node.proto) and index.constant(node.outputs[0]) is not None
+
+
+def _edges(boxes, source):
+    """Return (upper, lower) of every value that goes from box to box."""
+    edges = {}
+    for node, box in boxes.items():
+        for value in node.inputs:
+            producer = None if value is None else source(value).producer
+            if producer in boxes and boxes[producer] is not box:
+                edges[id(boxes[producer]), id(box)] = boxes[producer], box
+    return list(edges.values())
+
+
+def _context(boxes, source, removed, index):
+    """Return edges to the neighbours of a site, which get boxes of their own."""
+    edges, seen = [], {}
+    for node, box in boxes.items():
+        for value in node.inputs:
+            origin = None if value is None else source(value)
+            if origin is None or origin.producer in boxes or index.constant(origin) is not None or (origin, "up") in seen:
+                continue
+            if origin.initializer is None:
+                above = origin.producer
+                seen[origin, "up"] = Box("near", [above.op] if above else [_short(origin.name)], _title(above) if above else origin.name)
+                edges.append((seen[origin, "up"], box))
+        for output in node.outputs:
+            for reader in _readers(output, removed):
+                if reader not in boxes and (reader, "down") not in seen and len(seen) < SITE_BOXES:
+                    seen[reader, "down"] = Box("near", [reader.op], _title(reader))
+                    edges.append((box, seen[reader, "down"]))
+    return edges
+
+
+def _readers(value, removed):
+    """Return the nodes that read a value, those behind removed ones too."""
+    found, pending = [], [value]
+    for read in pending:
+        for reader, _ in read.readers if read is not None else ():
+            if reader in removed:
+                pending.extend(reader.outputs[:1])
+            else:
+                found.append(reader)
+    return found
+
+
+def _chains(nodes, most):
+    """Return nodes in groups: linear chains, each as short as brings the number of groups down to most."""
+    drawn = set(nodes)
+    above = {node: {value.producer for value in node.inputs if value is not None and value.producer in drawn} for node in nodes}
+    below = Counter(producer for producers in above.values() for producer in producers)
+    length, groups = 1, [[node] for node in nodes]
+    while len(groups) > most and length < len(nodes):
+        length *= 2
+        group_of, groups = {}, []
+        for node in nodes:
+            before = next(iter(above[node])) if len(above[node]) == 1 else None
+            group = group_of.get(before)
+            if group is None or below[before] != 1 or len(group) >= length:
+                group = []
+                groups.append(group)
+            group.append(node)
+            group_of[node] = group
+    return groups
+
+
+def _group_box(group, kinds):
+    if len(group) == 1:
+        node = group[0]
+        return Box(kinds.get(node, "plain"), _lines(node), _title(node))
+    found = Counter(kinds.get(node, "plain") for node in group)
+    kind = next((kind for kind in ("kept", "removed", "home", "passes") if found[kind]), "plain")
+    ops = Counter(node.op for node in group).most_common(3)
+    lines = [f"{len(group)} nodes", _short(", ".join(f"{count} {op}" for op, count in ops))]
+    if found["removed"]:
+        lines.append(f"{found['removed']} taken out")
+    return Box(kind, lines, f"{_title(group[0])} to {_title(group[-1])}")
+
+
+def _lines(node):
+    return [node.op, _short(node.label)] if node.label else [node.op]
+
+
+def _title(node):
+    return f"{node.op} {node.label}"
+
+
+def _short(text):
+    """Return a text that fits into a box: its middle is left out."""
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    half = LONGEST_TEXT // 2
+    return text if len(text) <= LONGEST_TEXT else f"{text[: half - 1]}..{text[1 - half :]}"
+
+
+def _joined(names):
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _slot_name(node, slot, opset):
+    """Return what the operator's definition calls an input."""
+    try:
+        return onnx.defs.get_schema(node.op, opset, node.domain).inputs[slot].name
+    except (onnx.defs.SchemaError, IndexError):
+        return f"input {slot}"
+
+
+def _sequence(boxes):
+    return " then ".join(box.lines[0] for box in list(boxes.values())[:8]) or "nothing"
+
+
+def _unique(boxes):
+    return list({id(box): box for box in boxes}.values())
+
+
+def _drawing(boxes, edges, title, text, hidden):
+    """Return the Drawing of boxes and of those that only edges name."""
+    boxes = _unique([*boxes, *(box for edge in edges for box in edge)])
+    for box in boxes:
+        heading, *others = box.lines
+        box.width = max(NARROWEST, 2 * PADDING + max(HEADING * len(heading), CHARACTER * max(map(len, others), default=0)))
+        box.height = 2 * PADDING + LINE * len(box.lines) - 4
+    _rank(boxes, edges)
+    rows, chains = _rows(boxes, edges)
+    _order(rows)
+    width, height = _place(rows)
+    paths = [_path(chain) for chain in chains]
+    return Drawing(boxes, paths, width, height, title, text, hidden)
+
+
+def _rank(boxes, edges):
+    """Give every box the length of the longest way from the top."""
+    readers, waiting = {}, Counter()
+    for upper, lower in edges:
+        readers.setdefault(id(upper), []).append(lower)
+        waiting[id(lower)] += 1
+    ready = [box for box in boxes if not waiting[id(box)]]
+    for box in ready:
+        for lower in readers.get(id(box), ()):
+            lower.rank = max(lower.rank, box.rank + 1)
+            waiting[id(lower)] -= 1
+            if not waiting[id(lower)]:
+                ready.append(lower)
+    fed = {id(lower) for _, lower in edges}
+    for box in boxes:  # what hangs above a node far below stands right above it
+        if id(box) not in fed and id(box) in readers:
+            box.rank = min(lower.rank for lower in readers[id(box)]) - 1
+
+
+def _rows(boxes, edges):
+    """Return (boxes by rank, chains of boxes that each edge runs through), with bends where an edge passes a rank."""
+    rows = [[] for _ in range(1 + max((box.rank for box in boxes), default=0))]
+    for box in boxes:
+        rows[box.rank].append(box)
+    chains = []
+    for upper, lower in edges:
+        chain = [upper]
+        passed = range(upper.rank + 1, lower.rank)
+        for rank in passed if len(passed) <= MOST_BENDS else ():
+            chain.append(Box("", [], "", rank=rank, width=10))
+            rows[rank].append(chain[-1])
+        chain.append(lower)
+        for one, other in pairwise(chain):
+            one.below.append(other)
+            other.above.append(one)
+        chains.append(chain)
+    return rows, chains
+
+
+def _order(rows):
+    """Order each rank by the middles of its neighbours, down and up in turn."""
+    for row in rows:
+        for place, box in enumerate(row):
+            box.x = place
+    for sweep in range(SWEEPS):
+        down = sweep % 2 == 0
+        for row in rows if down else rows[::-1]:
+            middle = {}
+            for box in row:
+                near = box.above if down else box.below
+                middle[id(box)] = sum(other.x for other in near) / len(near) if near else box.x
+            row.sort(key=lambda box: middle[id(box)])
+            for place, box in enumerate(row):
+                box.x = place
+
+
+def _place(rows):
+    """Give every box its coordinates; return the size of the drawing."""
+    for row in rows:
+        x = 0.0
+        for box in row:
+            box.x = x
+            x += box.width + GAP_X
+    for sweep in range(ALIGNMENTS):
+        for row in rows if sweep % 2 == 0 else rows[::-1]:
+            _align(row)
+    left = min((box.x for row in rows for box in row), default=0) - 2
+    y = 2.0
+    for row in rows:
+        height = max((box.height for box in row), default=0)
+        for box in row:
+            box.x -= left
+            box.y = y + (height - box.height) / 2
+            if box.is_bend:
+                box.y, box.height = y, height
+        y += height + GAP_Y
+    width = max((box.x + box.width for row in rows for box in row), default=0) + 2
+    return round(width, 1), round(y - GAP_Y + 2, 1)
+
+
+def _align(row):
+    """Move the boxes of a rank below the middles of their neighbours, as far as none overlaps another."""
+    wanted = []
+    for box in row:
+        near = [*box.above, *box.below]
+        wanted.append(sum(other.middle for other in near) / len(near) - box.width / 2 if near else box.x)
+    from_left, edge = [], float("-inf")
+    for box, x in zip(row, wanted, strict=True):
+        from_left.append(max(x, edge))
+        edge = from_left[-1] + box.width + GAP_X
+    from_right, edge = [], float("inf")
+    for box, x in zip(row[::-1], wanted[::-1], strict=True):
+        from_right.append(min(x, edge - box.width))
+        edge = from_right[-1] - GAP_X
+    for box, one, other in zip(row, from_left, from_right[::-1], strict=True):
+        box.x = (one + other) / 2  # neither pass lets boxes overlap, so their mean does not
+
+
+def _path(chain):
+    """Return an SVG path from the bottom of the first box to the top of the last, upright where it passes a rank."""
+    first, *rest = chain
+    x, y = first.middle, first.y + first.height
+    parts = [f"M{x:.1f} {y:.1f}"]
+    for box in rest:
+        top = (y + box.y) / 2
+        parts.append(f"C{x:.1f} {top:.1f} {box.middle:.1f} {top:.1f} {box.middle:.1f} {box.y:.1f}")
+        x, y = box.middle, box.y
+        if box.is_bend and box.height:
+            y += box.height
+            parts.append(f"V{y:.1f}")
+    return "".join(parts)

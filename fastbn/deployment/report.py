@@ -1,0 +1,99 @@
+"""The HTML report of a deployment: one file, no network, every name in it escaped."""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastbn.deployment.drawing import draw_model, draw_site
+from fastbn.errors import FastbnError, expected
+from fastbn.graph.report import FORWARDS, REASONS, size_text
+
+__all__ = ["render", "template"]
+
+# Folds that are drawn one by one, and rows of a table; the JSON report has all of them.
+MOST_DRAWN, MOST_ROWS = 40, 400
+
+# Of those drawn, the ones that are seen at once; the others unfold.
+OPEN_SITES = 12
+
+STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
+
+
+def template():
+    """Return the template of the report; raises FastbnError without jinja2."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise FastbnError(expected("jinja2 (pip install 'fastbn[report]')", "none installed", "--report")) from error
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"size": size_text, "number": _number, "percent": _percent, "times": _times, "plural": _plural}
+    return environment.get_template("report.html.j2")
+
+
+def render(deployment):
+    """Return the report of a Deployment as HTML."""
+    page = template()
+    fold = deployment.fold
+    planning = fold.planning
+    pairs = zip(fold.folded, planning.plans, strict=True)
+    sites = [(each, *draw_site(plan, planning, fold.index.opset)) for each, plan in list(pairs)[:MOST_DRAWN]]
+    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    facts = fold.to_dict()
+    return page.render(
+        made=deployment,
+        fold=fold,
+        facts=facts,
+        sites=sites,
+        folds=fold.folded[:MOST_ROWS],
+        kept=[(each, each.reason.split(FORWARDS)) for each in fold.kept[:MOST_ROWS]],
+        reasons=REASONS,
+        model=draw_model(fold),
+        threads=sorted({row["threads"] for row in deployment.latency}),
+        scales={row["threads"]: _scale(deployment.latency, row["threads"]) for row in deployment.latency},
+        largest=max((stage.size for stage in deployment.stages), default=0) or 1,
+        words=STAGE_WORDS,
+        name=re.split(r"[\\/]", facts["model"])[-1],
+        style=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        digest=digest,
+        open_sites=OPEN_SITES,
+        most_rows=MOST_ROWS,
+    )
+
+
+def _scale(latency, threads):
+    """Return the milliseconds at the right end of the bars: room for the 90th percentiles, unless one is far out."""
+    rows = [row for row in latency if row["threads"] == threads]
+    longest = max(row["median_ms"] for row in rows)
+    return min(max(row["p90_ms"] for row in rows), 1.5 * longest)
+
+
+def _printable(value):
+    """Return a value as the page shows it: control characters, and what turns the direction of writing, become escapes."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in value)
+    return value
+
+
+def _number(value, form=".2g"):
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _percent(value, digits=0):
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _times(ratio):
+    """Return a ratio of times in words."""
+    if ratio is None:
+        return "-"
+    return f"{1 / ratio:.2f} times as fast" if ratio < 0.995 else f"{ratio:.2f} times as long" if ratio > 1.005 else "as fast"
+
+
+def _plural(count, word):
+    return f"{count} {word}" + ("" if count == 1 else "s")

@@ -1,0 +1,289 @@
+"""Input data of a deployment: samples from files or arrays, matched to the inputs of a model by name, type and shape; or random ones."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import helper, numpy_helper
+
+from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
+from fastbn.graph.feeds import random_feeds
+from fastbn.graph.report import first_few
+from fastbn.graph.runtime import runtime_errors
+from fastbn.graph.storage import os_error
+
+__all__ = ["Samples", "random_samples", "read_samples"]
+
+# What a folder of samples may hold; anything else in it is left alone.
+ENDINGS = (".npz", ".npy", ".pb")
+
+# The layout of ONNX's own test data: one folder a sample, input_0.pb for the first graph input.
+TEST_FOLDER = "test_data_set_*"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs for a model: feeds (dicts of name -> array, each as the model takes it), how many rows they hold together, how many feeds
+    there were to choose from, where they came from, and what was done to them."""
+
+    feeds: list
+    rows: int
+    available: int
+    origin: str
+    random: bool
+    notes: tuple = ()
+
+    def to_dict(self):
+        """Return all but the arrays, as JSON holds it."""
+        return {
+            "origin": self.origin,
+            "random": self.random,
+            "feeds": len(self.feeds),
+            "rows": self.rows,
+            "available": self.available,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self):
+        rows = f"{self.rows} samples" if self.rows > 1 else "1 sample"
+        some = f", of {self.available} feeds there evenly {len(self.feeds)}" if self.available > len(self.feeds) else ""
+        return f"{rows} from {self.origin}{some}"
+
+
+def random_samples(reference, index, input_shapes, seed, rows):
+    """Return Samples of seeded normal numbers, at least this many rows, one by one where the model takes them so; raises feeds.ModelNotRun
+    where it takes none."""
+    (first,) = random_feeds(reference, index, input_shapes, seed, 1)
+    single = _one_row(reference, index, first)
+    count = -(-rows // max(1, _rows(single or first)))
+    feeds = random_feeds(reference, index, input_shapes, seed, count)
+    if single:
+        feeds = [{name: values[: len(single[name])] if values.ndim else values for name, values in feed.items()} for feed in feeds]
+    return Samples(feeds, sum(map(_rows, feeds)), len(feeds), f"normal random numbers, seed {seed}", True)
+
+
+def read_samples(data, index, most):
+    """Return the Samples of files or arrays.
+
+    Parameters
+    ----------
+    data : path, dict of name -> array, array, or sequence of dicts
+        A .npz file (arrays named after the inputs), a .npy or .pb file for a model of one input, a folder of such files or of ONNX's
+        test_data_set_N. Of an array with the rank of its input, axis 0 counts samples; they are fed one by one, or in the batch that the
+        model fixes. An array with one axis more counts whole inputs. A .pb file, a test_data_set and a dict in a sequence is one input as
+        it is.
+    index : model.Index
+    most : int
+        Feeds to keep; of more, evenly spaced ones are taken.
+
+    Raises
+    ------
+    StorageError
+        A file cannot be read, or holds something else.
+    ArgumentError, ArgumentTypeError
+        A name, type or shape is not that of an input; there are no samples; a value is Inf or NaN.
+    """
+    inputs = _Inputs(index)
+    pieces = []
+    for where, arrays, whole in _groups(data, inputs):
+        pieces.extend(inputs.split(where, arrays, whole))
+    origin = str(data) if isinstance(data, (str, os.PathLike)) else "arrays"
+    if not pieces:
+        raise ArgumentError(expected("at least one sample", "none", origin))
+    chosen = [pieces[number] for number in np.unique(np.linspace(0, len(pieces) - 1, min(most, len(pieces))).astype(int))]
+    feeds = [{name: np.ascontiguousarray(values).reshape(values.shape) for name, values in arrays.items()} for _, arrays in chosen]
+    _check_finite([where for where, _ in chosen], feeds)
+    return Samples(feeds, sum(map(_rows, feeds)), len(pieces), origin, False, tuple(dict.fromkeys(inputs.notes)))
+
+
+def _one_row(reference, index, feed):
+    """Return a feed cut to one row wherever the model leaves the batch open, or None where it does not run on that."""
+    shapes = {name: index.input_shapes.get(name) or index.declared_shape(index.main.values[name]) for name in feed}
+    single = {name: values[:1] if shapes[name] and shapes[name][0] is None else values for name, values in feed.items()}
+    try:
+        reference.run(None, single)
+    except runtime_errors():
+        return None
+    return single
+
+
+def _rows(feed):
+    return max((values.shape[0] for values in feed.values() if values.ndim), default=1)
+
+
+def _check_finite(places, feeds):
+    bad = {}
+    for number, (where, feed) in enumerate(zip(places, feeds, strict=True)):
+        for name, values in feed.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad.setdefault((where, name), []).append(number)
+    for (where, name), numbers in bad.items():
+        kind = "NaN" if any(np.isnan(feeds[number][name]).any() for number in numbers) else "Inf"
+        raise ArgumentError(expected("finite values", f"{kind} in {len(numbers)} of {len(feeds)} samples of '{name}'", where))
+
+
+class _Inputs:
+    """The graph inputs that a caller must give, and how arrays become feeds of them."""
+
+    def __init__(self, index):
+        constants = {tensor.name for tensor in index.proto.graph.initializer}
+        self.infos = {info.name: info for info in index.proto.graph.input if info.name not in constants}
+        self.shapes = {name: index.input_shapes.get(name) or index.declared_shape(index.main.values[name]) for name in self.infos}
+        self.notes = []
+
+    @property
+    def names(self):
+        return list(self.infos)
+
+    def only(self, where):
+        """Return the name of the one input; an array without a name is for a model of one."""
+        if len(self.infos) != 1:
+            raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", "one without a name", where))
+        return self.names[0]
+
+    def split(self, where, arrays, whole):
+        """Return (where, feed) of every feed in a group of arrays by name."""
+        unknown = [name for name in arrays if name not in self.infos]
+        missing = [name for name in self.infos if name not in arrays]
+        if unknown or missing:
+            got = f"'{unknown[0]}'" if unknown else f"none for '{missing[0]}'"
+            raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", got, where))
+        parts = {name: self._parts(where, name, self._typed(where, name, np.asanyarray(arrays[name])), whole) for name in self.infos}
+        count = max(map(len, parts.values()), default=0)
+        for name, found in parts.items():
+            if len(found) not in (1, count):
+                raise ArgumentError(expected(f"{count} samples of every input", f"{len(found)} of '{name}'", where))
+        return [(where, {name: found[number if len(found) > 1 else 0] for name, found in parts.items()}) for number in range(count)]
+
+    def _typed(self, where, name, array):
+        kind = self.infos[name].type.tensor_type.elem_type
+        if kind == onnx.TensorProto.STRING:
+            if array.dtype.kind not in "OUS":
+                raise ArgumentError(expected(f"text for '{name}'", str(array.dtype), where))
+            return array.astype(object)
+        try:
+            wanted = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(expected(f"'{name}' to be a tensor", "an input that is none", where)) from error
+        if array.dtype == wanted:
+            return array
+        same_kind = array.dtype.kind == wanted.kind == "f" or {array.dtype.kind, wanted.kind} <= {"i", "u"}
+        fits = same_kind and (wanted.kind == "f" or not array.size or np.array_equal(array.astype(wanted), array))
+        if not fits:
+            raise ArgumentError(expected(f"{wanted} for '{name}'", str(array.dtype), where))
+        self.notes.append(f"{array.dtype} of '{name}' read as {wanted}")
+        with np.errstate(over="ignore"):
+            return array.astype(wanted)
+
+    def _parts(self, where, name, array, whole):
+        """Return the feeds of one array, in order."""
+        shape = self.shapes[name]
+        if shape is None or (whole and _fits(array.shape, shape)) or (not shape and not array.shape):
+            return [array]
+        if not whole and array.ndim == len(shape) and _fits(array.shape[1:], shape[1:]):
+            step = shape[0] or 1
+            if array.shape[0] % step:
+                raise ArgumentError(expected(f"a multiple of {step} samples, the model's batch, of '{name}'", str(array.shape[0]), where))
+            return [array[first : first + step] for first in range(0, array.shape[0], step)]
+        if not whole and array.ndim == len(shape) + 1 and _fits(array.shape[1:], shape):
+            return list(array)
+        shown = ",".join(str(size or "?") for size in shape)
+        raise ArgumentError(expected(f"shape [{shown}] for '{name}'", f"[{','.join(map(str, array.shape))}]", where))
+
+
+def _fits(sizes, shape):
+    return len(sizes) == len(shape) and all(known in (None, size) for size, known in zip(sizes, shape, strict=True))
+
+
+def _groups(data, inputs):
+    """Yield (where, name -> array, whether it is one input as it is) of every file."""
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(os.fsdecode(data))
+        try:
+            yield from _folder(path, inputs) if path.is_dir() else [_file(path, inputs)]
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise os_error(error, str(path)) from error
+    elif isinstance(data, np.ndarray):
+        yield "data", {inputs.only("data"): data}, False
+    elif isinstance(data, dict):
+        yield "data", data, False
+    elif isinstance(data, (list, tuple)) and all(isinstance(feed, dict) for feed in data):
+        yield from ((f"data[{number}]", feed, True) for number, feed in enumerate(data))
+    else:
+        raise ArgumentTypeError(expected("a path, an array, a dict of arrays or a list of such dicts", type(data).__name__, "data"))
+
+
+def _file(path, inputs):
+    """Return the group of one file."""
+    if path.suffix not in ENDINGS:
+        if not path.exists():
+            raise StorageError(expected("a file or folder of samples", "none", str(path)))
+        raise ArgumentError(expected(f"a file that ends in {', '.join(ENDINGS)}", path.name, str(path)))
+    if path.suffix == ".pb":
+        name, array = _tensor(path)
+        return str(path), {name if name in inputs.infos else inputs.only(str(path)): array}, True
+    loaded = _numpy(path)
+    if path.suffix == ".npz":
+        return str(path), loaded, False
+    return str(path), {path.stem if path.stem in inputs.infos else inputs.only(str(path)): loaded}, False
+
+
+def _numpy(path):
+    """Return the array of a .npy file, mapped, or the arrays of a .npz file by name."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except OSError as error:
+        raise os_error(error, str(path)) from error
+    except Exception as error:  # NumPy and zipfile raise many kinds on files that are none of theirs
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StorageError(expected(f"a {path.suffix} file of numbers", first, str(path))) from error
+
+
+def _tensor(path):
+    """Return (name, array) of a file that holds a TensorProto."""
+    try:
+        tensor = onnx.TensorProto.FromString(path.read_bytes())
+        if not tensor.data_type:
+            raise ValueError("one without a type")
+        return tensor.name, numpy_helper.to_array(tensor)
+    except (DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        raise StorageError(expected("an ONNX tensor", "bytes that are none", str(path))) from error
+
+
+def _folder(path, inputs):
+    """Yield the groups of a folder: ONNX test data, or files of one kind."""
+    tests = sorted(found for found in path.glob(TEST_FOLDER) if found.is_dir()) or ([path] if (path / "input_0.pb").exists() else [])
+    if tests:
+        yield from ((str(folder), dict(_test_inputs(folder, inputs)), True) for folder in tests)
+        return
+    files = sorted(found for found in path.iterdir() if found.suffix in ENDINGS and found.is_file())
+    kinds = sorted({found.suffix for found in files})
+    if len(kinds) != 1:
+        got = f"{' and '.join(kinds)} in one folder" if kinds else "none there"
+        raise ArgumentError(expected(f"files of one kind ({', '.join(ENDINGS)}) or {TEST_FOLDER}", got, str(path)))
+    if kinds != [".npz"] and {found.stem for found in files} == set(inputs.infos):
+        yield str(path), {found.stem: _file(found, inputs)[1][found.stem] for found in files}, kinds == [".pb"]
+        return
+    yield from (_file(found, inputs) for found in files)
+
+
+def _test_inputs(folder, inputs):
+    """Yield (name, array) of input_0.pb, input_1.pb, ...: by the tensor's own name, or the place in the list."""
+    files = sorted(folder.glob("input_*.pb"), key=lambda found: (len(found.stem), found.stem))
+    if not files:
+        raise ArgumentError(expected("input_0.pb, ...", "none there", str(folder)))
+    for place, found in enumerate(files):
+        name, array = _tensor(found)
+        if name not in inputs.infos:
+            if place >= len(inputs.infos):
+                raise ArgumentError(expected(f"{len(inputs.infos)} inputs ({first_few(inputs.names)})", str(len(files)), str(folder)))
+            name = inputs.names[place]
+        yield name, array

@@ -1,0 +1,700 @@
+"""The pipeline: stages, what is measured of them, which one is shipped, exit codes, streams, and what bad input does."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import bench_deploy
+import numpy as np
+import onnx
+import pytest
+from make_models import MODELS
+from onnx import TensorProto, helper
+from shell import Terminal, files, losing
+from sketch import CLASSIFIER, CONV_BN, classifier, conv_bn, model, norm, normal, ops, run
+
+import fastbn
+from fastbn import cli
+from fastbn.cli import main
+from fastbn.deployment import measure, pipeline, quantize
+from fastbn.deployment.compare import Agreement, compare, drop_of, score_outputs
+from fastbn.deployment.result import SCHEMA, STATUS
+from fastbn.graph import storage
+from fastbn.graph.model import Index
+from fastbn.graph.report import Parity
+
+# A BN that nothing takes in, between two convolutions that quantise.
+STUCK = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
+    c = Conv(x, w, b)
+    r = Relu(c)
+    n = BatchNormalization(r, s, t, m, v)
+    k = Relu(n)
+    a = Add(k, r)
+    y = Conv(a, w1)
+}"""
+
+
+@pytest.fixture(name="here")
+def _here(tmp_path, monkeypatch):
+    """A working folder with in.onnx (a classifier) and data.npz; memory is not measured, which takes a process each time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: 12.5)
+    (tmp_path / "in.onnx").write_bytes(classifier().SerializeToString())
+    np.savez(tmp_path / "data.npz", x=normal(16, 3, 8, 8))
+    return tmp_path
+
+
+def deploy(*options, code=0):
+    assert main(["deploy", "in.onnx", "out.onnx", "--runs", "2", *options]) == code
+
+
+def as_json(capsys, *options, code=0):
+    deploy(*options, "--json", "-", code=code)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_without_quantisation_the_folded_model_is_shipped(here, capsys):
+    deploy("--data", "data.npz")
+    assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
+    assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
+    out, err = capsys.readouterr()
+    assert "BatchNormalization 1 -> 0" in out
+    assert "data    16 samples from data.npz\n" in out
+    assert re.search(r"^  stage +size +load ms +RAM MB +ms, 1 thread", out, re.MULTILINE)
+    assert re.search(r"^  folded +\d+\.\d kB +\d+\.\d +12\.5 +\d+\.\d{3} \(p90 \d+\.\d{3}\) ", out, re.MULTILINE)
+    assert "shipped folded: 0 of 16 decisions differ from the original's (0.0%), 1.0% may\n" in out
+    assert re.search(r"^wrote   out\.onnx   \d+\.\d kB$", out, re.MULTILINE)
+    assert "WARNING" not in out
+    assert err.splitlines() == [f"fastbn: {number + 1}/7 {step}" for number, step in enumerate(pipeline.STEPS) if step != "quantising"]
+
+
+def test_quantisation_is_shipped_and_runs(here, capsys):
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "0.25")
+    assert (report["shipped"], report["status"]) == ("quantized", "done")
+    made = onnx.load("out.onnx")
+    count = Counter(node.op_type for node in made.graph.node)
+    assert count["QuantizeLinear"] > 2
+    assert count["BatchNormalization"] == 0
+    weight = next(tensor for tensor in made.graph.initializer if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 4)
+    scales = next(node.input[1] for node in made.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == weight.name)
+    assert next(list(tensor.dims) for tensor in made.graph.initializer if tensor.name == scales) == [4], "one scale per channel"
+    x = np.load("data.npz")["x"]
+    before, after = (run(proto, {"x": x})[0] for proto in (classifier(), made))
+    error = np.linalg.norm(before - after) / np.linalg.norm(before)
+    (found,) = report["stages"][2]["outputs"]
+    assert found["relative"] == pytest.approx(error, rel=0.2), "int8 kernels and their emulation in float round differently"
+    assert 0 < found["relative"] < 0.1
+    assert found["top1"] == np.mean(before.argmax(axis=1) == after.argmax(axis=1))
+
+
+def test_the_json_report(here, capsys):
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    assert report["schema"] == SCHEMA == 1
+    assert report["command"] == "fastbn deploy in.onnx out.onnx --runs 2 --data data.npz --quantize --max-drop 1 --json -"
+    assert (report["metric"], report["max_drop"], report["warnings"]) == ("top-1", 1.0, [w for w in report["warnings"] if "takes" in w])
+    assert report["data"] == {"origin": "data.npz", "random": False, "feeds": 16, "rows": 16, "available": 16, "notes": []}
+    assert [stage["name"] for stage in report["stages"]] == ["original", "folded", "quantized"]
+    for stage in report["stages"]:
+        assert set(stage) == {"name", "bytes", "load_ms", "resident_mb", "kernels", "outputs", "drop", "refused"}
+        assert stage["bytes"] > 500
+        assert stage["load_ms"] > 0
+        assert set(stage["kernels"]) == {"float", "conversions", "other", "float_ops"}
+        (output,) = stage["outputs"]
+        fields = {"output", "elements", "max_error", "relative", "sqnr_db", "cosine", "top1", "rows", "note"}
+        assert (set(output), output["output"], output["elements"], output["rows"]) == (fields, "y", 80, 16)
+    assert report["stages"][1]["bytes"] < report["stages"][0]["bytes"]
+    row_fields = {"threads", "model", "runs", "median_ms", "p90_ms", "ratio"}
+    assert all(set(row) == row_fields and row["runs"] == 2 for row in report["latency"])
+    assert {row["model"] for row in report["latency"]} == {"original", "folded", "quantized"}
+    assert set(report["quantization"]) == {"recipe", "notes", "refused", "float_kernels"}
+    assert report["fold"]["batch_normalizations"] == {"before": 1, "after": 0}
+    assert report["fold"]["parity"]["status"] == "ok"
+    assert report["versions"]["fastbn"] == fastbn.__version__
+    assert (report["written"], report["report"]) == (["out.onnx"], None)
+
+
+def test_the_shipped_model_leaves_fewer_kernels_in_float_when_it_is_folded(small_cnn, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
+    made = fastbn.deploy(small_cnn, tmp_path / "out.onnx", quantize=True, runs=1)
+    floats = made.quantization.float_kernels
+    assert floats == {"folded": 1, "unfolded": 2, "unfolded_raw": 7}
+    assert made.stage("quantized").kernels.floats == {"BatchNormalization": 1}
+    assert "1 kernel left in float; without the fold 2 after onnxruntime's own pre-processing, 7 without it" in str(made)
+    assert made.shipped == "quantized"
+    assert made.ok
+
+
+def test_a_sample_model_quantises_with_fewer_kernels_in_float(monkeypatch):
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
+    made = fastbn.deploy(MODELS["repvgg"](), quantize=True, runs=1, max_drop=1)
+    floats = made.quantization.float_kernels
+    assert floats["folded"] < floats["unfolded"] <= floats["unfolded_raw"]
+
+
+def test_without_data_random_inputs_and_that_is_said_loudly(here, capsys):
+    deploy()
+    out = capsys.readouterr().out
+    assert "WARNING no --data: compared on random numbers; what they say of real inputs is little\n" in out
+    assert "data    4 samples from normal random numbers, seed 0\n" in out
+    report = as_json(capsys, "--quantize", "--seed", "3", "--max-drop", "1")
+    assert report["data"]["random"] is True
+    assert report["data"]["origin"] == "normal random numbers, seed 3"
+    assert report["data"]["rows"] == 32
+    assert report["warnings"][0].startswith("no --data: compared and calibrated on random numbers")
+
+
+def spoil(monkeypatch):
+    """Let the quantiser give a model whose decisions are wrong."""
+
+    real = pipeline.quantize_file
+
+    def quantize_file(path, target, *arguments, **options):
+        proto = onnx.load(path)
+        next(t for t in proto.graph.initializer if t.name == "w2").raw_data = (-normal(4, 5)).tobytes()
+        onnx.save(proto, path.with_name("spoilt.onnx"))
+        return real(path.with_name("spoilt.onnx"), target, *arguments, **options)
+
+    monkeypatch.setattr(pipeline, "quantize_file", quantize_file)
+
+
+def test_a_stage_that_loses_too_much_is_not_shipped(here, capsys, monkeypatch):
+    spoil(monkeypatch)
+    deploy("--data", "data.npz", "--quantize", code=4)
+    assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
+    out, err = capsys.readouterr()
+    reason = r"quantized: \d+ of 16 decisions differ from the original's \(\d+\.\d%\), 1\.0% may"
+    assert re.search(rf"^shipped folded: {reason}$", out, re.MULTILINE)
+    assert re.search(rf"^fastbn: folded shipped: {reason}$", err, re.MULTILINE)
+    assert "wrote   out.onnx" in out
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--metric", "error", code=4)
+    assert re.fullmatch(r"quantized: a relative error of (2|1\.9|2\.1) in the outputs, 0\.1 is allowed", report["decision"])
+    assert (report["shipped"], report["status"], report["max_drop"]) == ("folded", "partial", 0.1)
+    assert report["stages"][2]["refused"] in report["decision"]
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--metric", "error", "--max-drop", "2.5")
+    assert report["shipped"] == "quantized"
+
+
+def test_nothing_is_shipped_when_nothing_is_good_enough(here, capsys, monkeypatch):
+    losing(monkeypatch, 0.0, 0.3, 0.0, 0.3)
+    deploy("--data", "data.npz", "--metric", "error", "--json", "report.json", code=1)
+    assert files(here) == ["data.npz", "in.onnx", "report.json"]
+    out, err = capsys.readouterr()
+    assert "fastbn: nothing shipped: folded: a relative error of 0.3 in the outputs, 0.1 is allowed" in err
+    assert "wrote" not in out
+    report = json.loads((here / "report.json").read_text())
+    assert (report["shipped"], report["status"], report["written"]) == (None, "refused", [])
+    made = fastbn.deploy("in.onnx", data="data.npz", metric="error", runs=1)
+    with pytest.raises(fastbn.ParityError, match="Expected a stage that may be shipped, got folded: a relative error"):
+        made.save("out.onnx")
+
+
+def test_a_failed_parity_ships_nothing_and_measures_nothing(here, capsys, monkeypatch):
+    fold = pipeline.fold_watched
+
+    def fail(*arguments):
+        result = fold(*arguments)
+        result.parity = Parity("failed", reason="on purpose")
+        return result
+
+    monkeypatch.setattr(pipeline, "fold_watched", fail)
+    deploy(code=1)
+    err = capsys.readouterr().err
+    assert "fastbn: nothing shipped: the folded model differs from the original by more than rounding explains" in err
+    assert files(here) == ["data.npz", "in.onnx"]
+
+
+def test_nan_in_a_stage_is_a_total_loss(here, capsys, monkeypatch):
+    real = pipeline.quantize_file
+
+    def quantize_file(path, target, *arguments, **options):
+        notes = real(path, target, *arguments, **options)
+        proto = onnx.load(target)
+        scale = next(tensor for tensor in proto.graph.initializer if tensor.name == "y_scale")
+        scale.ClearField("float_data")
+        scale.raw_data = np.float32(np.nan).tobytes()
+        onnx.save(proto, target)
+        return notes
+
+    monkeypatch.setattr(pipeline, "quantize_file", quantize_file)
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1e9", code=4)
+    assert report["decision"] == "quantized: Inf or NaN on one side only in output 'y'"
+    assert report["stages"][2]["drop"] == "inf"
+
+
+def test_what_the_original_itself_loses_does_not_count(here, capsys, monkeypatch):
+    real = pipeline.drop_of
+    monkeypatch.setattr(pipeline, "drop_of", lambda found, metric: 0.5 + real(found, metric))
+    report = as_json(capsys, "--data", "data.npz")
+    assert [stage["drop"] for stage in report["stages"]] == [0, 0]
+    losing(monkeypatch, np.inf, np.inf)
+    assert as_json(capsys, "--data", "data.npz")["shipped"] == "folded", "a model that is random even without us"
+
+
+def test_a_model_that_the_quantiser_refuses_is_shipped_folded(here, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise KeyError("no such tensor")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", refuse)
+    deploy("--data", "data.npz", "--quantize", code=4)
+    reason = "onnxruntime's quantiser refuses the model: KeyError: 'no such tensor'"
+    out, err = capsys.readouterr()
+    assert f"fastbn: folded shipped: {reason}\n" in err
+    assert f"shipped folded: {reason}\n" in out
+    assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
+
+
+def test_a_model_without_anything_to_quantise_is_shipped_folded(here, capsys):
+    text = "(float[N,4] x) => (float[N,4] y) { a = Sin(x) y = Cos(a) }"
+    (here / "in.onnx").write_bytes(model(text).SerializeToString())
+    report = as_json(capsys, "--quantize", code=4)
+    assert report["decision"] == "onnxruntime's quantiser refuses the model: none of its operators has an integer form"
+    assert report["quantization"]["refused"] == report["decision"]
+    assert [stage["name"] for stage in report["stages"]] == ["original", "folded"]
+
+
+def test_a_model_of_which_nothing_runs_in_integers_is_shipped_folded(here, capsys):
+    text = "(float[N,4] x) => (float[N,4] y) { n = BatchNormalization(x, s, t, m, v) y = Tanh(n) }"
+    (here / "in.onnx").write_bytes(model(text, **norm(4)).SerializeToString())
+    report = as_json(capsys, "--quantize", code=4)
+    assert report["decision"] == "onnxruntime's quantiser refuses the model: none of what it made runs in integers"
+    assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
+
+
+def test_what_the_quantiser_makes_must_load(here, capsys, monkeypatch):
+    def quantize_file(path, target, *arguments, **options):
+        target.write_bytes(b"no model")
+        return ()
+
+    monkeypatch.setattr(pipeline, "quantize_file", quantize_file)
+    report = as_json(capsys, "--data", "data.npz", "--quantize", code=4)
+    assert report["decision"].startswith("onnxruntime cannot load what its quantiser made: ")
+
+
+def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, capsys):
+    text = "(float[N,C,H,W] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Reshape(n, shape) }"
+    (here / "in.onnx").write_bytes(conv_bn(text, shape=np.array([1, 4 * 36 * 36])).SerializeToString())
+    np.savez("data.npz", x=normal(9, 3, 38, 38))
+    report = as_json(capsys, "--data", "data.npz")
+    assert report["warnings"][0].startswith("the whole model was not verified (--input-shape may help): ")
+    assert (report["shipped"], report["fold"]["parity"]["status"]) == ("folded", "not-run")
+    assert report["stages"][1]["outputs"][0]["relative"] < 1e-6
+    assert as_json(capsys, "--data", "data.npz", "--input-shape", "x=1,3,38,38")["warnings"] == []
+
+
+@pytest.mark.parametrize("broken", ["original", "folded"])
+def test_a_stage_that_the_optimiser_of_onnxruntime_breaks_on_is_not_shipped(broken, here, capsys, monkeypatch):
+    real = pipeline.session
+
+    def session(model, **options):
+        if options.get("optimise") and (broken in model or (broken == "original" and model == "in.onnx")):
+            raise RuntimeError("the optimiser broke")
+        return real(model, **options)
+
+    monkeypatch.setattr(pipeline, "session", session)
+    report = as_json(capsys, "--data", "data.npz", code=1 if broken == "folded" else 0)
+    assert report["stages"][broken == "folded"]["refused"] == "onnxruntime cannot load it: the optimiser broke"
+    assert report["shipped"] == (None if broken == "folded" else "folded")
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    assert report["shipped"] == "quantized"
+
+
+def test_a_custom_operator(here, capsys):
+    custom = conv_bn(CONV_BN.replace("}", "z = maker.Op(y) }").replace("=> (float[N,4,6,6] y)", "=> (float z)"), imports=["maker"])
+    (here / "in.onnx").write_bytes(custom.SerializeToString())
+    report = as_json(capsys, "--quantize", code=4)
+    assert ops(onnx.load("out.onnx")) == "Conv Op"
+    assert (report["shipped"], report["status"], report["data"], report["stages"], report["latency"]) == ("folded", "partial", None, [], [])
+    assert re.match(r"not compared, timed or quantised, for onnxruntime cannot load the original: .*maker", report["decision"])
+    assert report["quantization"]["refused"].startswith("onnxruntime cannot load the original")
+    deploy(code=4)
+    assert "WARNING nothing was measured: onnxruntime cannot load the original" in capsys.readouterr().out
+
+
+def test_old_models_are_converted_for_the_quantiser_alone(here, capsys):
+    proto = classifier(opset=11, ir_version=3)
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    assert report["quantization"]["notes"] == ["opset 11 converted to 13, which has scales per channel"]
+    assert [info.name for info in onnx.load("out.onnx").graph.input] == ["x"]
+    proto.ir_version = 8
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    assert report["quantization"]["notes"][0] == "initializers that were also graph inputs are constants now"
+
+
+def test_a_fold_that_frees_a_norm_that_stays_otherwise_still_counts(here, capsys):
+    (here / "in.onnx").write_bytes(conv_bn(STUCK, w1=normal(4, 4, 1, 1)).SerializeToString())
+    report = as_json(capsys, "--quantize", "--max-drop", "1")
+    floats = report["quantization"]["float_kernels"]
+    assert floats["folded"] == floats["unfolded"] == floats["unfolded_raw"] == 1, "what cannot be folded stays, and is not hidden"
+    assert report["fold"]["kept"][0]["code"] in ("other-readers", "mixed-sign-through-relu")
+
+
+def test_the_api_writes_what_it_is_told_to(here):
+    made = fastbn.deploy("in.onnx", "out.onnx", data="data.npz", runs=1)
+    assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
+    assert made.command == "fastbn.deploy('in.onnx', 'out.onnx', data='data.npz', runs=1)"
+    for given in (classifier(), classifier().SerializeToString()):
+        made = fastbn.deploy(given, data={"x": np.load("data.npz")["x"]}, quantize=True, max_drop=1, runs=1)
+        assert made.shipped == "quantized"
+        assert "..." in made.command
+    with pytest.raises(fastbn.ArgumentTypeError, match="Expected a dict of name -> sizes, got str - at `input_shapes`"):
+        fastbn.deploy("in.onnx", input_shapes="x=1,3,8,8")
+    with pytest.raises(fastbn.StorageError, match="got no such file or directory - at `none`"):
+        fastbn.deploy("in.onnx", "none/out.onnx")
+    made.save("again.onnx")
+    assert onnx.load("again.onnx").SerializeToString() == made.quantized
+    assert files(here) == ["again.onnx", "data.npz", "in.onnx", "out.onnx"]
+
+
+def test_external_data(here):
+    onnx.save(classifier(), "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    made = fastbn.deploy("in.onnx", "out.onnx", quantize=True, max_drop=1, runs=1)
+    assert made.shipped == "quantized"
+    original, folded = made.stage("original"), made.stage("folded")
+    assert original.size == (here / "in.onnx").stat().st_size + (here / "in.data").stat().st_size
+    assert folded.size > 400
+    fastbn.deploy("in.onnx", "folded.onnx", runs=1)
+    assert "BatchNormalization" not in ops(onnx.load("folded.onnx"))
+    assert files(here) == ["data.npz", "folded.onnx", "folded.onnx.data", "in.data", "in.onnx", "out.onnx"]
+
+
+def test_memory_is_measured_in_a_process_of_its_own(small_cnn):
+    found = measure.resident_mb(small_cnn)
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux says what is resident")
+    assert 1 < found < 200
+    assert measure.resident_mb(small_cnn.parent / "none.onnx") is None
+
+
+def test_kernels_are_counted_as_onnxruntime_runs_them(tmp_path):
+    path = tmp_path / "m.onnx"
+    text = "(float[N,4] x) => (float[N,4] y, int64[2] z) { a = QuantizeLinear(x, sc, zp) b = DequantizeLinear(a, sc, zp) c = Tanh(b)"
+    proto = model(text + " y = Tanh(c) z = Shape(x) }", sc=np.float32(0.1), zp=np.uint8(3))
+    path.write_bytes(proto.SerializeToString())
+    found = measure.kernels_of(path, {"x": normal(2, 4)}, tmp_path)
+    assert (found.float, found.conversions, found.other, found.floats) == (2, 2, 1, {"Tanh": 2})
+    assert files(tmp_path) == ["m.onnx"]
+    assert measure.kernels_of(path, {"x": normal(2, 5)}, tmp_path) is None
+
+
+SCORES = {
+    "the last linear layer": (CLASSIFIER, {"w": normal(4, 3, 3, 3), "b": normal(4), "w2": normal(4, 5), **norm(4)}, ["y"]),
+    "a Softmax": ("(float[N,4] x) => (float[N,4] y) { y = Softmax(x) }", {}, ["y"]),
+    "a Softmax, cast": ("(float[N,4] x) => (float16[N,4] y) { s = Softmax(x) y = Cast<to=10>(s) }", {}, ["y"]),
+    "a MatMul and its bias": (
+        "(float[N,4] x) => (float[N,3] y) { z = MatMul(x, w) y = Add(z, b) }",
+        {"w": normal(4, 3), "b": normal(3)},
+        ["y"],
+    ),
+    "one column": ("(float[N,4] x) => (float[N,1] y) { y = MatMul(x, w) }", {"w": normal(4, 1)}, []),
+    "images": (CONV_BN, {"w": normal(4, 3, 3, 3), "b": normal(4), **norm(4)}, []),
+    "two linear outputs": (
+        "(float[N,4] x) => (float[N,4] y, float[N,4] z) { y = MatMul(x, w) z = Softmax(y) }",
+        {"w": normal(4, 4)},
+        ["z"],
+    ),
+    "an activation": ("(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }", {}, []),
+    "pooled maps": ("(float[N,4,2,2] x) => (float[N,4,1,1] y) { y = GlobalAveragePool(x) }", {}, ["y"]),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_what_looks_like_a_classifier(case):
+    text, constants, expected = SCORES[case]
+    assert score_outputs(Index(storage.load(model(text, **constants)))) == expected
+
+
+class Session:
+    """What compare asks of an onnxruntime session."""
+
+    def __init__(self, *outputs):
+        self.outputs = outputs
+
+    def get_outputs(self):
+        return [type("Entry", (), {"name": f"y{number}"}) for number in range(len(self.outputs))]
+
+    def run(self, names, feed):
+        return [output[feed["row"]] for output in self.outputs]
+
+
+def compared(before, after, scores=()):
+    feeds = [{"row": row} for row in range(len(before))]
+    return compare(Session(before), {"stage": Session(after)}, feeds, scores)["stage"][0]
+
+
+def test_the_figures_of_a_comparison():
+    before = np.array([[[3.0, 4.0]], [[0.0, 12.0]]])
+    after = before + np.array([[[0.0, 0.0]], [[5.0, 0.0]]])
+    found = compared(before, after, {"y0"})
+    assert (found.max_error, found.elements, found.rows, found.top1) == (5.0, 4, 2, 1.0)
+    assert found.relative == pytest.approx(5 / 13)
+    assert found.sqnr_db == pytest.approx(20 * np.log10(13 / 5))
+    assert found.cosine == pytest.approx((9 + 16 + 144) / (13 * np.sqrt(9 + 16 + 25 + 144)))
+    assert compared(before, before).relative == 0
+    assert compared(before, before).to_dict()["sqnr_db"] == "inf"
+    assert compared(np.zeros((1, 2)), np.ones((1, 2))).relative == np.inf
+
+
+def test_top_1_counts_rows_and_takes_a_tie_either_way():
+    before = np.array([[[1.0, 3.0, 2.0]], [[2.0, 2.0, 1.0]], [[1.0, 2.0, 3.0]], [[5.0, 1.0, 0.0]]])
+    after = np.array([[[1.0, 3.0, 2.0]], [[2.0, 2.1, 1.0]], [[1.0, 3.1, 3.0]], [[5.0, 1.0, 0.0]]])
+    assert compared(before, after, {"y0"}).top1 == 0.75
+    assert compared(before, after).top1 is None
+
+
+def test_other_outputs():
+    labels = np.array([[[1, 2]], [[3, 4]]])
+    changed = labels.copy()
+    changed[0, 0, 0] = 9
+    assert compared(labels, changed).relative == 0.25
+    infinite = np.array([[[np.inf, 1.0]], [[np.nan, 2.0]]])
+    assert compared(infinite, infinite).relative == 0
+    assert compared(infinite, np.ones((2, 1, 2))).note == "Inf or NaN on one side only"
+    assert compared(np.ones((2, 1, 3)), np.ones((2, 1, 4))).note == "shape [1, 4] instead of [1, 3]"
+    text = np.full((2, 1, 1), "a", dtype=object)
+    assert compare(Session(text), {"stage": Session(text)}, [{"row": 0}], ())["stage"] == []
+
+
+def test_what_a_drop_is():
+    def agreement(relative, top1):
+        return Agreement("y", 1, 0.0, relative, 1.0, top1, 1)
+
+    assert drop_of([agreement(0.5, None), agreement(0.2, 0.75)], "top-1") == 0.25
+    assert drop_of([agreement(0.5, None), agreement(0.2, 0.75)], "error") == 0.5
+    assert drop_of([agreement(np.inf, 1.0)], "top-1") == np.inf
+    assert drop_of([], "error") == drop_of([], "top-1") == 0
+
+
+def test_progress_is_a_bar_on_a_terminal(here, monkeypatch, capsys):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    deploy("--data", "data.npz", "--quantize", "--max-drop", "1")
+    shown = screen.getvalue()
+    assert "[###-----------------] 2/7 folding and verifying: verifying fold 1 of 1: n" in shown
+    assert "3/7 quantising: calibrating on feed 16 of 16" in shown
+    assert "4/7 comparing outputs: feed 16 of 16" in shown
+    assert re.search(r"\] 5/7 measuring latency: run 5 of 5, 1 thread", shown)
+    assert "[#################---] 7/7 writing" in shown
+    assert "\n" not in shown
+    assert re.search(r"\r +\r$", shown)
+
+
+def test_quiet(here, capsys):
+    deploy("--data", "data.npz", "-q")
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_a_name_cannot_write_to_the_terminal_through_the_bar(here, monkeypatch):
+    proto = classifier()
+    proto.graph.node[1].name = "evil\x1b[2J"
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    deploy("--data", "data.npz")
+    assert "verifying fold 1 of 1: evil" in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_the_quantiser_leaves_the_process_as_it_was(here, capfd):
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "-q")
+    assert root.handlers == handlers
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+BAD = {
+    "the same file": (["in.onnx", "in.onnx"], "an OUT that is not IN, got the same file - at `in.onnx`"),
+    "missing model": (["none.onnx", "out.onnx"], "a file that can be used, got no such file or directory - at `none.onnx`"),
+    "no model": (["data.npz", "out.onnx"], "an ONNX model, got"),
+    "missing folder": (["in.onnx", "none/out.onnx"], "an existing output folder, got none - at `none`"),
+    "missing data": (
+        ["in.onnx", "out.onnx", "--data", "none.npz"],
+        "a file that can be used, got no such file or directory - at `none.npz`",
+    ),
+    "too few samples": (
+        ["in.onnx", "out.onnx", "--data", "few.npz", "--quantize"],
+        "at least 8 samples to calibrate on, got 3 - at `few.npz`",
+    ),
+    "no samples": (["in.onnx", "out.onnx", "--data", "empty.npz"], "at least one sample, got none - at `empty.npz`"),
+    "NaN": (["in.onnx", "out.onnx", "--data", "nan.npz"], "finite values, got NaN in 1 of 16 samples of 'x' - at `nan.npz`"),
+    "other shape": (["in.onnx", "out.onnx", "--data", "shape.npz"], "shape [?,3,8,8] for 'x', got [16,8,8,3] - at `shape.npz`"),
+    "other name": (["in.onnx", "out.onnx", "--data", "name.npz"], "arrays named after the inputs (x), got 'img' - at `name.npz`"),
+    "no runs": (["in.onnx", "out.onnx", "--runs", "0"], "at least 1, got 0 - at `runs`"),
+    "negative drop": (["in.onnx", "out.onnx", "--max-drop", "-1"], "a part of at least 0, got -1.0 - at `max_drop`"),
+    "NaN drop": (["in.onnx", "out.onnx", "--max-drop", "nan"], "a part of at least 0, got nan - at `max_drop`"),
+    "no decisions": (["images.onnx", "out.onnx", "--metric", "top-1"], "an output of scores [N, C] for --metric top-1, got none"),
+    "no OUT": (["in.onnx"], "arguments as in --help, got the following arguments are required: OUT - at `fastbn deploy`"),
+    "JSON over IN": (["in.onnx", "out.onnx", "--json", "in.onnx"], "a report that is no model, got the same file - at `--json in.onnx`"),
+    "JSON over the data": (
+        ["in.onnx", "out.onnx", "--data", "data.npz", "--json", "data.npz"],
+        "a report that is no model, got the same file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(case, here, capsys):
+    x = normal(16, 3, 8, 8)
+    spoilt = x.copy()
+    spoilt[5, 0, 0, 0] = np.nan
+    np.savez("few.npz", x=x[:3])
+    np.savez("empty.npz", x=x[:0])
+    np.savez("nan.npz", x=spoilt)
+    np.savez("shape.npz", x=x.transpose(0, 2, 3, 1))
+    np.savez("name.npz", img=x)
+    (here / "images.onnx").write_bytes(conv_bn().SerializeToString())
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    arguments, message = BAD[case]
+    assert main(["deploy", *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not re.match(r"fastbn: \d/7 ", line)]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"fastbn: Expected {message}")
+    assert captured.out == ""
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_few_samples_calibrate_when_that_is_asked_for(here, capsys):
+    np.savez("few.npz", x=normal(3, 3, 8, 8))
+    report = as_json(capsys, "--data", "few.npz", "--quantize", "--min-samples", "3", "--max-drop", "1")
+    assert (report["shipped"], report["data"]["rows"]) == ("quantized", 3)
+
+
+def test_samples_that_the_model_does_not_run_on(here, capsys):
+    text = "(float[N,M] x) => (float[N,K] y) { n = BatchNormalization(x, s, t, m, v) y = MatMul(n, w) }"
+    (here / "in.onnx").write_bytes(model(text, w=normal(4, 3), **norm(4)).SerializeToString())
+    np.savez("data.npz", x=normal(9, 7))
+    deploy("--data", "data.npz", code=2)
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("fastbn: Expected samples that the model takes, got the answer: ")
+    assert files(here) == ["data.npz", "in.onnx"]
+
+
+def test_a_read_only_folder(here, capsys, monkeypatch):
+    (here / "locked").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
+    assert main(["deploy", "in.onnx", "locked/out.onnx"]) == 2
+    assert "Expected a writable output folder, got one that is not - at `locked`" in capsys.readouterr().err
+    assert files(here / "locked") == []
+
+
+def test_a_folder_that_takes_no_file_after_all(here, capsys, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    deploy("--data", "data.npz", code=2)
+    assert "got no space left on device - at `" in capsys.readouterr().err
+    assert files(here) == ["data.npz", "in.onnx"]
+
+
+@pytest.mark.parametrize("step", ["folding", "quantising", "comparing", "latency", "loading", "writing"])
+def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
+    (here / "out.onnx").write_bytes(b"what stood there")
+
+    class Stop:
+        def __init__(self, quiet):
+            pass
+
+        def __call__(self, number, total, name, detail=""):
+            if step in name:
+                raise KeyboardInterrupt
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("fastbn.cli._Steps", Stop)
+    deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "--json", "report.json", code=130)
+    assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"
+    assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
+    assert (here / "out.onnx").read_bytes() == b"what stood there"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_real_interrupt(here, environment):
+    command = [sys.executable, "-m", "fastbn", "deploy", "in.onnx", "out.onnx", "--runs", "100000000"]
+    monkey = {**environment, "PYTHONUNBUFFERED": "1"}
+    # A second is timed for each number of threads: long enough to interrupt.
+    process = subprocess.Popen(command, env=monkey, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "measuring latency" in line:
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "fastbn: interrupted, nothing written\n")
+    assert files(here) == ["data.npz", "in.onnx"]
+
+
+def test_the_recipe_follows_the_machine(monkeypatch):
+    monkeypatch.setattr(quantize.platform, "machine", lambda: "aarch64")
+    assert str(quantize.Recipe.here()) == "QDQ, per channel, Int8 activations, Int8 weights, MinMax"
+    monkeypatch.setattr(quantize.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(quantize, "_has_vnni", lambda: False)
+    assert quantize.Recipe.here() == quantize.Recipe("QUInt8", "QInt8", True)
+    assert "7 bits" in str(quantize.Recipe.here())
+    monkeypatch.setattr(quantize, "_has_vnni", lambda: True)
+    assert not quantize.Recipe.here().reduce_range
+
+
+MODELS_FOLDER = Path(__file__).resolve().parent / "models"
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## Deploy\n")[1].split("\n## ")[0]
+
+
+def test_the_readme_knows_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["deploy", "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--quiet"}
+    usage = re.search(r"^    fastbn deploy IN OUT \[--data.*?\n\n", SECTION, re.DOTALL | re.MULTILINE)[0]
+    assert set(re.findall(r"--[a-z-]+", usage)) == options
+
+
+def test_the_readme_knows_every_field_of_the_json_report(here, capsys):
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
+    named = set(re.findall(r"`([a-z0-9_]+)`", README.split("That of `deploy`")[1].split("\n\n")[0]))
+
+    def fields(value):
+        for key, inside in value.items() if isinstance(value, dict) else ():
+            yield key
+            if key not in ("fold", "versions", "float_ops"):
+                yield from fields(inside)
+        for inside in value if isinstance(value, list) else ():
+            yield from fields(inside)
+
+    assert set(fields(report)) <= named
+    assert set(STATUS) <= named
+
+
+def test_the_readme_knows_every_exit_code():
+    table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
+    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.INTERRUPTED]
+
+
+@pytest.mark.parametrize("net", ["torch", "keras"])
+def test_the_trained_classifiers_decide_the_same_in_int8(net, monkeypatch):
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
+    path, held_out = MODELS_FOLDER / f"{net}_digits.onnx", MODELS_FOLDER / "digits.npz"
+    made = fastbn.deploy(path, data=bench_deploy.data_of(path, held_out), quantize=True, most_samples=360, runs=1)
+    assert (made.shipped, made.metric, made.samples.rows) == ("quantized", "top-1", 360)
+    assert made.stage("folded").top1 == 1
+    assert made.stage("quantized").top1 > 0.99
+    assert made.quantization.float_kernels["folded"] == 0
+    assert made.quantization.float_kernels["unfolded_raw"] > 0
+    assert made.stage("quantized").size < 0.4 * made.stage("original").size

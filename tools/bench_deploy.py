@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""What `fastbn deploy --quantize` makes of models: latency of each stage beside the original, kernels left in float, agreement.
+
+    python tools/bench_deploy.py MODEL[=DATA] ... [--runs N] [--max-drop X] [--freeze-inputs] [--json FILE]
+
+Every model is deployed on its data, on seeded random inputs without; digits.npz is enlarged as the two digit classifiers that ship take
+it. The stages are timed run by run in turn on one thread and on all: the cells are median (90th percentile) in ms and the median's part of
+the original's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import fastbn
+
+
+def data_of(model, path):
+    """Return the data of a model: a path, or the held-out digits with the axis for the one channel where the model has it."""
+    if Path(path).name != "digits.npz":
+        return path or None
+    from train_cnns import enlarge
+
+    with np.load(path) as arrays:
+        images = enlarge(arrays["images"])
+    (info,) = onnx.load(model, load_external_data=False).graph.input
+    return np.expand_dims(images, 1 if info.type.tensor_type.shape.dim[1].dim_value == 1 else -1)
+
+
+def row_of(made):
+    """Return the figures of a Deployment as a dict that JSON holds; of a file name that spells its path, the last part is the model's."""
+    return {"model": Path(made.fold.to_dict()["model"]).stem.rpartition("__")[2], **made.to_dict()}
+
+
+def latency(row, stage, threads):
+    found = next((each for each in row["latency"] if (each["model"], each["threads"]) == (stage, threads)), None)
+    return "-" if found is None else f"{found['median_ms']:.3f} ({found['p90_ms']:.3f}) {found['ratio']:.2f}"
+
+
+def agreement(row, stage):
+    """Return the relative error of the worst output, and the decisions that agree where there are any."""
+    found = next((each for each in row["stages"] if each["name"] == stage), None)
+    if found is None:
+        return "refused"
+    relative = max(float(output["relative"]) for output in found["outputs"])
+    decisions = [output["top1"] for output in found["outputs"] if output["top1"] is not None]
+    return f"{relative:.1e}" + (f", {min(decisions):.1%} of {row['data']['rows']}" if decisions else "")
+
+
+def tables(rows):
+    """Return the tables as lines of Markdown."""
+    threads = sorted({each["threads"] for row in rows for each in row["latency"]})
+    lines = []
+    for number in threads:
+        lines += [f"| {number} thread{'s' * (number > 1)} | original, ms | folded | quantized |", "|---" * 4 + "|"]
+        for row in rows:
+            lines.append(f"| {row['model']} | {' | '.join(latency(row, stage, number) for stage in ('original', 'folded', 'quantized'))} |")
+        lines.append("")
+    lines += [
+        "| | BN | float kernels: raw | pre-processed | folded | folded: error, top-1 | quantized: error, top-1 | shipped |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        counts = row["fold"]["batch_normalizations"]
+        floats = row["quantization"]["float_kernels"]
+        kernels = [floats.get(key, "-") for key in ("unfolded_raw", "unfolded", "folded")]
+        cells = [row["model"], f"{counts['before']} -> {counts['after']}", *kernels, agreement(row, "folded"), agreement(row, "quantized")]
+        lines.append(f"| {' | '.join('fails' if cell is None else str(cell) for cell in cells)} | {row['shipped'] or 'nothing'} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", metavar="MODEL[=DATA]", nargs="+")
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--max-drop", type=float)
+    parser.add_argument("--freeze-inputs", action="store_true")
+    parser.add_argument("--samples", type=int, default=360)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for text in options.models:
+        model, _, data = text.partition("=")
+        made = fastbn.deploy(
+            model,
+            data=data_of(model, data),
+            quantize=True,
+            runs=options.runs,
+            max_drop=options.max_drop,
+            freeze_inputs=options.freeze_inputs,
+            most_samples=options.samples,
+        )
+        rows.append(row_of(made))
+    print("\n".join(tables(rows)))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
