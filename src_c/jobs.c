@@ -22,7 +22,7 @@ static void add_tiles(const fbn_plan *plan, int64_t first, int channels, double 
 static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const double n = (double)job->N * (double)job->S;
+    const double n = (double)job->N * (double)job->S, one_of_n = 1 / n;
     /* Squares below this lose bits in CT. */
     const double least = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
     double mean[FBN_CHANNELS], m2[FBN_CHANNELS];
@@ -31,13 +31,15 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
         int again = 0;
         double sum[FBN_CHANNELS], square[FBN_CHANNELS];
         add_tiles(plan, group, (int)count, sum, square);
+        double off[FBN_CHANNELS];
         for (int64_t i = 0; i < count; i++) {
-            const double off = sum[i] / n, spread = square[i] - sum[i] * off;
-            mean[i] = fbn_constant(plan, FBN_CENTER, group + i) + off;
-            m2[i] = spread;
-            /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
-            again |= !(spread >= least * n && off * off * n <= spread && spread < INFINITY) << i;
+            off[i] = sum[i] * one_of_n;
+            m2[i] = square[i] - sum[i] * off[i];
+            mean[i] = fbn_constant(plan, FBN_CENTER, group + i) + off[i];
         }
+        for (int64_t i = 0; i < count; i++)
+            /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
+            again |= !(m2[i] >= least * n && off[i] * off[i] * n <= m2[i] && m2[i] < INFINITY) << i;
         if (again && n > 1) {
             double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
             fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);

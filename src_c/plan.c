@@ -10,12 +10,11 @@ enum {
     JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
     LONG_ROW = 2048,     /* or of so many where a tensor has at least */
     LARGE = 1 << 21,     /* so many elements: memory gives most when it is read in few long runs */
-    SMALL_PLANE = 256,   /* planes shorter than this are reduced by columns, */
+    SMALL_PLANE = 512,   /* planes shorter than this are reduced by columns, and not mapped beside a reduction, */
     FEW_SAMPLES = 4,     /* unless there are fewer samples than this */
     LEAST_PLANE = 16,    /* planes shorter than this are mapped by columns */
     MOST_COLUMNS = 4096, /* columns of a group of a reduction */
     LONG_RUN = 2048,     /* elements of neighbouring planes in a row that are worth an incomplete line at its ends */
-    LEAST_BESIDE = 512,  /* elements of a plane that is mapped on its own, beside a reduction */
     FIRST_CACHE = 16384, /* elements that stay in the first cache from a reduction to its map */
     CHUNK = 65536,       /* elements of a map's task */
     ONE_THREAD = 32768   /* elements below which a second thread costs more than it brings */
@@ -64,7 +63,7 @@ static void reduce_planes(fbn_plan *plan) {
     plan->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
     plan->tiles = job->S <= FBN_PLANE_TILE ? parts(job->N, plan->tile_rows) : job->N * parts(job->S, FBN_PLANE_TILE);
     /* A short plane is better mapped in one run of memory with its neighbours. */
-    plan->beside = job->S >= LEAST_BESIDE && in_core >= 2 && job->out.data != NULL && !job->frozen;
+    plan->beside = job->S >= SMALL_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
     plan->group = FIRST_CACHE / channel;
     if (!plan->beside)
         plan->group = smaller(larger(parts(LONG_RUN, job->S), plan->group), in_core);
@@ -87,7 +86,12 @@ static void reduce_columns(fbn_plan *plan) {
     plan->rest = plan->samples % plan->K;
     plan->tile_rows = larger(LEAST_ROWS, ROW_TILE / (plan->K * sample) / FBN_BLOCK * FBN_BLOCK);
     plan->tiles = plan->outer * parts(plan->rows, plan->tile_rows) + (plan->rest > 0);
-    plan->group = plan->K > 1 ? job->C : smaller(job->C, larger(1, MOST_COLUMNS / plan->span));
+    plan->group = job->C;
+    if (plan->K == 1) {
+        plan->group = smaller(job->C, larger(1, MOST_COLUMNS / plan->span));
+        if (plan->threads > 1)
+            plan->group = smaller(plan->group, larger(parts(JOINED_ROW, plan->span), parts(job->C, parts(2 * plan->threads, plan->tiles))));
+    }
     plan->groups = parts(job->C, plan->group);
     plan->slot_columns = plan->K * plan->span > 1 ? plan->K * plan->group * plan->span : 0;
 }

@@ -327,6 +327,16 @@ static void tile_task(void *context, int64_t tile, int slot) {
     map_samples(run, sample, count);
 }
 
+/* Reading samples from afar takes time: channels are shared out, but not a few of them. */
+enum { SAMPLED = 256 };
+
+static void sample_task(void *context, int64_t index, int slot) {
+    const fbn_run *run = context;
+    const int64_t first = index * SAMPLED, left = run->plan.job->C - first;
+    (void)slot;
+    center_on_sample(run, first, left < SAMPLED ? left : SAMPLED);
+}
+
 static void finish_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
     const int64_t first = index * FBN_CHANNELS, left = run->plan.job->C - first;
@@ -362,7 +372,7 @@ void fbn_execute(fbn_run *run) {
     const int together = run->maps && run->independent && plan->reduction == FBN_NSC && plan->tiles >= plan->threads;
     if (run->reduces) {
         if (run->reduction == FBN_STATS)
-            center_on_sample(run, 0, C);
+            fbn_parallel(sample_task, run, (C + SAMPLED - 1) / SAMPLED, plan->threads);
         if (together) {
             fill_tables(plan);
             fbn_parallel(tile_task, run, plan->tiles, plan->threads);

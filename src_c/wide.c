@@ -6,10 +6,6 @@
 
 enum { LANES = 8 };
 
-static inline double same(double value) {
-    return value;
-}
-
 /* Sums of d = x - shift and d*d of a few channels; lanes along S or, where channels lie side by side, a chain for each channel. */
 #define SUMS(DT, T, WIDEN)                                                                                                                 \
     static void sums_##DT(double *sum, double *square, const double *shift, const fbn_job *job, int64_t first, int64_t channels) {         \
@@ -53,29 +49,30 @@ static inline double same(double value) {
         }                                                                                                                                  \
     }
 
-#define SAMPLE(DT, T, WIDEN)                                                                                                               \
+/* The mean of the sample as the first value and the mean distance from it, which loses nothing of values that lie far from zero. Channels
+ * that lie side by side are added up together, in the type CT. */
+#define SAMPLE(DT, T, CT, WIDEN)                                                                                                           \
+    static inline void sample_few_##DT(double *centre, const T *x, const fbn_sample *sample, int channels) {                               \
+        CT sums[FBN_CHANNELS] = {0};                                                                                                       \
+        for (int k = 1; k < sample->count; k++)                                                                                            \
+            for (int c = 0; c < channels; c++)                                                                                             \
+                sums[c] += (CT)WIDEN(x[sample->at[k] + c]) - (CT)WIDEN(x[sample->at[0] + c]);                                              \
+        for (int c = 0; c < channels; c++)                                                                                                 \
+            centre[c] = (double)WIDEN(x[sample->at[0] + c]) + (double)sums[c] / sample->count;                                             \
+    }                                                                                                                                      \
     static void sample_##DT(double *centre, const T *x, const fbn_sample *sample, int64_t channels, int64_t stride) {                      \
-        if (stride != 1) {                                                                                                                 \
-            for (int64_t c = 0; c < channels; c++) {                                                                                       \
-                double sums[4] = {0};                                                                                                      \
-                for (int k = 0; k < sample->count; k++)                                                                                    \
-                    sums[k & 3] += WIDEN(x[sample->at[k] + c * stride]);                                                                   \
-                centre[c] = (sums[0] + sums[1]) + (sums[2] + sums[3]);                                                                     \
-            }                                                                                                                              \
-            return;                                                                                                                        \
-        }                                                                                                                                  \
-        for (int64_t c = 0; c < channels; c++)                                                                                             \
-            centre[c] = 0;                                                                                                                 \
-        for (int k = 0; k < sample->count; k++)                                                                                            \
+        if (stride == 1 && channels == FBN_CHANNELS)                                                                                       \
+            sample_few_##DT(centre, x, sample, FBN_CHANNELS);                                                                              \
+        else                                                                                                                               \
             for (int64_t c = 0; c < channels; c++)                                                                                         \
-                centre[c] += WIDEN(x[sample->at[k] + c]);                                                                                  \
+                sample_few_##DT(centre + c, x + c * stride, sample, 1);                                                                    \
     }
 
-#define BOTH(DT, T, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, WIDEN)
-BOTH(f32, float, same)
-BOTH(f64, double, same)
-BOTH(f16, uint16_t, widen_f16)
-BOTH(bf16, uint16_t, widen_bf16)
+#define BOTH(DT, T, CT, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, CT, WIDEN)
+BOTH(f32, float, float, )
+BOTH(f64, double, double, )
+BOTH(f16, uint16_t, double, widen_f16)
+BOTH(bf16, uint16_t, double, widen_bf16)
 
 fbn_sample fbn_sample_of(const fbn_job *job) {
     const int64_t n = job->N * job->S;
@@ -105,7 +102,7 @@ void fbn_sample_mean(double *centre, const fbn_job *job, const fbn_sample *sampl
         break;
     }
     for (int64_t c = 0; c < channels; c++)
-        centre[c] = isfinite(centre[c]) ? centre[c] / sample->count : 0;
+        centre[c] = isfinite(centre[c]) ? centre[c] : 0;
 }
 
 static void sums_of(double *sum, double *square, const double *shift, const fbn_job *job, int64_t first, int64_t channels) {
