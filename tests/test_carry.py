@@ -46,6 +46,8 @@ W4 = normal(5, 4, 2, 2)
 # name -> model whose norm goes.
 PASSES = {
     "Identity": backward("d = Identity(c)"),
+    "Cast to the same type": backward("d = Cast<to = 1>(c)"),
+    "Cast to the same type forward": forward("d = Cast<to = 1>(n)", w=W4),
     "Neg": backward("d = Neg(c)"),
     "Neg forward": forward("d = Neg(n)", w=W4),
     "Transpose and back": backward("e = Transpose <perm = [0,2,3,1]> (c) d = Transpose <perm = [0,3,1,2]> (e)"),
@@ -236,6 +238,8 @@ STAYS = {
     "Add forward": ("other-branch", forward("d = Add(n, x)", w=W4)),
     "Add that makes the channels": ("axis", backward("g = Conv(x, w1) d = Add(c, g)", w1=normal(1, 3, 3, 3))),
     "Mul by a mask, shift": ("shift-cannot-pass", forward("p = Sigmoid(x) d = Mul(n, p)", w=W4)),
+    "Cast to another type and back": ("graph-output", backward("h = Cast<to = 11>(c) d = Cast<to = 1>(h)")),
+    "Cast forward": ("no-absorber", forward("h = Cast<to = 11>(n) d = Cast<to = 1>(h)", w=W4)),
     "Div by the value": ("no-absorber", forward("p = Sigmoid(x) d = Div(p, n)", w=W4, shift=False)),
     "Softmax": ("graph-output", backward("d = Softmax <axis = 1> (c)")),
     "graph output": (

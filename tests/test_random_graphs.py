@@ -254,7 +254,9 @@ class Graph:
         self.node("Tanh", [x], self.shapes[x])
 
     def dropout(self, x):
-        if self.opset < 12:
+        if self.one([0, 0, 1]):
+            self.node("Cast", [x], self.shapes[x], to=1)
+        elif self.opset < 12:
             self.node("Dropout", [x], self.shapes[x], ratio=0.4)
         else:
             self.node("Dropout", [x, self.constant(np.float32(0.4))][: self.one([1, 2])], self.shapes[x])

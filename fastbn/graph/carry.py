@@ -57,6 +57,14 @@ def _dropout(node, affine, came, goes, site):
     return affine
 
 
+# Cast to the type that a value already has is Identity, as some exporters write it; any other rounds or converts.
+def _cast(node, affine, came, goes, site):
+    kind = site.index.kind(node.inputs[0])
+    if kind == 0 or kind != node.attribute("to"):
+        raise Refusal("no-absorber", f"Cast '{node.label}' may change the type of '{node.inputs[0].name}'")
+    return affine
+
+
 # Neg:  -(S x + T) = S (-x) - T.
 def _neg(node, affine, came, goes, site):
     return Affine(affine.scale, -affine.shift, affine.axis, affine.rank, affine.spread)
@@ -503,6 +511,7 @@ def _reduce_terms(node, site):
 CARRIERS = {
     "Identity": _symmetric(_identity),
     "Dropout": _symmetric(_dropout),
+    "Cast": _symmetric(_cast),
     "Neg": _symmetric(_neg),
     "Transpose": _symmetric(_transpose),
     "Reshape": _symmetric(_reshape),

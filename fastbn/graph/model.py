@@ -370,6 +370,13 @@ class Index:
         declared = None if self.input_shapes else self.declared_shape(value)
         return self._shapes().get((value.scope.number, value.name)) if declared is None else declared
 
+    def kind(self, value):
+        """Return the type of a value as a number of TensorProto, 0 where it is not known."""
+        if value.initializer is not None:
+            return value.initializer.data_type
+        self._shapes()
+        return self._kinds.get((value.scope.number, value.name), 0)
+
     def declared_shape(self, value):
         """Return what the file itself says of a value's shape, without inference."""
         scope = value.scope
@@ -381,12 +388,13 @@ class Index:
 
     def _shapes(self):
         if self._inferred is None:
-            self._inferred = {}
+            self._inferred, self._kinds = {}, {}
             graph = self._infer()
             # Bodies are numbered in the order of the file, which inference has seen only if it is that of the data flow.
             scopes = scopes_of(graph) if self._sorted(self.main) is self.main.nodes else [graph]
             for number, inferred in enumerate(scopes):
                 for info in (*inferred.input, *inferred.value_info, *inferred.output):
+                    self._kinds[number, info.name] = info.type.tensor_type.elem_type
                     shape = _shape_of(info)
                     if shape is not None:
                         self._inferred[number, info.name] = shape
