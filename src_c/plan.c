@@ -11,7 +11,7 @@ enum {
     LONG_ROW = 2048,     /* or of so many where a tensor has at least */
     LARGE = 1 << 21,     /* so many elements: memory gives most when it is read in few long runs */
     SMALL_PLANE = 512,   /* planes shorter than this are reduced by columns, and not mapped beside a reduction, */
-    FEW_SAMPLES = 4,     /* unless there are fewer samples than this */
+    FEW_SAMPLES = 16,    /* unless there are fewer samples than this */
     LEAST_PLANE = 16,    /* planes shorter than this are mapped by columns */
     MOST_COLUMNS = 4096, /* columns of a group of a reduction */
     LONG_RUN = 2048,     /* elements of neighbouring planes in a row that are worth an incomplete line at its ends */
