@@ -132,9 +132,10 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
     plan->threads = elements < ONE_THREAD ? 1 : job->threads;
     const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
-    plan->stream = !in_place && traffic(plan) > fbn_last_cache() / 2;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
+    /* What a reduction reads leaves less room in the cache for what its map writes. */
+    plan->stream = !in_place && traffic(plan) > fbn_last_cache() / (plan->map_only ? 2 : 3);
 
     /* Without values there is nothing to cut. */
     if (elements > 0) {
