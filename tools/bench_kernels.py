@@ -294,6 +294,39 @@ def print_case(records, case):
         print(" | ".join(cells), flush=True)
 
 
+def markdown(records):
+    """The table of README.md: float32, one thread, multiples of a copy, and what all threads bring."""
+    most = max(record["threads"] for record in records)
+    lines = [
+        "| shape | layout | copy us | read | train: fastbn / torch | backward: fastbn | backward, new dx: fastbn / torch "
+        f"| infer: fastbn / torch / ORT | infer+residual+relu: fastbn / torch | train, {most} threads |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, layout in dict.fromkeys((record["shape"], record["layout"]) for record in records):
+        where = {"shape": shape, "layout": layout, "dtype": "float32", "threads": 1}
+        copy = find(records, "copy", "roof", **where)
+
+        def multiples(operation, *sides, where=where, copy=copy):
+            times = [find(records, side, operation, **where) for side in sides]
+            return " / ".join(f"{us / copy:.2f}" if us else "-" for us in times)
+
+        gain = find(records, "fastbn", "train", **where) / find(records, "fastbn", "train", **{**where, "threads": most})
+        cells = [
+            "x".join(map(str, shape)),
+            layout if len(shape) > 2 else "NC",
+            f"{copy:.0f}",
+            multiples("roof", "read"),
+            multiples("train", "fastbn", "torch"),
+            multiples("backward", "fastbn"),
+            multiples("backward new", "fastbn", "torch"),
+            multiples("infer", "fastbn", "torch", "onnxruntime"),
+            multiples("fused", "fastbn", "torch"),
+            f"{gain:.2f} times as fast",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summarise(records):
     """The figures of the project's targets: geometric means over shapes against each peer."""
     lines = []
@@ -399,6 +432,7 @@ def main():
     parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
     parser.add_argument("--json", help="write every figure here")
     parser.add_argument("--chart", help="write an SVG here")
+    parser.add_argument("--markdown", action="store_true", help="print the float32 figures as the table of README.md at the end")
     arguments = parser.parse_args()
     if arguments.accuracy:
         print_accuracy()
@@ -415,6 +449,8 @@ def main():
         Path(arguments.json).write_text(json.dumps(about, indent=1) + "\n")
     if arguments.chart:
         chart(records, arguments.chart)
+    if arguments.markdown:
+        print(markdown(records))
 
 
 if __name__ == "__main__":
