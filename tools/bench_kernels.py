@@ -373,11 +373,11 @@ def chart(records, path):
     cases = list(dict.fromkeys((record["shape"], record["layout"]) for record in kept))
     left, width, line = 190, 620, 12
     height = len(cases) * (line * 3 + 10) + 60
-    top = math.log10(1000)
+    first, decades = 0.5, math.log10(500 / 0.5)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="16" font-size="13">Training forward, float32, one thread: multiples of a copy (less is better)</text>',
+        f'<text x="{left}" y="16" font-size="13">Training, float32, one thread: copies, logarithmic from 0.5 (less is better)</text>',
     ]
     for number, (side, colour) in enumerate(colours.items()):
         parts.append(f'<rect x="{left + number * 90}" y="24" width="10" height="10" fill="{colour}"/>')
@@ -389,7 +389,7 @@ def chart(records, path):
         for side, colour in colours.items():
             us = find(records, side, "train", shape=shape, layout=layout, dtype="float32", threads=1)
             if us:
-                length = max(2, width * math.log10(max(us / copy, 1.02)) / top)
+                length = width * math.log10(max(us / copy, first * 1.02) / first) / decades
                 parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{line - 2}" fill="{colour}"/>')
                 parts.append(f'<text x="{left + length + 4:.0f}" y="{y + 9}" font-size="9">{us / copy:.1f}</text>')
             y += line
