@@ -96,7 +96,8 @@ static uint64_t results(shape it, fbn_dtype dtype, fbn_activation activation, in
 }
 
 int main(void) {
-    static const shape shapes[] = {{3, 5, 63, 0}, {2, 3, 20000, 0}, {20, 30, 49, 0}, {700, 3, 1, 1}, {60, 131, 1, 1}, {4, 70, 99, 1}};
+    static const shape shapes[] = {{3, 5, 63, 0},  {2, 3, 20000, 0}, {20, 30, 49, 0}, {3, 23, 899, 0},
+                                   {7, 40, 17, 0}, {700, 3, 1, 1},   {60, 131, 1, 1}, {4, 70, 99, 1}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (int dtype = FBN_FLOAT32; dtype <= FBN_BFLOAT16; dtype++)
             for (int activation = FBN_NO_ACTIVATION; activation <= FBN_RELU6; activation++) {
