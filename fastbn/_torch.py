@@ -105,7 +105,7 @@ def _wide(tensor):
 def _train(input, weight, bias, running_mean, running_var, momentum, eps):
     """Return (y, mean, m2), the last two as float64 arrays; the running statistics move."""
     y, channels = _new(input), input.shape[1]
-    mean, m2 = np.empty(channels), np.empty(channels)
+    mean, m2 = _native.new_moments(channels)
     view, (x, target) = _arrange(input, y)
     _native.train(
         *(x.data_ptr(), target.data_ptr(), None, running_mean, running_var, weight, bias, mean, m2, view, _STORAGE[input.dtype][1], 0),
@@ -368,7 +368,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, options):
         running_mean, running_var, momentum, eps, exchange = options
         view, (x,) = _arrange(input)
-        alone = BatchStats(values_per_channel(input), np.empty(input.shape[1]), np.empty(input.shape[1]))
+        alone = BatchStats._new(values_per_channel(input), input.shape[1])
         _native.stats(x.data_ptr(), alone.mean, alone.m2, view, _STORAGE[input.dtype][1], torch.get_num_threads())
         stats = sync.merge(alone, exchange)
         if stats.count == 1:

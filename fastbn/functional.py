@@ -269,17 +269,22 @@ def normalise_with(x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activa
     return _deliver(out, y, target)
 
 
+def _checked_half(dy, x, stats, axis):
+    """Return (x, dy, dtype, axis, channels), what the halves of the backward pass check alike."""
+    x, dtype = _check.tensor(x, "x")
+    dy = _check.same_shape(dy, "dy", x)
+    axis = _check.axis_of(axis, x)
+    _check.batch_stats_of(stats, x.shape[axis], None)
+    return x, dy, dtype, axis, x.shape[axis]
+
+
 def backward_sums(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None):
     """Return (sums, dweight, dbias), the first half of `batch_norm_backward` for statistics of more than this batch.
 
     sums, float64 of shape (2, C), are ``sum(g)`` and ``sum(g * (x - mean))`` of this batch, which processes add up between the halves;
     dweight and dbias are of this batch too. The arguments are those of `batch_norm_backward`.
     """
-    x, dtype = _check.tensor(x, "x")
-    dy = _check.same_shape(dy, "dy", x)
-    axis = _check.axis_of(axis, x)
-    channels = x.shape[axis]
-    stats = _check.batch_stats_of(stats, channels, None)
+    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
     dweight = None if weight is None else np.empty_like(weight)
@@ -295,11 +300,7 @@ def backward_sums(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, act
 
 def backward_input(dy, x, stats, sums, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, out=None):
     """Return dx, the second half of `batch_norm_backward`, from the sums of all ``stats.count`` values."""
-    x, dtype = _check.tensor(x, "x")
-    dy = _check.same_shape(dy, "dy", x)
-    axis = _check.axis_of(axis, x)
-    channels = x.shape[axis]
-    stats = _check.batch_stats_of(stats, channels, None)
+    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
     dx = _check.output(out, x, dy)

@@ -91,12 +91,11 @@ static void reduce_and_map(const fbn_run *run, int64_t first, int64_t mapped, in
     }
 }
 
-/* Repeats the constants of channels first.. for every column of a row and, in a whole table, behind it. */
+/* Repeats the constants of channels first.. for every column of a row and, in a whole table, behind it; a table may be the constants
+ * themselves. */
 static void expand(const fbn_plan *plan, char *columns, const char *constants, int64_t channels, int64_t count) {
     const int64_t bytes = plan->constant_bytes, once = channels * plan->span;
-    if (plan->span == 1)
-        memcpy(columns, constants, (size_t)(once * bytes));
-    else
+    if (plan->span > 1)
         for (int64_t c = 0; c < channels; c++) {
             if (bytes == 8)
                 for (int64_t s = 0; s < plan->span; s++)
@@ -105,6 +104,8 @@ static void expand(const fbn_plan *plan, char *columns, const char *constants, i
                 for (int64_t s = 0; s < plan->span; s++)
                     ((float *)columns)[c * plan->span + s] = ((const float *)constants)[c];
         }
+    else if (columns != constants)
+        memcpy(columns, constants, (size_t)(once * bytes));
     for (int64_t done = once; done < count;) {
         const int64_t more = count - done < done ? count - done : done;
         memcpy(columns + done * bytes, columns, (size_t)(more * bytes));
@@ -112,14 +113,12 @@ static void expand(const fbn_plan *plan, char *columns, const char *constants, i
     }
 }
 
-static void fill_tables(const fbn_plan *plan) {
-    for (int i = 0; i < 5 && plan->map == FBN_NSC; i++) {
-        if (plan->tables[i] != plan->constants[i])
-            expand(plan, plan->tables[i], plan->constants[i], plan->job->C, plan->period + FBN_SPARE);
-        else
-            for (int64_t j = 0; j < FBN_SPARE * plan->constant_bytes; j++)
-                plan->tables[i][plan->period * plan->constant_bytes + j] = plan->tables[i][j];
-    }
+/* The slopes and offsets exist in a backward pass through the statistics of the batch only. */
+static void fill_tables(const fbn_run *run) {
+    const fbn_plan *plan = &run->plan;
+    const int used = run->map == FBN_GRAD_INPUT && !plan->job->frozen ? 5 : 3;
+    for (int i = 0; i < used && plan->map == FBN_NSC; i++)
+        expand(plan, plan->tables[i], plan->constants[i], plan->job->C, plan->period + FBN_SPARE);
 }
 
 /* A sum over a row of columns, in lanes that a compiler can vectorise. */
@@ -364,7 +363,8 @@ void fbn_execute(fbn_run *run) {
         execute_empty(run);
         return;
     }
-    run->sample = fbn_sample_of(plan->job);
+    if (run->reduces && run->reduction == FBN_STATS)
+        run->sample = fbn_sample_of(plan->job);
     if (run->reduces && plan->fused) {
         fbn_parallel(groups_task, run, (C + plan->stride - 1) / plan->stride, plan->threads);
         return;
@@ -374,7 +374,7 @@ void fbn_execute(fbn_run *run) {
         if (run->reduction == FBN_STATS)
             fbn_parallel(sample_task, run, (C + SAMPLED - 1) / SAMPLED, plan->threads);
         if (together) {
-            fill_tables(plan);
+            fill_tables(run);
             fbn_parallel(tile_task, run, plan->tiles, plan->threads);
         } else
             fbn_parallel(reduce_task, run, plan->tiles * plan->groups, plan->threads);
@@ -382,6 +382,6 @@ void fbn_execute(fbn_run *run) {
     }
     if (!run->maps || (run->reduces && together))
         return;
-    fill_tables(plan);
+    fill_tables(run);
     fbn_parallel(map_task, run, plan->chunks, plan->threads);
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import BatchStats
+from fastbn import BatchStats, _check, _native
 
 X = np.ones((4, 3, 5), np.float32)
 ONES = np.ones(3)
@@ -121,3 +121,17 @@ def test_interleaved_arrays_do_not_overlap():
     y = fastbn.batch_norm(memory[:, ::2], ONES, ONES, out=memory[:, 1::2])
     assert (y == 0).all()
     assert (memory[:, ::2] == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 5), (1, 4, 2), (3, 2, 1, 1), (4, 1, 6), (0, 3), (3, 2, 0)])
+def test_the_view_of_dense_arrays_is_the_general_one(shape):
+    x, transposed = np.zeros(shape, np.float32), np.zeros(shape[::-1], np.float32).T
+    for axis in range(len(shape)):
+        general = _check.layout(shape, axis, 4, x.strides, x.strides)
+        dense = _native.dense_view(axis, (x, None, x))
+        if 0 in shape or shape[axis] == 1:
+            assert dense is None
+            continue
+        N, C, S = dense
+        assert general == (N, C, S, *(C * S, S, 1) * 2)
+        assert _native.dense_view(axis, (x, transposed)) is None or transposed.flags.c_contiguous
