@@ -37,7 +37,7 @@ extra = os.environ.get("FASTBN_CFLAGS", "").split()
 extension = Extension(
     "fastbn._native",
     sources=["fastbn/_native.pyx", *sorted(glob("src_c/*.c"))],
-    depends=sorted(glob("src_c/*.h") + glob("src_c/*.inc")),
+    depends=sorted(glob("src_c/*.h") + glob("src_c/*.inc") + glob("fastbn/*.pxi")),
     include_dirs=["src_c", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     extra_compile_args=flags + extra,

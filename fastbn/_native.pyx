@@ -2,6 +2,7 @@
 """The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap."""
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_Clear
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -108,6 +109,11 @@ cdef void set_vector(fbn_vector *vector, object array):
     vector.stride = cnp.PyArray_STRIDE(array, 0) // cnp.PyArray_ITEMSIZE(array)
 
 
+cdef void set_moments(fbn_job *job, object batch_mean, object batch_m2):
+    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
+    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+
+
 cdef void *new_work(const fbn_job *job) except NULL:
     cdef void *work = malloc(<size_t>fbn_work_bytes(job) + 1)
     if work is NULL:
@@ -144,8 +150,7 @@ def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean,
     set_vector(&job.var, running_var)
     set_vector(&job.weight, weight)
     set_vector(&job.bias, bias)
-    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
-    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    set_moments(&job, batch_mean, batch_m2)
     cdef void *work = new_work(&job)
     with nogil:
         fbn_train(&job, momentum, unbiased, work)
@@ -157,8 +162,7 @@ def stats(x, batch_mean, batch_m2, tuple view, int dtype, int threads=0):
     cdef fbn_job job = new_job(view, dtype, 0, 0, threads)
     cdef int index = 3
     set_tensor(&job.x, x, view, &index)
-    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
-    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    set_moments(&job, batch_mean, batch_m2)
     cdef void *work = new_work(&job)
     with nogil:
         fbn_stats(&job, work)
@@ -179,8 +183,7 @@ def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch
     set_vector(&job.dbias, dbias)
     set_vector(&job.weight, weight)
     set_vector(&job.bias, bias)
-    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
-    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    set_moments(&job, batch_mean, batch_m2)
     job.count = count
     job.frozen = frozen
     cdef void *work = new_work(&job)
@@ -223,10 +226,12 @@ def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count,
 cdef void set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums):
     set_vector(&job.weight, weight)
     set_vector(&job.bias, bias)
-    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
-    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    set_moments(job, batch_mean, batch_m2)
     job.count = count
     job.sums = <double *>cnp.PyArray_DATA(sums)
+
+
+include "_exchange.pxi"
 
 
 def first_without_root(var, double eps):

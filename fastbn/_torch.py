@@ -8,7 +8,7 @@ from fastbn import _check, _native, memory, sync
 from fastbn.errors import ArgumentError, TensorError, expected
 from fastbn.stats import BatchStats
 
-__all__ = ["apply", "apply_shared", "by_operators", "check_input", "check_vector", "values_per_channel"]
+__all__ = ["apply", "apply_shared", "by_operators", "check_input", "check_statistics", "check_vector"]
 
 # dtype -> how NumPy sees it and its number in fbn_dtype; bfloat16 by its bits, which needs no other package.
 _STORAGE = {
@@ -17,8 +17,10 @@ _STORAGE = {
     torch.float16: (np.dtype(np.float16), 2),
     torch.bfloat16: (np.dtype(np.int16), 3),
 }
-# Bytes of a tensor whose pages cost more than keeping its memory does.
-_LARGE = 1 << 19
+# Reads plain tensors in compiled code; a torch without these functions takes the general way throughout.
+_plain = _native.Exchange(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.empty_like)
+# Elements of a tensor whose pages cost more than keeping its memory does.
+_LARGE = 1 << 17
 
 
 # ---- what may be given ----
@@ -46,23 +48,31 @@ def check_vector(tensor, where, input):
         raise TensorError(expected(f"a tensor on {input.device}, as the input", f"one on {tensor.device}", where))
 
 
+def check_statistics(input, running_mean, running_var, training):
+    """Raise unless there are statistics to normalise this input with."""
+    if training and values_per_channel(input) == 1:
+        raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
+    if not training and (running_mean is None or running_var is None):
+        raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+
+
 def values_per_channel(input):
     """Return n, the product of all sizes but the channels'."""
     return input.numel() // max(input.shape[1], 1)
 
 
-# ---- what the kernels are given: addresses, because an array for each tensor would cost more than a small batch's arithmetic ----
+# ---- what the kernels are given where tensors are not plain: addresses of these or of copies ----
 
 
 def _place(tensor, where, input):
-    """Return (address, stride, whether float64, what owns the memory, the tensor) of checked values per channel; None passes."""
+    """Return (address, stride, whether float64, what owns the memory) of checked values per channel; None passes."""
     if tensor is None:
         return None
     owner = tensor
     if tensor.dtype is not torch.float32 or tensor.shape != input.shape[1:2] or not tensor.is_cpu or tensor.is_neg():
         check_vector(tensor, where, input)
         owner = (tensor if tensor.dtype is torch.float64 else tensor.float()).resolve_neg()
-    return owner.data_ptr(), owner.stride(0), owner.dtype is torch.float64, owner, tensor
+    return owner.data_ptr(), owner.stride(0), owner.dtype is torch.float64, owner
 
 
 def _arrange(*tensors):
@@ -77,7 +87,7 @@ def _arrange(*tensors):
 
 def _new(tensor):
     """Return a new tensor, as `torch.empty_like` does, but a large one in kept memory."""
-    if tensor.nbytes < _LARGE:
+    if tensor.numel() < _LARGE:
         return torch.empty_like(tensor)
     dtype, _ = _STORAGE[tensor.dtype]
     if tensor.is_contiguous():
@@ -88,10 +98,15 @@ def _new(tensor):
     return new.view(torch.bfloat16) if tensor.dtype is torch.bfloat16 else new
 
 
-def _new_gradient(dtype, channels):
-    """Return values per channel to fill in, and their place; the kernels write float32 and float64."""
-    new = torch.empty(channels, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    return new, (new.data_ptr(), 1, dtype is torch.float64)
+def _new_gradients(input, weight, bias, wanted):
+    """Return dweight and dbias to fill in, None where not wanted, and the places of these and of weight."""
+    # The kernels write float32 and float64.
+    wide = [parameter is not None and parameter.dtype is torch.float64 for parameter in (weight, bias)]
+    dweight, dbias = (
+        torch.empty(input.shape[1], dtype=torch.float64 if is_wide else torch.float32) if fill else None
+        for is_wide, fill in zip(wide, wanted[1:3], strict=True)
+    )
+    return dweight, dbias, (_place(dweight, "weight", input), _place(dbias, "bias", input), _place(weight, "weight", input))
 
 
 def _wide(tensor):
@@ -99,75 +114,80 @@ def _wide(tensor):
     return tensor.detach().double().contiguous().numpy()
 
 
-# ---- the kernels; parameters and running statistics by their places ----
+# ---- the kernels ----
 
 
-def _train(input, weight, bias, running_mean, running_var, momentum, eps):
-    """Return (y, mean, m2), the last two as float64 arrays; the running statistics move."""
-    y, channels = _new(input), input.shape[1]
-    mean, m2 = _native.new_moments(channels)
-    view, (x, target) = _arrange(input, y)
-    _native.train(
-        *(x.data_ptr(), target.data_ptr(), None, running_mean, running_var, weight, bias, mean, m2, view, _STORAGE[input.dtype][1], 0),
-        *(eps, momentum, True, torch.get_num_threads()),
-    )
-    if target is not y:
-        y.copy_(target)
-    for place in (running_mean, running_var):
-        if place is not None:
-            owner, running = place[3:]
-            if owner is not running:
-                running.copy_(owner)
-            elif not running.is_inference():
-                torch.autograd.graph.increment_version(running)
-    return y, mean, m2
+def _train(input, weight, bias, running_mean, running_var, momentum, eps, batches=None):
+    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move."""
+    y, threads, runnings = _new(input), torch.get_num_threads(), (running_mean, running_var)
+    moments = _plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
+    if moments is None:
+        check_input(input)
+        check_statistics(input, *runnings, True)
+        places = [_place(tensor, where, input) for tensor, where in zip(runnings, ("running_mean", "running_var"), strict=True)]
+        parameters = _place(weight, "weight", input), _place(bias, "bias", input)
+        moments = _native.new_moments(input.shape[1])
+        view, (x, target) = _arrange(input, y)
+        _native.train(
+            *(x.data_ptr(), target.data_ptr(), None, *places, *parameters, *moments, view, _STORAGE[input.dtype][1], 0),
+            *(eps, momentum, True, threads),
+        )
+        if target is not y:
+            y.copy_(target)
+        for place, running in zip(places, runnings, strict=True):
+            if running is not None and place[3] is not running:
+                running.copy_(place[3])
+        if batches is not None:
+            batches.add_(1)
+    torch.autograd.graph.increment_version([moved for moved in (running_mean, running_var, batches) if moved is not None])
+    return y, *moments
 
 
 def _infer(input, mean, var, weight, bias, eps):
     """Return y of given statistics."""
-    y = _new(input)
+    y, threads = _new(input), torch.get_num_threads()
+    if _plain.infer(input, y, mean, var, weight, bias, eps, threads):
+        return y
+    check_input(input)
+    check_statistics(input, mean, var, False)
+    places = _place(mean, "running_mean", input), _place(var, "running_var", input), _place(weight, "weight", input), _place(bias, "bias", input)
     view, (x, target) = _arrange(input, y)
-    _native.infer(
-        *(x.data_ptr(), target.data_ptr(), None, mean, var, weight, bias, view, _STORAGE[input.dtype][1], 0, eps),
-        torch.get_num_threads(),
-    )
+    _native.infer(x.data_ptr(), target.data_ptr(), None, *places, view, _STORAGE[input.dtype][1], 0, eps, threads)
     return y if target is y else y.copy_(target)
 
 
-def _backward(grad, input, mean, m2, weight, count, eps, training, types, wanted=(True, True, True)):
-    """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays, types those of the parameters."""
+def _backward(grad, input, mean, m2, weight, bias, count, eps, training, wanted=(True, True, True)):
+    """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays, a count of 0 stands for that of the input."""
     if not wanted[0]:
-        return None, *_backward_sums(grad, input, mean, m2, weight, count, eps, types, wanted)[1:]
-    dx, channels = _new(input), input.shape[1]
-    dweight, dweight_place = _new_gradient(types[0], channels) if wanted[1] else (None, None)
-    dbias, dbias_place = _new_gradient(types[1], channels) if wanted[2] else (None, None)
+        return None, *_backward_sums(grad, input, mean, m2, weight, bias, count, eps, wanted)[1:]
+    dx, threads = _new(input), torch.get_num_threads()
+    found = _plain.backward(input, dx, grad, weight, bias, mean, m2, count, eps, not training, wanted, threads)
+    if found is not None:
+        return found
+    dweight, dbias, places = _new_gradients(input, weight, bias, wanted)
     view, (x, target, dy) = _arrange(input, dx, grad)
     _native.backward(
-        *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), None, None, dweight_place, dbias_place, weight, None, mean, m2, count, view),
-        *(_STORAGE[input.dtype][1], 0, eps, not training, torch.get_num_threads()),
+        *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), None, None, *places, None, mean, m2, count or values_per_channel(input), view),
+        *(_STORAGE[input.dtype][1], 0, eps, not training, threads),
     )
-    if target is not dx:
-        dx.copy_(target)
-    return dx, _as(dweight, types[0]), _as(dbias, types[1])
+    return dx if target is dx else dx.copy_(target), _as(dweight, weight), _as(dbias, bias)
 
 
-def _backward_sums(grad, input, mean, m2, weight, count, eps, types, wanted):
+def _backward_sums(grad, input, mean, m2, weight, bias, count, eps, wanted):
     """Return (sums, dweight, dbias): the first half of the backward pass."""
-    channels = input.shape[1]
-    dweight, dweight_place = _new_gradient(types[0], channels) if wanted[1] else (None, None)
-    dbias, dbias_place = _new_gradient(types[1], channels) if wanted[2] else (None, None)
-    sums = np.empty((2, channels))
+    sums = np.empty((2, input.shape[1]))
+    dweight, dbias, places = _new_gradients(input, weight, bias, wanted)
     view, (x, dy) = _arrange(input, grad)
     _native.backward_sums(
-        *(x.data_ptr(), dy.data_ptr(), dweight_place, dbias_place, weight, None, mean, m2, count, sums, view, _STORAGE[input.dtype][1], 0),
+        *(x.data_ptr(), dy.data_ptr(), *places, None, mean, m2, count or values_per_channel(input), sums, view, _STORAGE[input.dtype][1], 0),
         *(eps, torch.get_num_threads()),
     )
-    return sums, _as(dweight, types[0]), _as(dbias, types[1])
+    return sums, _as(dweight, weight), _as(dbias, bias)
 
 
-def _as(gradient, dtype):
+def _as(gradient, parameter):
     """A gradient in the type of its parameter."""
-    return gradient if gradient is None or dtype is None or gradient.dtype is dtype else gradient.to(dtype)
+    return gradient if gradient is None or parameter is None or gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _move(running_mean, running_var, stats, momentum):
@@ -185,7 +205,7 @@ def _move(running_mean, running_var, stats, momentum):
 @torch.library.custom_op("fastbn::batch_norm_train", mutates_args=(), device_types="cpu")
 def _train_op(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     check_input(input)
-    y, mean, m2 = _train(input, _place(weight, "weight", input), _place(bias, "bias", input), None, None, 0.0, eps)
+    y, mean, m2 = _train(input, weight, bias, None, None, 0.0, eps)
     return y, torch.from_numpy(mean), torch.from_numpy(m2)
 
 
@@ -198,8 +218,9 @@ def _(input, weight, bias, eps):
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
 def _infer_op(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     check_input(input)
-    named = {"mean": mean, "var": var, "weight": weight, "bias": bias}
-    return _infer(input, *(_place(tensor, where, input) for where, tensor in named.items()), eps)
+    check_vector(mean, "mean", input)
+    check_vector(var, "var", input)
+    return _infer(input, mean, var, weight, bias, eps)
 
 
 @_infer_op.register_fake
@@ -217,8 +238,7 @@ def _backward_op(
     if grad.shape != input.shape or grad.dtype is not input.dtype or not grad.is_cpu:
         got = f"{grad.dtype} of shape {tuple(grad.shape)} on {grad.device}"
         raise TensorError(expected(f"{input.dtype} of shape {tuple(input.shape)}, as the input", got, "grad"))
-    types = (None if weight is None else weight.dtype,) * 2
-    return _backward(grad, input, _wide(mean), _wide(m2), _place(weight, "weight", input), count, eps, training, types)
+    return _backward(grad, input, _wide(mean), _wide(m2), weight, weight, count, eps, training)
 
 
 @_backward_op.register_fake
@@ -310,33 +330,30 @@ def by_operators(input, running_mean, running_var, weight, bias, training, momen
 # ---- eager mode: the same kernels without the operators' dispatch, which costs a small batch several times its arithmetic ----
 
 
-def apply(input, running_mean, running_var, weight, bias, training, momentum, eps):
-    """Batch normalization of a checked input; the other tensors are checked here, together with taking their addresses."""
-    places = (
-        _place(running_mean, "running_mean", input),
-        _place(running_var, "running_var", input),
-        _place(weight, "weight", input),
-        _place(bias, "bias", input),
-    )
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
-        return _BatchNorm.apply(input, weight, bias, (places, training, momentum, eps))
-    mean, var, weight, bias = places
-    return _train(input, weight, bias, mean, var, momentum, eps)[0] if training else _infer(input, mean, var, weight, bias, eps)
+def apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches=None):
+    """Batch normalization, which checks on the way to the kernels; `batches`, where given, counts one more when training."""
+    if torch.is_grad_enabled() and (
+        input.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _step(input, weight, bias, (running_mean, running_var, training, momentum, eps, batches))
+    if training:
+        return _train(input, weight, bias, running_mean, running_var, momentum, eps, batches)[0]
+    return _infer(input, running_mean, running_var, weight, bias, eps)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """`options` are (places, training, momentum, eps): each argument of its own costs a small batch time."""
+    """`options` are (running_mean, running_var, training, momentum, eps, batches): each argument of its own costs a small batch time."""
 
     @staticmethod
     def forward(ctx, input, weight, bias, options):
-        (mean, var, weight_place, bias_place), training, momentum, eps = options
+        running_mean, running_var, training, momentum, eps, batches = options
         if training:
-            y, mean, m2 = _train(input, weight_place, bias_place, mean, var, momentum, eps)
+            y, mean, m2 = _train(input, weight, bias, running_mean, running_var, momentum, eps, batches)
             ctx.save_for_backward(input, weight)
             ctx.saved = mean, m2, bias, eps
         else:
-            y = _infer(input, mean, var, weight_place, bias_place, eps)
-            ctx.save_for_backward(input, weight, mean[4], var[4])
+            y = _infer(input, running_mean, running_var, weight, bias, eps)
+            ctx.save_for_backward(input, weight, running_mean, running_var)
             ctx.saved = None, None, bias, eps
         return y
 
@@ -344,15 +361,18 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad):
         input, weight, *running = ctx.saved_tensors
         mean, m2, bias, eps = ctx.saved
-        training, count = not running, values_per_channel(input)
+        training, count = not running, 0
         if running:
             mean, m2, count = _wide(running[0]), _wide(running[1]), 1
         if torch.is_grad_enabled():  # create_graph: through the operator, which has a gradient itself
+            count = count or values_per_channel(input)
             found = _backward_op(grad, input, torch.from_numpy(mean), torch.from_numpy(m2), weight, count, eps, training)
             return *(got if wanted else None for got, wanted in zip(found, ctx.needs_input_grad[:3], strict=True)), None
-        types = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-        place = _place(weight, "weight", input)
-        return *_backward(grad, input, mean, m2, place, count, eps, training, types, ctx.needs_input_grad), None
+        return *_backward(grad, input, mean, m2, weight, bias, count, eps, training, ctx.needs_input_grad), None
+
+
+# What Function.apply comes to where no transform of torch.func is at work, without asking for one again.
+_step = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group):
@@ -376,17 +396,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         _move(running_mean, running_var, stats, momentum)
         ctx.save_for_backward(input, weight)
         ctx.saved = stats, bias, eps, exchange
-        return _infer(input, stats.mean, stats.var, _place(weight, "weight", input), _place(bias, "bias", input), eps)
+        return _infer(input, torch.from_numpy(stats.mean), torch.from_numpy(stats.var), weight, bias, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (input, weight), (stats, bias, eps, exchange) = ctx.saved_tensors, ctx.saved
-        types, place = (None if weight is None else weight.dtype, None if bias is None else bias.dtype), _place(weight, "weight", input)
-        sums, dweight, dbias = _backward_sums(grad, input, stats.mean, stats.m2, place, stats.count, eps, types, ctx.needs_input_grad)
+        sums, dweight, dbias = _backward_sums(grad, input, stats.mean, stats.m2, weight, bias, stats.count, eps, ctx.needs_input_grad)
         if not ctx.needs_input_grad[0]:
             return None, dweight, dbias, None
-        dx, sums = _new(input), sync.add_up(sums, exchange)
+        dx, sums, place = _new(input), sync.add_up(sums, exchange), _place(weight, "weight", input)
         view, (x, target, dy) = _arrange(input, dx, grad)
         _native.backward_input(
             *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), place, None, stats.mean, stats.m2, stats.count, sums, view),

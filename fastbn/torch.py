@@ -58,25 +58,33 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     tensor([[-1.,  7.],
             [ 1.,  7.]], dtype=torch.float64)
     """
-    return _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, _eager(input))
+    return _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, None, _eager(input))
 
 
-def _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager):
-    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
-    if eager or not torch.jit.is_tracing():
-        _torch.check_input(input)
-        if training and process_group is None and _torch.values_per_channel(input) == 1:
-            raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
-    if not training and (running_mean is None or running_var is None):
-        raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
+def _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, batches, eager):
+    """`batches`, where given, counts one more when training."""
     eps = _check.eps_of(eps)
+    if eager and (process_group is None or not training):
+        return _torch.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+    y = _apart(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager)
+    if batches is not None:
+        batches.add_(1)
+    return y
+
+
+def _apart(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager):
+    """What is not a plain call of one process."""
+    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
+    tracing = not eager and torch.jit.is_tracing()
+    if not tracing:
+        _torch.check_input(input)
     if training and process_group is not None:
         return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
-    if eager:
-        return _torch.apply(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not tracing:
+        _torch.check_statistics(input, running_mean, running_var, training)
     if _transformed():  # torch.func and forward-mode differentiation know torch's operators alone
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if not torch.jit.is_tracing():
+    if not tracing:
         for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
             _torch.check_vector(tensor, where, input)
     return _torch.by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -91,9 +99,10 @@ def _shared(input, running_mean, running_var, weight, bias, momentum, eps, proce
 
 def _eager(input):
     """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
+    kind = type(input)
     return (
         not torch.compiler.is_compiling()
-        and (type(input) is torch.Tensor or type(input) is torch.nn.Parameter)
+        and (kind is torch.Tensor or kind is torch.nn.Parameter)
         and input.is_cpu
         and not torch.jit.is_tracing()
         and not _transformed()
@@ -122,16 +131,23 @@ class _Module:
                 return self._exported(input)
         self._check_input_dim(input)
         momentum, training = self.momentum, self.training
-        tracked = not training or self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
-        counted = self.num_batches_tracked if training and tracked else None
+        weight, bias, running_mean, running_var, batches = self._state()
+        if not training:
+            batches = None
+        elif not self.track_running_stats:
+            running_mean = running_var = batches = None
         if momentum is None:
-            momentum = 0.0 if counted is None else 1 / (float(counted) + 1)
+            momentum = 0.0 if batches is None else 1 / (float(batches) + 1)
         by_batch, group = training or (running_mean is None and running_var is None), self._group() if training else None
-        y = _call(input, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps, group, eager)
-        if counted is not None:
-            counted.add_(1)
-        return y
+        return _call(input, running_mean, running_var, weight, bias, by_batch, momentum, self.eps, group, batches, eager)
+
+    def _state(self):
+        """Parameters and buffers, without the detour of Module.__getattr__ where they lie at their places."""
+        own, buffers = self._parameters, self._buffers
+        try:
+            return own["weight"], own["bias"], buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # a parametrization, or an attribute that somebody has replaced
+            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def _exported(self, input):
         return super().forward(input)

@@ -4,21 +4,7 @@
 #include <math.h>
 #include <stddef.h>
 
-double fbn_value_of(const fbn_vector *vector, int64_t c, double otherwise) {
-    if (vector->data == NULL)
-        return otherwise;
-    return vector->is_f64 ? ((const double *)vector->data)[c * vector->stride] : (double)((const float *)vector->data)[c * vector->stride];
-}
-
-void fbn_set_value(const fbn_vector *vector, int64_t c, double value) {
-    if (vector->data == NULL)
-        return;
-    if (vector->is_f64)
-        ((double *)vector->data)[c * vector->stride] = value;
-    else
-        ((float *)vector->data)[c * vector->stride] = (float)value;
-}
-
+/* Values side by side get a loop of their own, which a compiler can vectorise. */
 void fbn_gather(double *values, const fbn_vector *vector, int64_t first, int count, double otherwise) {
     const int64_t step = vector->stride;
     if (vector->data == NULL)
@@ -27,9 +13,42 @@ void fbn_gather(double *values, const fbn_vector *vector, int64_t first, int cou
     else if (vector->is_f64)
         for (int i = 0; i < count; i++)
             values[i] = ((const double *)vector->data)[(first + i) * step];
+    else if (step == 1)
+        for (int i = 0; i < count; i++)
+            values[i] = (double)((const float *)vector->data)[first + i];
     else
         for (int i = 0; i < count; i++)
             values[i] = (double)((const float *)vector->data)[(first + i) * step];
+}
+
+void fbn_scatter(const fbn_vector *vector, int64_t first, int count, const double *values) {
+    const int64_t step = vector->stride;
+    if (vector->data == NULL)
+        return;
+    if (vector->is_f64)
+        for (int i = 0; i < count; i++)
+            ((double *)vector->data)[(first + i) * step] = values[i];
+    else if (step == 1)
+        for (int i = 0; i < count; i++)
+            ((float *)vector->data)[first + i] = (float)values[i];
+    else
+        for (int i = 0; i < count; i++)
+            ((float *)vector->data)[(first + i) * step] = (float)values[i];
+}
+
+void fbn_constants(double *values, const fbn_plan *plan, int which, int64_t first, int count) {
+    const fbn_vector constants = {plan->constants[which], 1, plan->constant_bytes == 8};
+    fbn_gather(values, &constants, first, count, 0);
+}
+
+void fbn_set_constants(const fbn_plan *plan, int which, int64_t first, int count, const double *values) {
+    char *constants = plan->constants[which];
+    if (plan->constant_bytes == 8)
+        for (int i = 0; i < count; i++)
+            ((double *)constants)[first + i] = values[i];
+    else
+        for (int i = 0; i < count; i++)
+            ((float *)constants)[first + i] = fbn_constant_f32(values[i]);
 }
 
 void fbn_inverse_std(double *inverse, const double *var, int count, double eps) {

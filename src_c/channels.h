@@ -8,9 +8,13 @@
 /* The most channels of a block. */
 enum { FBN_CHANNELS = 16 };
 
-double fbn_value_of(const fbn_vector *vector, int64_t c, double otherwise);
-void fbn_set_value(const fbn_vector *vector, int64_t c, double value);
+/* Values of a vector, `otherwise` where there is none; and back, where there is one. */
 void fbn_gather(double *values, const fbn_vector *vector, int64_t first, int count, double otherwise);
+void fbn_scatter(const fbn_vector *vector, int64_t first, int count, const double *values);
+
+/* The same of a table of constants of the kernels. */
+void fbn_constants(double *values, const fbn_plan *plan, int which, int64_t first, int count);
+void fbn_set_constants(const fbn_plan *plan, int which, int64_t first, int count, const double *values);
 
 /* 1/sqrt(var+eps), but 0 where there is nothing to divide by: a constant channel with eps 0 becomes its bias. */
 void fbn_inverse_std(double *inverse, const double *var, int count, double eps);

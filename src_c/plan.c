@@ -112,7 +112,7 @@ static void cut_map(fbn_plan *plan) {
     plan->chunks =
         plan->outer * parts(plan->samples, plan->chunk_samples) * parts(job->C, plan->chunk_channels) * parts(channel, plan->chunk_cols);
     if (plan->map == FBN_NSC)
-        plan->period = plan->contiguous ? sample * parts(JOINED_ROW, sample) : sample;
+        plan->period = plan->contiguous ? sample * smaller(parts(JOINED_ROW, sample), plan->samples) : sample;
 }
 
 /* Bytes of all tensors that a job reads or writes. */

@@ -53,22 +53,9 @@ enum { FBN_PLANE_TILE = 16384 };
 /* Plans a job and lays its scratch out from `work`, which may be NULL; returns the bytes of scratch. */
 int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work);
 
-static inline double fbn_constant(const fbn_plan *plan, int which, int64_t c) {
-    const char *values = plan->constants[which];
-    return plan->constant_bytes == 8 ? ((const double *)values)[c] : (double)((const float *)values)[c];
-}
-
 /* Every NaN becomes the one that bfloat16 can hold: rounding the bits of others would overflow into the sign. */
 static inline float fbn_constant_f32(double value) {
     return value == value ? (float)value : (float)NAN;
-}
-
-static inline void fbn_set_constant(const fbn_plan *plan, int which, int64_t c, double value) {
-    char *values = plan->constants[which];
-    if (plan->constant_bytes == 8)
-        ((double *)values)[c] = value;
-    else
-        ((float *)values)[c] = fbn_constant_f32(value);
 }
 
 #endif

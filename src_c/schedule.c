@@ -253,8 +253,7 @@ static void center_on_sample(const fbn_run *run, int64_t first, int64_t channels
     for (int64_t c = first; c < first + channels; c += FBN_CHANNELS) {
         const int64_t count = first + channels - c < FBN_CHANNELS ? first + channels - c : FBN_CHANNELS;
         fbn_sample_mean(centre, run->plan.job, &run->sample, c, count);
-        for (int64_t i = 0; i < count; i++)
-            fbn_set_constant(&run->plan, FBN_CENTER, c + i, centre[i]);
+        fbn_set_constants(&run->plan, FBN_CENTER, c, (int)count, centre);
     }
 }
 
@@ -346,13 +345,14 @@ static void finish_task(void *context, int64_t index, int slot) {
 /* No values: statistics and gradients are zero, the running statistics stay. */
 static void execute_empty(const fbn_run *run) {
     const fbn_job *job = run->plan.job;
+    const double nothing = 0;
     for (int64_t c = 0; c < job->C; c++) {
         if (run->reduces && run->reduction == FBN_STATS)
             job->batch_mean[c] = job->batch_m2[c] = 0;
         if (run->reduces && job->sums != NULL)
             job->sums[c] = job->sums[job->C + c] = 0;
-        fbn_set_value(&job->dweight, c, 0);
-        fbn_set_value(&job->dbias, c, 0);
+        fbn_scatter(&job->dweight, c, 1, &nothing);
+        fbn_scatter(&job->dbias, c, 1, &nothing);
     }
 }
 
