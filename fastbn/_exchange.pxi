@@ -1,5 +1,5 @@
-# Tensors of a framework, read through the function pointers of DLPack's `DLPackExchangeAPI`: asking each for its address, sizes and strides in
-# Python costs a small batch more than its arithmetic. What is not plain is left to the caller's general way, and so is every error.
+# Tensors of a framework, read through the function pointers of DLPack's `DLPackExchangeAPI`: asking each for its address, sizes and strides
+# in Python costs a small batch more than its arithmetic. What is not plain is left to the caller's general way, and so is every error.
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport PyObject
@@ -124,7 +124,7 @@ cdef class Exchange:
         return True
 
     def train(self, x, out, running_mean, running_var, weight, bias, batches, double eps, double momentum, int threads):
-        """(batch_mean, batch_m2), y being in out, the running statistics moved and one added to the int64 batches; or None and nothing done."""
+        """(batch_mean, batch_m2), with y in out, the running statistics moved and one added to batches, an int64; or None and nothing done."""
         cdef DLTensor first, counter
         cdef fbn_job job = new_job((0, 0, 0), 0, 0, eps, threads)
         if not (

@@ -75,6 +75,10 @@ def _place(tensor, where, input):
     return owner.data_ptr(), owner.stride(0), owner.dtype is torch.float64, owner
 
 
+def _places(input, **named):
+    return [_place(tensor, where, input) for where, tensor in named.items()]
+
+
 def _arrange(*tensors):
     """Return the view of the kernels and the tensors it is of: those given, or contiguous copies where they have no common view."""
     # The memory of a negative view, such as z.conj().imag, holds the other sign.
@@ -106,7 +110,7 @@ def _new_gradients(input, weight, bias, wanted):
         torch.empty(input.shape[1], dtype=torch.float64 if is_wide else torch.float32) if fill else None
         for is_wide, fill in zip(wide, wanted[1:3], strict=True)
     )
-    return dweight, dbias, (_place(dweight, "weight", input), _place(dbias, "bias", input), _place(weight, "weight", input))
+    return dweight, dbias, [*_places(input, weight=dweight, bias=dbias), _place(weight, "weight", input)]
 
 
 def _wide(tensor):
@@ -119,22 +123,21 @@ def _wide(tensor):
 
 def _train(input, weight, bias, running_mean, running_var, momentum, eps, batches=None):
     """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move."""
-    y, threads, runnings = _new(input), torch.get_num_threads(), (running_mean, running_var)
+    y, threads = _new(input), torch.get_num_threads()
     moments = _plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
     if moments is None:
         check_input(input)
-        check_statistics(input, *runnings, True)
-        places = [_place(tensor, where, input) for tensor, where in zip(runnings, ("running_mean", "running_var"), strict=True)]
-        parameters = _place(weight, "weight", input), _place(bias, "bias", input)
+        check_statistics(input, running_mean, running_var, True)
+        places = _places(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         moments = _native.new_moments(input.shape[1])
         view, (x, target) = _arrange(input, y)
         _native.train(
-            *(x.data_ptr(), target.data_ptr(), None, *places, *parameters, *moments, view, _STORAGE[input.dtype][1], 0),
+            *(x.data_ptr(), target.data_ptr(), None, *places, *moments, view, _STORAGE[input.dtype][1], 0),
             *(eps, momentum, True, threads),
         )
         if target is not y:
             y.copy_(target)
-        for place, running in zip(places, runnings, strict=True):
+        for place, running in zip(places[:2], (running_mean, running_var), strict=True):
             if running is not None and place[3] is not running:
                 running.copy_(place[3])
         if batches is not None:
@@ -150,7 +153,7 @@ def _infer(input, mean, var, weight, bias, eps):
         return y
     check_input(input)
     check_statistics(input, mean, var, False)
-    places = _place(mean, "running_mean", input), _place(var, "running_var", input), _place(weight, "weight", input), _place(bias, "bias", input)
+    places = _places(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
     view, (x, target) = _arrange(input, y)
     _native.infer(x.data_ptr(), target.data_ptr(), None, *places, view, _STORAGE[input.dtype][1], 0, eps, threads)
     return y if target is y else y.copy_(target)
@@ -175,11 +178,11 @@ def _backward(grad, input, mean, m2, weight, bias, count, eps, training, wanted=
 
 def _backward_sums(grad, input, mean, m2, weight, bias, count, eps, wanted):
     """Return (sums, dweight, dbias): the first half of the backward pass."""
-    sums = np.empty((2, input.shape[1]))
+    sums, count = np.empty((2, input.shape[1])), count or values_per_channel(input)
     dweight, dbias, places = _new_gradients(input, weight, bias, wanted)
     view, (x, dy) = _arrange(input, grad)
     _native.backward_sums(
-        *(x.data_ptr(), dy.data_ptr(), *places, None, mean, m2, count or values_per_channel(input), sums, view, _STORAGE[input.dtype][1], 0),
+        *(x.data_ptr(), dy.data_ptr(), *places, None, mean, m2, count, sums, view, _STORAGE[input.dtype][1], 0),
         *(eps, torch.get_num_threads()),
     )
     return sums, _as(dweight, weight), _as(dbias, bias)
