@@ -3,6 +3,13 @@
 `import fastbn` loads NumPy and nothing else; the graph functions and `deploy` load onnx and onnxruntime when they are first called.
 """
 
+try:
+    from fastbn import _native  # noqa: F401
+except ImportError as error:
+    from fastbn.errors import expected
+
+    found = "a source folder in which it is not built: start elsewhere, or run `python setup.py build_ext --inplace`"
+    raise ImportError(expected("the compiled part of fastbn", found, __path__[0])) from error
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, batch_stats, fold_conv, fold_linear

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -98,3 +99,12 @@ def test_show_config_fits_into_json():
     assert json.loads(json.dumps(config)) == config
     assert {"version", "numpy", "onnx", "onnxruntime", "machine", "cpus"} <= set(config)
     assert fastbn.kernels()
+
+
+def test_a_source_folder_that_is_not_built_says_so(tmp_path, environment):
+    copied = shutil.copytree(Path(fastbn.__file__).parent, tmp_path / "fastbn", ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    environment = {**environment, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", "import fastbn"], env=environment, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: Expected the compiled part of fastbn, got a source folder in which it is not built")
+    assert last.endswith(f"at `{copied}`")
