@@ -121,13 +121,15 @@ def _wide(tensor):
 # ---- the kernels ----
 
 
-def _train(input, weight, bias, running_mean, running_var, momentum, eps, batches=None):
-    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move."""
+def _train(input, weight, bias, running_mean, running_var, momentum, eps, batches=None, single=False):
+    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move. One value per channel
+    is an error, as in torch, unless `single`."""
     y, threads = _new(input), torch.get_num_threads()
     moments = _plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
     if moments is None:
         check_input(input)
-        check_statistics(input, running_mean, running_var, True)
+        if not single:
+            check_statistics(input, running_mean, running_var, True)
         places = _places(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         moments = _native.new_moments(input.shape[1])
         view, (x, target) = _arrange(input, y)
@@ -208,7 +210,7 @@ def _move(running_mean, running_var, stats, momentum):
 @torch.library.custom_op("fastbn::batch_norm_train", mutates_args=(), device_types="cpu")
 def _train_op(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     check_input(input)
-    y, mean, m2 = _train(input, weight, bias, None, None, 0.0, eps)
+    y, mean, m2 = _train(input, weight, bias, None, None, 0.0, eps, single=True)
     return y, torch.from_numpy(mean), torch.from_numpy(m2)
 
 

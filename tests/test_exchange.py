@@ -128,6 +128,14 @@ def test_one_value_per_channel_is_left_to_the_error():
     assert _torch._plain.train(x, torch.empty_like(x), None, None, None, None, None, 0.0, 0.1, 1) is None
 
 
+def test_the_operator_takes_one_value_per_channel():
+    """Keras and ONNX do; it is the modules that raise, as torch's do."""
+    y, mean, m2 = torch.ops.fastbn.batch_norm_train(torch.full((1, 6), 3.0), None, torch.arange(6.0), 1e-5)
+    assert torch.equal(y, torch.arange(6.0)[None])
+    assert torch.equal(mean, torch.full((6,), 3.0, dtype=torch.float64))
+    assert torch.equal(m2, torch.zeros(6, dtype=torch.float64))
+
+
 def test_outputs_and_gradients_must_be_like_the_input():
     moments, wanted = (np.zeros(6), np.ones(6)), (True, False, False)
     for other in (X.double(), X[:2], X.contiguous(memory_format=torch.channels_last), X.flatten(2)):
