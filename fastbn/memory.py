@@ -10,6 +10,9 @@ __all__ = ["KEPT", "lend", "release"]
 # Bytes that are kept at most while nobody uses them.
 KEPT = 1 << 28
 
+# Bytes of a cache line: blocks begin at one, as a framework's own memory does; operators behind ours would be slower elsewhere.
+_LINE = 64
+
 _idle = {}  # size in bytes -> blocks, the size given back last at the end
 _lent = {}  # id of a weak reference -> that reference and its block
 
@@ -18,13 +21,19 @@ class _Block(np.ndarray):
     """Memory, of a type of its own: a view of a view refers to the last array of its own type, which must be the one that is watched."""
 
 
+def _new_block(size):
+    block = _Block(size + _LINE, np.uint8)
+    start = -block.ctypes.data % _LINE
+    return block[start : start + size]
+
+
 def lend(shape, dtype):
     """Return an uninitialised C-contiguous array, whose memory comes back here when the last reference to it is gone."""
     size = math.prod(shape) * dtype.itemsize
     try:
         block = _idle[size].pop()
     except (KeyError, IndexError):
-        block = _Block(size, np.uint8)
+        block = _new_block(size)
     array = np.ndarray(shape, dtype, block)
     reference = weakref.ref(array, _take_back)
     _lent[id(reference)] = reference, block

@@ -78,8 +78,10 @@ fbn_sample fbn_sample_of(const fbn_job *job) {
     const int64_t n = job->N * job->S;
     fbn_sample sample = {.count = n < FBN_SAMPLES ? (int)n : FBN_SAMPLES};
     for (int k = 0; k < sample.count; k++) {
-        /* One value in each sixteenth, at another place in each: a regular step could meet the same border every time. */
-        const int64_t start = k * n / sample.count, q = start + (k * 7 % sample.count) * (n / sample.count) / sample.count;
+        /* One value in each sixteenth, at the multiples of the golden ratio: places that are multiples of a fraction would all lie in one
+         * column of an image, perhaps at its border, where a padded convolution gives other values. */
+        const double place = k * 0.6180339887498949;
+        const int64_t start = k * n / sample.count, q = start + (int64_t)((place - (int)place) * (double)(n / sample.count));
         sample.at[k] = q / job->S * job->x.n + q % job->S * job->x.s;
     }
     return sample;

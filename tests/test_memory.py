@@ -40,6 +40,11 @@ def test_arrays_in_use_do_not_share_memory():
     assert [set(array.tolist()) for array in arrays] == [{0}, {1}, {2}, {3}]
 
 
+def test_memory_begins_at_a_cache_line():
+    arrays = [memory.lend((size,), FLOAT) for size in (1, 1000, 1 << 20, 1 << 24)]
+    assert [array.ctypes.data % 64 for array in arrays] == [0] * 4
+
+
 def test_no_more_is_kept_than_promised(monkeypatch):
     monkeypatch.setattr(memory, "KEPT", 50_000)
     for size in (1000, 2000, 3000, 4000):

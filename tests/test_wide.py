@@ -86,6 +86,22 @@ def test_adversarial_data(n, layout):
         check(np.ascontiguousarray(channels[:, :whole].reshape(len(channels), -1, 9).transpose(1, 0, 2)), 1)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("size", [8, 28, 32, 56])
+def test_an_image_with_a_border_is_added_up_once(size, axis):
+    """The sample of a channel must not lie on the border alone: its mean would be far from the channel's, and everything would be added up
+    again in float64, which shows in an error that is too small for one pass."""
+    x = np.random.default_rng(size).standard_normal((32, 64, size, size)).astype(np.float32)
+    for border in (np.s_[:, :, :, :1], np.s_[:, :, :, -1:], np.s_[:, :, :1, :], np.s_[:, :, -1:, :]):
+        image = x.copy()
+        image[border] += 6
+        exact = truth(image)[1]
+        stats = fastbn.batch_stats(image if axis == 1 else np.ascontiguousarray(np.moveaxis(image, 1, -1)), axis=axis)
+        error = np.abs(stats.var - exact.astype(np.float64)) / exact.astype(np.float64)
+        assert error.max() <= 1e-6
+        assert (error > 1e-13).mean() > 0.9
+
+
 def test_float64():
     rng = np.random.default_rng(0)
     for ratio in (0.0, 1e4, 1e7):

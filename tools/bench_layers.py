@@ -3,10 +3,12 @@
     python tools/bench_layers.py                          a dozen layers in NCHW and a small residual network, one thread
     python tools/bench_layers.py --shapes shapes.json     other layers: a list of {"N", "C", "spatial"}; batches are cut to 8 to 32
     python tools/bench_layers.py --channels-last --threads 2 --seconds 1 --json bench.json
+    python tools/bench_layers.py --bound                  beside a step that only moves the tensors
 
 A step of a layer is its forward and backward pass (y, dx, dweight, dbias), of the network a step of SGD as well. Every result is checked
 against float64 before it is timed. Times are medians of calls, of one thread in CPU time, so that other work on the machine counts for
-little; the quotient is torch's time over fastbn's, above 1 where fastbn is faster.
+little; the quotient is torch's time over fastbn's, above 1 where fastbn is faster. The bound is torch's time over that of a step of autograd
+in Python that normalises nothing: it copies x to y and adds x and dy to dx, each read or written once, in memory that is there already.
 """
 
 import argparse
@@ -75,7 +77,32 @@ def check(step, x, dy, module):
             raise SystemExit(f"{type(module).__module__} {name} {tuple(x.shape)}: wrong by {error}")
 
 
-def layer(shape, channels_last, seconds):
+class Moves(torch.autograd.Function):
+    """The least that a step of autograd written in Python does to its tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kept):
+        y, ctx.dx = kept
+        ctx.save_for_backward(x, weight, bias)
+        return y.copy_(x).detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        return torch.add(x, dy, out=ctx.dx).detach(), torch.empty_like(weight), torch.empty_like(bias), None
+
+
+def step_that_moves(module, x, dy):
+    leaves, kept = [x.requires_grad_(), *module.parameters()], (torch.empty_like(x), torch.empty_like(x))
+
+    def step():
+        y = Moves.apply(*leaves, kept)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    return step
+
+
+def layer(shape, channels_last, seconds, bound):
     """Times of one training step, or None where the shape is not for this layout."""
     if channels_last and len(shape) not in (4, 5):
         return None
@@ -88,6 +115,8 @@ def layer(shape, channels_last, seconds):
     steps = {name: step_of(module, x.clone(**order), dy) for name, module in modules.items()}
     for name, module in modules.items():
         check(steps[name], x, dy, module)
+    if bound:
+        steps["bound"] = step_that_moves(theirs, x.clone(**order), dy)
     return in_turn(steps, seconds)
 
 
@@ -159,6 +188,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="per layer, and ten times that for the network")
     parser.add_argument("--most", type=float, default=64e6, help="leave out layers with more elements than this")
+    parser.add_argument("--bound", action="store_true", help="time a step that only moves the tensors, too")
     parser.add_argument("--json", help="write the times here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -166,18 +196,22 @@ def main():
     rows = {}
     layout = "channels last" if options.channels_last else "channels first"
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__} ({fastbn.show_config()['isa']}), {options.threads} threads, {layout}")
-    print(f"{'training step of a layer':28} {'torch us':>11} {'fastbn us':>11} {'quotient':>9}")
+    head = f"{'training step of a layer':28} {'torch us':>11} {'fastbn us':>11} {'quotient':>9}"
+    print(f"{head} {'bound':>9}" if options.bound else head)
     for shape in shapes_of(options.shapes, options.most):
-        times = layer(shape, options.channels_last, options.seconds)
+        times = layer(shape, options.channels_last, options.seconds, options.bound)
         if times is None:
             continue
         name = "x".join(map(str, shape))
         rows[name] = times
-        print(f"{name:28} {times['torch']:11.1f} {times['fastbn']:11.1f} {times['torch'] / times['fastbn']:9.2f}")
+        last = f" {times['torch'] / times['bound']:9.2f}" if options.bound else ""
+        print(f"{name:28} {times['torch']:11.1f} {times['fastbn']:11.1f} {times['torch'] / times['fastbn']:9.2f}{last}")
         sys.stdout.flush()
     quotients = {name: times["torch"] / times["fastbn"] for name, times in rows.items()}
     worst = min(quotients, key=quotients.get)
     print(f"geometric mean {statistics.geometric_mean(quotients.values()):.2f}, worst {quotients[worst]:.2f} at {worst}")
+    if options.bound:
+        print(f"geometric mean of the bound {statistics.geometric_mean(times['torch'] / times['bound'] for times in rows.values()):.2f}")
     times = rows["network"] = whole(options.channels_last, 10 * options.seconds)
     print(f"{'step of the network':28} {times['torch']:11.1f} {times['fastbn']:11.1f} {times['torch'] / times['fastbn']:9.2f}")
     if options.json:
