@@ -30,6 +30,16 @@ static void move(const fbn_vector *running, int64_t first, int count, const doub
     fbn_scatter(running, first, count, values);
 }
 
+/* Whether a channel without squares is not constant. A constant one, as behind a Relu that never fires, needs no second look; others may
+ * have squares that are too small for CT. */
+static int differ(const fbn_job *job, int64_t first, int count, const double *square) {
+    int differs[FBN_CHANNELS], found = 0;
+    fbn_differ(differs, job, first, count);
+    for (int i = 0; i < count; i++)
+        found |= square[i] == 0 && differs[i];
+    return found;
+}
+
 static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
@@ -39,7 +49,7 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
     double mean[FBN_CHANNELS], m2[FBN_CHANNELS], sum[FBN_CHANNELS], square[FBN_CHANNELS], off[FBN_CHANNELS];
     for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
         const int count = first + channels - group < FBN_CHANNELS ? (int)(first + channels - group) : FBN_CHANNELS;
-        int again = 0;
+        int again = 0, dead = 0;
         add_tiles(plan, group, count, sum, square);
         fbn_constants(mean, plan, FBN_CENTER, group, count);
         for (int i = 0; i < count; i++) {
@@ -48,7 +58,10 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
             mean[i] += off[i];
             /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
             again += !(m2[i] >= least * n) | !(off[i] * off[i] * n <= m2[i]) | !(m2[i] < INFINITY);
+            dead += (sum[i] == 0) & (square[i] == 0);
         }
+        if (dead == again && again && !differ(job, group, count, square))
+            again = 0;
         if (again && n > 1) {
             double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
             fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);

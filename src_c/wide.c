@@ -68,11 +68,40 @@ enum { LANES = 8 };
                 sample_few_##DT(centre + c, x + c * stride, sample, 1);                                                                    \
     }
 
-#define BOTH(DT, T, CT, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, CT, WIDEN)
-BOTH(f32, float, float, )
-BOTH(f64, double, double, )
-BOTH(f16, uint16_t, double, widen_f16)
-BOTH(bf16, uint16_t, double, widen_bf16)
+/* Whether a value of a channel is not its first; channels that lie side by side together. */
+#define DIFFER(DT, T)                                                                                                                      \
+    static inline void differ_few_##DT(int *differs, const T *x, const fbn_job *job, int channels) {                                       \
+        T of_first[FBN_CHANNELS];                                                                                                          \
+        int found[FBN_CHANNELS] = {0};                                                                                                     \
+        for (int c = 0; c < channels; c++)                                                                                                 \
+            of_first[c] = x[c];                                                                                                            \
+        for (int64_t n = 0; n < job->N; n++)                                                                                               \
+            for (int64_t s = 0; s < job->S; s++)                                                                                           \
+                for (int c = 0; c < channels; c++)                                                                                         \
+                    found[c] |= x[n * job->x.n + s * job->x.s + c] != of_first[c];                                                         \
+        for (int c = 0; c < channels; c++)                                                                                                 \
+            differs[c] = found[c];                                                                                                         \
+    }                                                                                                                                      \
+    static void differ_##DT(int *differs, const fbn_job *job, int64_t first, int64_t channels) {                                           \
+        const fbn_tensor t = job->x;                                                                                                       \
+        const T *x = (const T *)t.data + first * t.c;                                                                                      \
+        if (t.c == 1 && channels == FBN_CHANNELS) {                                                                                        \
+            differ_few_##DT(differs, x, job, FBN_CHANNELS);                                                                                \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
+        for (int64_t c = 0; c < channels; c++) {                                                                                           \
+            differs[c] = 0;                                                                                                                \
+            for (int64_t n = 0; n < job->N && !differs[c]; n++)                                                                            \
+                for (int64_t s = 0; s < job->S; s++)                                                                                       \
+                    differs[c] |= x[c * t.c + n * t.n + s * t.s] != x[c * t.c];                                                            \
+        }                                                                                                                                  \
+    }
+
+#define ALL(DT, T, CT, WIDEN) SUMS(DT, T, WIDEN) SAMPLE(DT, T, CT, WIDEN) DIFFER(DT, T)
+ALL(f32, float, float, )
+ALL(f64, double, double, )
+ALL(f16, uint16_t, double, widen_f16)
+ALL(bf16, uint16_t, double, widen_bf16)
 
 fbn_sample fbn_sample_of(const fbn_job *job) {
     const int64_t n = job->N * job->S;
@@ -120,6 +149,23 @@ static void sums_of(double *sum, double *square, const double *shift, const fbn_
         break;
     case FBN_BFLOAT16:
         sums_bf16(sum, square, shift, job, first, channels);
+        break;
+    }
+}
+
+void fbn_differ(int *differs, const fbn_job *job, int64_t first, int64_t channels) {
+    switch (job->dtype) {
+    case FBN_FLOAT32:
+        differ_f32(differs, job, first, channels);
+        break;
+    case FBN_FLOAT64:
+        differ_f64(differs, job, first, channels);
+        break;
+    case FBN_FLOAT16:
+        differ_f16(differs, job, first, channels);
+        break;
+    case FBN_BFLOAT16:
+        differ_bf16(differs, job, first, channels);
         break;
     }
 }

@@ -18,4 +18,7 @@ void fbn_sample_mean(double *centre, const fbn_job *job, const fbn_sample *sampl
 /* Mean and sum of squared distances to it of channels first + c, in two passes of float64; at most FBN_CHANNELS channels. */
 void fbn_wide_stats(double *mean, double *m2, const fbn_job *job, const fbn_sample *sample, int64_t first, int64_t channels);
 
+/* Whether a channel has a value other than its first; -0 and 0 may count as two. */
+void fbn_differ(int *differs, const fbn_job *job, int64_t first, int64_t channels);
+
 #endif

@@ -102,6 +102,27 @@ def test_an_image_with_a_border_is_added_up_once(size, axis):
         assert (error > 1e-13).mean() > 0.9
 
 
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "every other channel"])
+@pytest.mark.parametrize(("dtype", "tiny"), [("float32", 2.0**-100), ("float64", 2.0**-1000), ("float16", 2.0**-24)])
+@pytest.mark.parametrize("among", [1, 16, 21])
+def test_dead_channels_and_channels_whose_squares_vanish(dtype, tiny, layout, among):
+    """A constant channel is settled by a look; one that alternates about 0 looks the same to a sum of float32 squares, and is not."""
+    alternating = np.resize([tiny, -tiny], 5 * 40).astype(dtype)
+    kinds = {"dead": np.zeros(200), "constant": np.full(200, 0.1), "both zeros": np.resize([0.0, -0.0], 200), "alternating": alternating}
+    for left_out in (None, *kinds):
+        columns = [values.astype(dtype) for name, values in kinds.items() if name != left_out]
+        x = np.stack([columns[c % len(columns)] for c in range(among)], 1).reshape(5, 40, among).transpose(0, 2, 1)
+        if layout == "every other channel":
+            apart = np.full((5, 2 * among, 40), 7, dtype)
+            apart[:, ::2] = x
+            x = apart[:, ::2]
+        x = np.ascontiguousarray(x) if layout == "channels first" else x
+        stats = fastbn.batch_stats(x)
+        wide = np.moveaxis(x, 1, 0).reshape(among, -1).astype(np.longdouble)
+        np.testing.assert_array_equal(stats.mean, wide[:, 0] * (wide[:, 0] == wide[:, 2]) * (wide[:, 0] == wide[:, 1]))
+        np.testing.assert_allclose(stats.var, wide.var(1).astype(np.float64), rtol=1e-6)
+
+
 def test_float64():
     rng = np.random.default_rng(0)
     for ratio in (0.0, 1e4, 1e7):
