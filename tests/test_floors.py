@@ -24,7 +24,7 @@ FLOORS = [
     ["keras.layer"],
     ["keras.conversion"],
     ["keras.__init__"],
-    ["graph.constant", "graph.report", "graph.storage"],
+    ["graph.constant", "graph.report", "graph.sizes", "graph.storage"],
     ["graph.model"],
     ["graph.lift"],
     ["graph.weights"],

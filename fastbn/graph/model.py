@@ -8,6 +8,7 @@ from onnx import AttributeProto, helper
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Tensor
+from fastbn.graph.sizes import LARGEST_LIST, Sizes
 from fastbn.graph.storage import tensor_dtype
 
 __all__ = ["Index", "Node", "Scope", "Value", "bodies", "is_standard", "scopes_of"]
@@ -17,9 +18,6 @@ LARGEST_EXPRESSION = 1 << 24
 
 # Each pass knows the ranks that the one before it found behind a Reshape of computed sizes.
 INFERENCE_PASSES = 4
-
-# Shape inference reads the values of integer constants up to this many elements.
-LARGEST_SHAPE_CONSTANT = 1 << 10
 
 
 def is_standard(domain):
@@ -334,13 +332,14 @@ class Index:
             return None
         if node.op in ("Expand", "ConstantOfShape") and math.prod(inputs[-1].array().reshape(-1).tolist()) > LARGEST_EXPRESSION:
             return None
-        result = self._evaluate(node, inputs)
+        result = self._evaluate(node, [None if found is None else found.array() for found in inputs])
         return None if result is None or slot >= len(result) else _literal(result[slot])
 
-    def _evaluate(self, node, inputs):
+    def _evaluate(self, node, arrays):
+        """Return what a node gives for these inputs, None for an absent one; None where the evaluator cannot run it."""
         from onnx.reference import ReferenceEvaluator
 
-        names = [f"i{slot}" if found is not None else "" for slot, found in enumerate(inputs)]
+        names = [f"i{slot}" if array is not None else "" for slot, array in enumerate(arrays)]
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         del proto.input[:]
@@ -349,7 +348,7 @@ class Index:
         del proto.output[:]
         proto.output.extend(outputs)
         untyped = [onnx.ValueInfoProto(name=name) for name in outputs]
-        feeds = {name: found.array() for name, found in zip(names, inputs, strict=True) if found is not None}
+        feeds = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
         graph = helper.make_graph([proto], "constant", [onnx.ValueInfoProto(name=name) for name in feeds], untyped)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
         try:
@@ -368,7 +367,12 @@ class Index:
         if found is not None:
             return found.shape
         declared = None if self.input_shapes else self.declared_shape(value)
-        return self._shapes().get((value.scope.number, value.name)) if declared is None else declared
+        if declared is not None and None not in declared:
+            return declared
+        inferred = self._shapes().get((value.scope.number, value.name))
+        if declared is None or inferred is None or len(declared) != len(inferred):
+            return inferred if declared is None else declared
+        return tuple(there if size is None else size for size, there in zip(declared, inferred, strict=True))
 
     def kind(self, value):
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
@@ -420,7 +424,7 @@ class Index:
         listed = {info.name for info in graph.input}
         for tensor in self.proto.graph.initializer:
             integer = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-            if integer and math.prod(tensor.dims) <= LARGEST_SHAPE_CONSTANT and not self.is_overridable(self.main.values[tensor.name]):
+            if integer and math.prod(tensor.dims) <= LARGEST_LIST and not self.is_overridable(self.main.values[tensor.name]):
                 graph.initializer.add().CopyFrom(tensor)
             elif tensor.name not in listed:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -430,41 +434,20 @@ class Index:
                 graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
             except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
                 break
-            known = {info.name: _shape_of(info) for info in (*graph.input, *graph.value_info, *graph.output)}
-            known = {name: shape for name, shape in known.items() if shape is not None}
-            more = [info for node in self.main.nodes if node.is_op("Reshape") for info in self._reshaped(node, known)]
-            if not more:
+            infos = (*graph.input, *graph.value_info, *graph.output)
+            known = {info.name: shape for info in infos if (shape := _shape_of(info)) is not None}
+            found = Sizes(self._sorted(self.main), known, self.constant, self._evaluate).found()
+            if not found:
                 break
-            names = {info.name for info in more}
+            kinds = {info.name: info.type.tensor_type.elem_type for info in infos}
+            names = {value.name for value in found}
+            kept = [info for info in graph.value_info if info.name not in names]
             skeleton.graph.ClearField("value_info")
-            skeleton.graph.value_info.extend(info for info in graph.value_info if info.name not in names)
-            skeleton.graph.value_info.extend(more)
+            skeleton.graph.value_info.extend(kept)
+            for value, sizes in found.items():
+                kind = kinds.get(value.name) or onnx.TensorProto.FLOAT
+                skeleton.graph.value_info.append(helper.make_tensor_value_info(value.name, kind, sizes))
         return graph
-
-    def _reshaped(self, node, known):
-        """Yield the shape of a Reshape that inference gave up on: the length of its target gives the rank, constants in it give sizes."""
-        output, target = node.outputs[0], node.input(1)
-        if output is None or target is None or output.name in known:
-            return
-        sizes = self._integers(target, known)
-        kind = next((info.type.tensor_type.elem_type for info in self.proto.graph.value_info if info.name == output.name), 0)
-        if sizes is not None:
-            dims = [size if size is not None and size > 0 else None for size in sizes]
-            yield helper.make_tensor_value_info(output.name, kind or onnx.TensorProto.FLOAT, dims)
-
-    def _integers(self, value, known):
-        """Return the elements of an integer list as far as they are known, None where not even their number is."""
-        constant = self.constant(value)
-        if constant is not None:
-            return constant.array().reshape(-1).tolist()
-        node = value.producer
-        if node is not None and node.is_op("Concat"):
-            parts = [self._integers(part, known) for part in node.inputs]
-            return None if None in parts else [size for part in parts for size in part]
-        if node is not None and node.is_op("Cast", "Identity"):
-            return self._integers(node.inputs[0], known)
-        length = known.get(value.name)
-        return None if length is None or len(length) != 1 or length[0] is None else [None] * length[0]
 
 
 # Standard operators whose result on constants is a constant: deterministic, without bodies.
