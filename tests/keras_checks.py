@@ -104,7 +104,9 @@ def test_gradients_are_the_reference(training, parameters):
     expected = reference.batch_norm_backward(dy, x, stats, weight, bias, eps=1e-3, axis=-1, training=training)
     found = gradients(layer, x, dy, training)
     for got, want in zip(found, [value for value in expected if value is not None], strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-6)
+        # The mean of a float32 batch is right to 2^-24 standard deviations, and dweight takes its error times sum(dy).
+        atol = 4e-6 if want.ndim > 1 else 2**-24 * np.abs(dy).sum((0, 1, 2)).max()
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=atol)
 
 
 def test_gradients_of_masked_batches_are_those_of_keras():
