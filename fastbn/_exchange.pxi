@@ -68,7 +68,7 @@ cdef class Exchange:
     cdef bint take_first(self, fbn_job *job, object tensor, DLTensor *first):
         """Set sizes and type of a job by its first tensor; whether that is plain."""
         cdef int i
-        cdef int64_t spatial = 1, last = 1, second
+        cdef int64_t spatial = 1
         cdef bint in_order = True, channels_last
         if not self.take(tensor, first) or first.ndim < 2 or tensor.is_neg():
             return False

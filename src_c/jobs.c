@@ -49,7 +49,7 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
     double mean[FBN_CHANNELS], m2[FBN_CHANNELS], sum[FBN_CHANNELS], square[FBN_CHANNELS], off[FBN_CHANNELS];
     for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
         const int count = first + channels - group < FBN_CHANNELS ? (int)(first + channels - group) : FBN_CHANNELS;
-        int again = 0, dead = 0;
+        int doubtful[FBN_CHANNELS], again = 0, dead = 0;
         add_tiles(plan, group, count, sum, square);
         fbn_constants(mean, plan, FBN_CENTER, group, count);
         for (int i = 0; i < count; i++) {
@@ -57,7 +57,8 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
             m2[i] = square[i] - sum[i] * off[i];
             mean[i] += off[i];
             /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
-            again += !(m2[i] >= least * n) | !(off[i] * off[i] * n <= m2[i]) | !(m2[i] < INFINITY);
+            doubtful[i] = !(m2[i] >= least * n) | !(off[i] * off[i] * n <= m2[i]) | !(m2[i] < INFINITY);
+            again += doubtful[i];
             dead += (sum[i] == 0) & (square[i] == 0);
         }
         if (dead == again && again && !differ(job, group, count, square))
@@ -66,7 +67,7 @@ static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
             double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
             fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
             for (int i = 0; i < count; i++)
-                if (!(m2[i] >= least * n && off[i] * off[i] * n <= m2[i] && m2[i] < INFINITY)) {
+                if (doubtful[i]) {
                     mean[i] = wide_mean[i];
                     m2[i] = wide_m2[i];
                 }

@@ -3,6 +3,7 @@
 #include "narrow.h"
 
 #include <math.h>
+#include <string.h>
 
 enum { LANES = 8 };
 
@@ -70,23 +71,21 @@ enum { LANES = 8 };
 
 /* Whether a value of a channel is not its first; channels that lie side by side together. */
 #define DIFFER(DT, T)                                                                                                                      \
-    static inline void differ_few_##DT(int *differs, const T *x, const fbn_job *job, int channels) {                                       \
+    static void differ_block_##DT(int *differs, const T *x, const fbn_job *job) {                                                          \
         T of_first[FBN_CHANNELS];                                                                                                          \
         int found[FBN_CHANNELS] = {0};                                                                                                     \
-        for (int c = 0; c < channels; c++)                                                                                                 \
-            of_first[c] = x[c];                                                                                                            \
+        memcpy(of_first, x, sizeof of_first);                                                                                              \
         for (int64_t n = 0; n < job->N; n++)                                                                                               \
             for (int64_t s = 0; s < job->S; s++)                                                                                           \
-                for (int c = 0; c < channels; c++)                                                                                         \
+                for (int c = 0; c < FBN_CHANNELS; c++)                                                                                     \
                     found[c] |= x[n * job->x.n + s * job->x.s + c] != of_first[c];                                                         \
-        for (int c = 0; c < channels; c++)                                                                                                 \
-            differs[c] = found[c];                                                                                                         \
+        memcpy(differs, found, sizeof found);                                                                                              \
     }                                                                                                                                      \
     static void differ_##DT(int *differs, const fbn_job *job, int64_t first, int64_t channels) {                                           \
         const fbn_tensor t = job->x;                                                                                                       \
         const T *x = (const T *)t.data + first * t.c;                                                                                      \
         if (t.c == 1 && channels == FBN_CHANNELS) {                                                                                        \
-            differ_few_##DT(differs, x, job, FBN_CHANNELS);                                                                                \
+            differ_block_##DT(differs, x, job);                                                                                            \
             return;                                                                                                                        \
         }                                                                                                                                  \
         for (int64_t c = 0; c < channels; c++) {                                                                                           \
