@@ -418,7 +418,7 @@ def test_interrupt_in_process(here, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastbn.graph.folding"], "check_model", stop)
+    monkeypatch.setattr(sys.modules["fastbn.graph.verify"].Comparison, "check", stop)
     before = tree(here)
     assert main(["fold", "in.onnx", "out.onnx"]) == cli.INTERRUPTED == 130
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"

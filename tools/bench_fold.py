@@ -133,7 +133,7 @@ def runs(path):
     from fastbn.graph.model import Index
     from fastbn.graph.runtime import Runnable
     from fastbn.graph.storage import load
-    from fastbn.graph.verify import feeds_for
+    from fastbn.graph.reference import feeds_for
 
     index = Index(load(path))
     return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
@@ -146,7 +146,7 @@ def compare(original, folded):
     from fastbn.graph.model import Index
     from fastbn.graph.runtime import Runnable, session
     from fastbn.graph.storage import load
-    from fastbn.graph.verify import feeds_for
+    from fastbn.graph.reference import feeds_for
 
     index = Index(load(original))
     worst = 0.0

@@ -8,8 +8,8 @@ import numpy as np
 from fastbn.graph import storage
 from fastbn.graph.folding import fold
 from fastbn.graph.model import Index
+from fastbn.graph.reference import feeds_for
 from fastbn.graph.runtime import Runnable, session
-from fastbn.graph.verify import feeds_for
 
 __all__ = ["bench", "side_by_side"]
 

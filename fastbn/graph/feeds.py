@@ -1,51 +1,126 @@
-"""Inputs for a whole model: of several kinds, in sizes that it accepts."""
+"""Inputs for a whole model: sizes that it accepts, and seeded values of several kinds."""
+
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from fastbn.graph.model import Index
 from fastbn.graph.runtime import UNIT, runtime_errors, said
 
-__all__ = ["KINDS", "ModelNotRun", "feeds_of", "random_feeds"]
+__all__ = ["KINDS", "MORE_KINDS", "Feed", "Feeds", "ModelNotRun", "feeds_of", "random_feeds"]
 
+Feed = dict[str, NDArray]
 
 # Sizes tried for unknown dimensions: (first axis, other axes).
 SIZES = ((2, 16), (1, 16), (2, 64), (1, 64), (1, 1), (2, 224), (16, 16), (1, 3), (1, 2))
 
+# An input holds at most this many elements where its sizes are guessed, and where the model or the caller says them.
+LARGEST_GUESSED, LARGEST_STATED = 1 << 23, 1 << 28
+
+# The last one is all zeros. The others are asked for where these prove nothing: a network may saturate, take a
+# square root of its input, or have states that begin at zero (then the first input alone is random).
 KINDS = ("normal", "wide", "zero")
+MORE_KINDS = ("small", "positive", "first")
+
+# Of the inputs of kind "small".
+AMPLITUDE = 1 / 64
 
 
 class ModelNotRun(Exception):
     """A model that onnxruntime cannot run, in its words."""
 
 
-def feeds_of(reference, index, input_shapes, seed):
-    """Return one dict of inputs per kind, in sizes that the model accepts."""
-    inputs = [info for info in index.proto.graph.input if info.name in {entry.name for entry in reference.get_inputs()}]
-    complaint = None
-    tried = set()
+class Feeds:
+    """Inputs of a model, made when they are asked for: the same values each time, and nothing is kept.
+
+    Parameters
+    ----------
+    inputs : list of onnx.ValueInfoProto
+        The graph inputs that are fed.
+    shapes : dict of name -> tuple of int
+    seed : int
+    """
+
+    def __init__(self, inputs: list[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self.inputs = inputs
+        self.shapes = shapes
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(KINDS)
+
+    def __getitem__(self, number: int) -> Feed:
+        return self.make(KINDS[number])
+
+    def __iter__(self) -> Iterator[Feed]:
+        return (self.make(kind) for kind in KINDS)
+
+    def make(self, kind: str) -> Feed:
+        """Return the inputs of one kind: one of KINDS or MORE_KINDS."""
+        number = (*KINDS, *MORE_KINDS).index(kind)
+        return _feed(self.inputs, self.shapes, kind, np.random.default_rng([self.seed, number]))
+
+
+def feeds_of(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int) -> Feeds:
+    """Return the inputs of a model, in sizes with which onnxruntime runs it.
+
+    Parameters
+    ----------
+    reference : object with get_inputs() and run(None, feed)
+        A session of the model; it is run on zeros, once for each guess of the sizes that the model leaves open.
+    index : model.Index
+        Of the model.
+    input_shapes : dict of name -> tuple of int
+        Sizes of graph inputs that the caller knows.
+    seed : int
+
+    Raises
+    ------
+    ModelNotRun
+        No sizes are found with which it runs, or they would be too large.
+    """
+    wanted = {entry.name for entry in reference.get_inputs()}
+    inputs = [info for info in index.proto.graph.input if info.name in wanted]
+    complaint, tried = None, set()
     for first, other in SIZES:
         shapes = {info.name: input_shapes.get(info.name) or _sized(info, first, other) for info in inputs}
         key = tuple(shapes.values())
         if key in tried:
             continue
         tried.add(key)
+        too_large = next(filter(None, (_too_large(info, shapes[info.name], input_shapes) for info in inputs)), None)
+        if too_large:
+            complaint = complaint or too_large
+            continue
+        feeds = Feeds(inputs, shapes, seed)
         try:
-            feeds = [_feed(inputs, shapes, kind, np.random.default_rng([seed, number])) for number, kind in enumerate(KINDS)]
-            reference.run(None, feeds[-1])
-            return feeds
+            reference.run(None, feeds.make("zero"))
         except runtime_errors() as error:
-            complaint = complaint or error
-    raise ModelNotRun(f"onnxruntime cannot run the original: {said(complaint)}")
+            complaint = complaint or f"onnxruntime cannot run the original: {said(error)}"
+            continue
+        return feeds
+    raise ModelNotRun(complaint or "no sizes of its inputs can be tried")
 
 
-def random_feeds(reference, index, input_shapes, seed, count):
+def _too_large(info: onnx.ValueInfoProto, shape: tuple[int, ...], input_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    guessed = info.name not in input_shapes and any(dim.dim_value <= 0 for dim in info.type.tensor_type.shape.dim)
+    limit = LARGEST_GUESSED if guessed else LARGEST_STATED
+    if math.prod(shape) <= limit:
+        return None
+    return f"the input '{info.name}' of shape {','.join(map(str, shape))} would hold more than {limit} elements"
+
+
+def random_feeds(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int, count: int) -> list[Feed]:
     """Return that many dicts of seeded normal inputs, in sizes that the model accepts; input_shapes as in feeds_of."""
-    shapes = {name: values.shape for name, values in feeds_of(reference, index, input_shapes, seed)[0].items()}
-    inputs = [info for info in index.proto.graph.input if info.name in shapes]
-    return [_feed(inputs, shapes, KINDS[0], np.random.default_rng([seed, number])) for number in range(count)]
+    feeds = feeds_of(reference, index, input_shapes, seed)
+    return [_feed(feeds.inputs, feeds.shapes, KINDS[0], np.random.default_rng([seed, number])) for number in range(count)]
 
 
-def _sized(info, first, other):
+def _sized(info: onnx.ValueInfoProto, first: int, other: int) -> tuple[int, ...]:
     if not info.type.HasField("tensor_type"):
         raise ModelNotRun(f"the input '{info.name}' is no tensor")
     shape = info.type.tensor_type.shape
@@ -55,26 +130,29 @@ def _sized(info, first, other):
     )
 
 
-def _feed(inputs, shapes, kind, rng):
-    feed = {}
-    for info in inputs:
-        shape = shapes[info.name]
-        code = info.type.tensor_type.elem_type
-        if code == TensorProto.STRING:
-            feed[info.name] = np.full(shape, "a", dtype=object)
-            continue
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(code))
-        if dtype.name not in UNIT and dtype.kind not in "iub":
-            raise ModelNotRun(f"the input '{info.name}' has type {dtype}")
-        if kind == "zero":
-            values = np.zeros(shape)
-        elif dtype.kind == "b" and kind == "normal":
-            values = np.ones(shape)  # with the zeros, every condition is met once and missed once
-        elif dtype.kind in "iub":
-            values = rng.integers(0, 256 if dtype == np.uint8 else 2, shape)
-        elif kind == "wide":
-            values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 2, shape)
-        else:
-            values = rng.standard_normal(shape)
-        feed[info.name] = values.astype(dtype)
-    return feed
+def _feed(inputs: list[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]], kind: str, rng: np.random.Generator) -> Feed:
+    kinds = ["normal", *["zero"] * len(inputs)] if kind == "first" else [kind] * len(inputs)
+    return {info.name: _values(info, shapes[info.name], each, rng) for info, each in zip(inputs, kinds, strict=False)}
+
+
+def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> NDArray:
+    code = info.type.tensor_type.elem_type
+    if code == TensorProto.STRING:
+        return np.full(shape, "a", dtype=object)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(code))
+    if dtype.name not in UNIT and dtype.kind not in "iub":
+        raise ModelNotRun(f"the input '{info.name}' has type {dtype}")
+    if kind == "zero":
+        return np.zeros(shape, dtype)
+    if dtype.kind == "b" and kind == "normal":
+        return np.ones(shape, dtype)  # with the zeros, every condition is met once and missed once
+    if dtype.kind in "iub":
+        return rng.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
+    values = rng.standard_normal(shape, np.float64 if dtype == np.float64 else np.float32)
+    if kind == "wide":
+        values *= 10.0 ** rng.uniform(-2, 2, shape).astype(values.dtype)
+    elif kind == "small":
+        values *= AMPLITUDE
+    elif kind == "positive":
+        np.abs(values, out=values)
+    return values.astype(dtype, copy=False)

@@ -1,6 +1,7 @@
 """The main job: load, plan, verify each site, write, verify the whole."""
 
 import os
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from onnx.inliner import inline_selected_functions
@@ -10,12 +11,16 @@ from fastbn.graph import storage
 from fastbn.graph.lift import BATCH_NORM, is_batch_norm
 from fastbn.graph.model import Index, is_standard
 from fastbn.graph.plan import plan
+from fastbn.graph.reach import unreached
 from fastbn.graph.report import Fold, first_few
 from fastbn.graph.result import FoldResult
 from fastbn.graph.rewrite import rewrite
 from fastbn.graph.runtime import Runnable
 from fastbn.graph.segment import check_site
-from fastbn.graph.verify import check_model
+from fastbn.graph.verify import Comparison
+
+# Folds that are left out one by one because the whole model fails with them.
+MOST_CULPRITS = 8
 
 __all__ = ["checked_shapes", "fold", "fold_watched", "verify", "verify_watched"]
 
@@ -74,7 +79,11 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
         if planning.plans:
             break
     planning, output, parity = job.finish(planning)
-    folded = [_fold_of(plan, job.checks.get(_key(plan)), output) for plan in planning.plans]
+    missed = unreached(index, planning, parity.compared) if parity is not None and parity.ok else []
+    if missed:
+        names = first_few([found.lifted[0].label for found in missed])
+        parity = replace(parity, status="inconclusive", reason=f"no output that could be compared depends on the fold of {names}")
+    folded = [_fold_of(found, job.checks.get(_key(found)), output, found in missed) for found in planning.plans]
     return FoldResult(source, index, output, planning, folded, parity)
 
 
@@ -91,6 +100,7 @@ class _Job:
         self.stage = stage
         self.excluded = {}
         self.checks = {}
+        self.comparison = None
 
     def plan(self, without=()):
         """Plan, run every site, and plan again without the folds that failed, until none does."""
@@ -116,24 +126,40 @@ class _Job:
         homes = ", ".join(f"{home.op} '{home.label}'" for home in found.homes)
         sentence = f"folded into {homes} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
         key = _key(found)
-        for node in key if len(key) > 1 else ():
-            trial = plan(self.index, self.only, self.skip, {**self.excluded, node: sentence})
-            rest = [other for other in trial.plans if set(_key(other)) & set(key)]
-            if rest and all(self._check(other, trial).ok for other in rest):
-                self.excluded[node] = sentence
+        if len(key) > 1:
+            culprit = self._wrong_link(key, sentence)
+            if self._holds(key, {culprit: sentence}):
+                self.excluded[culprit] = sentence
                 return
         self.excluded.update(dict.fromkeys(key, sentence))
 
+    def _wrong_link(self, key, sentence):
+        """Return the first of these nodes with which a plan that begins with the first of them fails, by bisection."""
+        holds, fails = 0, len(key)
+        while fails - holds > 1:
+            middle = (holds + fails) // 2
+            if self._holds(key[:middle], dict.fromkeys(key[middle:], sentence)):
+                holds = middle
+            else:
+                fails = middle
+        return key[fails - 1]
+
+    def _holds(self, key, without):
+        """Say whether some of these nodes fold, and rightly so, where others are left out."""
+        trial = plan(self.index, self.only, self.skip, {**self.excluded, **without})
+        rest = [other for other in trial.plans if set(_key(other)) & set(key)]
+        return bool(rest) and all(self._check(other, trial).ok for other in rest)
+
     def finish(self, planning):
-        """Return (planning, output, parity): where one fold spoils the whole model although its site held, without that fold."""
+        """Return (planning, output, parity): without the folds that spoil the whole model although their own proofs held."""
         output, parity = self._whole(planning)
-        if parity is not None and parity.status == "failed" and len(planning.plans) > 1:
-            culprit = self._culprit(planning)
+        for _ in range(MOST_CULPRITS):
+            if parity is None or parity.status != "failed":
+                break
             sentence = f"with it the whole model differs: {parity}"
-            trial = plan(self.index, self.only, self.skip, {**self.excluded, **dict.fromkeys(culprit, sentence)})
-            trial_output, trial_parity = self._whole(trial)
-            if trial_parity is not None and trial_parity.ok:
-                return trial, trial_output, trial_parity
+            self.excluded.update(dict.fromkeys(self._culprit(planning), sentence))
+            planning = self.plan()
+            output, parity = self._whole(planning)
         return planning, output, parity
 
     def _culprit(self, planning):
@@ -161,10 +187,11 @@ class _Job:
             folded = Runnable(os.fspath(path), path.parent)
         else:
             folded = Runnable(output.to_bytes())
-        original = Runnable.of(self.source)
-        return output, check_model(
-            original, folded, self.index, input_shapes=self.index.input_shapes, seed=self.seed, progress=self.progress
-        )
+        if self.comparison is None:
+            original = Runnable.of(self.source)
+            shapes = self.index.input_shapes
+            self.comparison = Comparison(original, self.index, input_shapes=shapes, seed=self.seed, progress=self.progress)
+        return output, self.comparison.check(folded)
 
 
 def _with_and_without_functions(source):
@@ -201,7 +228,7 @@ def verify(original, folded, *, input_shapes=None, seed=0):
     Returns
     -------
     Parity
-        status is "ok", "failed" or "not-run"; the worst element with its index, both values and what is allowed.
+        status is "ok", "failed", "inconclusive" or "not-run"; the worst element with its index, both values and what is allowed.
 
     Raises
     ------
@@ -216,14 +243,14 @@ def verify_watched(original, folded, input_shapes, seed=0, progress=None):
     input_shapes = checked_shapes(input_shapes)
     index = Index(storage.load(original), False, input_shapes)
     other = Runnable.of(storage.load(folded))
-    return check_model(Runnable.of(index.source), other, index, input_shapes=input_shapes, seed=seed, progress=progress)
+    return Comparison(Runnable.of(index.source), index, input_shapes=input_shapes, seed=seed, progress=progress).check(other)
 
 
 def _key(found):
     return tuple((node.scope.number, node.position) for node in found.lifted)
 
 
-def _fold_of(found, check, output):
+def _fold_of(found, check, output, missed):
     labels = "+".join(node.label for node in found.lifted)
     ops = tuple(node.op for node in found.lifted)
     notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in found.path if node in output.duplicates]
@@ -231,6 +258,8 @@ def _fold_of(found, check, output):
         notes.append("an Add keeps the shift")
     if check and check.note:
         notes.append(check.note)
+    if missed:
+        notes.append("not reached by the comparison of the whole model")
     error, bound = (check.error, check.bound) if check else (None, None)
     into, op = ("+".join(getattr(home, name) for home in found.homes) for name in ("label", "op"))
     return Fold(labels, ops, into, op, found.channels, error, bound, "; ".join(notes) or None)

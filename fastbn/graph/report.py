@@ -107,8 +107,9 @@ class Kept:
 class Parity:
     """Two models compared on the same inputs, onnxruntime's optimiser off on both sides.
 
-    status is "ok", "failed" or "not-run". The worst element is the one whose error is the largest part of what is allowed; index is its
-    place in output, values are (original, folded).
+    status is "ok", "failed", "inconclusive" (what rounding may change is so large that nothing is proven) or "not-run". The worst element
+    is the one whose error is the largest part of what is allowed; index is its place in output, values are (original, folded). compared
+    holds the names of the outputs that were compared within a bound that proves something.
     """
 
     status: str
@@ -119,10 +120,12 @@ class Parity:
     error: float | None = None
     allowed: float | None = None
     reason: str | None = None
-    notes: tuple = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    compared: tuple[str, ...] = field(default=())
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
+        """Say whether the models agree, and that was proven."""
         return self.status == "ok"
 
     def __str__(self):

@@ -1,40 +1,37 @@
-"""Parity of the whole model, in onnxruntime with its optimiser off on both sides.
+"""Parity of the whole model, in onnxruntime with its optimizer off on both sides.
 
 Rounding grows or shrinks on its way to the outputs, by the model's own conditioning, which no formula knows. It is measured: the
-original runs again with every batch normalization disturbed by a few units of rounding, and the outputs may differ by a small multiple of
-what that changes.
+original runs again with every batch normalization disturbed by a few units of rounding (noise.py), and the outputs may differ by a small
+multiple of what that changes. A bound near the size of an output proves nothing, and a larger difference may be rounding that grew: then
+the models are compared on smaller inputs and piece by piece (cuts.py).
+
+One session is open at a time, and of the outputs only the original's are kept: the comparison takes little more memory than one run.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
 import numpy as np
-import onnx
-from onnx import helper
 
-from fastbn.errors import ModelError, expected
-from fastbn.graph.constant import float64_of
-from fastbn.graph.feeds import KINDS, ModelNotRun, feeds_of
-from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
-from fastbn.graph.model import is_standard
-from fastbn.graph.report import Parity
-from fastbn.graph.runtime import UNIT, runtime_errors, said, session
-from fastbn.graph.storage import serialize
+from fastbn.graph.comparable import BRANCHES, comparable, has_branches, with_branches
+from fastbn.graph.cuts import CutParity, Verdict, check_cuts, judged
+from fastbn.graph.difference import moved
+from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
+from fastbn.graph.model import Index
+from fastbn.graph.noise import Noise
+from fastbn.graph.reference import Reference, reference_of
+from fastbn.graph.report import Parity, first_few
+from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said
 
-__all__ = ["check_model", "feeds_for"]
-
-
-# Rounding noise put into every batch normalization of the original, in units of round-off, and how much more than its effect is allowed.
-NOISE, NOISE_RUNS, NOISE_MARGIN = 4, 3, 8
+__all__ = ["Comparison"]
 
 
-# Constants of elementwise operators up to this size are disturbed.
-LARGEST_DISTURBED = 1 << 16
-
-
-def check_model(original, folded, index, *, input_shapes=None, seed=0, progress=None):
-    """Compare two models on the same inputs: all outputs, several inputs, onnxruntime's optimiser off on both sides.
+class Comparison:
+    """An original to compare others with: all outputs, several inputs, onnxruntime's optimizer off on both sides.
 
     Parameters
     ----------
-    original, folded : Runnable
+    original : Runnable
     index : model.Index
         Of the original.
     input_shapes : dict of name -> tuple of int, optional
@@ -42,181 +39,273 @@ def check_model(original, folded, index, *, input_shapes=None, seed=0, progress=
     seed : int
         Of the random inputs and the noise.
     progress : callable of str, optional
-
-    Returns
-    -------
-    Parity
-
-    Raises
-    ------
-    ModelError
-        The original is made of standard operators and onnxruntime says that it is no valid model.
     """
-    progress = progress or (lambda text: None)
-    try:
-        progress("loading the original")
-        reference = _load(original, index)
-        feeds = feeds_of(reference, index, input_shapes or {}, seed)
-        progress("loading the folded model")
+
+    def __init__(
+        self,
+        original: Runnable,
+        index: Index,
+        *,
+        input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        seed: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.original = original
+        self.index = index
+        self.input_shapes = input_shapes or {}
+        self.seed = seed
+        self.progress = progress or (lambda text: None)
+        self._reference: Reference | None = None
+        self._not_run: str | None = None
+
+    def check(self, folded: Runnable) -> Parity:
+        """Compare one model with the original.
+
+        Returns
+        -------
+        Parity
+
+        Raises
+        ------
+        ModelError
+            The original is made of standard operators and onnxruntime says that it is no valid model.
+        """
+        if self._reference is None and self._not_run is None:
+            try:
+                self._reference = reference_of(self.original, self.index, self.input_shapes, self.seed, self.progress)
+            except ModelNotRun as reason:
+                self._not_run = str(reason)
+        if self._reference is None:
+            return Parity("not-run", reason=self._not_run)
+        return _Check(self._reference, folded).parity()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One output on one kind of input, compared."""
+
+    kind: str
+    number: int
+    verdict: Verdict
+
+    @property
+    def proves(self) -> bool:
+        """Say whether this proves the output equal: on zeros most of a network is idle."""
+        return self.kind != "zero" and self.verdict.proves
+
+
+# Kinds of input on which outputs of zeros are looked behind.
+MOST_CUT = 2
+
+
+class _Failed(Exception):
+    """A difference that no noise can explain, in a sentence."""
+
+
+class _Check:
+    """One folded model beside the original."""
+
+    def __init__(self, reference: Reference, folded: Runnable) -> None:
+        self.reference = reference
+        self.folded = folded
+        self.entries: dict[tuple[str, int], _Entry] = {}
+        self.notes: list[str] = []
+        self.progress = reference.progress
+
+    def parity(self) -> Parity:
         try:
-            candidate = folded.session()
+            self._prepare()
+            self._compare(KINDS)
+            if not self.entries:
+                return Parity("not-run", reason="; ".join(self._all_notes()) or "the model has no outputs to compare")
+            for kind in MORE_KINDS:
+                if self._is_held() and self._unproven():
+                    self._compare((kind,))
+            if not self._is_held() or self._unproven():
+                return self._by_cuts()
+            return self._said("ok")
+        except _Failed as reason:
+            return Parity("failed", reason=str(reason), notes=self._all_notes())
+
+    def _prepare(self) -> None:
+        """Make the folded model comparable where the original had to be."""
+        self.progress("loading the folded model")
+        if self.reference.prepared:
+            copy = comparable(self.folded.proto())
+            self.folded = self.folded if copy is None else self.folded.with_proto(copy)
+
+    def _compare(self, kinds: tuple[str, ...]) -> None:
+        """Run the folded model on these kinds of input; where more differs than the noise explains at first, measure it again there."""
+        self.reference.run(kinds)
+        doubtful = {}
+        with Runner(self.folded, self.reference.fresh) as runner:
+            self._check_names(runner)
+            for place, kind in enumerate(kinds):
+                if kind not in self.reference.outputs:
+                    continue
+                self.progress(f"comparing the models on input {place + 1} of {len(kinds)} ({kind})")
+                try:
+                    after = runner.run(None, self.reference.feeds.make(kind))
+                except runtime_errors() as error:
+                    raise _Failed(f"onnxruntime cannot run the folded model: {said(error)}") from error
+                if not self._judge(kind, after):
+                    doubtful[kind] = after
+        for kind, after in doubtful.items():
+            self.reference.draw(kind)
+            self._judge(kind, after)
+
+    def _check_names(self, runner: Runner) -> None:
+        try:
+            names = [entry.name for entry in runner.session().get_outputs()]
         except runtime_errors() as error:
-            return Parity("failed", reason=f"onnxruntime cannot load the folded model: {said(error)}")
-        noisy = _Noisy(original, index)
-        return _compare(reference, candidate, noisy, feeds, seed, progress)
-    except ModelNotRun as reason:
-        return Parity("not-run", reason=str(reason))
+            raise _Failed(f"onnxruntime cannot load the folded model: {said(error)}") from error
+        same = len(names) == len(self.reference.names) if self.reference.prepared else names == self.reference.names
+        if not same:
+            raise _Failed(f"the outputs are {self.reference.names} and {names}")
 
+    def _judge(self, kind: str, after: list) -> bool:
+        """Compare the outputs of one run; say whether all hold."""
+        held = True
+        for number, (name, before) in enumerate(zip(self.reference.names, self.reference.outputs[kind], strict=True)):
+            moves = self.reference.moves(kind, number)
+            if number in self.reference.unrepeatable:
+                self._note(f"output '{name}' is random: it differs between two runs of the original")
+            elif not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub":
+                self._note(f"output '{name}' is no tensor of numbers: not compared")
+            elif before.shape != after[number].shape:
+                self._check_shape(kind, number, before.shape, after[number].shape)
+            elif before.size:
+                verdict = judged(name, before, after[number], moves, self.reference.noise.unit)
+                self.entries[kind, number] = _Entry(kind, number, verdict)
+                held = held and not verdict.is_wrong
+        return held
 
-def _load(model, index):
-    """Return a session of the original; where onnxruntime has none, say whether the model or the runtime is to blame."""
-    try:
-        return model.session()
-    except runtime_errors() as error:
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
+    def _check_shape(self, kind: str, number: int, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        name = self.reference.names[number]
+        if self.reference.shaken(kind)[number].shape == before:
+            raise _Failed(f"output '{name}': shapes {before} and {after} differ")
+        self._note(f"output '{name}' changes its shape with rounding: not compared")
 
-        invalid = isinstance(error, (state.InvalidGraph, state.Fail, state.InvalidProtobuf)) and "opset" not in str(error).lower()
-        if invalid and _all_standard(index):
-            raise ModelError(expected("a valid model", f"one of which onnxruntime says: {said(error)}", index.source.name)) from error
-        raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
+    def _all_notes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.reference.notes, *self.notes]))
 
-def _all_standard(index):
-    return not index.proto.functions and all(is_standard(node.domain) for node in index.order)
+    # ---- what the comparison is worth ----
 
+    def _is_held(self) -> bool:
+        return all(entry.verdict.holds for entry in self.entries.values())
 
-def feeds_for(model, index, input_shapes=None, seed=0):
-    """Return one dict of inputs per kind for a Runnable; raises ModelError where onnxruntime cannot run it."""
-    try:
-        return feeds_of(_load(model, index), index, input_shapes or {}, seed)
-    except ModelNotRun as reason:
-        raise ModelError(expected("a model that onnxruntime runs", str(reason), index.source.name)) from reason
+    def _unproven(self) -> list[_Entry]:
+        """Return the entries of outputs that no input but zeros has proven equal."""
+        proven = {entry.number for entry in self.entries.values() if entry.proves}
+        return [entry for entry in self.entries.values() if entry.number not in proven]
 
+    def _by_cuts(self) -> Parity:
+        """Return the parity where the outputs do not tell: piece by piece the models may be equal all the same."""
+        different = [entry for entry in self.entries.values() if not entry.verdict.holds]
+        if not different:
+            return self._zeros_by_cuts()
+        worst = max((entry.verdict for entry in different), key=lambda verdict: (verdict.is_wrong, verdict.part))
+        if not np.isfinite(worst.worst.error):
+            return self._said("failed", worst, "Inf or NaN on one side only")
+        found = [self._cuts(kind) for kind in dict.fromkeys(entry.kind for entry in different)]
+        if all(cut is not None and cut.status == "ok" for cut in found):
+            return self._held_by(found[0])
+        if worst.is_wrong:
+            return self._said("failed", worst)
+        failed = next((cut for cut in found if cut is not None and cut.status == "failed"), None)
+        if failed is not None:
+            return self._said("failed", failed.worst, "with values of the original in the place of its own")
+        part = worst.bound / worst.worst.size
+        return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
 
-class _Noisy:
-    """The original with the parameters of every affine as inputs, so that they can be disturbed by rounding: the scale and bias of a batch
-    normalization, the constant of an Add, Sub, Mul or Div."""
+    def _zeros_by_cuts(self) -> Parity:
+        for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
+            found = self._cuts(kind)
+            if found is not None and found.status == "ok":
+                return self._held_by(found)
+        vague = dict.fromkeys(entry.verdict.name for entry in self._unproven())
+        if any(entry.proves for entry in self.entries.values()):
+            self._note(f"zero, Inf or NaN on every input tried: output {first_few([repr(name) for name in vague])}")
+            return self._said("ok")
+        return self._said("inconclusive", reason="the outputs are zero, Inf or NaN on every input but zeros")
 
-    def __init__(self, original, index):
-        self.parameters = {}
-        self.units = []
-        self.proto = onnx.ModelProto()
-        self.proto.CopyFrom(index.proto)
-        self.proto.ir_version = max(self.proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
-        types = {info.name: info.type.tensor_type.elem_type for info in (*index.proto.graph.value_info, *index.proto.graph.input)}
-        types |= {info.name: info.type.tensor_type.elem_type for info in index.proto.graph.output}
-        for node in index.main.nodes:
-            if is_batch_norm(node) and len(node.inputs) == 5:
-                self._disturb_batch_norm(node, index, types)
-            elif node.is_op(*ELEMENTWISE):
-                slot = constant_slot(node, index)
-                found = None if slot is None else index.constant(node.inputs[slot])
-                if found is not None and found.size <= LARGEST_DISTURBED:
-                    values = float64_of(found)
-                    self._disturb(node, slot, values, np.abs(values), found.dtype, UNIT[found.dtype.name])
-        self.unit = max(self.units, default=UNIT["float32"])
-        self.session = self._open(original)
-
-    def _disturb_batch_norm(self, node, index, types):
-        found = [index.constant(value) for value in node.inputs[1:5]]
-        if any(constant is None or constant.dtype.name not in UNIT for constant in found):
-            return
-        scale, bias, mean, var = map(float64_of, found)
-        # Parameters may be float32 beside float16 data: the data says what rounding does.
-        kind = next(filter(None, (types.get(value.name) for value in (node.outputs[0], node.inputs[0]))), None)
-        unit = UNIT.get(helper.tensor_dtype_to_np_dtype(kind).name if kind else "", UNIT[found[0].dtype.name])
-        with np.errstate(all="ignore"):
-            moved = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))
-        self._disturb(node, 1, scale, np.abs(scale), found[0].dtype, unit)
-        self._disturb(node, 2, bias, moved, found[1].dtype, unit)
-
-    def _disturb(self, node, slot, values, size, dtype, unit):
-        name = f"fastbn/noise/{node.position}/{slot}"
-        self.proto.graph.node[node.position].input[slot] = name
-        self.proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), values.shape))
-        self.parameters[name] = (values, NOISE * unit * size, dtype)
-        self.units.append(unit)
-
-    def _open(self, original):
+    def _cuts(self, kind: str) -> CutParity | None:
+        reference = self.reference
+        if reference.fresh:  # the values of one run are not those of another
+            return None
+        self.progress(f"comparing the models piece by piece on input '{kind}'")
+        feed = reference.feeds.make(kind)
         try:
-            return session(serialize(self.proto, "the original"), original.folder)
-        except runtime_errors():  # then the noise enters by the graph inputs alone
-            self.parameters = {}
-            return original.session()
+            return check_cuts(reference.model, reference.proto, self.folded, reference.index, reference.noise, feed, reference.feeds.seed)
+        except runtime_errors():  # a value on the way is of a kind that cannot be handed out
+            return None
 
-    def run(self, feed, rng):
-        """Return the outputs with disturbed parameters and inputs."""
-        noisy = dict(feed)
-        for name, (values, size, dtype) in self.parameters.items():
-            noisy[name] = np.asarray(values + size * rng.choice([-1.0, 1.0], values.shape)).astype(dtype)
-        for name, values in feed.items():
-            if values.dtype.name in UNIT:
-                disturbed = values.astype(np.float64) * (1 + NOISE * UNIT[values.dtype.name] * rng.choice([-1.0, 1.0], values.shape))
-                noisy[name] = np.asarray(disturbed).astype(values.dtype)
-        return self.session.run(None, noisy)
+    def _held_by(self, cut: CutParity) -> Parity:
+        self._note(f"compared piece by piece, at {cut.cuts} values on the way")
+        names = dict.fromkeys(entry.verdict.name for entry in self.entries.values())
+        return replace(self._said("ok", cut.worst), compared=tuple(names))
 
+    def _said(self, status: str, verdict: Verdict | None = None, reason: str | None = None) -> Parity:
+        """Return the parity, with one output compared: the worst one where none is given."""
+        proven = [entry for entry in self.entries.values() if entry.proves]
+        if verdict is None:
+            verdict = max((entry.verdict for entry in proven or self.entries.values()), key=lambda each: each.part)
+        if status == "ok" and has_branches(self.reference.proto):
+            self._compare_branches()
+        worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
+        names = dict.fromkeys(entry.verdict.name for entry in proven) if status == "ok" else ()
+        compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
+        return Parity(status, inputs, *compared, reason, self._all_notes(), tuple(names))
 
-def _compare(reference, candidate, noisy, feeds, seed, progress):
-    names = [entry.name for entry in reference.get_outputs()]
-    if names != [entry.name for entry in candidate.get_outputs()]:
-        return Parity("failed", reason=f"the outputs are {names} and {[entry.name for entry in candidate.get_outputs()]}")
-    worst, notes = None, []
-    for number, feed in enumerate(feeds):
-        progress(f"comparing the models on input {number + 1} of {len(feeds)} ({KINDS[number]})")
-        try:
-            before = reference.run(None, feed)
-            again = reference.run(None, feed)
-            shaken = [noisy.run(feed, np.random.default_rng([seed, number, turn])) for turn in range(NOISE_RUNS)]
-        except runtime_errors() as error:
-            notes.append(f"input '{KINDS[number]}': onnxruntime cannot run the original: {said(error)}")
-            continue
-        try:
-            after = candidate.run(None, feed)
-        except runtime_errors() as error:
-            return Parity("failed", reason=f"onnxruntime cannot run the folded model: {said(error)}")
-        for output, name in enumerate(names):
-            found = _compare_output(name, before[output], after[output], again[output], [run[output] for run in shaken], noisy.unit)
-            if isinstance(found, str):
-                if found not in notes:
-                    notes.append(found)
+    def _compare_branches(self) -> None:
+        """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
+        reference = self.reference
+        original, folded = with_branches(reference.proto), self.folded.with_proto(with_branches(self.folded.proto()))
+        noise = Noise(reference.index, original)
+        for which, chosen in BRANCHES.items():
+            feed = {**reference.feeds.make(KINDS[0]), **chosen}
+            self.progress(f"comparing the {which} of both models")
+            try:
+                before = self._run_branch(reference.model.with_proto(original), feed)
+                shaken = self._run_branch(
+                    reference.model.with_proto(noise.proto), noise.disturbed(feed, np.random.default_rng(reference.feeds.seed))
+                )
+            except runtime_errors() as error:
+                self._note(f"the {which} cannot all be run: {said(error)}")
                 continue
-            if worst is None or found[0] > worst[0]:
-                worst = found
-    if worst is None:
-        return Parity("not-run", reason="; ".join(notes) or "the model has no outputs to compare")
-    part, name, index, values, error, allowed, reason = worst
-    status = "ok" if part <= 1 else "failed"
-    return Parity(status, len(feeds), name, index, values, error, allowed, reason, tuple(notes))
+            try:
+                after = self._run_branch(folded, feed)
+            except runtime_errors() as error:
+                raise _Failed(f"onnxruntime cannot run the {which} of the folded model: {said(error)}") from error
+            for number, name in enumerate(reference.names):
+                if number not in reference.unrepeatable:
+                    _judge_branch(f"output '{name}' of the {which}", before[number], after[number], shaken[number], noise.unit)
+
+    def _run_branch(self, model: Runnable, feed: Feed) -> list:
+        with Runner(model, self.reference.fresh) as runner:
+            wanted = {entry.name for entry in runner.get_inputs()}
+            return runner.run(None, {name: values for name, values in feed.items() if name in wanted})
 
 
-def _compare_output(name, before, after, again, shaken, unit):
-    """Return (part of what is allowed, name, index, values, error, allowed, reason), or a note where there is nothing to compare."""
-    if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub":
-        return f"output '{name}' is no tensor of numbers: not compared"
-    if not _same(before, again):
-        return f"output '{name}' is random: it differs between two runs of the original"
+def _judge_branch(name: str, before: object, after: object, shaken: object, unit: float) -> None:
+    if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
+        return
     if before.shape != after.shape:
-        if any(run.shape != before.shape for run in shaken):
-            return f"output '{name}' changes its shape with rounding: not compared"
-        return np.inf, name, (), (float("nan"), float("nan")), np.inf, 0.0, f"shapes {before.shape} and {after.shape} differ"
-    if before.size == 0:
-        return 0.0, name, (), (0.0, 0.0), 0.0, 0.0, None
-    before, after = before.astype(np.float64), after.astype(np.float64)
-    finite = np.isfinite(before)
-    same = (np.isnan(before) & np.isnan(after)) | (before == after)
-    moved = [np.abs(run.astype(np.float64) - before)[finite & np.isfinite(run)] for run in shaken if run.shape == before.shape]
-    noise = max((float(change.max()) for change in moved if change.size), default=0.0)
-    size = float(np.abs(before[finite]).max()) if finite.any() else 0.0
-    allowed = NOISE_MARGIN * noise + 2 * NOISE * unit * size
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.where(same, 0.0, np.abs(after - before))
-    error = np.where(np.isnan(error), np.inf, error)
-    index = np.unravel_index(int(np.argmax(error)), error.shape)
-    worst = float(error[index])
-    reason = None if np.isfinite(worst) else "Inf or NaN on one side only"
-    part = 0.0 if worst == 0 else worst / allowed if allowed else np.inf
-    return part, name, tuple(int(i) for i in index), (float(before[index]), float(after[index])), worst, allowed, reason
+        raise _Failed(f"{name}: shapes {before.shape} and {after.shape} differ")
+    noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
+    # One draw of the noise: twice the usual margin.
+    verdict = judged(name, before, after, 2 * noise, unit)
+    if verdict.is_wrong:
+        worst = verdict.worst
+        raise _Failed(f"{name} differs by {worst.error:.2g} at {list(worst.index)}, {verdict.bound:.2g} is allowed")
 
 
-def _same(one, other):
-    return one.shape == other.shape and bool(np.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
+def _why_vague(verdict: Verdict) -> str:
+    size = verdict.worst.size
+    if size == 0:
+        return "the output is zero, Inf or NaN on every input tried"
+    return f"what rounding may change is {verdict.allowed / size:.1%} of the largest value, which proves nothing"

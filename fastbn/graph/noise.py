@@ -1,0 +1,104 @@
+"""The rounding noise of a model: the original with the parameters of every affine as inputs, so that they can be disturbed."""
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
+
+from fastbn.graph.constant import float64_of
+from fastbn.graph.feeds import Feed
+from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
+from fastbn.graph.model import Index, Node
+from fastbn.graph.runtime import UNIT
+
+__all__ = ["NOISE", "Noise"]
+
+# Rounding noise put into every batch normalization of the original, in units of round-off: with 2, every parameter moves to a neighbor.
+NOISE = 2
+
+# Constants of elementwise operators up to this size are disturbed.
+LARGEST_DISTURBED = 1 << 16
+
+
+class Noise:
+    """What is disturbed in a model, and by how much.
+
+    Parameters
+    ----------
+    index : model.Index
+        Of the original. The scale and bias of every batch normalization of its main graph, and the constant of every Add, Sub, Mul and Div,
+        become graph inputs of `proto`.
+    proto : onnx.ModelProto
+        The original, or a copy of it with the same nodes; it is not changed.
+    inputs_only : bool
+        Leave the parameters alone: the noise enters by the graph inputs.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+        The copy whose parameters are graph inputs.
+    unit : float
+        The largest unit of round-off of the parameters.
+    """
+
+    def __init__(self, index: Index, proto: ModelProto, inputs_only: bool = False) -> None:
+        self.index = index
+        self.proto = ModelProto()
+        self.proto.CopyFrom(proto)
+        self.proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
+        self._parameters: dict[str, tuple[NDArray, NDArray, np.dtype]] = {}
+        units = []
+        for node in () if inputs_only else index.main.nodes:
+            if is_batch_norm(node) and len(node.inputs) == 5:
+                units += self._disturb_batch_norm(node)
+            elif node.is_op(*ELEMENTWISE):
+                units += self._disturb_elementwise(node)
+        self.unit = max(units, default=UNIT["float32"])
+
+    def _disturb_batch_norm(self, node: Node) -> list[float]:
+        found = [self.index.constant(value) for value in node.inputs[1:5]]
+        if any(constant is None or constant.dtype.name not in UNIT for constant in found):
+            return []
+        scale, bias, mean, var = map(float64_of, found)
+        # Parameters may be float32 beside float16 data: the data says what rounding does.
+        kind = self.index.kind(node.outputs[0]) or self.index.kind(node.inputs[0])
+        name = helper.tensor_dtype_to_np_dtype(kind).name if kind else ""
+        unit = UNIT.get(name, UNIT[found[0].dtype.name])
+        with np.errstate(all="ignore"):
+            size = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))
+        self._disturb(node, 1, scale, unit * np.abs(scale), found[0].dtype)
+        self._disturb(node, 2, bias, unit * size, found[1].dtype)
+        return [unit]
+
+    def _disturb_elementwise(self, node: Node) -> list[float]:
+        slot = constant_slot(node, self.index)
+        found = None if slot is None else self.index.constant(node.inputs[slot])
+        if slot is None or found is None or found.size > LARGEST_DISTURBED:
+            return []
+        values, unit = float64_of(found), UNIT[found.dtype.name]
+        self._disturb(node, slot, values, unit * np.abs(values), found.dtype)
+        return [unit]
+
+    def _disturb(self, node: Node, slot: int, values: NDArray, size: NDArray, dtype: np.dtype) -> None:
+        name = f"fastbn/noise/{node.position}/{slot}"
+        self.proto.graph.node[node.position].input[slot] = name
+        self.proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), values.shape))
+        self._parameters[name] = values, NOISE * size, dtype
+
+    def still(self, feed: Feed) -> Feed:
+        """Return the inputs of `proto` at which it must give what the original gives, bit for bit."""
+        return {**feed, **{name: values.astype(dtype) for name, (values, _, dtype) in self._parameters.items()}}
+
+    def disturbed(self, feed: Feed, rng: np.random.Generator) -> Feed:
+        """Return the inputs of `proto` with every parameter moved by NOISE units of round-off and every input to a neighbor, up or down at
+        random."""
+        noisy = {}
+        for name, (values, size, dtype) in self._parameters.items():
+            with np.errstate(over="ignore"):
+                noisy[name] = np.asarray(values + size * rng.choice([-1.0, 1.0], values.shape)).astype(dtype)
+        for name, values in feed.items():
+            noisy[name] = values
+            if values.dtype.kind == "f":
+                towards = np.where(rng.integers(0, 2, values.shape, np.int8), values.dtype.type(np.inf), values.dtype.type(-np.inf))
+                with np.errstate(over="ignore"):
+                    noisy[name] = np.asarray(np.nextafter(values, towards))
+        return noisy
