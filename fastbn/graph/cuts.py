@@ -18,6 +18,7 @@ from fastbn.graph.difference import Worst, bulk, compare, moved
 from fastbn.graph.feeds import Feed
 from fastbn.graph.model import Index, Value, bodies, scopes_of
 from fastbn.graph.noise import NOISE, Noise
+from fastbn.graph.reference import kept
 from fastbn.graph.runtime import UNIT, Runnable, Runner
 
 __all__ = ["CONCLUSIVE", "MARGIN", "CutParity", "Verdict", "check_cuts", "judged"]
@@ -39,8 +40,8 @@ PREFIX = "fastbn/cut/"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One array compared: the worst element, the bound that the noise explains, and what is allowed: that bound, or less where it is too large
-    to prove anything."""
+    """One array compared: the worst element, the bound that the noise explains, and what is allowed: that bound, or less where it is too
+    large to prove anything."""
 
     name: str
     worst: Worst
@@ -182,7 +183,7 @@ def _with_outputs(proto: ModelProto, names: Iterable[str]) -> ModelProto:
 def _run(model: Runnable, proto: ModelProto, feed: Feed) -> list[NDArray]:
     with Runner(model.with_proto(proto)) as runner:
         wanted = {entry.name for entry in runner.get_inputs()}
-        return runner.run(None, {name: values for name, values in feed.items() if name in wanted})
+        return [kept(output) for output in runner.run(None, {name: values for name, values in feed.items() if name in wanted})]
 
 
 def _piecewise(

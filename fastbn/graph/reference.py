@@ -15,7 +15,7 @@ from fastbn.graph.model import Index, is_standard
 from fastbn.graph.noise import Noise
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, says_invalid
 
-__all__ = ["Reference", "feeds_for", "reference_of"]
+__all__ = ["Reference", "feeds_for", "kept", "reference_of"]
 
 # Draws of the noise where the first one does not explain what is found.
 MORE_DRAWS = 5
@@ -49,9 +49,10 @@ def reference_of(
         feeds = feeds_of(latest, index, input_shapes, seed)
         reference = Reference(model, proto, index, feeds, copy is not None, fresh, progress)
         if not fresh:
-            reference.outputs["zero"] = [_kept(output) for output in latest.outputs]
+            reference.outputs["zero"] = [kept(output) for output in latest.outputs]
         latest.outputs = []
         reference.run(KINDS, runner)
+    reference.measure()
     return reference
 
 
@@ -122,7 +123,7 @@ class Reference:
         self.notes: list[str] = []
         self.noise = Noise(index, proto)
         self._noisy = model.with_proto(self.noise.proto)
-        self._relative: list[float] | None = None
+        self._relative: list[float] = []
         self._drawn: dict[str, list[float]] = {}
 
     def run(self, kinds: tuple[str, ...], runner: Runner | None = None) -> None:
@@ -133,7 +134,7 @@ class Reference:
                     continue
                 self.progress(f"running the original on input '{kind}'")
                 try:
-                    self.outputs[kind] = [_kept(output) for output in open_runner.run(None, self.feeds.make(kind))]
+                    self.outputs[kind] = [kept(output) for output in open_runner.run(None, self.feeds.make(kind))]
                 except runtime_errors() as error:
                     self.notes.append(f"input '{kind}': onnxruntime cannot run the original: {said(error)}")
 
@@ -141,8 +142,6 @@ class Reference:
         """Return how far rounding moves an output: as measured for this kind of input, else in proportion to the first kind."""
         if kind in self._drawn:
             return self._drawn[kind][number]
-        if self._relative is None:
-            self._relative = self._measure()
         return self._relative[number] * largest(_numbers(self.outputs[kind][number]))
 
     def draw(self, kind: str) -> None:
@@ -163,19 +162,20 @@ class Reference:
         number = (*KINDS, *MORE_KINDS).index(kind)
         return self.noise.disturbed(self.feeds.make(kind), np.random.default_rng([self.feeds.seed, number, turn]))
 
-    def _measure(self) -> list[float]:
-        """Return how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""
-        kind = next(kind for kind in KINDS if kind in self.outputs)
+    def measure(self) -> None:
+        """Measure how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""
+        kind = next((kind for kind in KINDS if kind in self.outputs), None)
+        if kind is None or self._relative:
+            return
         self.progress("measuring the rounding noise")
         with Runner(self._noisy, self.fresh) as runner:
-            if self._stands_still(runner, kind):
-                found = self._moves(kind, runner.run(None, self._disturbed(kind, 0)))
-                return [move / (largest(output) or 1.0) for move, output in zip(found, map(_numbers, self.outputs[kind]), strict=True)]
-        self.noise = Noise(self.index, self.proto, inputs_only=True)
-        self._noisy = self.model
-        with Runner(self._noisy, self.fresh) as runner:
-            found = self._moves(kind, runner.run(None, self._disturbed(kind, 0)))
-        return [move / (largest(output) or 1.0) for move, output in zip(found, map(_numbers, self.outputs[kind]), strict=True)]
+            moves = self._moves(kind, runner.run(None, self._disturbed(kind, 0))) if self._stands_still(runner, kind) else None
+        if moves is None:
+            self.noise = Noise(self.index, self.proto, inputs_only=True)
+            self._noisy = self.model
+            with Runner(self._noisy, self.fresh) as runner:
+                moves = self._moves(kind, runner.run(None, self._disturbed(kind, 0)))
+        self._relative = [move / (largest(output) or 1.0) for move, output in zip(moves, map(_numbers, self.outputs[kind]), strict=True)]
 
     def _stands_still(self, runner: Runner, kind: str) -> bool:
         """Say whether the model with noise gives what the original gives, bit for bit, where the noise is zero."""
@@ -205,10 +205,15 @@ def _numbers(output: object) -> NDArray:
     return output if isinstance(output, np.ndarray) and output.dtype.kind in "fiub" else np.empty(0)
 
 
-def _kept(output: object) -> object:
-    """Return an output as it is, or a large one mapped from a temporary file."""
-    if not isinstance(output, np.ndarray) or output.dtype.kind == "O" or output.nbytes <= LARGEST_KEPT:
+def kept(output: object) -> object:
+    """Return a copy of an output, a large one mapped from a temporary file.
+
+    What onnxruntime gives lies in the memory of its session, all of which lives as long as one output does.
+    """
+    if not isinstance(output, np.ndarray) or output.dtype.kind == "O":
         return output
+    if output.nbytes <= LARGEST_KEPT:
+        return output.copy()
     with tempfile.TemporaryFile() as file:
         output.tofile(file)
         file.flush()

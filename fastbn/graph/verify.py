@@ -19,7 +19,7 @@ from fastbn.graph.difference import moved
 from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
 from fastbn.graph.model import Index
 from fastbn.graph.noise import Noise
-from fastbn.graph.reference import Reference, reference_of
+from fastbn.graph.reference import Reference, kept, reference_of
 from fastbn.graph.report import Parity, first_few
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said
 
@@ -149,7 +149,8 @@ class _Check:
                 except runtime_errors() as error:
                     raise _Failed(f"onnxruntime cannot run the folded model: {said(error)}") from error
                 if not self._judge(kind, after):
-                    doubtful[kind] = after
+                    doubtful[kind] = [kept(output) for output in after]
+                del after  # it would keep the session's memory
         for kind, after in doubtful.items():
             self.reference.draw(kind)
             self._judge(kind, after)
@@ -288,7 +289,8 @@ class _Check:
     def _run_branch(self, model: Runnable, feed: Feed) -> list:
         with Runner(model, self.reference.fresh) as runner:
             wanted = {entry.name for entry in runner.get_inputs()}
-            return runner.run(None, {name: values for name, values in feed.items() if name in wanted})
+            found = runner.run(None, {name: values for name, values in feed.items() if name in wanted})
+            return [kept(output) for output in found]
 
 
 def _judge_branch(name: str, before: object, after: object, shaken: object, unit: float) -> None:
