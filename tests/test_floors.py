@@ -36,6 +36,7 @@ FLOORS = [
     ["graph.rewrite"],
     ["graph.runtime"],
     ["graph.feeds", "graph.comparable", "graph.difference", "graph.reach"],
+    ["graph.probe"],
     ["graph.segment", "graph.noise"],
     ["graph.reference"],
     ["graph.cuts"],

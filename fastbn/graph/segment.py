@@ -12,14 +12,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from fastbn.errors import ModelError
-from fastbn.graph.feeds import ModelNotRun, feeds_of
 from fastbn.graph.lift import is_batch_norm
+from fastbn.graph.probe import probes
 from fastbn.graph.rewrite import edited
 from fastbn.graph.runtime import UNIT, runtime_errors, said, session
 from fastbn.graph.search import row_of
 from fastbn.graph.site import SHAPE_READERS
-from fastbn.graph.storage import serialize
 
 __all__ = ["SiteParity", "check_site"]
 
@@ -50,18 +48,28 @@ def check_site(plan, site, seed=0):
     SiteParity
     """
     segment = _Segment(plan, site)
-    note = None
-    try:
-        for amplitude in (1.0, 1 / 64, 1 / 4096):
-            before, after, size = segment.run(np.random.default_rng(seed), amplitude)
-            if np.isfinite(before).all():
-                break
-        else:
-            return SiteParity(True, note="not run: the original overflows on every input tried")
-    except _NotRun as reason:
-        return SiteParity(True, note=f"not run: {reason}")
-    if segment.promoted:
-        note = "run in float32: onnxruntime has no bfloat16 kernels"
+    found, complaint = None, None
+    for probe in probes(segment.before, site, segment.inside):
+        try:
+            result = _check(segment, probe, seed)
+        except _NotRun as reason:
+            complaint = complaint or str(reason)
+            continue
+        if result.ok or probe.has_sizes_of_model:
+            return result
+        # The sizes are not those of the model: what a Reshape makes of them may be something else.
+        found = found or result
+    return found or SiteParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+
+
+def _check(segment, probe, seed):
+    for amplitude in (1.0, 1 / 64, 1 / 4096):
+        before, after, size = segment.run(probe.make(np.random.default_rng(seed), amplitude))
+        if np.isfinite(before).all():
+            break
+    else:
+        return SiteParity(True, note="not run: the original overflows on every input tried")
+    note = "run in float32: onnxruntime has no bfloat16 kernels" if segment.promoted else None
     allowed = segment.units() * size
     error = np.abs(after - before)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -82,9 +90,9 @@ class _Segment:
         self.plan = plan
         self.site = site
         self.index = site.index
-        rank = {node: position for position, node in enumerate(self.index.order)}
+        self.rank = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
-        self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=rank.get)
+        self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=self.rank.get)
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.dtype = self._data_type()
@@ -114,27 +122,29 @@ class _Segment:
         terms = sum(row_of(node, self.index).terms(node, self.site) for node in self.before if node not in self.lifted)
         return 8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"])
 
-    def run(self, rng, amplitude):
+    def run(self, inputs):
         """Return (before, after, size of the terms) as float64 arrays."""
-        complaint = None
-        for inputs in self._inputs(rng, amplitude):
-            feeds = {name: self._typed(values) if values.dtype.kind == "f" else values for name, values in inputs.items()}
-            try:
-                before = _run_nodes(*self._original(feeds), self.index.opset)
-                after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
-                size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
-            except runtime_errors() as error:
-                complaint = complaint or said(error)
-                continue
-            sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
-            if not sides[0].size:
-                complaint = complaint or "what comes out of the site is empty on every input tried"
-                continue
-            if any(node.is_op("GRU") for node in self.before):
-                # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
-                sides[2] = np.maximum(sides[2], 1.0)
-            return sides
-        raise _NotRun(complaint or "an input of the site has no known type")
+        feeds = {name: self._typed(values) if values.dtype.kind == "f" else values for name, values in inputs.items()}
+        try:
+            before = self._run_original(feeds)
+            after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
+            size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
+        except runtime_errors() as error:
+            raise _NotRun(said(error)) from error
+        sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
+        if not sides[0].size:
+            raise _NotRun("what comes out of the site is empty on every input tried")
+        if any(node.is_op("GRU") for node in self.before):
+            # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
+            sides[2] = np.maximum(sides[2], 1.0)
+        return sides
+
+    def _run_original(self, feeds):
+        """Run the original nodes, with the nodes that compute their constants where onnxruntime has kernels for them."""
+        try:
+            return _run_nodes(*self._original(feeds, evaluated=self.promoted), self.index.opset)
+        except runtime_errors():
+            return _run_nodes(*self._original(feeds, evaluated=True), self.index.opset)
 
     def _typed(self, values):
         return values.astype(np.float32 if self.promoted else self.dtype)
@@ -142,36 +152,19 @@ class _Segment:
     def _array(self, array):
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
-    def _inputs(self, rng, amplitude):
-        """Yield inputs of the site by name: random ones in the shapes that its operators propose, in those that the model says, the values
-        that the model itself has there, and random ones of any rank."""
-        proposed, stated, needed = {}, {}, set()
-        for node in self.before:
-            for slot, value in enumerate(node.inputs):
-                if value is None or value in self.inside or self.index.constant(value) is not None:
-                    continue
-                needed.add(value)
-                shape = row_of(node, self.index).sample(node, self.site).get(slot)
-                if shape is not None:
-                    proposed[value.name] = shape
-                    stated[value.name] = self.site.small_shape(value) or shape
-        shapes = [] if len(proposed) < len(needed) else [proposed] if stated == proposed else [proposed, stated]
-        for chosen in shapes:
-            yield {name: amplitude * rng.standard_normal(shape) for name, shape in chosen.items()}
-        captured = _captured(self.index, needed)
-        if captured:
-            yield captured
-        for rank in (2, 3, 4, 5) if shapes else ():
-            yield {name: amplitude * rng.standard_normal((*shape, 3, 3, 3)[:rank]) for name, shape in proposed.items()}
-
-    def _original(self, feeds):
-        feeds = dict(feeds)
-        for node in self.before:
-            for value in node.inputs:
-                found = self.index.constant(value)
-                if found is not None:
-                    feeds[value.name] = self._array(found.array())
-        return [_modern(node.proto, self.index.opset) for node in self.before], feeds, [value.name for value in self.results]
+    def _original(self, feeds, evaluated):
+        """Return (nodes, feeds, results); constants are fed, and where they are not to be evaluated here, computed by their own nodes."""
+        feeds, computing = dict(feeds), {}
+        pending = [value for node in self.before for value in node.inputs if self.index.constant(value) is not None]
+        for value in pending:
+            node = value.producer
+            if evaluated or value.initializer is not None or not _is_computed(node, self.index):
+                feeds[value.name] = self._array(self.index.constant(value).array())
+            elif node not in computing:
+                computing[node] = None
+                pending.extend(read for read in node.inputs if read is not None)
+        nodes = sorted({*computing, *self.before}, key=self.rank.get)
+        return [_modern(node.proto, self.index.opset) for node in nodes], feeds, [value.name for value in self.results]
 
     def _folded(self, feeds, magnitudes):
         """Return the folded segment; with magnitudes, every input and constant is its absolute value and every difference is a sum."""
@@ -211,21 +204,9 @@ class _Segment:
         return value.name
 
 
-def _captured(index, values):
-    """Return what values of the main graph are when the original runs, by name; None where it does not."""
-    if any(value.scope is not index.main for value in values):
-        return None
-    proto = onnx.ModelProto()
-    proto.CopyFrom(index.proto)
-    names = [value.name for value in values]
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    folder = index.source.path.parent if index.source.path else None
-    try:
-        run = session(serialize(proto, index.source.name), folder)
-        return dict(zip(names, run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0]), strict=True))
-    except (*runtime_errors(), ModelNotRun, ModelError):
-        return None
+def _is_computed(node, index):
+    """Say whether onnxruntime can compute a constant from constants: a Shape reads what need not be one."""
+    return all(value is None or index.constant(value) is not None for value in node.inputs)
 
 
 def _magnitude(node, slot, array):

@@ -21,8 +21,8 @@ SHAPE_READERS = ("Shape", "Size")
 # No operator of the tables has a constant behind this many inputs: BatchNormalization has five.
 MOST_SLOTS = 5
 
-# A value is given at most this many elements in a site's verification, where the model says its shape.
-LARGEST_SAMPLE = 1 << 20
+# A value is given at most this many elements in a fold's verification where the model says its shape.
+LARGEST_SAMPLE = 1 << 16
 
 # Conv, ConvTranspose and Gemm read their weight here; DequantizeLinear has a scale per step of an axis from this opset on.
 WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
@@ -256,7 +256,7 @@ class Site:
             return None
         shape = tuple(2 if size is None else size for size in shape)
         if math.prod(shape) > LARGEST_SAMPLE:
-            shape = (*shape[:2], *(min(size, 8) for size in shape[2:]))
+            shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
 
     def into_sibling(self, node, slot, affine):
