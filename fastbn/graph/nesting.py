@@ -1,9 +1,8 @@
 """Graphs within a model: the bodies of nodes, and model-local functions, none of which may call itself."""
 
 from collections import Counter
-from collections.abc import Iterable
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
 from fastbn.errors import ModelError, expected
 
@@ -13,7 +12,7 @@ __all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "expanded_size", "is_standard
 DEEPEST = 32
 
 # A model that has more nodes than this once its functions stand in the place of their calls is read with its functions as they are.
-LARGEST_INLINED = 100_000
+LARGEST_INLINED = 20_000
 
 
 def is_standard(domain: str) -> bool:
@@ -32,8 +31,8 @@ def bodies(node: NodeProto) -> list[GraphProto]:
     return found
 
 
-def scopes_of(graph: GraphProto) -> list[GraphProto]:
-    """Return a GraphProto and all subgraphs below it, outermost first: the same order for a model and for its copy."""
+def scopes_of(graph: GraphProto | FunctionProto) -> list[GraphProto | FunctionProto]:
+    """Return a graph, or a function, and all subgraphs below it, outermost first: the same order for a model and for its copy."""
     found = [graph]
     for current in found:
         for node in current.node:
@@ -50,7 +49,7 @@ def expanded_size(proto: ModelProto) -> int:
         A function calls itself, perhaps by way of others.
     """
     functions = {(each.domain, each.name, each.overload): each for each in proto.functions}
-    calls = {key: _calls(function.node) for key, function in functions.items()}
+    calls = {key: _calls(function) for key, function in functions.items()}
     sizes: dict[tuple, int] = {}
     # A function on the way is counted when the ones that it calls have been.
     for start in calls:
@@ -66,19 +65,13 @@ def expanded_size(proto: ModelProto) -> int:
                 continue
             pending.pop()
             sizes[key] = _size(calls[key], sizes)
-    return _size(_calls(proto.graph.node), sizes)
+    return _size(_calls(proto.graph), sizes)
 
 
 def _size(calls: Counter, sizes: dict[tuple, int]) -> int:
     return sum(count * sizes.get(key, 1) for key, count in calls.items())
 
 
-def _calls(nodes: Iterable[NodeProto]) -> Counter:
-    """Return how often each operator or function is called, those of the bodies included."""
-    found: Counter = Counter()
-    pending = [nodes]
-    for some in pending:
-        for node in some:
-            found[node.domain, node.op_type, node.overload] += 1
-            pending.extend(body.node for body in bodies(node))
-    return found
+def _calls(graph: GraphProto | FunctionProto) -> Counter:
+    """Return how often each operator or function is called, in bodies too."""
+    return Counter((node.domain, node.op_type, node.overload) for each in scopes_of(graph) for node in each.node)

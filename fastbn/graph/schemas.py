@@ -8,11 +8,18 @@ import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, checker, defs
 
 from fastbn.errors import ModelError, expected
+from fastbn.graph.nesting import scopes_of
 
 __all__ = ["check_node", "checker_context", "is_function", "is_inferable", "propagates"]
 
 NAMES = AttributeProto.AttributeType
 OPTION = defs.OpSchema.FormalParameterOption
+
+# A hint to the memory planner of the first versions, which no result depends on.
+LEGACY = "consumed_inputs"
+
+# Their inference takes for granted that the type of the input is known.
+UNSAFE = ("EyeLike", "RegexFullMatch")
 
 # Einsum's inference does not end on some equations that are none.
 EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)*(->[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)?")
@@ -35,7 +42,7 @@ def _demand(op: str, opset: int) -> Demand | None:
         return None
     inputs = {slot: each.name for slot, each in enumerate(schema.inputs[: schema.min_input]) if each.option != OPTION.Optional}
     variadic = bool(schema.inputs) and schema.inputs[-1].option == OPTION.Variadic and schema.inputs[-1].is_homogeneous
-    attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required)
+    attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required and name != LEGACY)
     return Demand(inputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
 
 
@@ -116,6 +123,8 @@ def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
 
 def _is_sound(proto: NodeProto) -> bool:
     """Say whether a node is none of those that the checker lets pass and inference does not survive."""
+    if proto.op_type in UNSAFE:
+        return False
     if proto.op_type == "Split":
         return all(attribute.i == len(proto.output) for attribute in proto.attribute if attribute.name == "num_outputs")
     if proto.op_type == "Einsum":
@@ -131,7 +140,7 @@ def is_function(proto: FunctionProto, context: checker.C.CheckerContext) -> bool
         checker.check_function(proto, context)
     except Exception:  # the checker raises many kinds; all say that the function is none
         return False
-    return all(_is_sound(node) for node in proto.node)
+    return all(_is_sound(node) for graph in scopes_of(proto) for node in graph.node)
 
 
 @lru_cache(maxsize=1024)
