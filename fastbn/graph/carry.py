@@ -188,7 +188,31 @@ def _split_axis(node, affine, value, site):
     return axis, sizes
 
 
-# Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account.
+# Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account. Gather puts the axes
+# of its indices in the place of its own axis: what lies behind moves on, whatever the indices are.
+def _gather(node, affine, came, goes, site):
+    axis = axis_of(node, affine, came, site)
+    if axis is None:
+        return affine
+    rank, many = site.rank(node.inputs[0]), site.rank(node.inputs[1])
+    if not rank or many is None:
+        raise Refusal("axis-unknown", f"the ranks of what Gather '{node.label}' reads are not known")
+    at = node.attribute("axis", 0) % rank
+    behind = at + (1 if came is node.inputs[0] else many)
+    if axis < at:
+        return affine
+    if axis >= behind:
+        return affine.at(axis + (many - 1 if came is node.inputs[0] else 1 - many))
+    if many == 1:
+        return _choose(node, affine, came, goes, site)
+    if many == 0:
+        index = site.index.constant(node.inputs[1])
+        if index is None:
+            raise Refusal("dynamic-index", f"the index of Gather '{node.label}' is no constant")
+        return affine.picked(index.array().reshape(1) % affine.channels, None)
+    raise Refusal("axis", f"Gather '{node.label}' spreads its channels over {many} axes")
+
+
 def _choose(node, affine, came, goes, site):
     axis = axis_of(node, affine, node.inputs[0] if came is node.inputs[0] else node.outputs[0], site)
     if axis is None:
@@ -521,7 +545,7 @@ CARRIERS = {
     "Concat": Row(_concat_backward, _concat_forward, _no_terms, _data_sample),
     "Split": Row(_split_backward, _split_forward, _no_terms, _data_sample, parts=True),
     "Slice": _symmetric(_choose),
-    "Gather": _symmetric(_choose),
+    "Gather": _symmetric(_gather),
     "AveragePool": _symmetric(_average_pool, _pool_terms),
     "GlobalAveragePool": _symmetric(_global_average_pool, _reduce_terms),
     "MaxPool": _symmetric(_max_pool),

@@ -9,7 +9,8 @@ from onnx.inliner import inline_selected_functions
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.graph import storage
 from fastbn.graph.lift import BATCH_NORM, is_batch_norm
-from fastbn.graph.model import Index, is_standard
+from fastbn.graph.model import Index
+from fastbn.graph.nesting import LARGEST_INLINED, expanded_size, is_standard
 from fastbn.graph.plan import plan
 from fastbn.graph.reach import unreached
 from fastbn.graph.report import Fold, first_few
@@ -204,7 +205,7 @@ def _with_and_without_functions(source):
         for function in source.proto.functions
         if any(node.op_type == BATCH_NORM and is_standard(node.domain) for node in function.node)
     ]
-    if holders:
+    if holders and expanded_size(source.proto) <= LARGEST_INLINED:
         try:
             inlined = inline_selected_functions(source.proto, holders)
         except Exception:  # the inliner raises many kinds on odd models: then the functions stay, with their reason

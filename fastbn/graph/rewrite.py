@@ -195,6 +195,7 @@ class _Writer:
         """Mark the constants that only removed nodes and changed slots read, and the nodes that computed them."""
         pending = [value for node in self.gone for value in node.inputs if value is not None]
         pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
+        pending = [*dict.fromkeys(pending)]  # one constant may belong to thousands of nodes
         while pending:
             value = pending.pop()
             if self._is_read(value):

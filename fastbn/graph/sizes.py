@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
+from fastbn.graph.expressions import Constants, is_expression
+from fastbn.graph.nesting import is_standard
+
 __all__ = ["LARGEST_LIST", "Sizes"]
 
 # Integer constants up to this many elements are read for their values.
@@ -30,9 +33,17 @@ SAME_BATCH = ("AveragePool", "Conv", "ConvTranspose", "DepthToSpace", "GlobalAve
 # Each dimension is the one of its operands that is not 1.
 BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum")
 
-# Operators on lists of integers: they move the elements, or compute with them where all are numbers.
-MOVING = ("Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze")
-COMPUTING = ("Add", "Div", "Mul", "ReduceProd", "Sub")
+# Operators that move the elements of a list.
+MOVING = ("Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze")
+
+# Operator -> the slots in which it reads sizes, factors or axes by value; a Flatten is a Reshape to sizes that it does not read.
+# fmt: off
+VALUE_SLOTS = {
+    "CenterCropPad": (1,), "ConstantOfShape": (0,), "Expand": (1,), "Flatten": (1,), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2),
+    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Tile": (1, 2), "TopK": (1,),
+    "Unsqueeze": (1,), "Upsample": (1,),
+}
+# fmt: on
 
 # A Cast to one of these types leaves a size as it is.
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
@@ -52,42 +63,55 @@ class Sizes:
     Parameters
     ----------
     nodes : list of model.Node
-    known : dict of name -> tuple of int or None
+    known : dict of (scope number, name) -> tuple of int or None
         The shapes that are known already.
-    constant : callable
-        Value -> Tensor that it always is, or None.
-    evaluate : callable
-        (node, arrays) -> arrays that an operator gives, or None where it cannot be run.
+    constants : expressions.Constants
     """
 
-    def __init__(self, nodes, known, constant, evaluate):
+    def __init__(self, nodes: list, known: dict, constants: Constants) -> None:
         self.nodes = nodes
-        self.known = known
-        self.constant = constant
-        self.evaluate = evaluate
-        self._sizes = {}
-        self._lists = {}
+        self.constants = constants
+        self._shapes = known
+        self._sizes: dict = {}
+        self._lists: dict = {}
 
-    def found(self):
-        """Return value -> sizes, None where unknown, of what a Reshape or Flatten gives, where they say more than is known."""
+    def found(self) -> tuple[dict, dict]:
+        """Return what says more than is known already, both for the sizes of the inputs that the model or the caller gives.
+
+        Returns
+        -------
+        shapes : dict of value -> tuple of int or None
+            What a Reshape or Flatten gives.
+        lists : dict of value -> numpy.ndarray
+            Computed lists, all of them numbers, that an operator reads whose result has unknown sizes.
+        """
         giving = [node for node in self.nodes if any(node.outputs[:1])]
-        open_ends = {node: None for node in giving if node.is_op("Reshape", "Flatten") and self._is_open(node.outputs[0])}
-        found = {}
-        lists = self._computed([node.input(1) for node in open_ends])
+        open_ends = {node: None for node in giving if self.is_open(node)}
+        shapes, targets = {}, [node.input(slot) for node in open_ends for slot in _value_slots(node)]
+        lists = self._computed(targets)
         for node in giving if open_ends else ():
             for value in node.outputs:
                 if value in lists:
                     self._lists[value] = self._list(node, value.slot)
             sizes = self._settle(node)
-            if node in open_ends and sizes is not None:
+            if node in open_ends and sizes is not None and node.is_op("Reshape", "Flatten"):
                 numbers = tuple(size if isinstance(size, int) else None for size in sizes)
-                if numbers != self.known.get(node.outputs[0].name):
-                    found[node.outputs[0]] = numbers
-        return found
+                if numbers != self.known(node.outputs[0]):
+                    shapes[node.outputs[0]] = numbers
+        numeric = {value: _numbers(self._lists.get(value)) for value in targets if value in lists}
+        return shapes, {value: array for value, array in numeric.items() if array is not None}
 
-    def _is_open(self, value):
+    def known(self, value: object) -> tuple | None:
+        """Return the shape of a value that is known already."""
+        return self._shapes.get((value.scope.number, value.name))
+
+    def is_open(self, node: object) -> bool:
+        """Say whether a node reads sizes by value and gives unknown ones."""
+        value = node.outputs[0] if node.outputs else None
+        if value is None or not _value_slots(node):
+            return False
         # What a graph output declares stands: asking again in every pass would find nothing new.
-        shape = self.known.get(value.name)
+        shape = self.known(value)
         return shape is None or (None in shape and not value.is_output)
 
     # ---- sizes of values ----
@@ -97,14 +121,14 @@ class Sizes:
         if value is None:
             return None
         if value not in self._sizes:
-            shape = self.known.get(value.name) if value.initializer is None else tuple(value.initializer.dims)
+            shape = self.known(value) if value.initializer is None else tuple(value.initializer.dims)
             self._sizes[value] = _named(shape, value)
         return self._sizes[value]
 
     def _settle(self, node):
         """Return the sizes of a node's first output, which those of its inputs may tell better than inference did."""
         value = node.outputs[0]
-        told, shape = self._told(node), self.known.get(value.name)
+        told, shape = self._told(node), self.known(value)
         if shape is None:
             shape = told
         elif told is not None and len(told) == len(shape):
@@ -180,41 +204,49 @@ class Sizes:
         found, pending = set(), [value for value in targets if value is not None]
         for value in pending:
             node = value.producer
-            if node is not None and value not in found and node.is_op("Shape", "Cast", *MOVING, *COMPUTING):
+            if node is None or value in found or not is_standard(node.domain):
+                continue
+            if node.op in ("Identity", "Shape") or is_expression(node.op):
                 found.add(value)
                 pending.extend(read for read in node.inputs if read is not None and not node.is_op("Shape"))
         return found
 
     def _elements(self, value):
-        """Return the elements of an integer array as an array of objects, None where not even its shape is known."""
+        """Return the elements of a list: an array of objects where they are integers, of numbers where they are floats or truth values.
+
+        None where not even its shape is known.
+        """
         if value is None:
             return None
         if self._lists.get(value) is not None:
             return self._lists[value]
-        constant = self.constant(value)
-        if constant is not None and (constant.dtype.kind not in "iu" or constant.size > LARGEST_LIST):
+        constant = self.constants.find(value, LARGEST_LIST)
+        if constant is not None and (constant.dtype.kind not in "biuf" or constant.size > LARGEST_LIST):
             return None
         if constant is not None:
-            return constant.array().astype(object)
-        shape = self.known.get(value.name)
+            return _listed(constant.array())
+        shape = self.known(value)
         return np.full(shape, None) if shape is not None and None not in shape and math.prod(shape) <= LARGEST_LIST else None
 
     def _list(self, node, slot):
         """Return the elements that an operator on lists gives, None where it does not tell."""
         if node.is_op("Shape"):
             sizes = self._of(node.input(0))
-            return None if sizes is None else _objects(sizes[node.attribute("start", 0) : node.attribute("end")])
-        if node.is_op("Cast"):
-            return self._elements(node.input(0)) if node.attribute("to") in INTEGERS else None
+            return None if sizes is None else _objects(sizes[node.attribute("start", 0) : node.attribute("end", len(sizes))])
         inputs = [self._elements(value) for value in node.inputs]
-        if any(found is None and value is not None for found, value in zip(inputs, node.inputs, strict=True)):
+        if not inputs or any(found is None and value is not None for found, value in zip(inputs, node.inputs, strict=True)):
             return None
-        if node.is_op(*MOVING):
+        if node.is_op("Identity"):
+            return inputs[0]
+        if node.is_op("Cast") and node.attribute("to", 0) in INTEGERS and inputs[0].dtype == object:
+            return inputs[0]
+        if node.is_op(*MOVING) and any(found is not None and found.dtype == object for found in inputs[:1]):
             return self._moved(node, slot, inputs)
-        if any(isinstance(size, Dim) or size is None for found in inputs if found is not None for size in found.flat):
+        arrays = [None if found is None else _numbers(found) for found in inputs]
+        if any(array is None and found is not None for array, found in zip(arrays, inputs, strict=True)):
             return None
-        result = self.evaluate(node, [None if found is None else found.astype(np.int64) for found in inputs])
-        return None if result is None else result[slot].astype(object)
+        result = self.constants.evaluate(node, arrays, LARGEST_LIST)
+        return None if result is None or slot >= len(result) else _listed(result[slot])
 
     def _moved(self, node, slot, inputs):
         """Return where the elements come to lie: the operator is run on their numbers in a list of them all."""
@@ -229,8 +261,30 @@ class Sizes:
                 arrays.append(found.astype(np.int64))
             else:
                 return None
-        result = self.evaluate(node, arrays)
-        return None if result is None else _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
+        result = self.constants.evaluate(node, arrays, LARGEST_LIST)
+        return None if result is None or slot >= len(result) else _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
+
+
+def _listed(array):
+    return array.astype(object) if array.dtype.kind in "iu" else array
+
+
+def _numbers(elements):
+    """Return the elements of a list as an array of numbers, None where one of them is none."""
+    if elements is None or elements.dtype != object:
+        return elements
+    return elements.astype(np.int64) if all(_fits(size) for size in elements.flat) else None
+
+
+def _fits(size):
+    return isinstance(size, int) and abs(size) < 1 << 63
+
+
+def _value_slots(node):
+    """Return the slots in which an operator reads sizes by value."""
+    if not is_standard(node.domain):
+        return ()
+    return (1,) if node.op.startswith("Reduce") else VALUE_SLOTS.get(node.op, ())
 
 
 def _objects(elements):

@@ -1,0 +1,236 @@
+"""The shapes and types that inference finds, on a skeleton of the model: its nodes, its small constants, and of everything else the types.
+
+Inference runs in this process, in C++, where a node that is none may end the process: what inference cannot be trusted with is left out.
+"""
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from fastbn.errors import FastbnError
+from fastbn.graph.expressions import Constants
+from fastbn.graph.nesting import LARGEST_INLINED, bodies, is_standard, scopes_of
+from fastbn.graph.schemas import checker_context, is_function, is_inferable, propagates
+from fastbn.graph.sizes import LARGEST_LIST, Sizes
+
+__all__ = ["Inference", "shape_of"]
+
+# Each pass knows the shapes that the one before it found behind sizes that the graph computes.
+INFERENCE_PASSES = 8
+
+# Factors, such as the scales of a Resize, are floats; a longer list of floats is no list of factors.
+LARGEST_FACTORS = 64
+
+# No size is larger; and inference follows the elements of no longer list, each of which it holds as a message.
+LARGEST_DIM = 1 << 31
+LARGEST_FOLLOWED = 1 << 16
+
+
+def shape_of(info: ValueInfoProto) -> tuple | None:
+    """Return the shape in a ValueInfoProto, None for each size that it leaves open; None where it says no rank."""
+    kind = info.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") and 0 < dim.dim_value <= LARGEST_DIM else None for dim in kind.shape.dim)
+
+
+class Inference:
+    """What inference says of a model, by (number of the scope, name of the value).
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+    main : model.Scope
+    constants : expressions.Constants
+    input_shapes : dict of name -> tuple of int
+        Sizes of graph inputs.
+    expanded : int
+        Nodes of the model with its functions in the place of their calls.
+
+    Attributes
+    ----------
+    shapes : dict of (int, str) -> tuple of int or None
+    kinds : dict of (int, str) -> int
+        Types of the elements, as numbers of TensorProto.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, main: object, constants: Constants, input_shapes: dict, expanded: int) -> None:
+        self.shapes: dict[tuple[int, str], tuple] = {}
+        self.kinds: dict[tuple[int, str], int] = {}
+        self._proto = proto
+        self._main = main
+        self._constants = constants
+        self._input_shapes = input_shapes
+        self._context = checker_context(proto.ir_version, proto.opset_import)
+        self._opset = self._context.opset_imports.get("", 1)
+        self._has_functions = expanded <= LARGEST_INLINED
+        self._told: dict = {}
+        self._lists: dict = {}
+        self._numbers: dict = {}
+        self._has_cut = False
+        self._infer()
+
+    def _infer(self) -> None:
+        follows = False
+        for _ in range(INFERENCE_PASSES):
+            skeleton, scopes = self._skeleton(follows)
+            try:
+                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=follows).graph
+            except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
+                break
+            before = dict(self.shapes)
+            self._read(graph, scopes)
+            sizes = Sizes(self._main.ordered, self.shapes, self._constants)
+            if not any(sizes.is_open(node) for scope in scopes for node in scope.ordered):
+                break
+            found, lists = sizes.found()
+            is_news = bool(found) or not lists.keys() <= self._lists.keys() or (self._has_cut and before != self.shapes)
+            if follows and not is_news:
+                break
+            self._told.update(found)
+            self._lists.update(lists)
+            follows = True
+
+    def _read(self, graph: GraphProto, scopes: list) -> None:
+        for scope, inferred in zip(scopes, scopes_of(graph), strict=True):
+            for info in (*inferred.input, *inferred.value_info, *inferred.output):
+                key = scope.number, info.name
+                self.kinds[key] = info.type.tensor_type.elem_type
+                shape = shape_of(info)
+                if shape is not None:
+                    self.shapes[key] = shape
+
+    # ---- the skeleton ----
+
+    def _skeleton(self, follows: bool) -> tuple[onnx.ModelProto, list]:
+        """Return (model, its scopes in the order of scopes_of)."""
+        skeleton = onnx.ModelProto(ir_version=max(self._proto.ir_version, 4), opset_import=self._proto.opset_import)
+        skeleton.graph.name = "shapes"
+        scopes, pending = [], [(self._main, skeleton.graph)]
+        for scope, graph in pending:
+            scopes.append(scope)
+            left_out = self._add_nodes(scope, graph, follows, pending)
+            self._add_infos(scope, graph, left_out)
+            self._add_constants(scope, graph, left_out)
+        if self._has_functions:
+            skeleton.functions.extend(function for function in self._proto.functions if is_function(function, self._context))
+        return skeleton, scopes
+
+    def _add_nodes(self, scope: object, graph: GraphProto, follows: bool, pending: list) -> set:
+        """Add the nodes of a scope, and their bodies to `pending`; return the values that nodes left out would give."""
+        left_out = set()
+        for node in scope.ordered:
+            given = [value for value in node.outputs if value is not None]
+            shallow = _shallow(node.proto) if node.scopes else node.proto
+            is_endless = follows and self._is_endless(node)
+            self._has_cut |= is_endless
+            if is_endless or self._are_constants(given) or (is_standard(node.domain) and not is_inferable(shallow, self._context)):
+                left_out.update(given)
+                continue
+            added = graph.node.add()
+            added.CopyFrom(shallow)
+            pending.extend(zip(node.scopes, bodies(added), strict=True))
+        return left_out
+
+    def _are_constants(self, values: list) -> bool:
+        return bool(values) and all(self._number(value) is not None or self._constants.find(value, LARGEST_LIST) for value in values)
+
+    def _is_endless(self, node: object) -> bool:
+        """Say whether a node passes on the elements of a list, which may be a long one."""
+        if not is_standard(node.domain) or not propagates(node.op, self._opset):
+            return False
+        shapes = [self._shape(value) for value in node.inputs if value is not None]
+        return any(shape is None or (len(shape) == 1 and (shape[0] or LARGEST_DIM) > LARGEST_FOLLOWED) for shape in shapes)
+
+    def _shape(self, value: object) -> tuple | None:
+        known = self._constants.known(value)
+        return self.shapes.get((value.scope.number, value.name)) if known is None else known.shape
+
+    def _add_infos(self, scope: object, graph: GraphProto, left_out: set) -> None:
+        told = {value.name: sizes for value, sizes in self._told.items() if value.scope is scope}
+        for info in scope.graph.input:
+            shape = self._input_shapes.get(info.name) if scope is self._main else None
+            _add_info(graph.input, info, shape)
+        for info in scope.graph.output:
+            _add_info(graph.output, info)
+            if shape_of(info) == ():  # a scalar, or what an exporter wrote that knew no sizes: inference tells which
+                graph.output[-1].type.tensor_type.ClearField("shape")
+        declared = [info for info in scope.graph.value_info if info.name not in told]
+        for info in declared:
+            _add_info(graph.value_info, info)
+        names = {info.name for info in declared}
+        for value in left_out:
+            shape = self.shapes.get((scope.number, value.name))
+            if value.name not in names and shape is not None and self._number(value) is None:
+                told.setdefault(value.name, shape)
+        for name, sizes in told.items():
+            kind = self.kinds.get((scope.number, name)) or TensorProto.FLOAT
+            graph.value_info.append(helper.make_tensor_value_info(name, kind, sizes))
+
+    def _add_constants(self, scope: object, graph: GraphProto, left_out: set) -> None:
+        """Add the constants that nodes of a scope read: small ones with their values, the others as types."""
+        listed = {info.name for info in graph.input}
+        own = (value for value in scope.values.values() if value.initializer is not None or value in left_out)
+        read = (value for node in scope.nodes for value in node.inputs if value is not None)
+        for value in dict.fromkeys((*own, *read)):
+            number = self._number(value)
+            if number is not None:
+                graph.initializer.append(numpy_helper.from_array(number, value.name))
+            elif value.scope is scope and value.name not in listed:
+                self._add_type(scope, graph, value)
+
+    def _add_type(self, scope: object, graph: GraphProto, value: object) -> None:
+        found = self._constants.find(value, LARGEST_LIST)
+        if value.initializer is not None:
+            kind, shape = value.initializer.data_type, value.initializer.dims
+        elif found is not None:
+            kind, shape = helper.np_dtype_to_tensor_dtype(found.dtype), found.shape
+        else:
+            return
+        # The inputs of a body are counted.
+        infos = graph.input if scope.parent is None else graph.value_info
+        infos.append(helper.make_tensor_value_info(value.name, kind, shape))
+
+    def _number(self, value: object) -> np.ndarray | None:
+        """Return the values of a small constant, or of a list of sizes that is one for these inputs; None for anything else."""
+        if self._lists.get(value) is not None:
+            return self._lists[value]
+        if value not in self._numbers:
+            self._numbers[value] = self._small(value)
+        return self._numbers[value]
+
+    def _small(self, value: object) -> np.ndarray | None:
+        found = self._constants.find(value, LARGEST_LIST)
+        limits = {"i": LARGEST_LIST, "u": LARGEST_LIST, "f": LARGEST_FACTORS, "b": LARGEST_FACTORS}
+        if found is None or found.size > limits.get(found.dtype.kind, -1):
+            return None
+        try:
+            return found.array()
+        except FastbnError:  # it is said where the constant matters
+            return None
+
+
+def _add_info(infos: object, info: ValueInfoProto, shape: tuple | None = None) -> None:
+    """Add a copy of a ValueInfoProto, with another shape where one is given; a size that cannot be one is left open."""
+    added = infos.add()
+    added.CopyFrom(info)
+    if shape is not None:
+        added.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, shape))
+    for dim in added.type.tensor_type.shape.dim if added.type.HasField("tensor_type") else ():
+        if dim.HasField("dim_value") and not 0 <= dim.dim_value <= LARGEST_DIM:
+            dim.ClearField("dim_value")
+
+
+def _shallow(proto: NodeProto) -> NodeProto:
+    """Return a node whose bodies are empty."""
+    shallow = onnx.NodeProto(op_type=proto.op_type, domain=proto.domain, name=proto.name, input=proto.input, output=proto.output)
+    for attribute in proto.attribute:
+        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            shallow.attribute.add().CopyFrom(attribute)
+            continue
+        added = shallow.attribute.add(name=attribute.name, type=attribute.type)
+        if attribute.type == AttributeProto.GRAPH:
+            added.g.name = "body"
+        for _ in attribute.graphs:
+            added.graphs.add(name="body")
+    return shallow
