@@ -22,19 +22,23 @@ from fastbn.graph.lift import constant_slot
 from fastbn.graph.report import Refusal
 from fastbn.graph.weights import (
     batch_norm_sample,
+    conv_outputs,
     conv_sample,
     conv_terms,
     conv_weight,
     elementwise_sample,
+    gemm_outputs,
     gemm_sample,
     gemm_terms,
     gemm_weight,
+    matmul_outputs,
     matmul_sample,
     matmul_slot,
     matmul_terms,
     matmul_views,
     no_sample,
     one_term,
+    recurrent_outputs,
     recurrent_sample,
     recurrent_terms,
 )
@@ -67,13 +71,14 @@ class Row:
 
     backward(node, affine, site) and forward(node, slot, affine, site) return Taken, or a list of Taken to try in order; None where the
     operator has no such fold. With parts, the operator hands out parts of its input, and one of them (site.asked) may change alone. For
-    terms and sample see weights.py.
+    terms, sample and outputs see weights.py.
     """
 
     backward: object = None
     forward: object = None
     terms: object = None
     sample: object = None
+    outputs: object = None
     parts: bool = False
 
 
@@ -501,10 +506,10 @@ def _recurrent_forward(node, slot, affine, site):
 
 
 ABSORBERS = {
-    "Conv": Row(_conv_backward, _conv_forward, conv_terms, conv_sample),
-    "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, conv_terms, conv_sample),
-    "Gemm": Row(_gemm_backward, _gemm_forward, gemm_terms, gemm_sample),
-    "MatMul": Row(_matmul_backward, _matmul_forward, matmul_terms, matmul_sample),
+    "Conv": Row(_conv_backward, _conv_forward, conv_terms, conv_sample, conv_outputs),
+    "ConvTranspose": Row(_conv_transpose_backward, _conv_transpose_forward, conv_terms, conv_sample, conv_outputs),
+    "Gemm": Row(_gemm_backward, _gemm_forward, gemm_terms, gemm_sample, gemm_outputs),
+    "MatMul": Row(_matmul_backward, _matmul_forward, matmul_terms, matmul_sample, matmul_outputs),
     "BatchNormalization": Row(_batch_norm_backward, _batch_norm_forward, one_term, batch_norm_sample),
     "Add": Row(_add_backward, _add_forward, one_term, elementwise_sample),
     "Sub": Row(_add_backward, _add_forward, one_term, elementwise_sample),
@@ -512,7 +517,7 @@ ABSORBERS = {
     "Div": Row(_mul_backward, _mul_forward, one_term, elementwise_sample),
     # The weight of one of the above may stand behind it, and a scale goes into its own.
     "DequantizeLinear": Row(None, None, one_term, no_sample),
-    "LSTM": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
-    "GRU": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
-    "RNN": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample),
+    "LSTM": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample, recurrent_outputs),
+    "GRU": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample, recurrent_outputs),
+    "RNN": Row(None, _recurrent_forward, recurrent_terms, recurrent_sample, recurrent_outputs),
 }

@@ -91,7 +91,9 @@ class Search:
         others = [use for use in self.site.readers(value) if use != (asker, slot)]
         if others:
             node = others[0][0]
-            if not self.site.may_rearrange() or (affine.scale == 0).any():
+            # What a constant becomes here, other readers would not see: they read it as the constant that it was.
+            constant = self.site.index.constant(value) is not None
+            if constant or not self.site.may_rearrange() or (affine.scale == 0).any():
                 raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
         return others
 
@@ -106,6 +108,10 @@ class Search:
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
         rank = len(constant.shape)
+        if affine.rank > rank:
+            raise Refusal(
+                "axis", f"a constant of rank {affine.rank} widens the constant at {node.op} '{node.label}', which has rank {rank}"
+            )
         if affine.axis is not None and (not -rank <= affine.axis < rank or constant.shape[affine.axis] != affine.channels):
             raise Refusal("axis", f"the constant at {node.op} '{node.label}' has no axis of {affine.channels} channels")
         return Plan(constants={(node, slot): constant.affine(*affine.shaped(rank))})
