@@ -43,7 +43,7 @@ from fastbn.graph.weights import (
     recurrent_terms,
 )
 
-__all__ = ["ABSORBERS", "Row", "Taken", "axis_of"]
+__all__ = ["ABSORBERS", "Row", "Taken", "axis_in", "axis_of"]
 
 
 @dataclass

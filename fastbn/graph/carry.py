@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from fastbn.graph.absorb import Row, Taken, axis_of
+from fastbn.graph.absorb import Row, Taken, axis_in, axis_of
 from fastbn.graph.constant import Affine
 from fastbn.graph.report import Refusal, first_few
 
@@ -415,20 +415,16 @@ def _pad(node, affine, came, goes, site):
 # Forward a scale needs every operand to have it, a shift passes.  Where the other operand is a convolution of the same value, the affine
 # becomes the centre of its kernel (RepVGG); otherwise the producers of the other operands are asked to make up for it.
 def _sum_backward(node, affine, site):
-    slots = range(len(node.inputs))
-    choices = []
-    for taker in slots:
-        onward = []
-        for slot in slots:
-            part = affine if slot == taker else affine.scale_only()
-            if node.op == "Sub" and slot == taker == 1:
-                part = Affine(affine.scale, -affine.shift, affine.axis, affine.rank, affine.spread)
-            if part.scales or part.shifts:
-                onward.append((slot, _narrowed(node, part, node.outputs[0], node.inputs[slot], site)))
-        choices.append(Taken(onward=onward))
-        if not affine.shifts:
-            break
-    return choices
+    both = [_narrowed(node, affine, node.outputs[0], value, site) for value in node.inputs]
+    if not affine.shifts:
+        return Taken(onward=[*enumerate(both)])
+    scales = [part.scale_only() for part in both]
+    if node.op == "Sub":
+        both[1] = Affine(both[1].scale, -both[1].shift, both[1].axis, both[1].rank, both[1].spread)
+    return (
+        Taken(onward=[(slot, both[slot] if slot == taker else scales[slot]) for slot in range(len(both)) if slot == taker or affine.scales])
+        for taker in range(len(both))
+    )
 
 
 def _sum_forward(node, slot, affine, site):
@@ -461,7 +457,7 @@ def _narrowed(node, affine, came, goes, site):
         raise Refusal("axis-unknown", f"the shapes at {node.op} '{node.label}' are not known")
     if affine.axis is None:
         return affine
-    axis = axis_of(node, affine, came, site) - len(before)
+    axis = axis_in(node, affine, len(before)) - len(before)
     if -axis > len(after) or after[axis] is None or after[axis] != affine.channels:
         raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting")
     return affine.at(axis + len(after))

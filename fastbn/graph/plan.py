@@ -100,8 +100,8 @@ def _refuse_unselected(node, only, skip, excluded):
 
 def _place(node, affine, site, plans):
     """Find a home for a node's affine and record the plan in `site` and `plans`; raises Refusal where there is none."""
-    value = site.source(node.inputs[site.data_slot(node)])
     _refuse_widening(node, affine, site)
+    value = site.source(node.inputs[site.data_slot(node)])
     site.lifting = node, value
     found, forward, stays = _find_home(node, value, affine, site)
     _refuse_bad_constants(found, site)
@@ -162,9 +162,10 @@ def _refuse_unknown_width(node, affine, site, found):
 
 def _find_home(node, value, affine, site):
     """Return (what changes, whether forward, what stays): backward first, then forward, last with the shift left in an Add."""
-    slot = site.data_slot(node)
+    if site.effort == "split" and site.is_refused(node):
+        return _find_split(node, value, affine, site, Refusal("no-absorber", "nothing has changed since it was refused"))
     try:
-        return Search(site).backward(value, affine, node, slot), False, None
+        return Search(site).backward(value, affine, node, site.data_slot(node)), False, None
     except Refusal as refusal:
         behind = refusal
     try:
@@ -173,16 +174,24 @@ def _find_home(node, value, affine, site):
         return found, True, None
     except Refusal as refusal:
         ahead = refusal
-    if site.effort == "split":
-        for way in (_keep_shift_backward, _keep_shift_forward):
-            try:
-                return way(node, value, affine, site)
-            except Refusal:
-                pass  # what both ways said is the better reason
+    site.note_refused(node)
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")
     code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
-    raise Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    refusal = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    if site.effort == "split":
+        return _find_split(node, value, affine, site, refusal)
+    raise refusal
+
+
+def _find_split(node, value, affine, site, refusal):
+    """Return what _find_home does, with the shift left in an Add; raises `refusal` where there is no such way."""
+    for way in (_keep_shift_backward, _keep_shift_forward):
+        try:
+            return way(node, value, affine, site)
+        except Refusal:
+            pass  # what was said about both ways is the better reason
+    raise refusal
 
 
 def _keep_shift_backward(node, value, affine, site):

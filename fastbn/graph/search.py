@@ -1,7 +1,7 @@
 """The search: one affine on its way through the present graph, until every branch of it has found a home."""
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.absorb import ABSORBERS
+from fastbn.graph.absorb import ABSORBERS, Taken
 from fastbn.graph.carry import CARRIERS
 from fastbn.graph.constant import Requantised
 from fastbn.graph.lift import constant_slot, is_batch_norm
@@ -88,12 +88,12 @@ class Search:
 
     def _other_readers(self, value, affine, asker, slot):
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
-        others = [use for use in self.site.readers(value) if use != (asker, slot)]
+        others = self.site.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
             node = others[0][0]
             # What a constant becomes here, other readers would not see: they read it as the constant that it was.
-            constant = self.site.index.constant(value) is not None
-            if constant or not self.site.may_rearrange() or (affine.scale == 0).any():
+            fixed = not self.site.may_rearrange() or self.site.index.constant(value) is not None or (affine.scale == 0).any()
+            if fixed or len(others) > MOST_STEPS:
                 raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
         return others
 
@@ -148,7 +148,7 @@ class Search:
 
     def _row(self, node, depth):
         self.steps += 1
-        if self.steps > MOST_STEPS and self.site.may_rearrange():
+        if self._is_exhausted():
             raise Refusal("too-far", f"more than {MOST_STEPS} nodes would have to change by {node.op} '{node.label}'")
         if node is self.site.lifting[0]:
             raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
@@ -158,14 +158,18 @@ class Search:
 
     def _first(self, choices, node, follow, depth):
         """Return what the first choice that works out changes; the refusal of the last one otherwise."""
-        choices = choices if isinstance(choices, list) else [choices]
-        for number, taken in enumerate(choices):
+        refused = None
+        for taken in [choices] if isinstance(choices, Taken) else choices:
             try:
                 return self._taken(taken, node, follow, depth)
-            except Refusal:
-                if number == len(choices) - 1:
-                    raise
-        raise AssertionError("a row without choices")
+            except Refusal as refusal:
+                refused = refusal
+                if self._is_exhausted():
+                    break
+        raise refused or Refusal("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")
+
+    def _is_exhausted(self):
+        return self.steps > MOST_STEPS and self.site.may_rearrange()
 
     def _taken(self, taken, node, follow, depth):
         absorbs = bool(taken.constants)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -84,6 +85,8 @@ class Site:
         self.asked = None
         self.effort = EFFORTS[0]
         self._affines = {}
+        self._refused = {}
+        self._shapes = {}
         self._views = {}
 
     def affine(self, node):
@@ -131,6 +134,14 @@ class Site:
             raise Refusal("graph-output", f"the value '{output}' on the way is a graph output")
         return [(self.replaced.get(node, node), slot) for node, slot in uses]
 
+    def other_readers(self, value, asker, slot, most):
+        """Return the first `most` readers of a value besides this slot of `asker`; Refusal where the caller of the model sees it."""
+        output, uses = self._view(self.source(value))
+        if output is not None:
+            raise Refusal("graph-output", f"the value '{output}' on the way is a graph output")
+        present = ((self.replaced.get(node, node), at) for node, at in uses)
+        return list(islice((use for use in present if use != (asker, slot)), most))
+
     def _view(self, root):
         """Return [name of the graph output that a value is, or None; its readers as the keys of a dict]; removal keeps it up to date."""
         if root not in self._views:
@@ -152,13 +163,20 @@ class Site:
 
     def refuse_readers(self, value, asker, slot):
         """Refuse when anything but this slot of `asker` sees a value of the present graph."""
-        others = [node for node, at in self.readers(value) if (node, at) != (asker, slot)]
-        if others:
-            raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
+        for node, _ in self.other_readers(value, asker, slot, 1):
+            raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
 
     def may_rearrange(self):
         """Say whether other readers may be asked to undo a change in their constants."""
         return self.effort != "plain"
+
+    def note_refused(self, node):
+        """Remember that there is no home for a node's affine in the present graph as it is now, at the present effort."""
+        self._refused[node] = len(self.owner), len(self.removed), self.may_rearrange()
+
+    def is_refused(self, node):
+        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        return self._refused.get(node) == (len(self.owner), len(self.removed), self.may_rearrange())
 
     def apply(self, plan):
         """Make what a plan changes part of the present graph."""
@@ -242,11 +260,16 @@ class Site:
 
     def shape(self, value):
         """Return the shape of a value, None where unknown."""
-        return self.index.shape(value)
+        if value not in self._shapes:
+            found = self.index.shape(value)
+            if found is None:
+                return None
+            self._shapes[value] = found
+        return self._shapes[value]
 
     def rank(self, value):
         """Return the rank of a value, or None."""
-        shape = self.index.shape(value)
+        shape = self.shape(value)
         return None if shape is None else len(shape)
 
     def small_shape(self, value):
