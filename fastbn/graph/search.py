@@ -1,12 +1,13 @@
 """The search: one affine on its way through the present graph, until every branch of it has found a home."""
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.absorb import ABSORBERS, Taken
+from fastbn.graph.absorb import ABSORBERS
 from fastbn.graph.carry import CARRIERS
 from fastbn.graph.constant import Requantised
 from fastbn.graph.lift import constant_slot, is_batch_norm
 from fastbn.graph.model import is_standard
 from fastbn.graph.report import Refusal
+from fastbn.graph.row import Taken
 from fastbn.graph.site import Plan
 
 __all__ = ["Search", "row_of"]

@@ -8,10 +8,10 @@ import numpy as np
 
 from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.absorb import Taken
 from fastbn.graph.constant import Dense, Dequantised
 from fastbn.graph.lift import constant_slot, is_batch_norm, lift
 from fastbn.graph.report import Refusal
+from fastbn.graph.row import Taken
 
 __all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
 

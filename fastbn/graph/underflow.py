@@ -1,9 +1,9 @@
 """Folded weights that round to zero in the model's type, and where that matters.
 
 An output channel sums W[k] x[k] and b. Weights below half the least number that the type holds become zero; what the sum loses for inputs
-up to X is at most d X, d the sum of their true sizes. The sum is rounded anyway: with u the unit roundoff, A the largest weight of the channel
-and v the least normal number, a product of A is rounded by up to u A X, the bias by u |b|, and what is smaller than v by u v, half the least
-number that the type holds. So nothing that a run could tell from rounding is lost where
+up to X is at most d X, d the sum of their true sizes. The sum is rounded anyway: with u the unit roundoff, A the largest weight of the
+channel and v the least normal number, a product of A is rounded by up to u A X, the bias by u |b|, and what is smaller than v by u v, half
+the least number that the type holds. So nothing that a run could tell from rounding is lost where
 
     d X <= u max(A X, |b|, v)
 

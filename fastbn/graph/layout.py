@@ -1,0 +1,251 @@
+"""The operators that move elements and let a per-channel affine pass, perhaps along another axis, one row per operator."""
+
+import math
+
+import numpy as np
+
+from fastbn.graph.constant import Affine
+from fastbn.graph.report import Refusal
+from fastbn.graph.row import Row, Taken, axis_of, data_sample, no_terms, only_data, symmetric
+
+__all__ = ["LAYOUT"]
+
+
+# Transpose moves the axis: axis j of the output is axis perm[j] of the input.
+def _transpose(node, affine, came, goes, site):
+    axis = axis_of(node, affine, came, site)
+    if axis is None:
+        return affine
+    perm = node.attribute("perm")
+    if perm is None:
+        rank = site.rank(came)
+        if rank is None:
+            raise Refusal("axis-unknown", f"the rank of '{came.name}' at Transpose '{node.label}' is not known")
+        perm = list(range(rank))[::-1]
+    return affine.at(perm[axis] if came is node.outputs[0] else perm.index(axis))
+
+
+# Reshape, Flatten, Squeeze, Unsqueeze renumber the elements: the channel of element e is (e / inner) % channels; the new axis must tell it.
+def _reshape(node, affine, came, goes, site):
+    axis = axis_of(node, affine, came, site)
+    if axis is None:
+        return affine
+    before, after = site.shape(came), site.shape(goes)
+    if before is None or after is None or None in before[axis:]:
+        raise Refusal("axis-unknown", f"the shapes at {node.op} '{node.label}' are not known well enough to place axis {axis}")
+    inner, channels = math.prod(before[axis + 1 :]), before[axis]
+    if channels != affine.channels:
+        raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of {node.op} '{node.label}', which has {channels}")
+    if channels == 1:
+        return affine.picked(np.zeros(1, int), None)
+    behind = 1
+    for at in range(len(after) - 1, -1, -1):
+        size = after[at]
+        if size is None:
+            break
+        # Behind this axis lie `behind` elements: it tells the channel when it steps through whole inner runs and whole channel cycles.
+        if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
+            return affine.picked(np.arange(size) // (inner // behind) % channels, at)
+        behind *= size
+    raise Refusal("axis", f"{node.op} '{node.label}' splits or mixes the channels of axis {axis}: {_sizes(before)} becomes {_sizes(after)}")
+
+
+def _sizes(shape):
+    return "x".join("?" if size is None else str(size) for size in shape)
+
+
+# Concat:  along another axis every input carries the whole affine, along its own each input carries its part.
+def _concat_backward(node, affine, site):
+    axis, sizes = _concat_axis(node, affine, node.outputs[0], site)
+    if axis is None:
+        return Taken(onward=[(slot, affine) for slot in range(len(node.inputs))])
+    ends = np.cumsum(sizes)
+    return Taken(onward=[(slot, affine.picked(slice(end - sizes[slot], end), axis)) for slot, end in enumerate(ends)])
+
+
+def _concat_forward(node, slot, affine, site):
+    axis, sizes = _concat_axis(node, affine, node.inputs[slot], site)
+    if axis is None:
+        raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
+    return Taken(onward=[(0, _extended(affine, sizes, slot, axis))])
+
+
+def _extended(affine, sizes, part, axis):
+    """Return the affine on one of several parts that lie side by side along an axis, the others left as they are."""
+    start, total = sum(sizes[:part]), sum(sizes)
+    scale, shift, spread = np.ones(total), np.zeros(total), np.zeros(total)
+    here = slice(start, start + sizes[part])
+    scale[here], shift[here], spread[here] = affine.along(sizes[part])
+    return Affine(scale, shift, axis, 0, spread)
+
+
+def _concat_axis(node, affine, value, site):
+    """Return (axis, sizes of the inputs along it) where the affine runs along the axis of joining, else (None, None)."""
+    axis = axis_of(node, affine, value, site)
+    rank = site.rank(value)
+    joined = node.attribute("axis", 1)
+    if joined < 0 and rank is None:
+        raise Refusal("axis-unknown", f"the rank of '{value.name}' at Concat '{node.label}' is not known")
+    joined = joined % rank if rank else joined
+    forward_scalar = axis is None and value is not node.outputs[0]
+    if axis != joined and not forward_scalar:
+        return None, None
+    shapes = [site.shape(value) for value in node.inputs]
+    sizes = [None if shape is None or len(shape) <= joined else shape[joined] for shape in shapes]
+    if None in sizes:
+        raise Refusal("axis-unknown", f"the sizes that Concat '{node.label}' joins are not all known")
+    return joined, sizes
+
+
+# Split:  along another axis every output carries the whole affine, along its own each output carries its part; there one part may be asked
+# for alone, and the others stay as they are.
+def _split_forward(node, slot, affine, site):
+    only_data(node, slot)
+    axis, sizes = _split_axis(node, affine, node.inputs[0], site)
+    outputs = [at for at, value in enumerate(node.outputs) if value is not None]
+    if axis is None:
+        return Taken(onward=[(at, affine) for at in outputs])
+    ends = np.cumsum(sizes)
+    return Taken(onward=[(at, affine.picked(slice(ends[at] - sizes[at], ends[at]), axis)) for at in outputs])
+
+
+def _split_backward(node, affine, site):
+    axis, sizes = _split_axis(node, affine, site.asked, site)
+    if axis is None:
+        raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
+    return Taken(onward=[(0, _extended(affine, sizes, site.asked.slot, axis))])
+
+
+def _split_axis(node, affine, value, site):
+    axis = axis_of(node, affine, value, site)
+    rank = site.rank(value)
+    split = node.attribute("axis", 0)
+    if axis is None or (rank is not None and axis != split % rank):
+        return None, None
+    shapes = [site.shape(output) for output in node.outputs]
+    sizes = [None if shape is None else shape[axis] for shape in shapes]
+    if rank is None or None in sizes:
+        raise Refusal("axis-unknown", f"the sizes of the outputs of Split '{node.label}' are not known")
+    return axis, sizes
+
+
+# Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account.
+def _choose(node, affine, came, goes, site):
+    axis = axis_of(node, affine, node.inputs[0] if came is node.inputs[0] else node.outputs[0], site)
+    if axis is None:
+        return affine
+    shape = site.shape(node.inputs[0])
+    if shape is None or shape[axis] is None:
+        raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
+    chosen = _chosen(node, len(shape), axis, shape[axis], site)
+    if came is node.inputs[0]:
+        return affine if chosen is None else affine.picked(chosen, axis)
+    if chosen is None:
+        return affine
+    if len(set(chosen.tolist())) != chosen.size or chosen.size != affine.channels:
+        raise Refusal("axis", f"{node.op} '{node.label}' gives one channel out twice")
+    parts = [np.full(shape[axis], fill) for fill in (1.0, 0.0, 0.0)]
+    for part, values in zip(parts, (affine.scale, affine.shift, affine.spread), strict=True):
+        part[chosen] = values
+    return Affine(parts[0], parts[1], axis, 0, parts[2])
+
+
+def _chosen(node, rank, axis, size, site):
+    """Return the indices that a Slice or Gather takes along an axis, None where it leaves the axis alone."""
+    if node.op == "Gather":
+        indices = site.index.constant(node.input(1))
+        at = node.attribute("axis", 0) % rank
+        if indices is None or len(indices.shape) != 1:
+            raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
+        return indices.array() % size if at == axis else None
+    if site.index.opset < 10:
+        starts, ends = node.attribute("starts"), node.attribute("ends")
+        axes, steps = node.attribute("axes") or list(range(len(starts))), [1] * len(starts)
+    else:
+        found = [site.index.constant(node.input(at)) for at in range(1, 5)]
+        if any(constant is None and node.input(at + 1) is not None for at, constant in enumerate(found)):
+            raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' are no constants")
+        starts, ends = (constant.array().tolist() for constant in found[:2])
+        axes = found[2].array().tolist() if found[2] else list(range(len(starts)))
+        steps = found[3].array().tolist() if found[3] else [1] * len(starts)
+    for start, end, at, step in zip(starts, ends, axes, steps, strict=True):
+        if at % rank == axis:
+            end = None if step < 0 and end < -size else end
+            return np.arange(size)[slice(start, end, step)]
+    return None
+
+
+# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
+# channels that meet in one must agree.
+def _depth_to_space(node, affine, came, goes, site):
+    axis = axis_of(node, affine, came, site)
+    if axis is None:
+        return affine
+    area = node.attribute("blocksize") ** 2
+    if axis != 1:
+        raise Refusal("axis", f"DepthToSpace '{node.label}' mixes the elements of axis {axis}")
+    outputs = affine.channels if came is node.outputs[0] else affine.channels // area
+    repeats = node.attribute("mode", b"DCR") == b"CRD"
+    target = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
+    if came is node.outputs[0]:
+        return affine.picked(target, 1)
+    first = np.arange(outputs) * area if repeats else np.arange(outputs)
+    merged = affine.picked(first, 1)
+    if any((part[target] != whole).any() for part, whole in ((merged.scale, affine.scale), (merged.shift, affine.shift))):
+        raise Refusal("axis", f"DepthToSpace '{node.label}' puts channels of different affines into one")
+    return merged
+
+
+# Expand repeats elements; along the affine's axis it must not.
+def _expand(node, affine, came, goes, site):
+    before, after = site.shape(node.inputs[0]), site.shape(node.outputs[0])
+    if affine.axis is None:
+        return affine
+    if before is None or after is None:
+        raise Refusal("axis-unknown", f"the shapes at Expand '{node.label}' are not known")
+    axis = axis_of(node, affine, came, site) - len(site.shape(came))
+    if -axis > min(len(before), len(after)) or before[axis] is None or before[axis] != after[axis]:
+        raise Refusal("axis", f"Expand '{node.label}' makes the channels by repeating")
+    return affine.at(axis + len(site.shape(goes)))
+
+
+# Pad: copies of elements carry the affine; a constant does so only where it is 0 and nothing is shifted.
+def _pad(node, affine, came, goes, site):
+    axis = axis_of(node, affine, came, site)
+    mode = node.attribute("mode", b"constant")
+    constant = site.index.constant(node.input(1)) if site.index.opset >= 11 else None
+    pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else constant.array().tolist())
+    axes = None if node.input(3) is None else site.index.constant(node.input(3))
+    if pads is None or (node.input(3) is not None and axes is None):
+        raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
+    listed = range(len(pads) // 2) if axes is None else axes.array().tolist()
+    rank = site.rank(came)
+    if axis is not None and rank is None and min(listed, default=0) < 0:
+        raise Refusal("axis-unknown", f"the rank of '{came.name}' at Pad '{node.label}' is not known")
+    padded = {at % rank if rank else at for at, *sizes in zip(listed, pads, pads[len(listed) :], strict=False) if any(sizes)}
+    if axis in padded:
+        raise Refusal("axis", f"Pad '{node.label}' pads axis {axis}")
+    if mode == b"constant":
+        value = node.attribute("value", 0.0)
+        if node.input(2) is not None:
+            found = site.index.constant(node.input(2))
+            value = None if found is None else float(found.array().reshape(-1)[0])
+        if any(pads) and (value != 0 or affine.shifts):
+            raise Refusal("padding", f"Pad '{node.label}' adds a constant that would have to change with the affine")
+    return affine
+
+
+LAYOUT = {
+    "Transpose": symmetric(_transpose),
+    "Reshape": symmetric(_reshape),
+    "Flatten": symmetric(_reshape),
+    "Squeeze": symmetric(_reshape),
+    "Unsqueeze": symmetric(_reshape),
+    "Concat": Row(_concat_backward, _concat_forward, no_terms, data_sample),
+    "Split": Row(_split_backward, _split_forward, no_terms, data_sample, parts=True),
+    "Slice": symmetric(_choose),
+    "Gather": symmetric(_choose),
+    "DepthToSpace": symmetric(_depth_to_space),
+    "Expand": symmetric(_expand),
+    "Pad": symmetric(_pad),
+}
