@@ -26,7 +26,7 @@ FLOORS = [
     ["keras.__init__"],
     ["graph.constant", "graph.report", "graph.sizes", "graph.storage"],
     ["graph.model"],
-    ["graph.lift"],
+    ["graph.lift", "graph.signature"],
     ["graph.weights"],
     ["graph.row"],
     ["graph.products", "graph.layout", "graph.pooling"],

@@ -128,7 +128,10 @@ def _shaped(node, affine, data_slot, constant, site):
         at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)
         if len(data) < -at or len(data) != rank or data[at] not in (None, affine.channels):
             raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
-    return affine.shaped(rank)
+    scale, shift, spread = affine.shaped(rank)
+    if any(len({*sizes} - {1}) > 1 for sizes in zip(scale.shape[::-1], constant.shape[::-1], strict=False)):
+        raise Refusal("axis", f"{affine.channels} channels meet the constant of {node.op} '{node.label}', which has shape {constant.shape}")
+    return scale, shift, spread
 
 
 def _refuse_growth(node, constant, new):

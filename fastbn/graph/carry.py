@@ -6,6 +6,7 @@ along the axis that corresponds.
 
 from fastbn.graph.constant import Affine
 from fastbn.graph.layout import LAYOUT
+from fastbn.graph.lift import FIRST_BROADCASTING_OPSET
 from fastbn.graph.pooling import POOLING, require_sign
 from fastbn.graph.report import Refusal
 from fastbn.graph.row import Row, Taken, axis_in, data_sample, symmetric
@@ -94,6 +95,8 @@ def _narrowed(node, affine, came, goes, site):
     before, after = site.shape(came), site.shape(goes)
     if before is None or after is None:
         raise Refusal("axis-unknown", f"the shapes at {node.op} '{node.label}' are not known")
+    if site.index.opset < FIRST_BROADCASTING_OPSET and node.attribute("broadcast", 0):
+        raise Refusal("axis", f"{node.op} '{node.label}' broadcasts along an axis that it names, as opset {site.index.opset} does")
     if affine.axis is None:
         return affine
     axis = axis_in(node, affine, len(before)) - len(before)

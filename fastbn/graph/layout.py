@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Affine
 from fastbn.graph.report import Refusal
-from fastbn.graph.row import Row, Taken, axis_of, data_sample, no_terms, only_data, symmetric
+from fastbn.graph.row import Row, Taken, axis_of, data_sample, no_terms, only_data, own_axis, own_list, symmetric
 
 __all__ = ["LAYOUT"]
 
@@ -22,6 +23,8 @@ def _transpose(node, affine, came, goes, site):
         if rank is None:
             raise Refusal("axis-unknown", f"the rank of '{came.name}' at Transpose '{node.label}' is not known")
         perm = list(range(rank))[::-1]
+    if sorted(perm) != list(range(len(perm))) or axis >= len(perm):
+        raise ModelError(expected("a permutation of all axes", str(perm), node.label))
     return affine.at(perm[axis] if came is node.outputs[0] else perm.index(axis))
 
 
@@ -31,7 +34,7 @@ def _reshape(node, affine, came, goes, site):
     if axis is None:
         return affine
     before, after = site.shape(came), site.shape(goes)
-    if before is None or after is None or None in before[axis:]:
+    if before is None or after is None or None in before[axis:] or 0 in (*before, *after):
         raise Refusal("axis-unknown", f"the shapes at {node.op} '{node.label}' are not known well enough to place axis {axis}")
     inner, channels = math.prod(before[axis + 1 :]), before[axis]
     if channels != affine.channels:
@@ -59,8 +62,7 @@ def _concat_backward(node, affine, site):
     axis, sizes = _concat_axis(node, affine, node.outputs[0], site)
     if axis is None:
         return Taken(onward=[(slot, affine) for slot in range(len(node.inputs))])
-    ends = np.cumsum(sizes)
-    return Taken(onward=[(slot, affine.picked(slice(end - sizes[slot], end), axis)) for slot, end in enumerate(ends)])
+    return Taken(onward=_parts(node, affine, sizes, axis))
 
 
 def _concat_forward(node, slot, affine, site):
@@ -70,9 +72,19 @@ def _concat_forward(node, slot, affine, site):
     return Taken(onward=[(0, _extended(affine, sizes, slot, axis))])
 
 
+def _parts(node, affine, sizes, axis):
+    """Return (number, affine) of each of several parts that lie side by side along the affine's axis."""
+    if sum(sizes) != affine.channels:
+        raise Refusal("axis", f"{affine.channels} channels meet the {sum(sizes)} of {node.op} '{node.label}'")
+    ends = np.cumsum(sizes)
+    return [(at, affine.picked(slice(end - sizes[at], end), axis)) for at, end in enumerate(ends)]
+
+
 def _extended(affine, sizes, part, axis):
     """Return the affine on one of several parts that lie side by side along an axis, the others left as they are."""
     start, total = sum(sizes[:part]), sum(sizes)
+    if affine.channels not in (1, sizes[part]):
+        raise Refusal("axis", f"{affine.channels} channels meet a part of {sizes[part]}")
     scale, shift, spread = np.ones(total), np.zeros(total), np.zeros(total)
     here = slice(start, start + sizes[part])
     scale[here], shift[here], spread[here] = affine.along(sizes[part])
@@ -86,7 +98,7 @@ def _concat_axis(node, affine, value, site):
     joined = node.attribute("axis", 1)
     if joined < 0 and rank is None:
         raise Refusal("axis-unknown", f"the rank of '{value.name}' at Concat '{node.label}' is not known")
-    joined = joined % rank if rank else joined
+    joined = joined if rank is None else own_axis(node, joined, rank)
     forward_scalar = axis is None and value is not node.outputs[0]
     if axis != joined and not forward_scalar:
         return None, None
@@ -105,8 +117,7 @@ def _split_forward(node, slot, affine, site):
     outputs = [at for at, value in enumerate(node.outputs) if value is not None]
     if axis is None:
         return Taken(onward=[(at, affine) for at in outputs])
-    ends = np.cumsum(sizes)
-    return Taken(onward=[(at, affine.picked(slice(ends[at] - sizes[at], ends[at]), axis)) for at in outputs])
+    return Taken(onward=[part for part in _parts(node, affine, sizes, axis) if part[0] in outputs])
 
 
 def _split_backward(node, affine, site):
@@ -120,29 +131,40 @@ def _split_axis(node, affine, value, site):
     axis = axis_of(node, affine, value, site)
     rank = site.rank(value)
     split = node.attribute("axis", 0)
-    if axis is None or (rank is not None and axis != split % rank):
+    if axis is None or (rank is not None and axis != own_axis(node, split, rank)):
         return None, None
     shapes = [site.shape(output) for output in node.outputs]
-    sizes = [None if shape is None else shape[axis] for shape in shapes]
+    sizes = [None if shape is None or len(shape) != rank else shape[axis] for shape in shapes]
     if rank is None or None in sizes:
         raise Refusal("axis-unknown", f"the sizes of the outputs of Split '{node.label}' are not known")
     return axis, sizes
 
 
-# Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account.
+# Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account. A Gather along another
+# axis moves whole rows, whatever the indices: its one axis becomes as many as the indices have.
 def _choose(node, affine, came, goes, site):
-    axis = axis_of(node, affine, node.inputs[0] if came is node.inputs[0] else node.outputs[0], site)
+    data = node.inputs[0]
+    forward = came is data
+    axis = axis_of(node, affine, data if forward else node.outputs[0], site)
     if axis is None:
         return affine
-    shape = site.shape(node.inputs[0])
-    if shape is None or shape[axis] is None:
+    shape = site.shape(data)
+    if shape is None:
+        raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
+    if node.op == "Gather":
+        moved, axis = _gathered(node, axis, shape, forward, site)
+        if moved is not None:
+            return affine.at(moved)
+    if shape[axis] is None:
         raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
     chosen = _chosen(node, len(shape), axis, shape[axis], site)
-    if came is node.inputs[0]:
-        return affine if chosen is None else affine.picked(chosen, axis)
     if chosen is None:
         return affine
-    if len(set(chosen.tolist())) != chosen.size or chosen.size != affine.channels:
+    if affine.channels != (shape[axis] if forward else chosen.size):
+        raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of {node.op} '{node.label}'")
+    if forward:
+        return affine.picked(chosen, axis)
+    if len(set(chosen.tolist())) != chosen.size:
         raise Refusal("axis", f"{node.op} '{node.label}' gives one channel out twice")
     parts = [np.full(shape[axis], fill) for fill in (1.0, 0.0, 0.0)]
     for part, values in zip(parts, (affine.scale, affine.shift, affine.spread), strict=True):
@@ -150,29 +172,47 @@ def _choose(node, affine, came, goes, site):
     return Affine(parts[0], parts[1], axis, 0, parts[2])
 
 
+def _gathered(node, axis, shape, forward, site):
+    """Return (the axis on the other side of a Gather, None where it is the one that is chosen from, that axis)."""
+    chosen = own_axis(node, node.attribute("axis", 0), len(shape))
+    rank = site.rank(node.input(1))
+    if rank is None:
+        raise Refusal("axis-unknown", f"the rank of the indices of Gather '{node.label}' is not known")
+    grown = rank - 1
+    if axis < chosen:
+        return axis, chosen
+    if forward:
+        return (None if axis == chosen else axis + grown), chosen
+    return (None if axis <= chosen + grown else axis - grown), chosen
+
+
 def _chosen(node, rank, axis, size, site):
     """Return the indices that a Slice or Gather takes along an axis, None where it leaves the axis alone."""
     if node.op == "Gather":
         indices = site.index.constant(node.input(1))
-        at = node.attribute("axis", 0) % rank
         if indices is None or len(indices.shape) != 1:
             raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
-        return indices.array() % size if at == axis else None
-    if site.index.opset < 10:
-        starts, ends = node.attribute("starts"), node.attribute("ends")
-        axes, steps = node.attribute("axes") or list(range(len(starts))), [1] * len(starts)
-    else:
-        found = [site.index.constant(node.input(at)) for at in range(1, 5)]
-        if any(constant is None and node.input(at + 1) is not None for at, constant in enumerate(found)):
-            raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' are no constants")
-        starts, ends = (constant.array().tolist() for constant in found[:2])
-        axes = found[2].array().tolist() if found[2] else list(range(len(starts)))
-        steps = found[3].array().tolist() if found[3] else [1] * len(starts)
+        return np.array([own_axis(node, index, size) for index in own_list(node, indices)], int)
+    starts, ends, axes, steps = _bounds(node, site)
+    if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
+        raise ModelError(expected("a start, an end and a step for each axis", f"{starts}, {ends}, {axes}, {steps}", node.label))
     for start, end, at, step in zip(starts, ends, axes, steps, strict=True):
-        if at % rank == axis:
+        if own_axis(node, at, rank) == axis:
             end = None if step < 0 and end < -size else end
             return np.arange(size)[slice(start, end, step)]
     return None
+
+
+def _bounds(node, site):
+    """Return the lists (starts, ends, axes, steps) of a Slice."""
+    if site.index.opset < 10:
+        starts, ends = node.attribute("starts", []), node.attribute("ends", [])
+        return starts, ends, node.attribute("axes", []) or list(range(len(starts))), [1] * len(starts)
+    found = [site.index.constant(node.input(at)) for at in range(1, 5)]
+    if any(constant is None and node.input(at + 1) is not None for at, constant in enumerate(found)):
+        raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' are no constants")
+    starts, ends, axes, steps = (None if constant is None else own_list(node, constant) for constant in found)
+    return starts, ends, list(range(len(starts))) if axes is None else axes, [1] * len(starts) if steps is None else steps
 
 
 # DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
@@ -181,9 +221,11 @@ def _depth_to_space(node, affine, came, goes, site):
     axis = axis_of(node, affine, came, site)
     if axis is None:
         return affine
-    area = node.attribute("blocksize") ** 2
     if axis != 1:
         raise Refusal("axis", f"DepthToSpace '{node.label}' mixes the elements of axis {axis}")
+    area = node.attribute("blocksize") ** 2
+    if area < 1 or (came is node.inputs[0] and affine.channels % area):
+        raise ModelError(expected(f"channels that blocks of {area} divide", f"{affine.channels}", node.label))
     outputs = affine.channels if came is node.outputs[0] else affine.channels // area
     repeats = node.attribute("mode", b"DCR") == b"CRD"
     target = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
@@ -214,22 +256,27 @@ def _pad(node, affine, came, goes, site):
     axis = axis_of(node, affine, came, site)
     mode = node.attribute("mode", b"constant")
     constant = site.index.constant(node.input(1)) if site.index.opset >= 11 else None
-    pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else constant.array().tolist())
+    pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else own_list(node, constant))
     axes = None if node.input(3) is None else site.index.constant(node.input(3))
     if pads is None or (node.input(3) is not None and axes is None):
         raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
-    listed = range(len(pads) // 2) if axes is None else axes.array().tolist()
+    listed = range(len(pads) // 2) if axes is None else own_list(node, axes)
     rank = site.rank(came)
+    if len(pads) != 2 * len(listed) or (axes is None and rank not in (None, len(listed))):
+        raise ModelError(expected("two sizes of padding for each axis", f"{len(pads)}", node.label))
     if axis is not None and rank is None and min(listed, default=0) < 0:
         raise Refusal("axis-unknown", f"the rank of '{came.name}' at Pad '{node.label}' is not known")
-    padded = {at % rank if rank else at for at, *sizes in zip(listed, pads, pads[len(listed) :], strict=False) if any(sizes)}
+    sizes = zip(listed, pads, pads[len(listed) :], strict=False)
+    padded = {at if rank is None else own_axis(node, at, rank) for at, *both in sizes if any(both)}
     if axis in padded:
         raise Refusal("axis", f"Pad '{node.label}' pads axis {axis}")
     if mode == b"constant":
         value = node.attribute("value", 0.0)
         if node.input(2) is not None:
             found = site.index.constant(node.input(2))
-            value = None if found is None else float(found.array().reshape(-1)[0])
+            if found is not None and found.size != 1:
+                raise ModelError(expected("one number to pad with", f"{found.size}", node.label))
+            value = None if found is None else found.array().reshape(-1)[0]
         if any(pads) and (value != 0 or affine.shifts):
             raise Refusal("padding", f"Pad '{node.label}' adds a constant that would have to change with the affine")
     return affine

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fastbn.graph.report import Refusal, first_few
-from fastbn.graph.row import axis_of, symmetric
+from fastbn.graph.row import axis_of, own_axis, own_list, symmetric
 
 __all__ = ["POOLING", "require_sign"]
 
@@ -72,16 +72,18 @@ def _reduce(node, affine, came, goes, site):
     axes = node.attribute("axes")
     if axes is None and node.input(1) is not None:
         constant = site.index.constant(node.input(1))
-        axes = None if constant is None else constant.array().tolist()
-    if rank is None or axes is None:
+        axes = None if constant is None else own_list(node, constant)
+    if rank is None or not axes:  # an empty list means all
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}, or axes that are not known")
-    reduced = sorted({at % rank for at in axes})
+    reduced = sorted({own_axis(node, at, rank) for at in axes})
     kept = [at for at in range(rank) if at not in reduced]
     if node.attribute("keepdims", 1):
         if axis in reduced:
             raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}")
         return affine.at(axis)
     if came is node.outputs[0]:
+        if axis >= len(kept):
+            raise Refusal("axis", f"{node.op} '{node.label}' gives no axis {axis}")
         return affine.at(kept[axis])
     if axis in reduced:
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}")
@@ -102,7 +104,7 @@ def _resize(node, affine, came, goes, site):
 
 def _keeps_axis(node, axis, shapes, site):
     listed = node.attribute("axes")
-    if listed is not None:  # from opset 18 on, the axes that the factors are of
+    if listed:  # from opset 18 on, the axes that the factors are of
         rank = None if shapes[0] is None else len(shapes[0])
         if rank is not None or min(listed) >= 0:
             return axis not in [at % rank if rank else at for at in listed]
@@ -115,7 +117,7 @@ def _keeps_axis(node, axis, shapes, site):
             return float(factors.array()[axis]) == 1.0
     factors = node.attribute("scales")
     if factors is not None:
-        return factors[axis] == 1.0
+        return len(factors) > axis and factors[axis] == 1.0
     return None not in shapes and shapes[0][axis] is not None and shapes[0][axis] == shapes[1][axis]
 
 

@@ -12,9 +12,25 @@ already happened.
 
 from dataclasses import dataclass, field
 
+from fastbn.errors import ModelError, expected
+from fastbn.graph.constant import Tensor
+from fastbn.graph.model import Node
 from fastbn.graph.report import Refusal
 
-__all__ = ["Row", "Taken", "axis_in", "axis_of", "data_sample", "no_terms", "only_data", "require_axis", "require_channels", "symmetric"]
+__all__ = [
+    "Row",
+    "Taken",
+    "axis_in",
+    "axis_of",
+    "data_sample",
+    "no_terms",
+    "only_data",
+    "own_axis",
+    "own_list",
+    "require_axis",
+    "require_channels",
+    "symmetric",
+]
 
 
 @dataclass
@@ -70,6 +86,20 @@ def axis_in(node, affine, rank):
     if affine.rank > rank or (affine.axis is not None and not -rank <= affine.axis < rank):
         raise Refusal("axis", f"a constant of rank {affine.rank} widens the value at {node.op} '{node.label}', which has rank {rank}")
     return None if affine.axis is None else affine.axis % rank
+
+
+def own_axis(node: Node, axis: int, rank: int) -> int:
+    """Return an axis that a node names, counted from the front; raises ModelError where a value of this rank has no such axis."""
+    if not -rank <= axis < rank:
+        raise ModelError(expected(f"an axis of a value of rank {rank}", str(axis), node.label))
+    return axis % rank
+
+
+def own_list(node: Node, constant: Tensor) -> list[int]:
+    """Return the integers of a constant list that a node reads; raises ModelError where it is none."""
+    if constant.dtype.kind not in "iu" or len(constant.shape) != 1:
+        raise ModelError(expected("a list of integers", f"{constant.dtype} of shape {constant.shape}", node.label))
+    return constant.array().tolist()
 
 
 def require_axis(node, affine, axis, wanted, what):

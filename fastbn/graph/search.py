@@ -66,7 +66,7 @@ class Search:
         if node.scope is not asker.scope:
             raise Refusal("crosses-scope", f"it reads '{value.name}' of {node.op} '{node.label}' in an outer graph")
         row = self._row(node, depth)
-        if row is None or row.backward is None:
+        if row is None or row.backward is None or (value.slot and not row.parts):
             raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
         if not row.parts and any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
@@ -119,6 +119,8 @@ class Search:
 
     def forward(self, value, affine, depth=0):
         """Return a Plan that makes every reader of `value` work on what lacks the affine."""
+        if value is None:
+            raise Refusal("unused", "nothing reads it")
         readers = self.site.readers(value)
         if not readers:
             raise Refusal("unused", f"nothing reads '{value.name}'")
@@ -155,7 +157,10 @@ class Search:
             raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
         if depth > LONGEST_WAY:
             raise Refusal("too-far", f"the way is longer than {LONGEST_WAY} nodes at {node.op} '{node.label}'")
-        return row_of(node, self.site.index)
+        row = row_of(node, self.site.index)
+        if row is not None:
+            self.site.check(node)
+        return row
 
     def _first(self, choices, node, follow, depth):
         """Return what the first choice that works out changes; the refusal of the last one otherwise."""

@@ -9,9 +9,11 @@ import numpy as np
 from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Dense, Dequantised
-from fastbn.graph.lift import constant_slot, is_batch_norm, lift
+from fastbn.graph.lift import ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.report import Refusal
 from fastbn.graph.row import Taken
+from fastbn.graph.signature import check_signature
+from fastbn.graph.weights import conv_weight
 
 __all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
 
@@ -85,9 +87,16 @@ class Site:
         self.asked = None
         self.effort = EFFORTS[0]
         self._affines = {}
+        self._checked = set()
         self._refused = {}
         self._shapes = {}
         self._views = {}
+
+    def check(self, node):
+        """Raise ModelError where a node that a row reads is not what ONNX demands."""
+        if node not in self._checked:
+            check_signature(node, self.index.opset)
+            self._checked.add(node)
 
     def affine(self, node):
         """Return the Affine of a node or None; a BatchNormalization that must stay gives None too."""
@@ -99,14 +108,22 @@ class Site:
     def lifted(self, node):
         """Return lift(node), remembered; raises Refusal as it does."""
         if node not in self._affines:
-            try:
-                self._affines[node] = lift(node, self)
-            except Refusal as refusal:
-                self._affines[node] = refusal
+            self._affines[node] = self._lift(node)
         found = self._affines[node]
         if isinstance(found, Refusal):
             raise found
         return found
+
+    def _lift(self, node):
+        if node.is_op(*ELEMENTWISE):
+            try:
+                self.check(node)
+            except Refusal:
+                return None  # what this opset does not know is no affine
+        try:
+            return lift(node, self)
+        except Refusal as refusal:
+            return refusal
 
     def data_slot(self, node):
         """Return the slot of the data input of a lifted node."""
@@ -223,15 +240,20 @@ class Site:
         source = None if value is None else value.producer
         if source is None or not source.is_op("DequantizeLinear") or slot != WEIGHT_SLOT or self.index.opset < FIRST_PER_AXIS_OPSET:
             return None
+        self.check(source)
         quantised, scale = self.tensor(source, 0), self.tensor(source, 1)
         zero_point = self.tensor(source, 2)
         known = quantised is not None and scale is not None and (zero_point is not None or source.input(2) is None)
-        if not known or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES or source.scope is not node.scope:
+        plain = known and quantised.shape and not source.attribute("block_size", 0) and dtype_name(scale.dtype) in DTYPES
+        if not plain or source.scope is not node.scope:
             return None
         self.refuse_readers(value, node, slot)
         changed = self.owner[source].attributes.get(source, {}) if source in self.owner else {}
         axis = changed.get("axis", source.attribute("axis", 1)) % len(quantised.shape)
         per_axis = math.prod(scale.shape) > 1
+        steps = (quantised.shape[axis],) if per_axis else scale.shape
+        if scale.shape != steps or (zero_point is not None and zero_point.shape != steps):
+            raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
         step = Dense.of(scale)
         flat = Dense(step.dtype, step.values.reshape(-1), step.spread.reshape(-1))
 
@@ -296,6 +318,8 @@ class Site:
             sibling = self.producer(self.source(other))
             if sibling is None or sibling.scope is not node.scope:
                 continue
+            if sibling.is_op("Add", "Conv"):
+                self.check(sibling)
             self.refuse_readers(other, reader, at)
             if sibling.is_op("Add") and constant_slot(sibling, self.index) is None:
                 others.extend((operand, sibling, at, [*via, sibling]) for at, operand in enumerate(sibling.inputs))
@@ -306,8 +330,8 @@ class Site:
         return None
 
     def _centred(self, conv, affine):
-        weight = self.weight(conv, 1)
-        channels, groups = weight.shape[0], conv.attribute("group", 1)
+        weight, groups = conv_weight(conv, self)
+        channels = weight.shape[0]
         count = len(weight.shape) - 2
         pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
         plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))

@@ -63,6 +63,8 @@ def gemm_weight(node, site):
 def matmul_views(weight, slot):
     """Return the views of a weight that take a scale on its (output, input) channels."""
     shape = weight.shape
+    if not shape or 0 in shape:
+        raise ModelError(expected("a weight that is a vector or a stack of matrices", f"shape {shape}", "MatMul"))
     if len(shape) < 2:
         return View(1, 1, 1, shape[0]), View(1, 1, shape[0], 1)
     rows, columns = View(1, math.prod(shape[:-2]), shape[-2], shape[-1]), View(1, math.prod(shape[:-1]), shape[-1], 1)
