@@ -15,7 +15,7 @@ __all__ = ["check_signature"]
 def check_signature(node: Node, opset: int) -> None:
     """Raise ModelError unless a node of ONNX's own operators has the inputs, outputs and attributes that its operator has at this opset.
 
-    An operator or attribute that this opset does not have raises Refusal.
+    An operator that this opset does not have raises Refusal.
     """
     schema = _schema(node.op, opset)
     if schema is None:
@@ -31,7 +31,7 @@ def check_signature(node: Node, opset: int) -> None:
                 raise ModelError(expected(f"an input {slot} of {node.op}", "none", node.label))
     odd = next((name for name in node.attributes if name not in schema.attributes), None)
     if odd is not None:
-        raise Refusal("no-absorber", f"{node.op} '{node.label}' has an attribute '{odd}', which opset {opset} does not know")
+        raise ModelError(expected(f"a valid model: attributes that {node.op} has at opset {opset}", repr(odd), node.label))
     for name, attribute in schema.attributes.items():
         found = node.attributes.get(name)
         if found is None and attribute.required:
