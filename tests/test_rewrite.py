@@ -196,6 +196,51 @@ def test_freeze_inputs_without_any_fold_still_freezes():
     assert [info.name for info in result.model.graph.input] == ["x"]
 
 
+def before_ir_4(proto):
+    """Return a model of IR 3, where every initializer is a graph input too."""
+    proto.ir_version = 3
+    proto.graph.input.extend(helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in proto.graph.initializer)
+    return proto
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_freezing_raises_the_ir_version(unused):
+    proto = conv_bn(b=None, **({"spare": normal(2)} if unused else {}))
+    result = fastbn.fold(before_ir_4(proto), freeze_inputs=True)
+    assert ops(result.model) == "Conv"
+    assert result.model.ir_version == 4
+    assert [info.name for info in result.model.graph.input] == ["x"]
+    assert "the IR version is raised to 4" in str(result)
+    onnx.checker.check_model(result.model)
+    assert_same(proto, result.model)
+
+
+def test_folding_alone_leaves_the_ir_version():
+    proto = before_ir_4(conv_bn(b=None))
+    result = folds(proto, "Conv")
+    assert result.model.ir_version == 3
+    assert result.notes == ()
+
+
+def test_a_bias_that_grows_is_declared_as_it_is():
+    text = "(float[5,3] x) => (float[5,4] y) { c = Gemm(x, w, b) y = BatchNormalization(c, s, t, m, v) }"
+    graph = folds(before_ir_4(model(text, w=normal(3, 4), b=normal(1), **norm(4))), "Gemm").model.graph
+    declared = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in graph.input}
+    assert declared["b"] == [4]
+    assert all(declared[tensor.name] == [*tensor.dims] for tensor in graph.initializer)
+
+
+def test_the_value_info_of_a_constant_that_changes_its_shape_follows():
+    text = (
+        "(float[2,4,5] x) => (float[2,3,4] y) { c = MatMul(x, w) h = Transpose<perm = [0, 2, 1]>(c) y = BatchNormalization(h, s, t, m, v) }"
+    )
+    proto = model(text, w=normal(5, 3), **norm(3))
+    proto.graph.value_info.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, [3]))
+    result = folds(proto, "MatMul Transpose Add")
+    shapes = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in result.model.graph.value_info}
+    assert shapes.get("t", [3, 1]) == list(initializers(result.model)["t"].shape) == [3, 1]
+
+
 def test_a_fold_inside_nested_bodies():
     text = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y) {
         y = If (flag) <

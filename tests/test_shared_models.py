@@ -1,8 +1,10 @@
 """Real models: every file is folded and verified, and each BatchNormalization that stays has a reason.
 
-The models are not part of the project: FASTBN_MODELS names their folder, ../shared/models by default; without it these tests are skipped.
+The models are not part of the project: FASTBN_MODELS names their folder, ../shared/models by default, FASTBN_MORE_MODELS that of further
+ones with what others make of them, ../shared/models_more; without it these tests are skipped.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 import fastbn
 from fastbn.graph.report import REASONS
 
-FOLDER = Path(os.environ.get("FASTBN_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "models")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+FOLDER = Path(os.environ.get("FASTBN_MODELS") or SHARED / "models")
+MORE = Path(os.environ.get("FASTBN_MORE_MODELS") or SHARED / "models_more")
 
 # Models whose domain onnxruntime does not know.
 NOT_RUN = ["fastmachinelearning__qonnx_model_zoo/models__MNIST__Brevitas_FINN_TFC__TFC__TFC_2W2A.onnx"]
@@ -63,7 +67,35 @@ EXPECTED = {
     "zkonduit__ezkl/examples__onnx__mnist_gan__network.onnx": (1, 0, 0),
 }
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real models in {FOLDER.name}: FASTBN_MODELS names their folder")
+# The same of the further models.
+EXPECTED_MORE = {
+    "3i-Haseeb__deep-person-reid/models__model.onnx": (1, 0, 0),
+    "Autonomous-Motorsports-Purdue__AMP_ASS_donkeycar/model.onnx": (13, 7, 7),
+    "Doitall6__mutil_video/osnet_x0_25.onnx": (1, 0, 0),
+    "KegangWangCCNU__FacePhys-Release/weights__model.onnx": (0, 0, 0),
+    "Tartisan__MMDet3d-CenterPoint/model__hesai40_mb-bp_pfe.onnx": (1, 0, 0),
+    "WoutDeRijck__keypoint-detection-flowers/flowers__model_flower.onnx": (4, 4, 4),
+    "emiislas__CSC696-Takanori-FinProj/models__decoder.onnx": (3, 0, 0),
+    "enpasos__jax2onnx/docs__onnx__model_with_function.onnx": (2, 0, 0),
+    "enpasos__jax2onnx/docs__onnx__my_callable.onnx": (1, 0, 0),
+    "fastmachinelearning__qonnx/src__qonnx__data__onnx__bsd300x3-espcn__nn_resize__quant_model.onnx": (3, 3, 3),
+    "ivadomed__ivadomed/pytest_output_folder__unit_test__unit_test.onnx": (6, 6, 6),
+    "james77777778__PaddleOCR-WebApp/models__ch_PP-OCRv2_det_infer.onnx": (49, 0, 0),
+    "jnulzl__ncnn_quant_python_demo/best_320_opt.onnx": (6, 0, 0),
+    "microsoft__DNS-Challenge/DNSMOS__DNSMOS__model_v8.onnx": (0, 0, 0),
+    "microsoft__DNS-Challenge/DNSMOS__DNSMOS__sig_bak_ovr.onnx": (0, 0, 0),
+    "microsoft__Windows-Machine-Learning/Samples__FNSCandyStyleTransfer__UWP__cs__Assets__la_muse.onnx": (0, 0, 0),
+    "pnu-cse-eslab__gcn_onnx/abc.onnx": (4, 3, 3),
+    "pnu-cse-eslab__gcn_onnx/abc_quantized.onnx": (4, 4, 4),
+    "pulp-platform__dory_examples/examples__Nemo_examples__8-bits-1D__TCN_T__TCN.onnx": (0, 0, 0),
+    "pulp-platform__dory_examples/examples__Nemo_examples__8-bits-2D__eegnetDW_1d_8b_1xW__eegnet_id_8b.onnx": (0, 0, 0),
+    "rob-platt__CAML/vae_classifier_1024.onnx": (1, 0, 0),
+    "spotify__basic-pitch/basic_pitch__saved_models__icassp_2022__nmp.onnx": (0, 0, 0),
+    "zhouhuashan__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-conv-bn-add-mul-float16.onnx": (1, 1, 0),
+}
+
+needs_models = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real models in {FOLDER.name}: FASTBN_MODELS names their folder")
+needs_more = pytest.mark.skipif(not MORE.is_dir(), reason=f"no real models in {MORE.name}: FASTBN_MORE_MODELS names their folder")
 
 
 def counts(result):
@@ -71,6 +103,7 @@ def counts(result):
     return report["batch_normalizations"]["before"], report["batch_normalizations"]["after"]
 
 
+@needs_models
 @pytest.mark.parametrize("file", EXPECTED)
 def test_real_model(file, record_property):
     result = fastbn.fold(FOLDER / file)
@@ -91,6 +124,7 @@ def test_real_model(file, record_property):
         assert result.to_bytes() == (FOLDER / file).read_bytes()
 
 
+@needs_models
 @pytest.mark.parametrize("file", [file for file, numbers in EXPECTED.items() if numbers[1] != numbers[2]])
 def test_real_model_with_frozen_inputs(file):
     result = fastbn.fold(FOLDER / file, freeze_inputs=True)
@@ -99,7 +133,34 @@ def test_real_model_with_frozen_inputs(file):
     assert not any(kept.code.startswith("overridable") for kept in result.kept)
 
 
+@needs_models
 def test_the_table_names_every_file_and_the_totals():
     assert {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.onnx")} == set(EXPECTED)
     assert sum(numbers[0] for numbers in EXPECTED.values()) == 347
     assert sum(numbers[1] for numbers in EXPECTED.values()) < 347
+
+
+@needs_more
+@pytest.mark.parametrize("freeze_inputs", [False, True])
+@pytest.mark.parametrize("file", EXPECTED_MORE)
+def test_further_model(file, freeze_inputs):
+    """Parity is another question: this one is where they fold."""
+    result = fastbn.fold(MORE / file, verify=False, freeze_inputs=freeze_inputs)
+    before, after, frozen = EXPECTED_MORE[file]
+    assert counts(result) == (before, frozen if freeze_inputs else after)
+
+
+@needs_more
+def test_no_further_model_keeps_more_than_it_must():
+    """At most the exact optimum, which was computed independently, and what the best peer leaves; peers freeze what callers override."""
+    for entry in json.loads((MORE / "MANIFEST.json").read_text()):
+        before, after, frozen = EXPECTED_MORE[entry["file"]]
+        assert before == entry["bn"]
+        for number, optimum in ((after, entry["exact_optimum"]), (frozen, entry["exact_optimum_frozen"])):
+            assert optimum is None or number <= optimum, entry["file"]
+        assert frozen <= min((left for left in entry["peers"].values() if isinstance(left, int)), default=frozen), entry["file"]
+
+
+@needs_more
+def test_the_table_names_every_further_file():
+    assert {path.relative_to(MORE).as_posix() for path in MORE.rglob("*.onnx")} == set(EXPECTED_MORE)

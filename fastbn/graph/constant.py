@@ -266,7 +266,7 @@ class Affine:
 
     def at(self, axis):
         """Return the same affine along another axis, counted from the front; one number for every element stays so."""
-        return self if self.axis is None else replace(self, axis=axis, rank=0)
+        return self if self.axis is None else Affine(self.scale, self.shift, axis, 0, self.spread)
 
     def picked(self, indices, axis):
         """Return the affine whose channels are these channels of this one, along an axis counted from the front."""
@@ -280,7 +280,8 @@ class Affine:
 
     def scale_only(self):
         """Return the part that multiplies."""
-        return replace(self, shift=np.zeros_like(self.shift), spread=np.zeros_like(self.spread))
+        nothing = np.zeros_like(self.shift)
+        return Affine(self.scale, nothing, self.axis, self.rank, nothing)
 
     def along(self, channels):
         """Return (scale, shift, spread) of length channels: a single number is repeated."""

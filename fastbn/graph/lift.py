@@ -80,6 +80,8 @@ def _batch_norm(node, site):
             raise Refusal("unsupported-type", f"its {name} is {found.dtype}")
         arrays[name] = float64_of(found)
     channels = arrays["var"].size
+    if not channels:
+        raise Refusal("bad-parameters", "it has no channels")
     for slot, name in PARAMETERS.items():
         if arrays[name].shape != (channels,):
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", f"{node.label}.{node.inputs[slot].name}"))

@@ -13,14 +13,18 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx
 
-from fastbn.graph.constant import Affine, Dense, Scaled
+from fastbn.graph.constant import Affine, Dense, Scaled, float64_of
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, is_batch_norm
 from fastbn.graph.model import Node, Value, is_standard
 from fastbn.graph.report import FORWARDS, Kept, Refusal, first_few
-from fastbn.graph.search import Search
+from fastbn.graph.search import Search, row_of
 from fastbn.graph.site import EFFORTS, Plan, Site
+from fastbn.graph.underflow import lost_channels
 
 __all__ = ["Planning", "plan"]
+
+# The operators whose sums end with a bias, and where they read it.
+BIASED, BIAS_SLOT = ("Conv", "ConvTranspose", "Gemm"), 2
 
 
 @dataclass
@@ -96,10 +100,13 @@ def _refuse_unselected(node, only, skip, excluded):
 
 def _place(node, affine, site, plans):
     """Find a home for a node's affine and record the plan in `site` and `plans`; raises Refusal where there is none."""
+    _refuse_widening(node, affine, site)
     value = site.source(node.inputs[site.data_slot(node)])
     site.lifting = node, value
     found, forward, stays = _find_home(node, value, affine, site)
-    _refuse_bad_constants(found)
+    _refuse_bad_constants(found, site)
+    if not found.homes:  # constants that a carrier on the way moves
+        found.homes = dict.fromkeys(reader for reader, _ in found.constants)
     leaving = [node, *found.dissolved]
     before = node.inputs[site.data_slot(node)].producer
     owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *found.through, *leaving, *({before} & site.removed.keys())))))
@@ -130,27 +137,61 @@ def _place(node, affine, site, plans):
     site.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
 
 
+def _refuse_widening(node, affine, site):
+    """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
+    data, out = site.shape(node.inputs[site.data_slot(node)]), site.shape(node.outputs[0])
+    if is_batch_norm(node) or data is None or out is None:
+        return
+    if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
+        raise Refusal("axis", f"its constant widens the value '{node.inputs[site.data_slot(node)].name}'")
+
+
+def _refuse_unknown_width(node, affine, site, found):
+    """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
+    value = node.inputs[site.data_slot(node)]
+    data = site.shape(value)
+    narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
+    if is_batch_norm(node) or affine.rank == 0 or not narrow:
+        return
+    for reader, slot in site.readers(node.outputs[0]):
+        constant = (found.constants.get((reader, 1 - slot)) or site.tensor(reader, 1 - slot)) if reader.is_op(*ELEMENTWISE) else None
+        shape = () if constant is None else constant.shape
+        if len(shape) < affine.rank or (affine.axis is not None and shape[affine.axis] != affine.channels):
+            raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
+
+
 def _find_home(node, value, affine, site):
     """Return (what changes, whether forward, what stays): backward first, then forward, last with the shift left in an Add."""
-    slot = site.data_slot(node)
+    if site.effort == "split" and site.is_refused(node):
+        return _find_split(node, value, affine, site, Refusal("no-absorber", "nothing has changed since it was refused"))
     try:
-        return Search(site).backward(value, affine, node, slot), False, None
+        return Search(site).backward(value, affine, node, site.data_slot(node)), False, None
     except Refusal as refusal:
         behind = refusal
     try:
-        return Search(site).forward(node.outputs[0], affine), True, None
+        found = Search(site).forward(node.outputs[0], affine)
+        _refuse_unknown_width(node, affine, site, found)
+        return found, True, None
     except Refusal as refusal:
         ahead = refusal
-    if site.effort == "split":
-        for way in (_keep_shift_backward, _keep_shift_forward):
-            try:
-                return way(node, value, affine, site)
-            except Refusal:
-                pass  # what both ways said is the better reason
+    site.note_refused(node)
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")
     code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
-    raise Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    refusal = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    if site.effort == "split":
+        return _find_split(node, value, affine, site, refusal)
+    raise refusal
+
+
+def _find_split(node, value, affine, site, refusal):
+    """Return what _find_home does, with the shift left in an Add; raises `refusal` where there is no such way."""
+    for way in (_keep_shift_backward, _keep_shift_forward):
+        try:
+            return way(node, value, affine, site)
+        except Refusal:
+            pass  # what was said about both ways is the better reason
+    raise refusal
 
 
 def _keep_shift_backward(node, value, affine, site):
@@ -194,17 +235,34 @@ def _shift_node(node, affine, site, found):
     return add, vector
 
 
-def _refuse_bad_constants(found):
+def _refuse_bad_constants(found, site):
     for (node, slot), constant in found.constants.items():
-        nonfinite, flushed = constant.check()
-        if nonfinite or flushed:
-            code = "overflow" if nonfinite else "flush-to-zero"
-            fate = "Inf or NaN" if nonfinite else "zero"
-            if nonfinite and isinstance(constant, Scaled) and not np.isfinite(constant.base.array()).all():
+        count, flushed = constant.check()
+        fate = "Inf or NaN"
+        if count:
+            if isinstance(constant, Scaled) and not np.isfinite(constant.base.array()).all():
                 raise Refusal("bad-parameters", f"input {slot} of {node.op} '{node.label}' holds Inf or NaN already")
-            some = first_few(constant.bad_channels())
-            what = f"{nonfinite or flushed} values of input {slot} of {node.op} '{node.label}' would become {fate} in {constant.dtype}"
-            raise Refusal(code, f"{what}, channels {some}")
+            channels = constant.bad_channels()
+        elif flushed or (isinstance(constant, Dense) and len(constant.shape) > 1):
+            fate = "zero"
+            count, channels = _lost(node, slot, constant, found, site)
+        if count:
+            what = f"{count} values of input {slot} of {node.op} '{node.label}' would become {fate} in {constant.dtype}"
+            raise Refusal("overflow" if fate != "zero" else "flush-to-zero", f"{what}, channels {first_few(channels)}")
+
+
+def _lost(node, slot, constant, found, site):
+    """Return (how many weights matter that become zero, the output channels of the node that hold them)."""
+    outputs = row_of(node, site.index).outputs
+    if outputs is None or outputs(node, slot, constant.array()) is None:
+        return 0, []
+    bias = found.constants.get((node, BIAS_SLOT)) or site.tensor(node, BIAS_SLOT) if node.is_op(*BIASED) else None
+    size = 0.0
+    if bias is not None:
+        folded = (node, BIAS_SLOT) in found.constants or (node, BIAS_SLOT) in site.constants
+        size = np.abs(float64_of(bias) * (1.0 if folded else node.attribute("beta", 1.0)))
+        size = size.min(axis=0) if size.ndim == 2 else size
+    return lost_channels(constant, lambda values: outputs(node, slot, values), size)
 
 
 def _kept(index, site, refusals):

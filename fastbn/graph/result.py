@@ -6,7 +6,7 @@ from fastbn.errors import ParityError, expected
 from fastbn.graph import report
 from fastbn.graph.lift import BATCH_NORM
 from fastbn.graph.model import is_standard, scopes_of
-from fastbn.graph.rewrite import external_tensors
+from fastbn.graph.rewrite import external_tensors, raises_ir_version
 
 __all__ = ["FoldResult"]
 
@@ -38,7 +38,8 @@ class FoldResult:
         self.folded = folded
         self.kept = planning.kept
         self.parity = parity
-        self.notes = index.source.notes
+        raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
+        self.notes = (*index.source.notes, *raised)
 
     @property
     def model(self):

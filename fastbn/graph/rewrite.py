@@ -15,11 +15,12 @@ import onnx
 from onnx import helper
 
 from fastbn.errors import ModelError, StorageError, expected
+from fastbn.graph.consistency import check_written
 from fastbn.graph.constant import Scaled
 from fastbn.graph.model import scopes_of
 from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize, sync
 
-__all__ = ["Output", "edited", "external_tensors", "rewrite"]
+__all__ = ["Output", "edited", "external_tensors", "raises_ir_version", "rewrite"]
 
 # A weight that needs a new place goes to the end of the data file when it is larger than this, into the model file otherwise.
 LARGEST_INLINE = 1 << 20
@@ -27,6 +28,9 @@ LARGEST_INLINE = 1 << 20
 # onnxruntime maps a tensor instead of reading it when it starts on a page.
 PAGE = 4096
 
+
+# From this IR version on an initializer need not be a graph input too.
+FIRST_IR_OF_CONSTANTS = 4
 
 # What a new constant is called, where it is neither a weight nor a bias.
 ROLES = {("DequantizeLinear", 1): "scale", ("DequantizeLinear", 2): "zero_point"}
@@ -61,6 +65,11 @@ def edited(proto, constants, attributes):
     return proto
 
 
+def raises_ir_version(index):
+    """Say whether the model must have a later IR version, because its initializers leave the graph inputs."""
+    return index.freeze_inputs and index.proto.ir_version < FIRST_IR_OF_CONSTANTS and bool(index.proto.graph.initializer)
+
+
 def rewrite(index, planning):
     """Apply the plans to a copy of the model.
 
@@ -68,6 +77,11 @@ def rewrite(index, planning):
     -------
     Output
         Everything that no plan names is as it was.
+
+    Raises
+    ------
+    ModelError
+        The model that was made is not the one that was planned: a fault of this package, found before anything is written.
     """
     return _Writer(index, planning).output()
 
@@ -90,6 +104,7 @@ class _Writer:
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.dead_tensors = defaultdict(set)
         self.vanished = defaultdict(set)
+        self.infos = {}
         self.extents = None
 
     def output(self):
@@ -103,6 +118,7 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
+        check_written(self.index, self.site, self.plans, self.gone, self.proto)
         changed = bool(self.plans) or self.index.freeze_inputs
         return Output(self.proto, self.patches, self.index.source, self.duplicates, changed)
 
@@ -138,23 +154,52 @@ class _Writer:
         """Put a folded constant where the old one was if nobody else reads that, else under a new name; return the name."""
         old = self.before[node].inputs[2] if node in self.before else node.input(slot)
         if old is not None and old.name in self.dead_tensors[old.scope.number]:
-            tensor = self.tensors[old.scope.number][old.name]
-            self.dead_tensors[old.scope.number].remove(old.name)
+            scope = old.scope
+            tensor = self.tensors[scope.number][old.name]
+            self.dead_tensors[scope.number].remove(old.name)
+            self._announce(scope.number, old.name, constant)
         else:
-            tensor = self.graphs[node.scope.number].initializer.add()
+            # Before IR 4 a constant must be a graph input too, which a body cannot have: it reads the outer graph's.
+            scope = self.index.main if self.proto.ir_version < FIRST_IR_OF_CONSTANTS else node.scope
+            tensor = self.graphs[scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
             role = ROLES.get((node.op, slot)) or ("weight" if isinstance(constant, Scaled) else "bias")
             tensor.name = self._new_name(f"{node.label}.{role}")
-            if self.proto.ir_version < 4 and node.scope is self.index.main:
+            if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
-        self._fill(node.scope.number, tensor, constant)
+        self._fill(scope.number, tensor, constant)
         return tensor.name
 
+    def _announce(self, scope, name, constant):
+        """Let the graph input or value_info of a constant say its new shape and type."""
+        if scope not in self.infos:
+            self.infos[scope] = defaultdict(list)
+            for info in (*self.graphs[scope].input, *self.graphs[scope].value_info):
+                self.infos[scope][info.name].append(info)
+        for info in self.infos[scope][name]:
+            kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
+            info.type.CopyFrom(helper.make_tensor_type_proto(kind, constant.shape))
+
     def _is_read(self, value):
-        return value.is_output or any(use[0] not in self.gone and use not in self.freed for use in value.readers)
+        """Say whether anything in the present graph reads a value, itself or in the place of nodes that are removed."""
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            if value.is_output:
+                return True
+            for node, slot in value.readers:
+                if node in self.site.removed:
+                    if self.site.source(node.outputs[0]) is self.site.source(value):
+                        pending.append(node.outputs[0])
+                elif node in self.site.replaced:
+                    if slot == self.site.data_slot(node):
+                        return True
+                elif node not in self.gone and (node, slot) not in self.freed:
+                    return True
+        return False
 
     def _new_name(self, wanted):
         name, number = wanted, 1
@@ -215,7 +260,8 @@ class _Writer:
         removed = defaultdict(dict)
         for node in self.gone:
             removed[node.scope.number][node.position] = self.added.get(self.site.replaced.get(node))
-        for number, graph in enumerate(self.graphs):
+        # Innermost first: a graph that is rebuilt holds copies of its nodes, and of the bodies in them.
+        for number, graph in reversed([*enumerate(self.graphs)]):
             if number in removed:
                 nodes = [removed[number].get(position, node) for position, node in enumerate(graph.node)]
                 del graph.node[:]
@@ -228,7 +274,9 @@ class _Writer:
             _keep(graph.quantization_annotation, lambda entry, names=gone: entry.tensor_name not in names)
 
     def _freeze_inputs(self):
-        constants = {tensor.name for tensor in self.index.proto.graph.initializer}
+        constants = {tensor.name for tensor in (*self.index.proto.graph.initializer, *self.proto.graph.initializer)}
+        if raises_ir_version(self.index):
+            self.proto.ir_version = FIRST_IR_OF_CONSTANTS
         _keep(self.proto.graph.input, lambda info: info.name not in constants)
 
 

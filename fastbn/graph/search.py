@@ -7,6 +7,7 @@ from fastbn.graph.constant import Requantised
 from fastbn.graph.lift import constant_slot, is_batch_norm
 from fastbn.graph.model import is_standard
 from fastbn.graph.report import Refusal
+from fastbn.graph.row import Taken
 from fastbn.graph.site import Plan
 
 __all__ = ["Search", "row_of"]
@@ -65,7 +66,7 @@ class Search:
         if node.scope is not asker.scope:
             raise Refusal("crosses-scope", f"it reads '{value.name}' of {node.op} '{node.label}' in an outer graph")
         row = self._row(node, depth)
-        if row is None or row.backward is None:
+        if row is None or row.backward is None or (value.slot and not row.parts):
             raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
         if not row.parts and any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
@@ -88,10 +89,12 @@ class Search:
 
     def _other_readers(self, value, affine, asker, slot):
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
-        others = [use for use in self.site.readers(value) if use != (asker, slot)]
+        others = self.site.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
             node = others[0][0]
-            if not self.site.may_rearrange() or (affine.scale == 0).any():
+            # What a constant becomes here, other readers would not see: they read it as the constant that it was.
+            fixed = not self.site.may_rearrange() or self.site.index.constant(value) is not None or (affine.scale == 0).any()
+            if fixed or len(others) > MOST_STEPS:
                 raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
         return others
 
@@ -106,12 +109,18 @@ class Search:
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
         rank = len(constant.shape)
+        if affine.rank > rank:
+            raise Refusal(
+                "axis", f"a constant of rank {affine.rank} widens the constant at {node.op} '{node.label}', which has rank {rank}"
+            )
         if affine.axis is not None and (not -rank <= affine.axis < rank or constant.shape[affine.axis] != affine.channels):
             raise Refusal("axis", f"the constant at {node.op} '{node.label}' has no axis of {affine.channels} channels")
         return Plan(constants={(node, slot): constant.affine(*affine.shaped(rank))})
 
     def forward(self, value, affine, depth=0):
         """Return a Plan that makes every reader of `value` work on what lacks the affine."""
+        if value is None:
+            raise Refusal("unused", "nothing reads it")
         readers = self.site.readers(value)
         if not readers:
             raise Refusal("unused", f"nothing reads '{value.name}'")
@@ -142,24 +151,31 @@ class Search:
 
     def _row(self, node, depth):
         self.steps += 1
-        if self.steps > MOST_STEPS and self.site.may_rearrange():
+        if self._is_exhausted():
             raise Refusal("too-far", f"more than {MOST_STEPS} nodes would have to change by {node.op} '{node.label}'")
         if node is self.site.lifting[0]:
             raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
         if depth > LONGEST_WAY:
             raise Refusal("too-far", f"the way is longer than {LONGEST_WAY} nodes at {node.op} '{node.label}'")
-        return row_of(node, self.site.index)
+        row = row_of(node, self.site.index)
+        if row is not None:
+            self.site.check(node)
+        return row
 
     def _first(self, choices, node, follow, depth):
         """Return what the first choice that works out changes; the refusal of the last one otherwise."""
-        choices = choices if isinstance(choices, list) else [choices]
-        for number, taken in enumerate(choices):
+        refused = None
+        for taken in [choices] if isinstance(choices, Taken) else choices:
             try:
                 return self._taken(taken, node, follow, depth)
-            except Refusal:
-                if number == len(choices) - 1:
-                    raise
-        raise AssertionError("a row without choices")
+            except Refusal as refusal:
+                refused = refusal
+                if self._is_exhausted():
+                    break
+        raise refused or Refusal("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")
+
+    def _is_exhausted(self):
+        return self.steps > MOST_STEPS and self.site.may_rearrange()
 
     def _taken(self, taken, node, follow, depth):
         absorbs = bool(taken.constants)

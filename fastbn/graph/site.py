@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
 from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.absorb import Taken
 from fastbn.graph.constant import Dense, Dequantised
-from fastbn.graph.lift import constant_slot, is_batch_norm, lift
+from fastbn.graph.lift import ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.report import Refusal
+from fastbn.graph.row import Taken
+from fastbn.graph.signature import check_signature
+from fastbn.graph.weights import conv_weight
 
 __all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
 
@@ -84,7 +87,16 @@ class Site:
         self.asked = None
         self.effort = EFFORTS[0]
         self._affines = {}
+        self._checked = set()
+        self._refused = {}
+        self._shapes = {}
         self._views = {}
+
+    def check(self, node):
+        """Raise ModelError where a node that a row reads is not what ONNX demands."""
+        if node not in self._checked:
+            check_signature(node, self.index.opset)
+            self._checked.add(node)
 
     def affine(self, node):
         """Return the Affine of a node or None; a BatchNormalization that must stay gives None too."""
@@ -96,14 +108,22 @@ class Site:
     def lifted(self, node):
         """Return lift(node), remembered; raises Refusal as it does."""
         if node not in self._affines:
-            try:
-                self._affines[node] = lift(node, self)
-            except Refusal as refusal:
-                self._affines[node] = refusal
+            self._affines[node] = self._lift(node)
         found = self._affines[node]
         if isinstance(found, Refusal):
             raise found
         return found
+
+    def _lift(self, node):
+        if node.is_op(*ELEMENTWISE):
+            try:
+                self.check(node)
+            except Refusal:
+                return None  # what this opset does not know is no affine
+        try:
+            return lift(node, self)
+        except Refusal as refusal:
+            return refusal
 
     def data_slot(self, node):
         """Return the slot of the data input of a lifted node."""
@@ -131,6 +151,14 @@ class Site:
             raise Refusal("graph-output", f"the value '{output}' on the way is a graph output")
         return [(self.replaced.get(node, node), slot) for node, slot in uses]
 
+    def other_readers(self, value, asker, slot, most):
+        """Return the first `most` readers of a value besides this slot of `asker`; Refusal where the caller of the model sees it."""
+        output, uses = self._view(self.source(value))
+        if output is not None:
+            raise Refusal("graph-output", f"the value '{output}' on the way is a graph output")
+        present = ((self.replaced.get(node, node), at) for node, at in uses)
+        return list(islice((use for use in present if use != (asker, slot)), most))
+
     def _view(self, root):
         """Return [name of the graph output that a value is, or None; its readers as the keys of a dict]; removal keeps it up to date."""
         if root not in self._views:
@@ -152,13 +180,20 @@ class Site:
 
     def refuse_readers(self, value, asker, slot):
         """Refuse when anything but this slot of `asker` sees a value of the present graph."""
-        others = [node for node, at in self.readers(value) if (node, at) != (asker, slot)]
-        if others:
-            raise Refusal("other-readers", f"{others[0].op} '{others[0].label}' reads the value '{value.name}' before it too")
+        for node, _ in self.other_readers(value, asker, slot, 1):
+            raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
 
     def may_rearrange(self):
         """Say whether other readers may be asked to undo a change in their constants."""
         return self.effort != "plain"
+
+    def note_refused(self, node):
+        """Remember that there is no home for a node's affine in the present graph as it is now, at the present effort."""
+        self._refused[node] = len(self.owner), len(self.removed), self.may_rearrange()
+
+    def is_refused(self, node):
+        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        return self._refused.get(node) == (len(self.owner), len(self.removed), self.may_rearrange())
 
     def apply(self, plan):
         """Make what a plan changes part of the present graph."""
@@ -205,15 +240,20 @@ class Site:
         source = None if value is None else value.producer
         if source is None or not source.is_op("DequantizeLinear") or slot != WEIGHT_SLOT or self.index.opset < FIRST_PER_AXIS_OPSET:
             return None
+        self.check(source)
         quantised, scale = self.tensor(source, 0), self.tensor(source, 1)
         zero_point = self.tensor(source, 2)
         known = quantised is not None and scale is not None and (zero_point is not None or source.input(2) is None)
-        if not known or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES or source.scope is not node.scope:
+        plain = known and quantised.shape and not source.attribute("block_size", 0) and dtype_name(scale.dtype) in DTYPES
+        if not plain or source.scope is not node.scope:
             return None
         self.refuse_readers(value, node, slot)
         changed = self.owner[source].attributes.get(source, {}) if source in self.owner else {}
         axis = changed.get("axis", source.attribute("axis", 1)) % len(quantised.shape)
         per_axis = math.prod(scale.shape) > 1
+        steps = (quantised.shape[axis],) if per_axis else scale.shape
+        if scale.shape != steps or (zero_point is not None and zero_point.shape != steps):
+            raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
         step = Dense.of(scale)
         flat = Dense(step.dtype, step.values.reshape(-1), step.spread.reshape(-1))
 
@@ -242,11 +282,16 @@ class Site:
 
     def shape(self, value):
         """Return the shape of a value, None where unknown."""
-        return self.index.shape(value)
+        if value not in self._shapes:
+            found = self.index.shape(value)
+            if found is None:
+                return None
+            self._shapes[value] = found
+        return self._shapes[value]
 
     def rank(self, value):
         """Return the rank of a value, or None."""
-        shape = self.index.shape(value)
+        shape = self.shape(value)
         return None if shape is None else len(shape)
 
     def small_shape(self, value):
@@ -273,6 +318,8 @@ class Site:
             sibling = self.producer(self.source(other))
             if sibling is None or sibling.scope is not node.scope:
                 continue
+            if sibling.is_op("Add", "Conv"):
+                self.check(sibling)
             self.refuse_readers(other, reader, at)
             if sibling.is_op("Add") and constant_slot(sibling, self.index) is None:
                 others.extend((operand, sibling, at, [*via, sibling]) for at, operand in enumerate(sibling.inputs))
@@ -283,8 +330,8 @@ class Site:
         return None
 
     def _centred(self, conv, affine):
-        weight = self.weight(conv, 1)
-        channels, groups = weight.shape[0], conv.attribute("group", 1)
+        weight, groups = conv_weight(conv, self)
+        channels = weight.shape[0]
         count = len(weight.shape) - 2
         pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
         plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))

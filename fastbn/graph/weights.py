@@ -1,7 +1,8 @@
 """The weights of each operator that absorbs: where they are, what they must look like, and what its verification needs of them.
 
 That is terms(node, site), the number of products summed into one element, and sample(node, site), the shapes to verify with of its inputs
-that are no constants, by slot, small but large enough for every weight to take part.
+that are no constants, by slot, small but large enough for every weight to take part; and outputs(node, slot, values), the weight at a slot
+as a matrix of shape (output channels, terms), None where no weight is read there.
 """
 
 import math
@@ -12,19 +13,23 @@ from fastbn.graph.lift import constant_slot
 
 __all__ = [
     "batch_norm_sample",
+    "conv_outputs",
     "conv_sample",
     "conv_terms",
     "conv_weight",
     "elementwise_sample",
+    "gemm_outputs",
     "gemm_sample",
     "gemm_terms",
     "gemm_weight",
+    "matmul_outputs",
     "matmul_sample",
     "matmul_slot",
     "matmul_terms",
     "matmul_views",
     "no_sample",
     "one_term",
+    "recurrent_outputs",
     "recurrent_sample",
     "recurrent_terms",
 ]
@@ -58,6 +63,8 @@ def gemm_weight(node, site):
 def matmul_views(weight, slot):
     """Return the views of a weight that take a scale on its (output, input) channels."""
     shape = weight.shape
+    if not shape or 0 in shape:
+        raise ModelError(expected("a weight that is a vector or a stack of matrices", f"shape {shape}", "MatMul"))
     if len(shape) < 2:
         return View(1, 1, 1, shape[0]), View(1, 1, shape[0], 1)
     rows, columns = View(1, math.prod(shape[:-2]), shape[-2], shape[-1]), View(1, math.prod(shape[:-1]), shape[-1], 1)
@@ -89,6 +96,16 @@ def conv_terms(node, site):
     return inputs * math.prod(shape[2:])
 
 
+def conv_outputs(node, slot, values):
+    if slot != 1:
+        return None
+    if node.op == "Conv":
+        return values.reshape(values.shape[0], -1)
+    groups = node.attribute("group", 1)
+    grouped = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
+    return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
+
+
 def gemm_terms(node, site):
     return gemm_weight(node, site)[2][0]
 
@@ -98,6 +115,12 @@ def gemm_sample(node, site):
     bias = site.index.constant(node.input(2))
     rows = bias.shape[0] if bias is not None and len(bias.shape) == 2 and bias.shape[0] > 1 else 3
     return {0: (inner, rows) if node.attribute("transA", 0) else (rows, inner)}
+
+
+def gemm_outputs(node, slot, values):
+    if slot != 1:
+        return None
+    return values if node.attribute("transB", 0) else values.T
 
 
 def matmul_terms(node, site):
@@ -115,6 +138,12 @@ def matmul_sample(node, site):
     known = list(known)
     known[-1 if slot == 1 or len(known) == 1 else -2] = inner
     return {1 - slot: tuple(known)}
+
+
+def matmul_outputs(node, slot, values):
+    if values.ndim > 1 and slot == 1:
+        values = values.swapaxes(-1, -2)
+    return values.reshape(-1, values.shape[-1])
 
 
 def elementwise_sample(node, site):
@@ -138,6 +167,10 @@ def recurrent_sample(node, site):
 
 def recurrent_terms(node, site):
     return 8 * sum(site.weight(node, 1).shape[1:])
+
+
+def recurrent_outputs(node, slot, values):
+    return values.reshape(-1, values.shape[-1]) if slot == 1 else None
 
 
 def one_term(node, site):
