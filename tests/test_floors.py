@@ -33,6 +33,7 @@ FLOORS = [
     ["graph.site"],
     ["graph.search"],
     ["graph.plan"],
+    ["graph.output"],
     ["graph.rewrite"],
     ["graph.runtime"],
     ["graph.feeds"],

@@ -13,7 +13,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from sketch import assert_same, conv_bn, initializers, norm, normal, ops, random_feeds, run
 
 import fastbn
-from fastbn.graph import rewrite, storage
+from fastbn.graph import output, rewrite, storage
 
 
 def save_external(proto, folder, name="model.onnx", data="model.data", threshold=0):
@@ -205,7 +205,7 @@ def test_a_tensor_of_external_data_in_a_constant_node(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(rewrite, "WRITERS", threads)
+    monkeypatch.setattr(output, "WRITERS", threads)
     path = make_models.large(tmp_path, layers=3, channels=640)
     result = fastbn.fold(path)
     assert (len(result.folded), result.parity.status) == (3, "ok")

@@ -6,7 +6,7 @@ from fastbn.errors import ParityError, expected
 from fastbn.graph import report
 from fastbn.graph.lift import BATCH_NORM
 from fastbn.graph.model import is_standard, scopes_of
-from fastbn.graph.rewrite import external_tensors
+from fastbn.graph.storage import external_tensors
 
 __all__ = ["FoldResult"]
 

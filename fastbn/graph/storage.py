@@ -13,7 +13,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
-__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "sync", "tensor_dtype"]
+__all__ = ["Source", "atomic", "external_tensors", "is_external", "load", "location_of", "os_error", "serialize", "sync", "tensor_dtype"]
 
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -86,6 +86,33 @@ def serialize(proto, where):
 def is_external(tensor):
     """Say whether a TensorProto keeps its values in another file."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def location_of(tensor):
+    """Return the location entry of an external tensor."""
+    return next(entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def external_tensors(proto):
+    """Yield every external TensorProto of a model, wherever it may stand: initializers and attributes of the graph, its bodies and its
+    functions, sparse ones, training graphs."""
+    graphs = [proto.graph]
+    for training in proto.training_info:
+        graphs += [training.initialization, training.algorithm]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        if nodes:
+            for attribute in nodes.pop().attribute:
+                graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+                sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
+                tensors = [attribute.t, *attribute.tensors, *(part for each in sparse for part in (each.values, each.indices))]
+                yield from filter(is_external, tensors)
+            continue
+        graph = graphs.pop()
+        nodes += graph.node
+        yield from filter(is_external, graph.initializer)
+        for each in graph.sparse_initializer:
+            yield from filter(is_external, (each.values, each.indices))
 
 
 def tensor_dtype(tensor, where):
