@@ -264,7 +264,7 @@ def _write_json(where, data):
     if where == "-":
         print(text)
         return
-    from fastbn.graph.storage import atomic
+    from fastbn.graph.destination import atomic
 
     with atomic(where) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -321,7 +321,7 @@ def _deploy(arguments):
     latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
     from fastbn.deployment.pipeline import WRITING, Options, check_paths, deploy_watched
     from fastbn.deployment.report import render
-    from fastbn.graph.storage import atomic
+    from fastbn.graph.destination import atomic
 
     options = Options(
         data=arguments.data,

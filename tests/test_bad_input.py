@@ -204,10 +204,10 @@ def test_output_folder_not_writable(fails, monkeypatch):
 def test_output_folder_that_refuses_after_all(fails, monkeypatch):
     opened = os.open
 
-    def denied(path, flags, *rest):
+    def denied(path, flags, *rest, **options):
         if flags & os.O_CREAT:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return opened(path, flags, *rest)
+        return opened(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", denied)
     assert "permission denied - at `out.onnx`" in fails("fold", "in.onnx", "out.onnx")

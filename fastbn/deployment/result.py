@@ -12,8 +12,8 @@ from fastbn.deployment.compare import Agreement
 from fastbn.deployment.measure import Kernels
 from fastbn.deployment.report import render
 from fastbn.errors import ParityError, expected
+from fastbn.graph.destination import atomic
 from fastbn.graph.report import json_number, size_text, table
-from fastbn.graph.storage import atomic
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
 

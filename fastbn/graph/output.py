@@ -1,27 +1,35 @@
 """The written model: in memory, or as files, its data files patched copies of the original's."""
 
+import contextlib
 import os
-import shutil
-import tempfile
-import weakref
+import re
+import stat
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
+from fastbn.graph.destination import Replacement, is_stream, storage_errors, work_room, write_through
 from fastbn.graph.model import scopes_of
-from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, external_tensors, location_of, os_error, serialize, sync
+from fastbn.graph.storage import PROTOBUF_LIMIT, external_tensors, location_of, serialize
 
-__all__ = ["Output", "Patch"]
+__all__ = ["Output", "Patch", "Prepared"]
 
 # onnxruntime maps a tensor instead of reading it when it starts on a page.
 PAGE = 4096
+
+# Two writers keep the kernel and the page cache busy; more would only need more memory.
+WRITERS = 2
+
+# Bytes of a file name that file systems take, less those that tell data files apart.
+LONGEST_STEM = 255 - len(".9999.data")
 
 
 @dataclass(eq=False)
@@ -39,6 +47,26 @@ class Patch:
         return self.constant.base.size * self.constant.dtype.itemsize
 
 
+@dataclass
+class Prepared:
+    """A model that is written and not yet in its place: the path of that, location -> paths of its data files, and the bytes of all."""
+
+    path: Path
+    data: dict = field(default_factory=dict)
+    size: int = 0
+    replacement: Replacement | None = None
+
+    @property
+    def paths(self):
+        """The paths that are written, the model's first."""
+        return [self.path, *self.data.values()]
+
+    @property
+    def committed(self):
+        """Whether the model is in its place."""
+        return self.replacement is not None and self.replacement.committed
+
+
 class Output:
     """A model ready to be written: its ModelProto, and the patches of its data files, which are evaluated when they are written.
 
@@ -53,6 +81,7 @@ class Output:
         self.changed = changed
         self._external = any(True for _ in external_tensors(proto))
         self._staged = {}
+        self._room = None
 
     @property
     def is_external(self):
@@ -69,26 +98,25 @@ class Output:
         """Return the model as a ModelProto, all tensors inside; raises ModelError above protobuf's 2 GB."""
         if not self._external:
             return self.proto
-        total = sum(self.source.external(tensor).size for tensor in external_tensors(self.source.proto))
+        total = sum(self.source.location(tensor)[2] for tensor in external_tensors(self.source.proto))
         if total > PROTOBUF_LIMIT:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
+        proto = self._copy()
         for patch, tensor in zip(self.patches, self._patched_in(proto), strict=True):
             _put_inside(tensor, patch.constant.array())
         for tensor in external_tensors(proto):
-            _put_inside(tensor, self.source.array(tensor))
+            _put_inside(tensor, self.source.external(tensor))
+        return proto
+
+    def _copy(self):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
         return proto
 
     def stage(self, folder=None):
-        """Write the model into a new folder inside `folder` and return its path; the next save takes the data files from there."""
-        stage = Path(folder or tempfile.gettempdir()) / f".fastbn-{os.urandom(8).hex()}"
-        weakref.finalize(self, shutil.rmtree, stage, ignore_errors=True)  # before it exists: an interrupt may come in between
-        try:
-            stage.mkdir(mode=0o700)
-        except OSError as error:
-            raise os_error(error, str(stage)) from error
-        path = stage / "staged.onnx"
+        """Write the model into a hidden folder inside `folder` and return its path; the next save takes the data files from there."""
+        self._room = work_room(folder)
+        path = self._room.path / "staged.onnx"
         self._staged = self.save(path)
         return path
 
@@ -100,26 +128,63 @@ class Output:
         StorageError
             A file cannot be written; nothing has been.
         """
+        with self.prepared(path) as prepared:
+            pass
+        return prepared.data
+
+    @contextlib.contextmanager
+    def prepared(self, path) -> Iterator[Prepared]:
+        """Write the model, and its data files beside it, under other names, and yield what that makes; when the block ends well, everything
+        takes its place. A device, a pipe or an open stream then gets the model with all tensors inside.
+
+        Raises
+        ------
+        StorageError
+            A file cannot be written; nothing has been.
+        """
         path = Path(path)
+        if is_stream(path):
+            data = self.to_bytes()
+            yield Prepared(path, size=len(data))
+            write_through(path, data)
+            return
         if self.source.path is not None and os.path.realpath(path) in self._data_files():
             raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
-        written = {}
-        with ExitStack() as stack:
-            temporary = stack.enter_context(atomic(path))
-            if self._external:
-                proto = onnx.ModelProto()
-                proto.CopyFrom(self.proto)
-                written = self._write_data_files(path, proto, stack)
-            temporary.write_bytes(serialize(proto, str(path)) if self._external else self.to_bytes())
-            if any(target.exists() for target in written.values()):
-                sync(temporary)  # a full disk must be noticed while the old model stands
-                # From here until the new model stands, a stop leaves no model rather than an old one with new data.
-                path.unlink(missing_ok=True)
+        with contextlib.closing(Replacement(path)) as replacement:
+            with storage_errors(path):
+                data = self._write_into(replacement)
+            yield Prepared(path, data, replacement.size(), replacement)
+            replacement.commit(self._obsolete(path))
+
+    def _write_into(self, replacement):
+        """Write all files of the model; return location -> path of the data files."""
+        if not self._external:
+            replacement.temporary.write_bytes(self.to_bytes())
+            return {}
+        proto = self._copy()
+        written = self._write_data_files(replacement, proto)
+        replacement.temporary.write_bytes(serialize(proto, str(replacement.path)))
         return written
 
     def _data_files(self):
         """Return the real paths of the data files that the original reads."""
-        return {os.path.realpath(self.source.path.parent / location_of(tensor)) for tensor in external_tensors(self.source.proto)}
+        return {os.path.realpath(self.source.location(tensor)[0]) for tensor in external_tensors(self.source.proto)}
+
+    def _obsolete(self, path):
+        """Return the data files that only the model at `path` reads, as far as their names say that they are its own."""
+        with contextlib.suppress(OSError, DecodeError, UnicodeDecodeError):
+            found = os.lstat(path)
+            # What another name leads to goes on reading its data files.
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                return []
+            own = re.compile(re.escape(_stem(path)) + r"(\.[0-9]+)?\.data")
+            old = onnx.ModelProto.FromString(path.read_bytes())
+            names = {entry.value for tensor in external_tensors(old) for entry in tensor.external_data if entry.key == "location"}
+            paths = [path.parent / os.fsdecode(name.encode("utf-8")) for name in sorted(names) if own.fullmatch(name)]
+            in_place = self.source.path is not None and os.path.realpath(path) == os.path.realpath(self.source.path)
+            read = set() if self.source.path is None or in_place else self._data_files()
+            return [each for each in paths if os.path.isfile(each) and not each.is_symlink() and os.path.realpath(each) not in read]
+        return []
 
     def _patched_in(self, copy):
         """Return the tensor of each patch in a copy of the model; two bodies may use one name, so the scope counts."""
@@ -127,25 +192,24 @@ class Output:
         named = {number: {tensor.name: tensor for tensor in graphs[number].initializer} for number in {p.scope for p in self.patches}}
         return [named[patch.scope][patch.tensor.name] for patch in self.patches]
 
-    def _write_data_files(self, path, proto, stack):
-        """Write a patched copy of each data file and point the model's tensors to it."""
+    def _write_data_files(self, replacement, proto):
+        """Write a patched copy of each data file and point the model's tensors to it; return location -> path."""
         tensors = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
         patched = self._patched_in(proto)
-        inputs = self._data_files()
         written = {}
         for location in sorted(tensors):
-            target = written[location] = _data_path(path, inputs, written.values())
-            temporary = stack.enter_context(atomic(target))
+            name = _new_data_name(replacement.path, written.values())
+            written[location] = replacement.path.parent / os.fsdecode(name.encode("utf-8"))
+            temporary = replacement.data_file(written[location].name)
             patches = [patch for patch in self.patches if patch.location == location]
-            source = self.source.path.parent / location
+            source = self.source.location(tensors[location][0])[0]
             offsets, size = _layout(patches, source.stat().st_size)
             if not _moved(self._staged.pop(location, None), temporary):
                 _write_patched(source, temporary, patches, offsets, size)
-                sync(temporary)
             for tensor in tensors[location]:
-                _set_external(tensor, "location", target.name)
+                _set_external(tensor, "location", name)
             for patch, offset in zip(patches, offsets, strict=True):
                 tensor = patched[self.patches.index(patch)]
                 _set_external(tensor, "offset", str(offset))
@@ -153,20 +217,27 @@ class Output:
         return written
 
 
+def _stem(path):
+    """Return what the names of a model's data files begin with: its own name, as far as that is UTF-8 and leaves room for an ending."""
+    name = os.fsencode(path.name).decode("utf-8", "replace").replace("\ufffd", "_")
+    return name.encode("utf-8")[:LONGEST_STEM].decode("utf-8", "ignore")
+
+
+def _new_data_name(path, taken):
+    """Return a name for a data file of the model at `path` that nothing beside it has."""
+    number = 0
+    while True:
+        name = f"{_stem(path)}{f'.{number}' if number else ''}.data"
+        target = path.parent / os.fsdecode(name.encode("utf-8"))
+        if target not in taken and not os.path.lexists(target):
+            return name
+        number += 1
+
+
 def _put_inside(tensor, values):
     tensor.ClearField("external_data")
     tensor.ClearField("data_location")
     tensor.raw_data = values.tobytes()
-
-
-def _data_path(path, inputs, taken):
-    """Return where a data file of the model at `path` goes: named after it, and never over a data file that is being read."""
-    number = 0
-    while True:
-        target = path.parent / (path.name + (f".{number}" if number else "") + ".data")
-        if target not in taken and os.path.realpath(target) not in inputs:
-            return target
-        number += 1
 
 
 def _set_external(tensor, key, value):
@@ -203,7 +274,7 @@ def _layout(patches, size):
 def _write_patched(source, target, patches, offsets, size):
     """Write a copy of a data file in which folded weights replace the old ones."""
     covered = sorted((offset, offset + patch.size) for patch, offset in zip(patches, offsets, strict=True))
-    with open(source, "rb") as reader, open(target, "rb+") as writer, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(WRITERS) as pool:
+    with open(source, "rb") as reader, open(target, "xb") as writer, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(WRITERS) as pool:
         writer.truncate(size)
         end = os.fstat(reader.fileno()).st_size
         jobs, position = [], 0
@@ -223,10 +294,6 @@ def _write_patched(source, target, patches, offsets, size):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-# Two writers keep the kernel and the page cache busy; more would only need more memory.
-WRITERS = 2
 
 
 def _copy_range(into, out_of, start, stop):

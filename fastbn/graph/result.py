@@ -59,9 +59,15 @@ class FoldResult:
         StorageError
             A file cannot be written.
         """
+        with self.prepared(path) as prepared:
+            pass
+        return prepared.paths
+
+    def prepared(self, path):
+        """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.parity is not None and self.parity.status == "failed":
             raise ParityError(expected("parity with the original", str(self.parity), "fold"))
-        return [Path(path), *self._output.save(path).values()]
+        return self._output.prepared(path)
 
     def to_dict(self):
         """Return everything as data that JSON holds; "schema" is its version."""
