@@ -50,6 +50,7 @@ FLOORS = [
     ["deployment.pipeline"],
     ["deployment.__init__"],
     ["__init__"],
+    ["terminal", "options"],
     ["cli"],
     ["__main__"],
 ]

@@ -14,7 +14,7 @@ from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import storage
 from fastbn.graph.bench import side_by_side
-from fastbn.graph.destination import work_room
+from fastbn.graph.destination import is_stream, work_room
 from fastbn.graph.feeds import ModelNotRun
 from fastbn.graph.folding import checked_shapes, fold_watched
 from fastbn.graph.model import Index
@@ -170,6 +170,8 @@ def check_paths(model, output, report, force):
     template()
     if os.path.realpath(report) in (given, output is not None and os.path.realpath(output)):
         raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
+    if is_stream(report):
+        return
     if os.path.isdir(report):
         raise StorageError(expected("a report file", "a folder", str(report)))
     if os.path.lexists(report) and not force:

@@ -314,6 +314,13 @@ class Replacement:
         self._data.append((temporary, place))
         return temporary
 
+    def finish(self) -> None:
+        """Say that all files are written: their bytes go to the disk, and the owner and mode of what they replace are theirs."""
+        with storage_errors(self.path):
+            for temporary, _ in (*self._data, (self.temporary, None)):
+                _become_like(temporary, self._place)
+                sync(temporary)
+
     def size(self) -> int:
         """Return the bytes of all files as they are now."""
         return sum(path.stat().st_size for path in (self.temporary, *(temporary for temporary, _ in self._data)))
@@ -322,9 +329,6 @@ class Replacement:
         """Put the files in place: first the data files, under names that are new, then the file, which is the one moment at which old
         becomes new; then remove the obsolete data files. An interrupt waits until that is done."""
         with storage_errors(self.path):
-            for temporary, _ in (*self._data, (self.temporary, None)):
-                _become_like(temporary, self._place)
-                sync(temporary)
             if self._data or obsolete:
                 self._write_journal(obsolete)
             with _undivided():
@@ -425,6 +429,7 @@ def atomic(path) -> Iterator[Path]:
     try:
         with storage_errors(path):
             yield replacement.temporary
+        replacement.finish()
         replacement.commit()
     finally:
         replacement.close()

@@ -20,7 +20,7 @@ from fastbn.graph.destination import Replacement, is_stream, storage_errors, wor
 from fastbn.graph.model import scopes_of
 from fastbn.graph.storage import PROTOBUF_LIMIT, external_tensors, location_of, serialize
 
-__all__ = ["Output", "Patch", "Prepared"]
+__all__ = ["Output", "Patch", "Prepared", "prepared_bytes"]
 
 # onnxruntime maps a tensor instead of reading it when it starts on a page.
 PAGE = 4096
@@ -132,59 +132,25 @@ class Output:
             pass
         return prepared.data
 
-    @contextlib.contextmanager
-    def prepared(self, path) -> Iterator[Prepared]:
-        """Write the model, and its data files beside it, under other names, and yield what that makes; when the block ends well, everything
-        takes its place. A device, a pipe or an open stream then gets the model with all tensors inside.
+    def prepared(self, path):
+        """Return a context that writes the model, and its data files beside it, under other names, and yields a Prepared; when the block
+        ends well, everything takes its place. A device, a pipe or an open stream then gets the model with all tensors inside.
 
         Raises
         ------
         StorageError
             A file cannot be written; nothing has been.
         """
-        path = Path(path)
-        if is_stream(path):
-            data = self.to_bytes()
-            yield Prepared(path, size=len(data))
-            write_through(path, data)
-            return
-        if self.source.path is not None and os.path.realpath(path) in self._data_files():
-            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
-        with contextlib.closing(Replacement(path)) as replacement:
-            with storage_errors(path):
-                data = self._write_into(replacement)
-            yield Prepared(path, data, replacement.size(), replacement)
-            replacement.commit(self._obsolete(path))
+        if not self._external or is_stream(path):
+            return prepared_bytes(path, self.to_bytes(), self.source)
+        return _prepared(path, self._write_into, self.source)
 
     def _write_into(self, replacement):
         """Write all files of the model; return location -> path of the data files."""
-        if not self._external:
-            replacement.temporary.write_bytes(self.to_bytes())
-            return {}
         proto = self._copy()
         written = self._write_data_files(replacement, proto)
         replacement.temporary.write_bytes(serialize(proto, str(replacement.path)))
         return written
-
-    def _data_files(self):
-        """Return the real paths of the data files that the original reads."""
-        return {os.path.realpath(self.source.location(tensor)[0]) for tensor in external_tensors(self.source.proto)}
-
-    def _obsolete(self, path):
-        """Return the data files that only the model at `path` reads, as far as their names say that they are its own."""
-        with contextlib.suppress(OSError, DecodeError, UnicodeDecodeError):
-            found = os.lstat(path)
-            # What another name leads to goes on reading its data files.
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                return []
-            own = re.compile(re.escape(_stem(path)) + r"(\.[0-9]+)?\.data")
-            old = onnx.ModelProto.FromString(path.read_bytes())
-            names = {entry.value for tensor in external_tensors(old) for entry in tensor.external_data if entry.key == "location"}
-            paths = [path.parent / os.fsdecode(name.encode("utf-8")) for name in sorted(names) if own.fullmatch(name)]
-            in_place = self.source.path is not None and os.path.realpath(path) == os.path.realpath(self.source.path)
-            read = set() if self.source.path is None or in_place else self._data_files()
-            return [each for each in paths if os.path.isfile(each) and not each.is_symlink() and os.path.realpath(each) not in read]
-        return []
 
     def _patched_in(self, copy):
         """Return the tensor of each patch in a copy of the model; two bodies may use one name, so the scope counts."""
@@ -215,6 +181,51 @@ class Output:
                 _set_external(tensor, "offset", str(offset))
                 _set_external(tensor, "length", str(patch.size))
         return written
+
+
+@contextlib.contextmanager
+def prepared_bytes(path, data, source) -> Iterator[Prepared]:
+    """As Output.prepared, for a model made of `source` that is bytes."""
+    if is_stream(path):
+        yield Prepared(Path(path), size=len(data))
+        write_through(path, data)
+        return
+
+    def write_into(replacement):
+        replacement.temporary.write_bytes(data)
+        return {}
+
+    with _prepared(path, write_into, source) as prepared:
+        yield prepared
+
+
+@contextlib.contextmanager
+def _prepared(path, write_into, source):
+    if os.path.realpath(path) in source.data_files():
+        raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+    with contextlib.closing(Replacement(path)) as replacement:
+        with storage_errors(path):
+            data = write_into(replacement)
+        replacement.finish()
+        yield Prepared(Path(path), data, replacement.size(), replacement)
+        replacement.commit(_obsolete(Path(path), source))
+
+
+def _obsolete(path, source):
+    """Return the data files that only the model at `path` reads, as far as their names say that they are its own."""
+    with contextlib.suppress(OSError, DecodeError, UnicodeDecodeError):
+        found = os.lstat(path)
+        # What another name leads to goes on reading its data files.
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            return []
+        own = re.compile(re.escape(_stem(path)) + r"(\.[0-9]+)?\.data")
+        old = onnx.ModelProto.FromString(path.read_bytes())
+        names = {entry.value for tensor in external_tensors(old) for entry in tensor.external_data if entry.key == "location"}
+        paths = [path.parent / os.fsdecode(name.encode("utf-8")) for name in sorted(names) if own.fullmatch(name)]
+        in_place = source.path is not None and os.path.realpath(path) == os.path.realpath(source.path)
+        read = set() if in_place else source.data_files()
+        return [each for each in paths if os.path.isfile(each) and not each.is_symlink() and os.path.realpath(each) not in read]
+    return []
 
 
 def _stem(path):

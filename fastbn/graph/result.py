@@ -100,7 +100,7 @@ class FoldResult:
         return lines
 
     def __str__(self):
-        return "\n".join(self.lines())
+        return "\n".join(report.wrapped(self.lines()))
 
 
 def _counts(proto):

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from fastbn.errors import FastbnError, expected
-from fastbn.graph.storage import serialize
+from fastbn.errors import FastbnError, StorageError, expected
+from fastbn.graph.storage import serialize, utf8_path
 
 __all__ = ["UNIT", "Runnable", "runtime_errors", "said", "session"]
 
@@ -62,9 +62,14 @@ class Runnable:
     @classmethod
     def of(cls, source):
         """Return the Runnable of a storage.Source."""
-        if source.path is not None:
-            return cls(str(source.path), source.path.parent)
-        return cls(serialize(source.proto, source.name))
+        if source.path is None:
+            return cls(serialize(source.proto, source.name))
+        path, folder = utf8_path(source.path), utf8_path(source.path.parent)
+        if path is not None:
+            return cls(path, folder)
+        if folder is None and source.data_files():
+            raise StorageError(expected("a folder whose name is UTF-8, for a model with external data", "another", source.name))
+        return cls(source.to_bytes(), folder)
 
     def session(self):
         """Return an onnxruntime session of the model."""

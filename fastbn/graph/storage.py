@@ -21,6 +21,7 @@ __all__ = [
     "is_external",
     "load",
     "location_of",
+    "model_in",
     "os_error",
     "read_pipe",
     "serialize",
@@ -43,6 +44,14 @@ PLACE = ("location", "offset", "length")
 def os_error(error, where):
     """Return a StorageError that says what the system said."""
     return StorageError(expected("a file that can be used", (error.strerror or str(error)).lower(), where))
+
+
+def model_in(path):
+    """Return the ModelProto of a file, or None for one that holds no model."""
+    try:
+        return _parse(Path(path).read_bytes(), str(path))
+    except (ModelError, OSError):
+        return None
 
 
 def utf8_path(path):
@@ -232,6 +241,10 @@ class Source:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
         array = raw.view(dtype).reshape(tuple(tensor.dims))
         return array if array.flags.aligned else array.copy()
+
+    def data_files(self):
+        """Return the real paths of the data files that the model reads."""
+        return {os.path.realpath(self.location(tensor)[0]) for tensor in external_tensors(self.proto)}
 
     def check_places(self):
         """Check the place of every external tensor: a name inside the folder, given once, of a file that holds its bytes.
