@@ -231,20 +231,23 @@ def _deliver(arguments, run, made, target, where, lines, page=None):
     All files are written under other names first, then comes the table, and only then does everything take its place: what fails before
     leaves nothing behind.
     """
-    from fastbn.graph.destination import atomic
+    from fastbn.graph.destination import atomic, is_stream
     from fastbn.graph.report import size_text
 
     stream = _stream(arguments, target)
-    with contextlib.ExitStack() as files:
-        report = files.enter_context(atomic(where)) if where not in (None, STREAM) else None
-        if page is not None:
-            files.enter_context(atomic(arguments.report)).write_text(page, encoding="utf-8")
+    # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
+    with contextlib.ExitStack() as after, contextlib.ExitStack() as files, contextlib.ExitStack() as before:
         data = made.to_bytes() if target == STREAM else None
         if isinstance(target, Path):
             run.prepared = files.enter_context(made.prepared(target))
-        written = run.prepared.paths if run.prepared is not None else []
+        if page is not None:
+            files_of = before if is_stream(arguments.report) else after
+            files_of.enter_context(atomic(arguments.report)).write_text(page, encoding="utf-8")
         if where is not None:
+            written = run.prepared.paths if run.prepared is not None else []
             paths = {"written": [str(path) for path in written]} | ({"report": arguments.report} if "report" in arguments else {})
+            files_of = before if where != STREAM and is_stream(where) else after
+            report = files_of.enter_context(atomic(where)) if where != STREAM else None
             _write_json(report, {**made.to_dict(), **paths})
         if data is not None:
             _write_stdout(data)
@@ -321,6 +324,7 @@ def _deploy(arguments, run):
     latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
     from fastbn.deployment.pipeline import WRITING, Options, check_paths, deploy_watched
     from fastbn.deployment.report import render
+    from fastbn.graph.destination import check_destination, descriptor_of
 
     options = Options(
         data=arguments.data,
@@ -340,6 +344,10 @@ def _deploy(arguments, run):
     check_paths(name, arguments.output, arguments.report, arguments.force)
     target = _checked_target(arguments.output, name)
     where = _report_path(arguments.json, [name, target, arguments.report, arguments.data], run)
+    if arguments.report is not None:
+        check_destination(arguments.report)
+        if descriptor_of(arguments.report) == 1 and STREAM in (target, where):
+            raise ArgumentError(expected("one of model and reports on stdout", "several", "--report"))
     source = _source(name)
     _check_version(source, target, arguments.force)
     _check_data_files([source], [where, arguments.report])

@@ -168,10 +168,10 @@ def check_paths(model, output, report, force):
     if report is None:
         return
     template()
-    if os.path.realpath(report) in (given, output is not None and os.path.realpath(output)):
-        raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
     if is_stream(report):
         return
+    if os.path.realpath(report) in (given, output is not None and os.path.realpath(output)):
+        raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
     if os.path.isdir(report):
         raise StorageError(expected("a report file", "a folder", str(report)))
     if os.path.lexists(report) and not force:
@@ -283,7 +283,7 @@ class _Pipeline:
     def _stages(self, made, source):
         """Write the files of the stages that there are so far."""
         original = source.path
-        if original is None:
+        if original is None or (storage.utf8_path(original) is None and not source.data_files()):
             original = self.folder / "original.onnx"
             original.write_bytes(source.to_bytes())
         folded = self.folder / "folded.onnx"

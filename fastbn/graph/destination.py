@@ -197,8 +197,9 @@ class Room:
 
 
 def work_room(folder=None) -> Room:
-    """Return a room in which onnxruntime may read: it takes no path that is not UTF-8, so such a folder gives way to the temporary one."""
-    usable = folder is not None and utf8_path(os.path.abspath(folder)) is not None
+    """Return a room in which onnxruntime may read: it takes no path that is not UTF-8, so a folder that is not, or that the locale does not
+    know to be, gives way to the temporary one."""
+    usable = folder is not None and utf8_path(os.path.abspath(folder)) == os.path.abspath(folder)
     return Room(folder if usable else None)
 
 

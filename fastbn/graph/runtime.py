@@ -34,10 +34,19 @@ def runtime_errors():
     return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
 
 
+def _utf8(path):
+    text = utf8_path(path)
+    if text is None:
+        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", path))
+    return text
+
+
 def session(model, folder=None, threads=0, optimise=False, profile=None):
     """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies, profile what the names
     of the files begin with in which its kernels are recorded."""
     runtime = _runtime()
+    if isinstance(model, str):
+        model = _utf8(model)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -48,7 +57,7 @@ def session(model, folder=None, threads=0, optimise=False, profile=None):
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -64,12 +73,9 @@ class Runnable:
         """Return the Runnable of a storage.Source."""
         if source.path is None:
             return cls(serialize(source.proto, source.name))
-        path, folder = utf8_path(source.path), utf8_path(source.path.parent)
-        if path is not None:
-            return cls(path, folder)
-        if folder is None and source.data_files():
-            raise StorageError(expected("a folder whose name is UTF-8, for a model with external data", "another", source.name))
-        return cls(source.to_bytes(), folder)
+        if utf8_path(source.path) is not None:
+            return cls(str(source.path), source.path.parent)
+        return cls(source.to_bytes(), _utf8(source.path.parent) if source.data_files() else None)
 
     def session(self):
         """Return an onnxruntime session of the model."""
