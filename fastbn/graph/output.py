@@ -1,6 +1,7 @@
 """The written model: in memory, or as files, its data files patched copies of the original's."""
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -103,9 +104,9 @@ class Output:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
         proto = self._copy()
         for patch, tensor in zip(self.patches, self._patched_in(proto), strict=True):
-            _put_inside(tensor, patch.constant.array())
+            _put_inside(tensor, patch.constant.array().tobytes())
         for tensor in external_tensors(proto):
-            _put_inside(tensor, self.source.external(tensor))
+            _put_inside(tensor, self.source.read(tensor))
         return proto
 
     def _copy(self):
@@ -165,8 +166,7 @@ class Output:
             tensors[location_of(tensor)].append(tensor)
         patched = self._patched_in(proto)
         written = {}
-        for location in sorted(tensors):
-            name = _new_data_name(replacement.path, written.values())
+        for location, name in zip(sorted(tensors), _new_data_names(replacement.path), strict=False):
             written[location] = replacement.path.parent / os.fsdecode(name.encode("utf-8"))
             temporary = replacement.data_file(written[location].name)
             patches = [patch for patch in self.patches if patch.location == location]
@@ -234,21 +234,18 @@ def _stem(path):
     return name.encode("utf-8")[:LONGEST_STEM].decode("utf-8", "ignore")
 
 
-def _new_data_name(path, taken):
-    """Return a name for a data file of the model at `path` that nothing beside it has."""
-    number = 0
-    while True:
+def _new_data_names(path) -> Iterator[str]:
+    """Yield names for data files of the model at `path` that nothing beside it has."""
+    for number in itertools.count():
         name = f"{_stem(path)}{f'.{number}' if number else ''}.data"
-        target = path.parent / os.fsdecode(name.encode("utf-8"))
-        if target not in taken and not os.path.lexists(target):
-            return name
-        number += 1
+        if not os.path.lexists(path.parent / os.fsdecode(name.encode("utf-8"))):
+            yield name
 
 
-def _put_inside(tensor, values):
+def _put_inside(tensor, data):
     tensor.ClearField("external_data")
     tensor.ClearField("data_location")
-    tensor.raw_data = values.tobytes()
+    tensor.raw_data = data
 
 
 def _set_external(tensor, key, value):

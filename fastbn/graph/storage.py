@@ -1,5 +1,6 @@
 """Models in: from paths, bytes or objects, their tensors inside or in data files, which are checked at once and mapped when read."""
 
+import contextlib
 import math
 import os
 import re
@@ -309,14 +310,19 @@ class Source:
         return self.path.parent / os.fsdecode(name.encode("utf-8")), offset, length
 
     def external(self, tensor):
-        """Return the bytes of an external tensor as a map of its file."""
+        """Return the bytes of an external tensor as a map of its file, which stays open."""
         path, offset, length = self.location(tensor)
         if path not in self._files:
-            self._files[path] = _mapped(path)
-        data = self._files[path]
-        if offset + length > data.size:
-            raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{data.size}", str(path)))
-        return data[offset : offset + length]
+            with _opened(path) as file:
+                self._files[path] = np.memmap(file, np.uint8, "r") if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
+        return _whole(self._files[path][offset : offset + length], offset, length, path)
+
+    def read(self, tensor):
+        """Return the bytes of an external tensor, and leave no file open: there may be more of them than a process may open."""
+        path, offset, length = self.location(tensor)
+        with _opened(path) as file:
+            file.seek(offset)
+            return _whole(file.read(length), offset, length, path)
 
 
 def _bytes_of(tensor, where):
@@ -328,14 +334,20 @@ def _bytes_of(tensor, where):
     return -(-math.prod(tensor.dims) * (int(packed[1]) if packed else 8 * dtype.itemsize) // 8)
 
 
-def _mapped(path):
-    """Return a file's bytes as a map; what has become a pipe or a device since it was checked is an error, and does not hang."""
+def _whole(data, offset, length, path):
+    if len(data) != length:
+        raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{offset + len(data)}", str(path)))
+    return data
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Open a data file; what has become a pipe or a device since it was checked is an error, and does not hang."""
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise StorageError(expected("a data file", "something that is no file", str(path)))
-            return np.memmap(file, np.uint8, "r") if found.st_size else np.empty(0, np.uint8)
+            yield file
     except OSError as error:
         if isinstance(error, StorageError):
             raise
