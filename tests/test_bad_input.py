@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,23 +205,39 @@ def test_output_folder_not_writable(fails, monkeypatch):
 def test_output_folder_that_refuses_after_all(fails, monkeypatch):
     opened = os.open
 
-    def denied(path, flags, *rest):
+    def denied(path, flags, *rest, **options):
         if flags & os.O_CREAT:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return opened(path, flags, *rest)
+        return opened(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", denied)
     assert "permission denied - at `out.onnx`" in fails("fold", "in.onnx", "out.onnx")
 
 
 @pytest.mark.usefixtures("external")
-@pytest.mark.parametrize("call", ["pathlib.Path.write_bytes", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("call", ["pathlib.Path.write_bytes", "os.fsync"])
 def test_disk_full(call, fails, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(call, full)
     assert "no space left on device - at `" in fails("fold", "in.onnx", "out.onnx", "--no-verify")
+
+
+@pytest.mark.usefixtures("external")
+def test_a_rename_that_fails(here, capsys, monkeypatch):
+    """The one thing that can fail after the table."""
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    before = tree(here)
+    monkeypatch.setattr("os.replace", refused)
+    assert main(["fold", "in.onnx", "out.onnx", "--no-verify", "--json", "report.json"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "fastbn: Expected a file that can be used, got operation not permitted - at `out.onnx`\n"
+    assert "wrote" not in out
+    assert tree(here) == before
 
 
 def test_disk_full_in_place_keeps_the_input(fails, monkeypatch):
@@ -280,8 +297,9 @@ def test_report_folder_missing(fails):
 def test_unknown_operator_domain_works_and_is_said(here, capsys):
     proto = conv_bn(CONV_BN.replace("y = Batch", "n = Batch").replace("}", "y = com.maker.Magic(n) }"), imports=["com.maker"])
     (here / "in.onnx").write_bytes(proto.SerializeToString())
-    assert main(["fold", "in.onnx", "out.onnx"]) == 0
-    out = capsys.readouterr().out
+    assert main(["fold", "in.onnx", "out.onnx"]) == cli.UNVERIFIED == 5
+    out, err = capsys.readouterr()
+    assert re.fullmatch("fastbn: done, not verified: onnxruntime cannot load the original: .*com.maker.*\n", err)
     assert "parity  not run: onnxruntime cannot load the original" in out
     assert "com.maker" in out
     assert [node.op_type for node in onnx.load("out.onnx").graph.node] == ["Conv", "Magic"]

@@ -177,7 +177,7 @@ def test_a_stage_that_loses_too_much_is_not_shipped(here, capsys, monkeypatch):
     assert re.fullmatch(r"quantized: a relative error of (2|1\.9|2\.1) in the outputs, 0\.1 is allowed", report["decision"])
     assert (report["shipped"], report["status"], report["max_drop"]) == ("folded", "partial", 0.1)
     assert report["stages"][2]["refused"] in report["decision"]
-    report = as_json(capsys, "--data", "data.npz", "--quantize", "--metric", "error", "--max-drop", "2.5")
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
     assert report["shipped"] == "quantized"
 
 
@@ -223,7 +223,7 @@ def test_nan_in_a_stage_is_a_total_loss(here, capsys, monkeypatch):
         return notes
 
     monkeypatch.setattr(pipeline, "quantize_file", quantize_file)
-    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1e9", code=4)
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1", code=4)
     assert report["decision"] == "quantized: Inf or NaN on one side only in output 'y'"
     assert report["stages"][2]["drop"] == "inf"
 
@@ -281,7 +281,7 @@ def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, cap
     text = "(float[N,C,H,W] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Reshape(n, shape) }"
     (here / "in.onnx").write_bytes(conv_bn(text, shape=np.array([1, 4 * 36 * 36])).SerializeToString())
     np.savez("data.npz", x=normal(9, 3, 38, 38))
-    report = as_json(capsys, "--data", "data.npz")
+    report = as_json(capsys, "--data", "data.npz", code=5)
     assert report["warnings"][0].startswith("the whole model was not verified (--input-shape may help): ")
     assert (report["shipped"], report["fold"]["parity"]["status"]) == ("folded", "not-run")
     assert report["stages"][1]["outputs"][0]["relative"] < 1e-6
@@ -602,7 +602,8 @@ def test_a_folder_that_takes_no_file_after_all(here, capsys, monkeypatch):
 
 @pytest.mark.parametrize("step", ["folding", "quantising", "comparing", "latency", "loading", "writing"])
 def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
-    (here / "out.onnx").write_bytes(b"what stood there")
+    what_stood_there = (here / "in.onnx").read_bytes()
+    (here / "out.onnx").write_bytes(what_stood_there)
 
     class Stop:
         def __init__(self, quiet):
@@ -618,11 +619,11 @@ def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("fastbn.cli._Steps", Stop)
+    monkeypatch.setattr("fastbn.cli.Steps", Stop)
     deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "--json", "report.json", code=130)
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
-    assert (here / "out.onnx").read_bytes() == b"what stood there"
+    assert (here / "out.onnx").read_bytes() == what_stood_there
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -684,7 +685,7 @@ def test_the_readme_knows_every_field_of_the_json_report(here, capsys):
 def test_the_readme_knows_every_exit_code():
     table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
     codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
-    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.INTERRUPTED]
+    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.UNVERIFIED, cli.FAULT, cli.INTERRUPTED]
 
 
 @pytest.mark.parametrize("net", ["torch", "keras"])

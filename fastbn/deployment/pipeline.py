@@ -1,7 +1,6 @@
 """The pipeline: fold and verify, quantise, compare the outputs, measure, decide."""
 
 import os
-import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import storage
 from fastbn.graph.bench import side_by_side
+from fastbn.graph.destination import is_stream, work_room
 from fastbn.graph.feeds import ModelNotRun
 from fastbn.graph.folding import checked_shapes, fold_watched
 from fastbn.graph.model import Index
@@ -57,8 +57,12 @@ class Options:
     def __post_init__(self):
         if self.metric not in ("auto", *METRICS):
             raise ArgumentError(expected(f"auto, {' or '.join(METRICS)}", repr(self.metric), "metric"))
-        if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
+        if self.max_drop is not None and not self.max_drop >= 0:
             raise ArgumentError(expected("a part of at least 0", repr(self.max_drop), "max_drop"))
+        if self.max_drop is not None and self.max_drop > 1:
+            raise ArgumentError(expected("a part of at most 1, as 0.01 for 1 %", repr(self.max_drop), "max_drop"))
+        if self.seed < 0:
+            raise ArgumentError(expected("at least 0", repr(self.seed), "seed"))
         for name in ("runs", "most_samples", "min_samples"):
             if getattr(self, name) < 1:
                 raise ArgumentError(expected("at least 1", repr(getattr(self, name)), name))
@@ -164,6 +168,8 @@ def check_paths(model, output, report, force):
     if report is None:
         return
     template()
+    if is_stream(report):
+        return
     if os.path.realpath(report) in (given, output is not None and os.path.realpath(output)):
         raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
     if os.path.isdir(report):
@@ -177,12 +183,8 @@ def check_paths(model, output, report, force):
 def deploy_watched(model, options, *, command, stage=None, progress=None):
     """Do what `deploy` does but for the writing; tell `progress`, a callable of (number, total, step, detail), what is being done, and put
     what lies between into a hidden folder in `stage`, a temporary one without it."""
-    try:
-        work = tempfile.TemporaryDirectory(prefix=".fastbn-", dir=stage, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise storage.os_error(error, str(stage)) from error
-    with work as folder:
-        return _Pipeline(model, options, command, Path(folder), progress or (lambda *_: None)).run()
+    with work_room(stage) as room:
+        return _Pipeline(model, options, command, room.path, progress or (lambda *_: None)).run()
 
 
 class _Pipeline:
@@ -281,7 +283,7 @@ class _Pipeline:
     def _stages(self, made, source):
         """Write the files of the stages that there are so far."""
         original = source.path
-        if original is None:
+        if original is None or (storage.utf8_path(original) is None and not source.data_files()):
             original = self.folder / "original.onnx"
             original.write_bytes(source.to_bytes())
         folded = self.folder / "folded.onnx"

@@ -12,8 +12,9 @@ from fastbn.deployment.compare import Agreement
 from fastbn.deployment.measure import Kernels
 from fastbn.deployment.report import render
 from fastbn.errors import ParityError, expected
+from fastbn.graph.destination import atomic
+from fastbn.graph.output import prepared_bytes
 from fastbn.graph.report import json_number, size_text, table
-from fastbn.graph.storage import atomic
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
 
@@ -150,13 +151,19 @@ class Deployment:
         StorageError
             A file cannot be written.
         """
+        with self.prepared(path) as prepared:
+            pass
+        return prepared.paths
+
+    def prepared(self, path):
+        """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.shipped is None:
             raise ParityError(expected("a stage that may be shipped", self.decision, "deploy"))
-        if self.shipped == "folded":
-            return self.fold.save(path)
-        with atomic(path) as temporary:
-            temporary.write_bytes(self.quantized)
-        return [Path(path)]
+        return self.fold.prepared(path) if self.shipped == "folded" else prepared_bytes(path, self.quantized, self.fold.index.source)
+
+    def to_bytes(self):
+        """Return the shipped model as bytes, all tensors inside."""
+        return self.fold.to_bytes() if self.shipped == "folded" else self.quantized
 
     def save_report(self, path):
         """Write the HTML report, one file that needs no other; raises FastbnError without jinja2."""

@@ -5,11 +5,12 @@ import time
 
 import numpy as np
 
+from fastbn.errors import ModelError, expected
 from fastbn.graph import storage
 from fastbn.graph.folding import fold
 from fastbn.graph.model import Index
 from fastbn.graph.reference import feeds_for
-from fastbn.graph.runtime import Runnable, session
+from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["bench", "side_by_side"]
 
@@ -35,6 +36,11 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
     -------
     list of dict
         As from `side_by_side`, the models called original and folded.
+
+    Raises
+    ------
+    StorageError, ModelError
+        As in `fold`; and where onnxruntime cannot run one of them.
     """
     source = storage.load(original)
     index = Index(source, input_shapes=input_shapes)
@@ -44,7 +50,12 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
         after = Runnable.of(storage.load(folded))
     models = {"original": Runnable.of(source), "folded": after}
     feed = feeds_for(models["original"], index, input_shapes)[0]
-    return side_by_side({name: model.model for name, model in models.items()}, feed, runs)
+    try:
+        return side_by_side({name: model.model for name, model in models.items()}, feed, runs)
+    except runtime_errors() as error:
+        raise ModelError(
+            expected("two models that onnxruntime runs on the same inputs", f"the answer: {said(error)}", source.name)
+        ) from error
 
 
 def side_by_side(models, feed, runs, limit=None, progress=None):

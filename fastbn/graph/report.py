@@ -1,5 +1,7 @@
 """Results as data and as text: folds, kept nodes, parity, and the one table of reasons."""
 
+import re
+import textwrap
 from dataclasses import asdict, dataclass, field
 
 __all__ = [
@@ -17,7 +19,14 @@ __all__ = [
     "result_rows",
     "size_text",
     "table",
+    "wrapped",
 ]
+
+# Columns of a line that goes to no terminal, and of a row's list of names before it is listed below the row.
+WIDTH, LONGEST_NAMES = 160, 72
+
+# Where the second line of a folded one begins: below the text behind its label or its indent.
+HANGING = re.compile(r" {2}\S+ +|\S+ {2,}| +")
 
 # What parts the two halves of a reason: no way against the data flow, and none along it.
 FORWARDS = "; forwards: "
@@ -161,19 +170,42 @@ def kept_dict(kept):
 
 def result_rows(folded, kept):
     """Return the lines of a report, a node each: what was folded where, what stayed and why."""
-    rows = []
+    rows, below = [], []
     for fold in folded:
+        bn, bn_names = _counted(fold.bn, len(fold.ops), "nodes")
+        into, into_names = _counted(fold.into, fold.op.count("+") + 1, "constants of nodes")
         measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
         channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
         note = f"[{fold.note}]" if fold.note else ""
-        rows.append(["  folded", fold.bn, f"into {fold.into}", channels, "  ".join(filter(None, [measured, note]))])
-    lines = table(rows)
-    width = max((len(entry.bn) for entry in kept), default=0)
-    for entry in kept:
+        rows.append(["  folded", bn, f"into {into}", channels, "  ".join(filter(None, [measured, note]))])
+        below.append([f"          {bn_names}"] * bool(bn_names) + [f"          into {into_names}"] * bool(into_names))
+    lines = [line for row, names in zip(table(rows), below, strict=True) for line in (row, *names)]
+    labels = [_counted(entry.bn, len(entry.ops), "nodes") for entry in kept]
+    width = max((len(label) for label, _ in labels), default=0)
+    for entry, (label, names) in zip(kept, labels, strict=True):
         first, *rest = entry.reason.split(FORWARDS)
-        lines.append(f"  kept    {entry.bn:<{width}}  {first}   [{entry.code}]")
+        lines.append(f"  kept    {label:<{width}}  {first}   [{entry.code}]")
         lines.extend(f"          {'':<{width}}  {FORWARDS[2:]}{sentence}" for sentence in rest)
+        lines.extend([f"          {names}"] * bool(names))
     return lines
+
+
+def _counted(names, count, what):
+    """Return joined names as a row shows them, and as they are listed below it: where they are many, the row has their number."""
+    if count == 1 or len(names) <= LONGEST_NAMES:
+        return names, ""
+    each = names.split("+")
+    return f"{count} {what}", ", ".join(each) if len(each) == count else names
+
+
+def wrapped(lines, width=None):
+    """Return lines folded at a width, 160 columns by default, what goes on below what the line is about."""
+    folded = []
+    for line in lines:
+        hanging = HANGING.match(line)
+        indent = min(len(hanging[0]) if hanging else 4, (width or WIDTH) // 2)
+        folded += textwrap.wrap(line, width or WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False) or [""]
+    return folded
 
 
 def json_number(value):

@@ -6,7 +6,8 @@ from fastbn.errors import ParityError, expected
 from fastbn.graph import report
 from fastbn.graph.lift import BATCH_NORM
 from fastbn.graph.model import is_standard, scopes_of
-from fastbn.graph.rewrite import external_tensors, raises_ir_version
+from fastbn.graph.rewrite import raises_ir_version
+from fastbn.graph.storage import external_tensors
 
 __all__ = ["FoldResult"]
 
@@ -60,9 +61,15 @@ class FoldResult:
         StorageError
             A file cannot be written.
         """
+        with self.prepared(path) as prepared:
+            pass
+        return prepared.paths
+
+    def prepared(self, path):
+        """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.parity is not None and self.parity.status == "failed":
             raise ParityError(expected("parity with the original", str(self.parity), "fold"))
-        return [Path(path), *self._output.save(path).values()]
+        return self._output.prepared(path)
 
     def to_dict(self):
         """Return everything as data that JSON holds; "schema" is its version."""
@@ -95,7 +102,7 @@ class FoldResult:
         return lines
 
     def __str__(self):
-        return "\n".join(self.lines())
+        return "\n".join(report.wrapped(self.lines()))
 
 
 def _counts(proto):

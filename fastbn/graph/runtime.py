@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import onnx
 from numpy.typing import NDArray
 
-from fastbn.errors import FastbnError, expected
-from fastbn.graph.storage import Source, serialize
+from fastbn.errors import FastbnError, StorageError, expected
+from fastbn.graph.storage import Source, serialize, utf8_path
 
 __all__ = ["UNIT", "Runnable", "Runner", "Session", "runtime_errors", "said", "says_invalid", "session"]
 
@@ -59,12 +59,21 @@ def says_invalid(error: Exception) -> bool:
     return isinstance(error, (state.InvalidGraph, state.Fail, state.InvalidProtobuf)) and "opset" not in str(error).lower()
 
 
+def _utf8(path: str | os.PathLike) -> str:
+    text = utf8_path(path)
+    if text is None:
+        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", path))
+    return text
+
+
 def session(
     model: bytes | str, folder: str | os.PathLike | None = None, threads: int = 0, optimise: bool = False, profile: str | None = None
 ) -> Session:
     """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies, profile what the names
     of the files begin with in which its kernels are recorded."""
     runtime = _runtime()
+    if isinstance(model, str):
+        model = _utf8(model)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -77,7 +86,7 @@ def session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -91,9 +100,11 @@ class Runnable:
     @classmethod
     def of(cls, source: Source) -> "Runnable":
         """Return the Runnable of a storage.Source."""
-        if source.path is not None:
+        if source.path is None:
+            return cls(serialize(source.proto, source.name))
+        if utf8_path(source.path) is not None:
             return cls(str(source.path), source.path.parent)
-        return cls(serialize(source.proto, source.name))
+        return cls(source.to_bytes(), _utf8(source.path.parent) if source.data_files() else None)
 
     def session(self) -> Session:
         """Return an onnxruntime session of the model, its optimizer off."""

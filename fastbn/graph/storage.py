@@ -1,8 +1,10 @@
-"""Files in and out: models from paths, bytes or objects, tensors inline or in memory-mapped files, and writes that are all or nothing."""
+"""Models in: from paths, bytes or objects, their tensors inside or in data files, which are checked at once and mapped when read."""
 
 import contextlib
 import math
 import os
+import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,31 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
-__all__ = ["Source", "atomic", "is_external", "load", "os_error", "serialize", "sync", "tensor_dtype"]
+__all__ = [
+    "PROTOBUF_LIMIT",
+    "Source",
+    "external_tensors",
+    "is_external",
+    "load",
+    "location_of",
+    "model_in",
+    "os_error",
+    "read_pipe",
+    "serialize",
+    "tensor_dtype",
+    "utf8_path",
+]
 
 PROTOBUF_LIMIT = 2**31 - 1
+
+# Offsets and lengths of data files: what is longer is no place in a file.
+NUMBER = re.compile(r"-?[0-9]{1,19}")
+
+# NumPy's names of the types of which several elements share a byte.
+PACKED = re.compile(r"(?:u?int|float)([24])(?![0-9])")
+
+# What an external tensor may say about its place.
+PLACE = ("location", "offset", "length")
 
 
 def os_error(error, where):
@@ -23,46 +47,93 @@ def os_error(error, where):
     return StorageError(expected("a file that can be used", (error.strerror or str(error)).lower(), where))
 
 
+def model_in(path):
+    """Return the ModelProto of a file, or None for one that holds no model."""
+    try:
+        return _parse(Path(path).read_bytes(), str(path))
+    except (ModelError, OSError):
+        return None
+
+
+def utf8_path(path):
+    """Return a path as libraries in C++ take it, whatever the locale: as text whose UTF-8 is the name; None where the name is no UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
 def load(model):
-    """Return the Source of a model.
+    """Return the Source of a model, the places of its external tensors checked.
 
     Parameters
     ----------
-    model : str, os.PathLike, bytes-like or onnx.ModelProto
+    model : str, os.PathLike, bytes-like, onnx.ModelProto or Source
+        A Source comes back as it is.
 
     Raises
     ------
     StorageError
-        The file cannot be read.
+        The file, or a data file, cannot be read.
     ModelError
-        The bytes are no ONNX model.
+        The bytes are no ONNX model, or an external tensor has no place inside a data file beside it.
     ArgumentTypeError
         model is none of these.
     """
+    if isinstance(model, Source):
+        return model
     if isinstance(model, onnx.ModelProto):
-        return Source(model, None, "model")
-    if isinstance(model, (bytes, bytearray, memoryview)):
+        source = Source(model, None, "model")
+    elif isinstance(model, (bytes, bytearray, memoryview)):
         data = bytes(model)
-        return Source(_parse(data, "model"), None, "model", data)
-    if not isinstance(model, (str, os.PathLike)):
+        source = Source(_parse(data, "model"), None, "model", data)
+    elif isinstance(model, (str, os.PathLike)):
+        source = _load_file(Path(os.fsdecode(model)))
+    else:
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
-    path = Path(os.fsdecode(model))
+    source.check_places()
+    return source
+
+
+def _load_file(path):
+    where = str(path)
     try:
-        if path.is_dir():
-            raise StorageError(expected("a model file", "a folder", str(path)))
-        data = path.read_bytes()
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise StorageError(expected("a model file", "a folder", where))
+        if stat.S_ISREG(mode):
+            if path.stat().st_size > PROTOBUF_LIMIT:
+                raise ModelError(expected("a model below 2 GB without its external data", f"{path.stat().st_size} bytes", where))
+            return Source(_parse(path.read_bytes(), where), path, where)
+        if not stat.S_ISFIFO(mode):
+            raise StorageError(expected("a model file or a pipe", "a device or a socket", where))
+        with path.open("rb") as pipe:
+            data = read_pipe(pipe)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise os_error(error, str(path)) from error
+        raise os_error(error, where) from error
     except ValueError as error:
-        raise StorageError(expected("a path", str(error), str(path))) from error
-    return Source(_parse(data, str(path)), path, str(path))
+        if isinstance(error, ModelError):
+            raise
+        raise StorageError(expected("a path", str(error), where)) from error
+    # What came through a pipe is gone: it is kept, and there is no folder for data files.
+    return Source(_parse(data, where), None, where, data)
+
+
+def read_pipe(pipe):
+    """Return what an open pipe gives, in pieces, so that one without an end takes no more memory than the largest model."""
+    data = bytearray()
+    while len(data) <= PROTOBUF_LIMIT and (piece := pipe.read(1 << 20)):
+        data += piece
+    return bytes(data)
 
 
 def _parse(data, where):
     if not data:
         raise ModelError(expected("an ONNX model", "no bytes at all", where))
+    if len(data) > PROTOBUF_LIMIT:
+        raise ModelError(expected("a model below 2 GB without its external data", f"{len(data)} bytes or more", where))
     try:
         proto = onnx.ModelProto.FromString(data)
     except (DecodeError, UnicodeDecodeError) as error:
@@ -86,6 +157,33 @@ def serialize(proto, where):
 def is_external(tensor):
     """Say whether a TensorProto keeps its values in another file."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def location_of(tensor):
+    """Return the location entry of an external tensor."""
+    return next(entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def external_tensors(proto):
+    """Yield every external TensorProto of a model, wherever it may stand: initializers and attributes of the graph, its bodies and its
+    functions, sparse ones, training graphs."""
+    graphs = [proto.graph]
+    for training in proto.training_info:
+        graphs += [training.initialization, training.algorithm]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        if nodes:
+            for attribute in nodes.pop().attribute:
+                graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+                sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
+                tensors = [attribute.t, *attribute.tensors, *(part for each in sparse for part in (each.values, each.indices))]
+                yield from filter(is_external, tensors)
+            continue
+        graph = graphs.pop()
+        nodes += graph.node
+        yield from filter(is_external, graph.initializer)
+        for each in graph.sparse_initializer:
+            yield from filter(is_external, (each.values, each.indices))
 
 
 def tensor_dtype(tensor, where):
@@ -145,65 +243,112 @@ class Source:
         array = raw.view(dtype).reshape(tuple(tensor.dims))
         return array if array.flags.aligned else array.copy()
 
+    def data_files(self):
+        """Return the real paths of the data files that the model reads."""
+        return {os.path.realpath(self.location(tensor)[0]) for tensor in external_tensors(self.proto)}
+
+    def check_places(self):
+        """Check the place of every external tensor: a name inside the folder, given once, of a file that holds its bytes.
+
+        Raises
+        ------
+        StorageError
+            A data file cannot be read, or is no file.
+        ModelError
+            A tensor has no place, or one that is not inside a data file beside the model.
+        """
+        sizes = {}
+        for tensor in external_tensors(self.proto):
+            path, offset, length = self.location(tensor)
+            if path not in sizes:
+                sizes[path] = self._checked_size(path, tensor)
+            if offset + length > sizes[path]:
+                raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{sizes[path]}", str(path)))
+
+    def _checked_size(self, path, tensor):
+        """Return the bytes of a data file; a link may lead to another name only inside the folder of the model, or, where the model is a
+        link itself, as in the cache of Hugging Face, inside that of the file that it means."""
+        where = str(path)
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StorageError(expected("a data file", "something that is no file", where))
+            if not os.access(path, os.R_OK):
+                raise StorageError(expected("a file that can be used", "permission denied", where))
+            real = os.path.realpath(path)
+            folders = [os.path.realpath(self.path.parent), os.path.dirname(os.path.realpath(self.path))]
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise os_error(error, where) from error
+        if not any(os.path.commonpath([folder, real]) == folder for folder in folders):
+            raise ModelError(expected("external data inside the model's folder", f"a link to '{real}'", tensor.name or "a constant"))
+        return found.st_size
+
     def location(self, tensor):
-        """Return (path of the data file, offset, length or None) of an external tensor, checked."""
+        """Return (path of the data file, offset, length) of an external tensor, as far as they can be checked without the file."""
         where = tensor.name or "a constant"
-        fields = {entry.key: entry.value for entry in tensor.external_data}
-        name = fields.get("location", "")
         if self.path is None:
             raise ModelError(expected("a path, for a model with external data", "bytes or an object", where))
-        # A link inside the folder may lead anywhere (the Hugging Face cache is made of such links); the name itself may not leave it.
+        for key in PLACE:
+            if sum(entry.key == key for entry in tensor.external_data) > 1:
+                raise ModelError(expected(f"one {key} of external data", "several", where))
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        name = fields.get("location", "")
+        # A link inside the folder may lead elsewhere (_checked_size says where to); the name itself may not leave it.
         if not name or "\0" in name or os.path.isabs(name) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
             raise ModelError(expected("external data inside the model's folder", repr(name), where))
-        try:
-            offset, length = int(fields.get("offset") or 0), fields.get("length")
-            length = None if length is None else int(length)
-        except ValueError as error:
-            raise ModelError(expected("an offset and a length in bytes", f"{fields}", where)) from error
-        if offset < 0 or (length is not None and length < 0):
+        given = {key: fields[key] for key in PLACE[1:] if fields.get(key)}
+        if not all(map(NUMBER.fullmatch, given.values())):
+            raise ModelError(expected("an offset and a length in bytes", f"{given}", where))
+        offset, length = int(given.get("offset", 0)), int(given.get("length", _bytes_of(tensor, where)))
+        if offset < 0 or length < 0:
             raise ModelError(expected("an offset and a length that are not negative", f"{offset}, {length}", where))
-        return self.path.parent / name, offset, length
+        if length != _bytes_of(tensor, where):
+            raise ModelError(expected(f"{_bytes_of(tensor, where)} bytes of external data", f"{length}", where))
+        # The name is UTF-8 on the disk, whatever the locale says.
+        return self.path.parent / os.fsdecode(name.encode("utf-8")), offset, length
 
     def external(self, tensor):
-        """Return the bytes of an external tensor as a map of its file."""
-        where = tensor.name or "a constant"
+        """Return the bytes of an external tensor as a map of its file, which stays open."""
         path, offset, length = self.location(tensor)
-        if length is None:
-            length = math.prod(tensor.dims) * tensor_dtype(tensor, where).itemsize
         if path not in self._files:
-            try:
-                size = path.stat().st_size
-                self._files[path] = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-            except OSError as error:
-                raise os_error(error, str(path)) from error
-        data = self._files[path]
-        if offset + length > data.size:
-            raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{data.size}", str(path)))
-        return data[offset : offset + length]
+            with _opened(path) as file:
+                self._files[path] = np.memmap(file, np.uint8, "r") if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
+        return _whole(self._files[path][offset : offset + length], offset, length, path)
+
+    def read(self, tensor):
+        """Return the bytes of an external tensor, and leave no file open: there may be more of them than a process may open."""
+        path, offset, length = self.location(tensor)
+        with _opened(path) as file:
+            file.seek(offset)
+            return _whole(file.read(length), offset, length, path)
 
 
-def sync(path):
-    """Wait until a file's bytes are on the disk: a full one is noticed here at the latest."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def _bytes_of(tensor, where):
+    """Return the bytes that the values of a tensor take: types below 8 bits are packed."""
+    dtype = tensor_dtype(tensor, where)
+    if dtype.kind == "O" or any(dim < 0 for dim in tensor.dims):
+        raise ModelError(expected("external data of numbers, in sizes that are not negative", f"{dtype} {list(tensor.dims)}", where))
+    packed = PACKED.match(dtype.name)
+    return -(-math.prod(tensor.dims) * (int(packed[1]) if packed else 8 * dtype.itemsize) // 8)
+
+
+def _whole(data, offset, length, path):
+    if len(data) != length:
+        raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{offset + len(data)}", str(path)))
+    return data
 
 
 @contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary path in path's folder; when the block ends well it is synced and takes path's place, otherwise it is removed."""
-    path = Path(path)
-    temporary = path.parent / f".{path.name[:100]}.{os.urandom(4).hex()}.tmp"
+def _opened(path):
+    """Open a data file; what has become a pipe or a device since it was checked is an error, and does not hang."""
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        sync(temporary)
-        if path.exists():
-            temporary.chmod(path.stat().st_mode & 0o777)
-        os.replace(temporary, path)
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StorageError(expected("a data file", "something that is no file", str(path)))
+            yield file
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise os_error(error, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

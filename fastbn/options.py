@@ -1,0 +1,132 @@
+"""The options of the command, and what its arguments mean."""
+
+import argparse
+import os
+
+from fastbn.errors import ArgumentError, expected
+
+__all__ = ["input_shapes", "names", "parser"]
+
+JSON = "write the report as JSON; - writes it to stdout instead of the table"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message):
+        raise ArgumentError(expected("arguments as in --help", message, self.prog))
+
+
+def parser(commands) -> argparse.ArgumentParser:
+    """Return the parser of the command; commands is name -> the function that runs it, whose docstring describes it."""
+    top = _Parser(prog="fastbn", description="Batch normalization on CPUs: fold it out of ONNX models, verify, measure.")
+    _add_debug(top)
+    below = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, (add, summary) in COMMANDS.items():
+        each = below.add_parser(name, help=summary, description=commands[name].__doc__)
+        add(each)
+        _add_debug(each)
+        each.set_defaults(run=commands[name])
+    return top
+
+
+def _add_debug(each):
+    each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an unexpected fault")
+
+
+def _add_fold(fold):
+    fold.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
+    fold.add_argument("output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
+    fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
+    fold.add_argument("--json", metavar="FILE", help=JSON)
+    _add_selection(fold)
+    fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
+    fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left")
+    fold.add_argument("--in-place", action="store_true", help="replace IN")
+    fold.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
+    fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_input_shape(fold)
+
+
+def _add_deploy(deploy):
+    deploy.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
+    deploy.add_argument("output", metavar="OUT", help="where the best stage that is good enough goes; - writes it to stdout")
+    deploy.add_argument("--data", metavar="PATH", help="samples: .npz, .npy, .pb, or a folder of them; without it, random numbers")
+    deploy.add_argument("--quantize", action="store_true", help="try static int8 quantisation, calibrated on the data")
+    deploy.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
+    deploy.add_argument("--json", metavar="FILE", help=JSON)
+    deploy.add_argument("--force", action="store_true", help="replace an existing --report, and an OUT that is no version of IN")
+    deploy.add_argument(
+        "--max-drop", type=float, metavar="X", help="the most a stage may lose: 0.01 is 1 %% of the decisions, or of the outputs' size"
+    )
+    deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
+    deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
+    deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
+    deploy.add_argument("--min-samples", type=int, default=8, metavar="N", help="samples that --quantize asks for at least (8)")
+    deploy.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (0)")
+    deploy.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_selection(deploy)
+    _add_input_shape(deploy)
+
+
+def _add_verify(verify):
+    verify.add_argument("original", metavar="A")
+    verify.add_argument("folded", metavar="B")
+    verify.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the line")
+    verify.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_input_shape(verify)
+
+
+def _add_bench(bench):
+    bench.add_argument("original", metavar="A")
+    bench.add_argument("folded", metavar="B", nargs="?", help="without it, A folded in memory")
+    bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
+    bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
+    _add_input_shape(bench)
+
+
+def _add_show_config(config):
+    config.add_argument("--json", action="store_true", help="as JSON")
+
+
+COMMANDS = {
+    "fold": (_add_fold, "fold every batch normalization that can be folded exactly"),
+    "deploy": (_add_deploy, "fold, verify, quantise on request, compare and measure"),
+    "verify": (_add_verify, "compare two models on the same inputs"),
+    "bench": (_add_bench, "latency of two models in onnxruntime, side by side"),
+    "show-config": (_add_show_config, "versions and kernels in use"),
+}
+
+
+def _add_selection(each):
+    each.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
+    each.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
+    each.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
+
+
+def _add_input_shape(each):
+    each.add_argument("--input-shape", metavar="NAME=D,D,...", action="append", default=[], help="sizes of a graph input (repeatable)")
+
+
+def names(texts) -> list[str] | None:
+    """Return arguments that are names inside a model, which are UTF-8 whatever the locale is."""
+    return texts and [_utf8(text) for text in texts]
+
+
+def _utf8(text):
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def input_shapes(arguments) -> dict[str, tuple[int, ...]]:
+    """Return --input-shape as name -> sizes."""
+    shapes = {}
+    for text in names(arguments.input_shape):
+        name, equals, sizes = text.rpartition("=")
+        numbers = sizes.split(",") if sizes else []
+        if not (name and equals) or not all(size.isdecimal() and int(size) for size in numbers):
+            raise ArgumentError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
+        shapes[name] = tuple(map(int, numbers))
+    return shapes

@@ -1,0 +1,259 @@
+"""The places of external tensors: each is checked when the model is read, wherever the tensor stands, before anything is written."""
+
+import os
+import resource
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from sketch import assert_same, conv_bn, model, norm, normal
+
+import fastbn
+from fastbn.cli import main
+from fastbn.graph import storage
+
+# Tensors that no fold touches: in the graph, in a body, in a function, in attributes, sparse.
+VALUES = np.arange(1.0, 5.0, dtype=np.float32)
+
+
+def external(name="k", location="k.data", **entries):
+    """Return a tensor of VALUES in a data file."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **entries}.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def in_graph(tensor):
+    proto = conv_bn()
+    proto.graph.initializer.append(tensor)
+    proto.graph.node.add(op_type="Mul", input=["k", "k"], output=["z"], name="z")
+    proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [4]))
+    return proto
+
+
+def in_constant(tensor):
+    proto = in_graph(numpy_helper.from_array(VALUES, "other"))
+    constant = helper.make_node("Constant", [], ["k"], name="k")
+    constant.attribute.append(onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor))
+    proto.graph.node.insert(0, constant)
+    return proto
+
+
+def in_body(tensor):
+    text = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y, float[4] z) {
+        c = Conv(x, w, b)
+        y = BatchNormalization(c, s, t, m, v)
+        z = If (flag) <then_branch = yes () => (a) { a = Identity(k) }, else_branch = no () => (e) { e = Neg(k) }>
+    }"""
+    proto = conv_bn(text)
+    for attribute in proto.graph.node[2].attribute:
+        attribute.g.initializer.append(tensor)
+    return proto
+
+
+def in_function(tensor):
+    proto = in_graph(numpy_helper.from_array(VALUES, "other"))
+    constant = helper.make_node("Constant", [], ["r"])
+    constant.attribute.append(onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor))
+    proto.functions.append(helper.make_function("own", "Four", [], ["r"], [constant], [helper.make_opsetid("", 17)]))
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    proto.graph.node.insert(0, helper.make_node("Four", [], ["k"], domain="own", name="four"))
+    return proto
+
+
+def in_sparse(tensor):
+    proto = in_graph(numpy_helper.from_array(VALUES, "other"))
+    constant = helper.make_node("Constant", [], ["k"], name="k")
+    indices = numpy_helper.from_array(np.arange(4), "i")
+    sparse = onnx.SparseTensorProto(values=tensor, indices=indices, dims=[4])
+    constant.attribute.append(onnx.AttributeProto(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse))
+    proto.graph.node.insert(0, constant)
+    return proto
+
+
+WHERE = {"graph": in_graph, "constant": in_constant, "body": in_body, "function": in_function, "sparse": in_sparse}
+
+
+@pytest.fixture(name="here")
+def _here(tmp_path, monkeypatch):
+    """A folder inside another with a secret, with k.data, empty.data, a folder, a FIFO and links."""
+    (tmp_path / "secret.txt").write_bytes(bytes(64))
+    here = tmp_path / "here"
+    (here / "folder").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    (here / "k.data").write_bytes(VALUES.tobytes())
+    (here / "empty.data").write_bytes(b"")
+    os.mkfifo(here / "fifo")
+    (here / "out-of-it").symlink_to("../secret.txt")
+    (here / "device").symlink_to("/dev/zero")
+    (here / "dangling").symlink_to("nowhere")
+    (here / "way-out").symlink_to("..")
+    return here
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_good_place_is_copied_along(where, here):
+    inline = WHERE[where](numpy_helper.from_array(VALUES, "k"))
+    (here / "in.onnx").write_bytes(WHERE[where](external()).SerializeToString())
+    assert main(["fold", "in.onnx", "out.onnx", "-q", "--no-verify"]) == 0
+    (here / "k.data").unlink()
+    assert (here / "out.onnx.data").read_bytes() == VALUES.tobytes()
+    proto = onnx.load("out.onnx", load_external_data=False)
+    tensor, *_ = storage.external_tensors(proto)
+    assert [entry.value for entry in tensor.external_data if entry.key == "location"] == ["out.onnx.data"]
+    source = storage.load("out.onnx")
+    assert source.external(tensor).tobytes() == VALUES.tobytes()
+    if where not in ("sparse", "body"):  # onnxruntime reads no sparse tensor from a file; two inputs
+        feeds = {"x": normal(2, 3, 8, 8)}
+        assert_same(inline, onnx.ModelProto.FromString(fastbn.fold("out.onnx", verify=False).to_bytes()), feeds)
+
+
+BAD = {
+    "a file outside": {"location": "../secret.txt"},
+    "an absolute file": {"location": "/etc/passwd"},
+    "a way out below": {"location": "folder/../../secret.txt"},
+    "a link that leads out": {"location": "out-of-it"},
+    "a linked folder that leads out": {"location": "way-out/secret.txt"},
+    "a link to a device": {"location": "device"},
+    "a dangling link": {"location": "dangling"},
+    "no location": {"location": None},
+    "an empty location": {"location": ""},
+    "a NUL": {"location": "k.data\0"},
+    "a FIFO": {"location": "fifo"},
+    "a folder": {"location": "folder"},
+    "the folder itself": {"location": "."},
+    "no such file": {"location": "none.data"},
+    "a name too long": {"location": "k" * 300},
+    "a negative offset": {"offset": -4},
+    "an offset behind the end": {"offset": 4},
+    "an offset far away": {"offset": 2**62},
+    "an offset of no number": {"offset": "1_0"},
+    "a negative length": {"length": -16},
+    "a length behind the end": {"length": 32},
+    "a length for other sizes": {"length": 8},
+    "an empty file": {"location": "empty.data"},
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_place_stops_everything(case, where, here, capsys):
+    (here / "in.onnx").write_bytes(WHERE[where](external(**BAD[case])).SerializeToString())
+    before = sorted(os.listdir(here))
+    assert main(["fold", "in.onnx", "out.onnx", "--no-verify"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("fastbn: Expected ")
+    assert sorted(os.listdir(here)) == before
+
+
+@pytest.mark.parametrize("key", ["location", "offset", "length"])
+def test_a_place_given_twice(key, here, capsys):
+    tensor = external(offset=0, length=16)
+    tensor.external_data.add(key=key, value="k.data" if key == "location" else "0")
+    (here / "in.onnx").write_bytes(in_graph(tensor).SerializeToString())
+    assert main(["fold", "in.onnx", "out.onnx"]) == 2
+    assert f"Expected one {key} of external data, got several - at `k`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["verify", "in.onnx", "in.onnx"], ["bench", "in.onnx"], ["deploy", "in.onnx", "out.onnx"]], ids=lambda c: c[0]
+)
+def test_every_command_checks(command, here, capsys):
+    (here / "in.onnx").write_bytes(in_graph(external(location="fifo")).SerializeToString())
+    assert main(command) == 2
+    assert "Expected a data file, got something that is no file - at `fifo`" in capsys.readouterr().err
+
+
+def test_a_file_that_becomes_a_pipe_after_the_check_does_not_hang(here):
+    (here / "in.onnx").write_bytes(in_graph(external()).SerializeToString())
+    source = storage.load("in.onnx")
+    (here / "k.data").unlink()
+    os.mkfifo("k.data")
+    with pytest.raises(fastbn.StorageError, match="something that is no file"):
+        source.external(next(storage.external_tensors(source.proto)))
+
+
+def test_no_path_no_data_file(here):
+    with pytest.raises(fastbn.ModelError, match="Expected a path, for a model with external data, got bytes or an object"):
+        fastbn.fold(in_graph(external()), verify=False)
+
+
+def test_links_inside_the_folder_are_followed(here):
+    (here / "folder" / "real.data").write_bytes(VALUES.tobytes())
+    (here / "inside").symlink_to("folder/real.data")
+    (here / "in.onnx").write_bytes(in_graph(external(location="inside")).SerializeToString())
+    assert fastbn.fold("in.onnx").parity.ok
+
+
+def test_a_linked_model_reads_beside_what_it_means(here):
+    """As a cache of links has it; a data file of the link's own folder may not lead elsewhere."""
+    blobs = here / "folder"
+    (blobs / "b").write_bytes(VALUES.tobytes())
+    (blobs / "a").write_bytes(in_graph(external()).SerializeToString())
+    (here / "in.onnx").symlink_to("folder/a")
+    (here / "k.data").unlink()
+    (here / "k.data").symlink_to("folder/b")
+    assert fastbn.fold("in.onnx").parity.ok
+    shutil.copy("folder/a", "copy.onnx")
+    assert fastbn.fold("copy.onnx").parity.ok, "the folder is inside"
+    (here / "k.data").unlink()
+    (here / "k.data").symlink_to("../secret.txt")
+    with pytest.raises(fastbn.ModelError, match=r"got a link to '.*secret\.txt'"):
+        fastbn.fold("in.onnx")
+
+
+@pytest.fixture(name="few_open_files")
+def _few_open_files():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.usefixtures("few_open_files")
+def test_packed_types_and_many_files(here):
+    """Two elements share a byte, and there are more files than may be open at once."""
+    proto = model("(float[2,4] x) => (float[2,4] y) { y = BatchNormalization(x, s, t, m, v) }", **norm(4))
+    packed = TensorProto(name="p", data_type=TensorProto.INT4, dims=[3], data_location=TensorProto.EXTERNAL)
+    packed.external_data.add(key="location", value="p.data")
+    (here / "p.data").write_bytes(bytes(2))
+    proto.graph.initializer.append(packed)
+    for number in range(200):
+        (here / f"{number}.data").write_bytes(VALUES.tobytes())
+        proto.graph.initializer.append(external(f"k{number}", f"{number}.data"))
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    result = fastbn.fold("in.onnx", verify=False)
+    assert numpy_helper.to_array(result.model.graph.initializer[-1]).tobytes() == VALUES.tobytes()
+    result.save("out.onnx")
+    assert storage.load("out.onnx").proto.graph.initializer[-1].name == "k199"
+
+
+def test_a_location_is_utf_8_and_named_as_it_is(here):
+    (here / "gewichte-\u00e4.data").write_bytes(VALUES.tobytes())
+    (here / "in.onnx").write_bytes(in_graph(external(location="gewichte-\u00e4.data")).SerializeToString())
+    assert fastbn.fold("in.onnx").parity.ok
+
+
+def test_the_data_of_a_function_that_is_inlined(here):
+    proto = in_function(external())
+    norm_function = helper.make_function(
+        "own", "Norm", ["a"], ["r"],
+        [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values)) for name, values in norm(4).items()]
+        + [helper.make_node("BatchNormalization", ["a", *norm(4)], ["r"])],
+        [helper.make_opsetid("", 17)],
+    )  # fmt: skip
+    proto.functions.append(norm_function)
+    proto.graph.node[2].CopyFrom(helper.make_node("Norm", [proto.graph.node[2].input[0]], ["y"], domain="own", name="norm"))
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    result = fastbn.fold("in.onnx")
+    assert (len(result.folded), result.parity.status) == (1, "ok")
+    result.save("out.onnx")
+    (here / "k.data").unlink()
+    assert [each.name for each in onnx.load("out.onnx", load_external_data=False).functions] == ["Four"]
+    source = storage.load("out.onnx")
+    assert source.external(next(storage.external_tensors(source.proto))).tobytes() == VALUES.tobytes()
