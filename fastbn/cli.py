@@ -20,7 +20,7 @@ __all__ = ["main"]
 # Characters of a progress bar.
 BAR = 20
 
-DONE, FAILED, UNUSABLE, LEFT, PARTIAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, UNUSABLE, LEFT, PARTIAL, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +100,9 @@ def _parser():
     deploy.add_argument("--force", action="store_true", help="replace an existing --report")
     deploy.add_argument(
         "--max-drop", type=float, metavar="X", help="the most a stage may lose (0.01 of the decisions, or a relative error of 0.1)"
+    )
+    deploy.add_argument(
+        "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantising the model may take at most (300)"
     )
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
     deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
@@ -336,6 +339,7 @@ def _deploy(arguments):
         runs=arguments.runs,
         most_samples=arguments.samples,
         min_samples=arguments.min_samples,
+        quantize_timeout=arguments.quantize_timeout,
     )
     target = Path(arguments.output)
     check_paths(arguments.input, target, arguments.report, arguments.force)
@@ -351,7 +355,7 @@ def _deploy(arguments):
             ready.enter_context(atomic(arguments.report)).write_text(page, encoding="utf-8")
         written = made.save(target) if made.shipped else []
     _report_deployment(arguments, made, written)
-    return {"done": DONE, "partial": PARTIAL, "refused": FAILED}[made.status]
+    return {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": NOT_VERIFIED}[made.status]
 
 
 def _report_deployment(arguments, made, written):

@@ -24,8 +24,9 @@ import fastbn
 from fastbn import cli
 from fastbn.cli import main
 from fastbn.deployment import measure, pipeline, quantize
-from fastbn.deployment.compare import Agreement, compare, drop_of, score_outputs
+from fastbn.deployment.compare import Agreement, compare, drop_of
 from fastbn.deployment.result import SCHEMA, STATUS
+from fastbn.deployment.scores import score_outputs
 from fastbn.graph import storage
 from fastbn.graph.model import Index
 from fastbn.graph.report import Parity
