@@ -1,5 +1,6 @@
 """Rules about options that are numbers; an option that breaks one is an error before any work is done."""
 
+import numbers
 import operator
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
@@ -26,12 +27,8 @@ def whole_number(value: object, where: str, least: int = 0, most: int | None = N
 
 def number_between(value: object, where: str, least: float, most: float, what: str) -> float:
     """Return an option as a float, within least and most; raises ArgumentTypeError or ArgumentError, what says what it should be."""
-    try:
-        number = float(value) if not isinstance(value, (bool, str, bytes)) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ArgumentTypeError(expected(what, type(value).__name__, where))
-    if not least <= number <= most:
-        raise ArgumentError(expected(what, repr(value), where))
-    return number
+    if not least <= value <= most:
+        raise ArgumentError(expected(what, str(value), where))
+    return float(value)
