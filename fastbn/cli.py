@@ -20,7 +20,7 @@ __all__ = ["main"]
 # Characters of a progress bar.
 BAR = 20
 
-DONE, FAILED, UNUSABLE, LEFT, PARTIAL, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DONE, FAILED, UNUSABLE, LEFT, PARTIAL, UNVERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -355,7 +355,7 @@ def _deploy(arguments):
             ready.enter_context(atomic(arguments.report)).write_text(page, encoding="utf-8")
         written = made.save(target) if made.shipped else []
     _report_deployment(arguments, made, written)
-    return {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": NOT_VERIFIED}[made.status]
+    return {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": UNVERIFIED}[made.status]
 
 
 def _report_deployment(arguments, made, written):

@@ -584,7 +584,7 @@ def test_the_readme_knows_every_field_of_the_json_report(here, capsys):
 def test_the_readme_knows_every_exit_code():
     table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
     codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
-    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.NOT_VERIFIED, cli.INTERRUPTED]
+    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.UNVERIFIED, cli.INTERRUPTED]
 
 
 @pytest.mark.parametrize("net", ["torch", "keras"])

@@ -143,3 +143,18 @@ def test_a_reconstruction_is_judged_by_its_error(here):
     made = fastbn.deploy(proto, quantize=True, runs=1)
     assert (made.metric, made.shipped) == ("error", "quantized")
     assert fastbn.deploy(proto, metric="top-1", runs=1).metric == "top-1", "on request"
+
+
+def test_where_no_stage_loads_nothing_is_shipped(here, capsys, monkeypatch):
+    real = pipeline.session
+
+    def session(path, **options):
+        if options.get("optimise"):
+            raise RuntimeError("the optimiser broke")
+        return real(path, **options)
+
+    monkeypatch.setattr(pipeline, "session", session)
+    found, _, err = deploy(capsys, "--data", "data.npz", code=1)
+    assert found["decision"] == "folded: onnxruntime cannot load it: the optimiser broke"
+    assert found["latency"] == []
+    assert "Traceback" not in err

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -235,7 +236,7 @@ class _Pipeline:
             where = "data" if not isinstance(self.options.data, (str, os.PathLike)) else str(self.options.data)
             raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
 
-    def _metric(self, index):
+    def _metric(self, index: Index) -> tuple[str, list[str]]:
         """Return (metric, names of the outputs whose decisions count)."""
         scores = score_outputs(index)
         if self.options.metric != "top-1":
@@ -278,7 +279,7 @@ class _Pipeline:
         made.fold.save(folded)
         made.stages = [Stage("original", original), Stage("folded", folded)]
 
-    def _quantise(self, made, index):
+    def _quantise(self, made: Deployment, index: Index) -> None:
         self._start("quantising")
         nodes = quantized_already(index.source.proto)
         if nodes:
@@ -292,7 +293,7 @@ class _Pipeline:
             except runtime_errors() as error:
                 made.quantization.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
 
-    def _quantise_folded(self, made, quantizer):
+    def _quantise_folded(self, made: Deployment, quantizer: Quantizer) -> None:
         """Make the stage "quantized", and count what is left in float with and without the fold."""
         recipe, feed = Recipe.here(), made.samples.feeds[0]
         target = self.folder / "quantized.onnx"
@@ -340,6 +341,8 @@ class _Pipeline:
 
     def _measure(self, made):
         running = {stage.name: stage for stage in made.stages if stage.refused is None}
+        if not running:
+            return
         paths = {name: str(stage.path) for name, stage in running.items()}
         feed = made.samples.feeds[0]
         self._start("measuring latency")
@@ -369,7 +372,7 @@ class _Pipeline:
         made.status = "refused" if made.shipped is None else "done" if made.shipped == wanted else "partial"
         made.decision = "; ".join(reasons) or _loss(made.stage(made.shipped), made)
 
-    def _too_much(self, stage, made):
+    def _too_much(self, stage: Stage, made: Deployment) -> str:
         """Return why a stage is refused, and, where nobody chose the metric, how to choose it."""
         spoilt = next((found for found in stage.agreements if found.relative == float("inf") and found.note), None)
         if spoilt:
@@ -380,7 +383,7 @@ class _Pipeline:
         return f"{_loss(stage, made)} (--metric {other})"
 
 
-def _not_verified(made):
+def _not_verified(made: Deployment) -> None:
     """Say, wherever it ends, that the whole model was not verified: its parity was not run, or proves nothing."""
     parity = made.fold.parity
     if parity is None or parity.status not in UNVERIFIED:
@@ -392,7 +395,7 @@ def _not_verified(made):
     made.decision += f"; not verified: parity is {parity.status}"
 
 
-def _warnings(made):
+def _warnings(made: Deployment) -> Iterator[str]:
     """Yield what the figures do not say by themselves."""
     for found in made.stages[0].agreements if made.stages else ():
         if found.relative is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastbn.deployment.drawing import draw_model, draw_site
 from fastbn.errors import FastbnError, expected
-from fastbn.graph.report import FORWARDS, REASONS, size_text
+from fastbn.graph.report import FORWARDS, REASONS, Fold, size_text
 
 __all__ = ["UNVERIFIED", "render", "template"]
 
@@ -71,7 +71,7 @@ def render(deployment):
     )
 
 
-def _proofs(folds):
+def _proofs(folds: list[Fold]) -> str:
     """Return how many of the folds were run before and after, as a line goes on."""
     count = sum(fold.error is not None for fold in folds)
     return "each verified" if count == len(folds) else f"{count or 'none'} verified"

@@ -62,7 +62,7 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
         raise ModelError(expected("models that onnxruntime runs with its optimiser", said(error), source.name)) from error
 
 
-def _check_runs(model, where, feed):
+def _check_runs(model: Runnable, where: str, feed: dict) -> None:
     """Refuse a model that onnxruntime does not load, or not run on the inputs of another; its missing data files are the usual reason."""
     try:
         loaded = model.session()
