@@ -373,11 +373,11 @@ class _Pipeline:
         made.decision = "; ".join(reasons) or _loss(made.stage(made.shipped), made)
 
     def _too_much(self, stage: Stage, made: Deployment) -> str:
-        """Return why a stage is refused, and, where nobody chose the metric, how to choose it."""
+        """Return why a stage is refused, and, where nobody chose the metric and there is another, how to choose it."""
         spoilt = next((found for found in stage.agreements if found.relative == float("inf") and found.note), None)
         if spoilt:
             return f"{spoilt.note} in output '{spoilt.output}'"
-        if self.options.metric != "auto":
+        if self.options.metric != "auto" or not row_outputs(made.fold.index):
             return _loss(stage, made)
         other = "error judges it by the error of the outputs" if made.metric == "top-1" else "top-1 judges a classifier by its decisions"
         return f"{_loss(stage, made)} (--metric {other})"
