@@ -59,6 +59,9 @@ def _add_deploy(deploy):
     deploy.add_argument(
         "--max-drop", type=float, metavar="X", help="the most a stage may lose: 0.01 is 1 %% of the decisions, or of the outputs' size"
     )
+    deploy.add_argument(
+        "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantising the model may take at most (300)"
+    )
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
     deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
     deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")

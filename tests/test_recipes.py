@@ -103,6 +103,13 @@ def test_the_lines_for_any_ci(here, environment):
     assert {"out.onnx", "report.html", "deploy.json"} <= {path.name for path in here.iterdir()}
 
 
+def test_the_gates_can_close(here):
+    found = [command for text in (RECIPES, (DOCS / "ci.yml").read_text(encoding="utf-8")) for command in commands(text)]
+    assert len(found) == 2
+    for command in found:
+        assert 0 < float(re.search(r"--max-drop (\S+)", command)[1]) <= 0.05, "1 lets every decision change"
+
+
 def test_the_workflow(here, environment):
     text = (DOCS / "ci.yml").read_text(encoding="utf-8")
     (command,) = commands(text)

@@ -45,7 +45,7 @@ def agreement(row, stage):
     found = next((each for each in row["stages"] if each["name"] == stage), None)
     if found is None:
         return "refused"
-    relative = max(float(output["relative"]) for output in found["outputs"])
+    relative = max((float(output["relative"]) for output in found["outputs"] if output["relative"] is not None), default=float("nan"))
     decisions = [output["top1"] for output in found["outputs"] if output["top1"] is not None]
     return f"{relative:.1e}" + (f", {min(decisions):.1%} of {row['data']['rows']}" if decisions else "")
 

@@ -96,9 +96,9 @@ TOOLS = {
 
 
 # What runs in the subprocess of one tool or one question: the answer is the last line of standard output.
-def work(task, *arguments):
+def work(task, *arguments, tasks=None):
     with redirect_stdout(sys.stderr):
-        answer = TASKS[task](*arguments)
+        answer = (tasks or TASKS)[task](*arguments)
     print(json.dumps(answer))
 
 
@@ -131,9 +131,9 @@ def data_files(path):
 def runs(path):
     """Fail where onnxruntime cannot run the original: then there is nothing to compare with."""
     from fastbn.graph.model import Index
+    from fastbn.graph.reference import feeds_for
     from fastbn.graph.runtime import Runnable
     from fastbn.graph.storage import load
-    from fastbn.graph.reference import feeds_for
 
     index = Index(load(path))
     return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
@@ -144,9 +144,9 @@ def compare(original, folded):
     import numpy as np
 
     from fastbn.graph.model import Index
+    from fastbn.graph.reference import feeds_for
     from fastbn.graph.runtime import Runnable, session
     from fastbn.graph.storage import load
-    from fastbn.graph.reference import feeds_for
 
     index = Index(load(original))
     worst = 0.0
@@ -175,9 +175,9 @@ def latency(original, folded):
 TASKS = {"optimise": optimise, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
 
 
-def ask(python, limit, task, *arguments):
-    """Return the answer of a task in a process of its own, or {"failed": why}."""
-    command = [python, __file__, "--work", task, *map(str, arguments)]
+def ask(python, limit, task, *arguments, script=__file__):
+    """Return the answer of a task of a script in a process of its own, or {"failed": why}."""
+    command = [python, script, "--work", task, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
     except subprocess.TimeoutExpired:
@@ -191,7 +191,8 @@ def ask(python, limit, task, *arguments):
 def environment():
     import fastbn
 
-    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+    found = [str(Path(fastbn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
 
 
 def installed(python, module):

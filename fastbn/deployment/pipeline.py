@@ -2,15 +2,19 @@
 
 import os
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
-from fastbn.deployment.compare import METRICS, compare, drop_of, score_outputs
+from fastbn.deployment.compare import METRICS, compare, drop_of
 from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
-from fastbn.deployment.quantize import QuantizerRefused, Recipe, quantize_file
-from fastbn.deployment.report import template
+from fastbn.deployment.options import FEWEST_ROWS, MOST_FEEDS, QUANTIZE_SECONDS, Options
+from fastbn.deployment.quantize import QuantizerRefused, Recipe, quantized_already
+from fastbn.deployment.quantizer import Quantizer
+from fastbn.deployment.report import UNVERIFIED, template
 from fastbn.deployment.result import Deployment, Quantization, Stage
 from fastbn.deployment.samples import random_samples, read_samples
+from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import storage
 from fastbn.graph.bench import side_by_side
@@ -25,8 +29,11 @@ __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
 # Rows of random input where there is no data: to compare on, and to calibrate on.
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
 
-# Feeds kept of the data, of rows that calibrate at least, and seconds of timed runs for each number of threads.
-MOST_FEEDS, FEWEST_ROWS, LATENCY_SECONDS = 256, 8, 1.0
+# Seconds of timed runs for each number of threads.
+LATENCY_SECONDS = 1.0
+
+# The unfolded model is quantised only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
+COUNTING_SECONDS, COUNTING = 30, 5
 
 # A ratio of medians below this is noise.
 SLOWER = 1.05
@@ -35,37 +42,6 @@ STEPS = ("reading", "folding and verifying", "quantising", "comparing outputs", 
 
 # What the caller tells its progress when it writes.
 WRITING = (len(STEPS), len(STEPS), STEPS[-1])
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `deploy` was asked for, beside the model; its docstring says what each means."""
-
-    data: object = None
-    quantize: bool = False
-    max_drop: float | None = None
-    metric: str = "auto"
-    only: object = None
-    skip: object = None
-    input_shapes: dict | None = None
-    freeze_inputs: bool = False
-    seed: int = 0
-    runs: int = 50
-    most_samples: int = MOST_FEEDS
-    min_samples: int = FEWEST_ROWS
-
-    def __post_init__(self):
-        if self.metric not in ("auto", *METRICS):
-            raise ArgumentError(expected(f"auto, {' or '.join(METRICS)}", repr(self.metric), "metric"))
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise ArgumentError(expected("a part of at least 0", repr(self.max_drop), "max_drop"))
-        if self.max_drop is not None and self.max_drop > 1:
-            raise ArgumentError(expected("a part of at most 1, as 0.01 for 1 %", repr(self.max_drop), "max_drop"))
-        if self.seed < 0:
-            raise ArgumentError(expected("at least 0", repr(self.seed), "seed"))
-        for name in ("runs", "most_samples", "min_samples"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(expected("at least 1", repr(getattr(self, name)), name))
 
 
 def deploy(
@@ -86,6 +62,7 @@ def deploy(
     runs=50,
     most_samples=MOST_FEEDS,
     min_samples=FEWEST_ROWS,
+    quantize_timeout=QUANTIZE_SECONDS,
 ):
     """Fold a model, verify it, quantise it on request, compare and measure every stage in onnxruntime, write the best that is good enough.
 
@@ -105,16 +82,19 @@ def deploy(
         Replace a report that exists.
     max_drop : float, optional
         How much a stage may lose. For metric "top-1": the part of rows whose largest score moves to another place (0.01 by default). For
-        "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). y is the original's with onnxruntime's optimiser
-        off; what the optimiser changes in the original itself does not count.
+        "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). From 0 to 1. y is the original's with
+        onnxruntime's optimiser off; what the optimiser changes in the original itself does not count.
     metric : str
-        "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier.
+        "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier (it ends in Softmax, or its width and
+        name allow it).
     only, skip, input_shapes, freeze_inputs, seed
         As in `fold`.
     runs : int
         Timed runs of each stage, fewer where those of all stages would take longer than a second.
     most_samples, min_samples : int
         Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
+    quantize_timeout : float
+        Seconds that onnxruntime's quantiser may take for the model (300); it runs in a process of its own, which then is ended.
 
     Returns
     -------
@@ -134,7 +114,9 @@ def deploy(
     >>> deployment.shipped  # doctest: +SKIP
     'quantized'
     """
-    options = Options(data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples)
+    options = Options(
+        data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples, quantize_timeout
+    )
     check_paths(model, output, report, force)
     folder = Path(output).parent if output is not None else None
     deployment = deploy_watched(model, options, command=_call(model, output, report, options), stage=folder)
@@ -217,8 +199,7 @@ class _Pipeline:
         if self.options.data is not None:
             samples = read_samples(self.options.data, index, self.options.most_samples)
             self._check_enough(samples)
-        scores = score_outputs(index)
-        metric = self._metric(scores)
+        metric, scores = self._metric(index)
         max_drop = METRICS[metric] if self.options.max_drop is None else self.options.max_drop
         fold = self._fold()
         quantization = Quantization(str(Recipe.here())) if self.options.quantize else None
@@ -234,14 +215,15 @@ class _Pipeline:
             if quantization:
                 quantization.refused = reason
         else:
-            if fold.parity is not None and fold.parity.status == "not-run":
-                made.warnings.append(f"the whole model was not verified (--input-shape may help): {fold.parity.reason}")
             self._stages(made, source)
             if quantization:
-                self._quantise(made)
+                self._quantise(made, index)
             self._compare(made, reference, scores)
             self._measure(made)
             self._decide(made)
+            made.warnings.extend(_warnings(made))
+        if made.shipped:
+            _not_verified(made)
         for stage in made.stages:
             stage.path = None  # its folder goes now
         made.seconds = time.perf_counter() - began
@@ -252,10 +234,15 @@ class _Pipeline:
             where = "data" if not isinstance(self.options.data, (str, os.PathLike)) else str(self.options.data)
             raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
 
-    def _metric(self, scores):
-        if self.options.metric == "top-1" and not scores:
+    def _metric(self, index: Index) -> tuple[str, list[str]]:
+        """Return (metric, names of the outputs whose decisions count)."""
+        scores = score_outputs(index)
+        if self.options.metric != "top-1":
+            return self.options.metric if self.options.metric != "auto" else "top-1" if scores else "error", scores
+        scores = scores or row_outputs(index)
+        if not scores:
             raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
-        return self.options.metric if self.options.metric != "auto" else "top-1" if scores else "error"
+        return "top-1", scores
 
     def _fold(self):
         self._start("folding and verifying")
@@ -290,38 +277,42 @@ class _Pipeline:
         made.fold.save(folded)
         made.stages = [Stage("original", original), Stage("folded", folded)]
 
-    def _quantise(self, made):
+    def _quantise(self, made: Deployment, index: Index) -> None:
         self._start("quantising")
-        recipe, feeds = Recipe.here(), made.samples.feeds
+        nodes = quantized_already(index.source.proto)
+        if nodes:
+            made.quantization.refused = f"the model is quantized already: it has {nodes}"
+            return
+        with Quantizer(self.folder, made.samples.feeds, self.options.quantize_timeout) as quantizer:
+            try:
+                self._quantise_folded(made, quantizer)
+            except QuantizerRefused as reason:
+                made.quantization.refused = str(reason)
+            except runtime_errors() as error:
+                made.quantization.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
+
+    def _quantise_folded(self, made: Deployment, quantizer: Quantizer) -> None:
+        """Make the stage "quantized", and count what is left in float with and without the fold."""
+        recipe, feed = Recipe.here(), made.samples.feeds[0]
         target = self.folder / "quantized.onnx"
-        try:
-            made.quantization.notes = quantize_file(
-                made.stage("folded").path, target, feeds, self.folder, recipe=recipe, progress=self._tell
-            )
-            session(str(target), optimise=True)
-            kernels = kernels_of(target, feeds[0], self.folder)
-            if kernels is not None and not kernels.other:
-                raise QuantizerRefused("none of what it made runs in integers")
-        except QuantizerRefused as reason:
-            made.quantization.refused = f"onnxruntime's quantiser refuses the model: {reason}"
-            return
-        except runtime_errors() as error:
-            made.quantization.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
-            return
+        began = time.monotonic()
+        made.quantization.notes = quantizer.quantize(made.stage("folded").path, target, recipe=recipe, progress=self._tell)
+        limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
+        session(str(target), optimise=True)
+        kernels = kernels_of(target, feed, self.folder)
+        if kernels is not None and not kernels.other:
+            raise QuantizerRefused("onnxruntime's quantiser refuses the model: none of what it made runs in integers")
         made.stages.append(Stage("quantized", target))
         made.quantized = target.read_bytes()
-        made.quantization.float_kernels["folded"] = kernels and kernels.float
-        self._count_floats(made, recipe, feeds)
-
-    def _count_floats(self, made, recipe, feeds):
-        """Count what is left in float without the fold: what is quantised does not depend on the ranges, so one feed will do."""
         counts = made.quantization.float_kernels
+        counts["folded"] = kernels and kernels.float
+        # What is quantised does not depend on the ranges, so one feed will do.
         for key, optimise in (("unfolded", True), ("unfolded_raw", False)):
             self._tell("the unfolded model, for comparison")
-            target = self.folder / f"{key}.onnx"
+            other = self.folder / f"{key}.onnx"
             try:
-                quantize_file(made.stage("original").path, target, feeds[:1], self.folder, recipe=recipe, optimise=optimise)
-                found = kernels_of(target, feeds[0], self.folder)
+                quantizer.quantize(made.stage("original").path, other, recipe=recipe, most_feeds=1, optimise=optimise, seconds=limit)
+                found = kernels_of(other, feed, self.folder)
             except QuantizerRefused:
                 found = None
             counts[key] = found and found.float
@@ -344,10 +335,12 @@ class _Pipeline:
             stage.agreements = found[stage.name]
             loss = drop_of(stage.agreements, made.metric)
             usual = loss if usual is None else usual
-            stage.drop = 0.0 if loss <= usual else loss - usual
+            stage.drop = None if loss is None else 0.0 if loss <= usual else loss - usual
 
     def _measure(self, made):
-        running = {stage.name: stage for stage in made.stages if stage.drop is not None}
+        running = {stage.name: stage for stage in made.stages if stage.refused is None}
+        if not running:
+            return
         paths = {name: str(stage.path) for name, stage in running.items()}
         feed = made.samples.feeds[0]
         self._start("measuring latency")
@@ -362,8 +355,10 @@ class _Pipeline:
 
     def _decide(self, made):
         for stage in made.stages:
-            if stage.refused is None and stage.drop > made.max_drop:
-                stage.refused = _too_much(stage, made)
+            if stage.refused is None and stage.drop is None and stage.name == "quantized":
+                stage.refused = _loss(stage, made)
+            elif stage.refused is None and stage.drop is not None and stage.drop > made.max_drop:
+                stage.refused = self._too_much(stage, made)
         wanted = "quantized" if self.options.quantize else "folded"
         for name in dict.fromkeys((wanted, "folded")):
             stage = made.stage(name)
@@ -374,24 +369,51 @@ class _Pipeline:
         reasons += [f"{stage.name}: {stage.refused}" for stage in made.stages[:0:-1] if stage.refused]
         made.status = "refused" if made.shipped is None else "done" if made.shipped == wanted else "partial"
         made.decision = "; ".join(reasons) or _loss(made.stage(made.shipped), made)
-        self._warn(made)
 
-    def _warn(self, made):
-        for threads in sorted({row["threads"] for row in made.latency}):
-            times = {row["model"]: row["median_ms"] for row in made.latency if row["threads"] == threads}
-            ratio = times["quantized"] / times["folded"] if made.shipped == "quantized" and "folded" in times else 0
-            if ratio > SLOWER:
-                made.warnings.append(f"quantized takes {ratio:.2f} times as long as folded here, {threads} thread{'s' * (threads > 1)}")
+    def _too_much(self, stage: Stage, made: Deployment) -> str:
+        """Return why a stage is refused, and, where nobody chose the metric and there is another, how to choose it."""
+        spoilt = next((found for found in stage.agreements if found.relative == float("inf") and found.note), None)
+        if spoilt:
+            return f"{spoilt.note} in output '{spoilt.output}'"
+        if self.options.metric != "auto" or not row_outputs(made.fold.index):
+            return _loss(stage, made)
+        other = "error judges it by the error of the outputs" if made.metric == "top-1" else "top-1 judges a classifier by its decisions"
+        return f"{_loss(stage, made)} (--metric {other})"
+
+
+def _not_verified(made: Deployment) -> None:
+    """Say, wherever it ends, that the whole model was not verified: its parity was not run, or proves nothing."""
+    parity = made.fold.parity
+    if parity is None or parity.status not in UNVERIFIED:
+        return
+    hint = " (--input-shape may help)" if parity.status == "not-run" else ""
+    made.warnings.insert(0, f"the whole model was not verified{hint}: {parity.reason or parity}")
+    if made.status == "done":
+        made.status = "unverified"
+    made.decision += f"; not verified: parity is {parity.status}"
+
+
+def _warnings(made: Deployment) -> Iterator[str]:
+    """Yield what the figures do not say by themselves."""
+    for found in made.stages[0].agreements if made.stages else ():
+        if found.relative is None:
+            yield f"output '{found.output}' is not compared: {found.note}"
+    for stage in made.stages:
+        for found in stage.agreements if made.metric == "top-1" else ():
+            if found.top1 is None and found.relative is not None and found.relative > METRICS["error"]:
+                yield f"output '{found.output}' of {stage.name} has a relative error of {found.relative:.2g}, which top-1 does not judge"
+    for threads in sorted({row["threads"] for row in made.latency}):
+        times = {row["model"]: row["median_ms"] for row in made.latency if row["threads"] == threads}
+        ratio = times["quantized"] / times["folded"] if made.shipped == "quantized" and "folded" in times else 0
+        if ratio > SLOWER:
+            yield f"quantized takes {ratio:.2f} times as long as folded here, {threads} thread{'s' * (threads > 1)}"
 
 
 def _loss(stage, made):
     """Return what a stage loses and what it may, as a sentence goes on."""
+    if stage.drop is None:
+        return f"no output can be compared by {made.metric}, so nothing says what it loses"
     if made.metric == "top-1" and stage.top1 is not None:
         rows = max(found.rows for found in stage.agreements)
         return f"{round(stage.drop * rows)} of {rows} decisions differ from the original's ({stage.drop:.1%}), {made.max_drop:.1%} may"
     return f"a relative error of {stage.drop:.2g} in the outputs, {made.max_drop:.2g} is allowed"
-
-
-def _too_much(stage, made):
-    spoilt = next((found for found in stage.agreements if found.note), None)
-    return f"{spoilt.note} in output '{spoilt.output}'" if spoilt else _loss(stage, made)

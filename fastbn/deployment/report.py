@@ -7,15 +7,18 @@ from pathlib import Path
 
 from fastbn.deployment.drawing import draw_model, draw_site
 from fastbn.errors import FastbnError, expected
-from fastbn.graph.report import FORWARDS, REASONS, size_text
+from fastbn.graph.report import FORWARDS, REASONS, Fold, size_text
 
-__all__ = ["render", "template"]
+__all__ = ["UNVERIFIED", "render", "template"]
 
 # Folds that are drawn one by one, and rows of a table; the JSON report has all of them.
 MOST_DRAWN, MOST_ROWS = 40, 400
 
 # Of those drawn, the ones that are seen at once; the others unfold.
 OPEN_SITES = 12
+
+# Parity that proves nothing.
+UNVERIFIED = ("not-run", "inconclusive")
 
 STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
 
@@ -61,9 +64,17 @@ def render(deployment):
         style=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
         script=script,
         digest=digest,
+        proofs=_proofs(fold.folded),
+        unverified=UNVERIFIED,
         open_sites=OPEN_SITES,
         most_rows=MOST_ROWS,
     )
+
+
+def _proofs(folds: list[Fold]) -> str:
+    """Return how many of the folds were run before and after, as a line goes on."""
+    count = sum(fold.error is not None for fold in folds)
+    return "each verified" if count == len(folds) else f"{count or 'none'} verified"
 
 
 def _scale(latency, threads):

@@ -25,6 +25,7 @@ SCHEMA = 1
 STATUS = {
     "done": "what was asked for is shipped",
     "partial": "the folded model is shipped, but the quantised one was refused, or onnxruntime cannot run the model: nothing was measured",
+    "unverified": "what was asked for is shipped, but nothing proves that the whole folded model is the original",
     "refused": "nothing is shipped",
 }
 
@@ -45,8 +46,8 @@ class Stage:
 
     @property
     def worst(self):
-        """The Agreement with the largest relative error, or None."""
-        return max(self.agreements, key=lambda found: found.relative, default=None)
+        """The Agreement with the largest relative error, of those that have one, or None."""
+        return max((found for found in self.agreements if found.relative is not None), key=lambda found: found.relative, default=None)
 
     @property
     def top1(self):

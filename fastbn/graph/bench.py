@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
 from fastbn.graph import storage
-from fastbn.graph.folding import fold
+from fastbn.graph.folding import checked_shapes, fold
 from fastbn.graph.model import Index
+from fastbn.graph.options import whole_number
 from fastbn.graph.reference import feeds_for
+from fastbn.graph.report import first_few
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["bench", "side_by_side"]
@@ -30,7 +32,7 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
         Without it, the original folded in memory.
     runs : int
         Timed runs of each model.
-    input_shapes : dict of name -> tuple of int, optional
+    input_shapes : dict of name -> sequence of int, optional
 
     Returns
     -------
@@ -39,23 +41,42 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
 
     Raises
     ------
-    StorageError, ModelError
-        As in `fold`; and where onnxruntime cannot run one of them.
+    StorageError
+        A file cannot be read.
+    ModelError
+        A model is malformed, or onnxruntime cannot run it.
+    ArgumentError, ArgumentTypeError
+        An option cannot be used, or the second model does not take the inputs of the first.
     """
+    runs = whole_number(runs, "runs", 1)
+    input_shapes = checked_shapes(input_shapes)
     source = storage.load(original)
     index = Index(source, input_shapes=input_shapes)
-    if folded is None:
-        after = Runnable.of(storage.load(fold(original, verify=False, input_shapes=input_shapes).to_bytes()))
-    else:
-        after = Runnable.of(storage.load(folded))
-    models = {"original": Runnable.of(source), "folded": after}
-    feed = feeds_for(models["original"], index, input_shapes)[0]
+    other = storage.load(fold(original, verify=False, input_shapes=input_shapes).to_bytes() if folded is None else folded)
+    before, after = Runnable.of(source), Runnable.of(other)
+    feed = feeds_for(before, index, input_shapes)[0]
+    _check_runs(after, other.name, feed)
     try:
-        return side_by_side({name: model.model for name, model in models.items()}, feed, runs)
+        return side_by_side({"original": before.model, "folded": after.model}, feed, runs)
+    except runtime_errors() as error:  # its optimiser may fail where the plain models load
+        raise ModelError(expected("models that onnxruntime runs with its optimiser", said(error), source.name)) from error
+
+
+def _check_runs(model: Runnable, where: str, feed: dict) -> None:
+    """Refuse a model that onnxruntime does not load, or not run on the inputs of another; its missing data files are the usual reason."""
+    try:
+        loaded = model.session()
+        wanted = [entry.name for entry in loaded.get_inputs()]
+        missing = [name for name in wanted if name not in feed]
+        if missing or len(wanted) < len(feed):
+            raise ArgumentError(
+                expected(f"the inputs {first_few(list(feed))} as the first model has them", first_few(wanted) or "none", where)
+            )
+        loaded.run(None, feed)
     except runtime_errors() as error:
-        raise ModelError(
-            expected("two models that onnxruntime runs on the same inputs", f"the answer: {said(error)}", source.name)
-        ) from error
+        if isinstance(error, FastbnError):
+            raise
+        raise ModelError(expected("a model that onnxruntime runs on the inputs of the first one", said(error), where)) from error
 
 
 def side_by_side(models, feed, runs, limit=None, progress=None):

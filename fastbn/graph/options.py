@@ -1,0 +1,34 @@
+"""Rules about options that are numbers; an option that breaks one is an error before any work is done."""
+
+import numbers
+import operator
+
+from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+
+__all__ = ["LARGEST_SEED", "number_between", "whole_number"]
+
+# A seed has 32 bits, as NumPy's oldest generators and the attribute of onnx's random operators hold it.
+LARGEST_SEED = 2**32 - 1
+
+
+def whole_number(value: object, where: str, least: int = 0, most: int | None = None) -> int:
+    """Return an option as an int; raises ArgumentTypeError where it is no whole number, ArgumentError where it is out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ArgumentTypeError(expected("a whole number", type(value).__name__, where)) from error
+    if isinstance(value, bool):
+        raise ArgumentTypeError(expected("a whole number", "bool", where))
+    if number < least or (most is not None and number > most):
+        range_text = f"at least {least}" if most is None else f"a whole number from {least} to {most}"
+        raise ArgumentError(expected(range_text, str(number), where))
+    return number
+
+
+def number_between(value: object, where: str, least: float, most: float, what: str) -> float:
+    """Return an option as a float, within least and most; raises ArgumentTypeError or ArgumentError, what says what it should be."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ArgumentTypeError(expected(what, type(value).__name__, where))
+    if not least <= value <= most:
+        raise ArgumentError(expected(what, str(value), where))
+    return float(value)

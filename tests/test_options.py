@@ -1,0 +1,50 @@
+"""Options that are numbers: what cannot be used is an error before any work, from Python as from the command."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.deployment.options import Options
+from fastbn.errors import ArgumentError, ArgumentTypeError
+
+COUNTS = ["runs", "most_samples", "min_samples"]
+
+# Option -> values that are out of range.
+RANGES = {
+    **{name: [0, -1, np.int64(-3)] for name in COUNTS},
+    "seed": [-1, 2**32, np.int64(-1)],
+    "max_drop": [-0.1, 5, 1.0001, float("nan"), float("inf"), np.float32(2), 10**400],
+    "quantize_timeout": [0, -1, float("nan"), float("inf"), 1e7],
+}
+
+# Option -> values of another type.
+KINDS = {
+    **{name: [2.5, float("nan"), "3", None, True, [1]] for name in [*COUNTS, "seed"]},
+    "max_drop": ["0.1", True, [0.1], 1j],
+    "quantize_timeout": ["9", None, True],
+}
+
+
+@pytest.mark.parametrize("option", RANGES)
+def test_values_out_of_range(option):
+    for value in RANGES[option]:
+        with pytest.raises(ArgumentError, match=f"^Expected .*, got .* - at `{option}`$"):
+            fastbn.deploy("no such file, which nobody reads", **{option: value})
+
+
+@pytest.mark.parametrize("option", KINDS)
+def test_values_of_another_type(option):
+    for value in KINDS[option]:
+        with pytest.raises(ArgumentTypeError, match=f"^Expected .*, got .* - at `{option}`$"):
+            fastbn.deploy("no such file, which nobody reads", **{option: value})
+
+
+def test_the_ends_of_the_ranges_are_good():
+    for options in ({"max_drop": 0}, {"max_drop": 1}, {"seed": 0}, {"seed": 2**32 - 1}, {"runs": 1}, {"quantize_timeout": 1e6}):
+        assert Options(**options)
+
+
+def test_numbers_of_numpy_become_python_s():
+    options = Options(runs=np.int32(3), max_drop=np.float32(0.5), seed=np.uint8(7), quantize_timeout=np.int64(9))
+    kinds = [type(getattr(options, name)) for name in ("runs", "max_drop", "seed", "quantize_timeout")]
+    assert kinds == [int, float, int, float]
