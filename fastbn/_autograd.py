@@ -12,10 +12,12 @@ from fastbn.errors import ArgumentError, TensorError, expected
 
 __all__ = ["apply", "apply_shared"]
 
+_is_grad_enabled = torch.is_grad_enabled
+
 
 def apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches=None):
     """Batch normalization, which checks on the way to the kernels; `batches`, where given, counts one more when training."""
-    if torch.is_grad_enabled() and (
+    if _is_grad_enabled() and (
         input.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         return _step(input, weight, bias, (running_mean, running_var, training, momentum, eps, batches))
@@ -46,7 +48,7 @@ class _BatchNorm(torch.autograd.Function):
         mean, m2, bias, eps = ctx.saved
         training, wanted = not running, ctx.needs_input_grad
         # Every tensor of the call counts: hooks may have put anything in place of the gradient and of what was saved.
-        if torch.is_grad_enabled() or _torch.watched() or not _torch.plain.have_memory(grad, input, weight, *running):
+        if _is_grad_enabled() or _torch.watched() or not _torch.plain.have_memory(grad, input, weight, *running):
             moments = (torch.from_numpy(mean), torch.from_numpy(m2)) if training else (each.double() for each in running)
             count = values_per_channel(input) if training else 1
             found = _operators.gradients(grad, input, *moments, weight, count, eps, training)

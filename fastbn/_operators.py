@@ -139,7 +139,8 @@ def _second_gradients(ctx, *grads):
     grad, input, mean, m2, weight = ctx.saved_tensors
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        wide = [tensor.double() for tensor in (grad, input, weight) if tensor is not None]
+        # As views, which depend on nothing but what they are of: grad may depend on input.
+        wide = [tensor.double().view_as(tensor) for tensor in (grad, input, weight) if tensor is not None]
         wanted = [tensor if again and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in wide]
         dy, x, scale = wanted if weight is not None else (*wanted, torch.ones_like(mean))
         outputs = _formula(dy, x, mean, m2, scale, ctx.count, ctx.eps, ctx.training)

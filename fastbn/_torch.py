@@ -34,7 +34,9 @@ _STORAGE = {
 }
 # Reads plain tensors in compiled code; a torch without these functions takes the general way throughout.
 plain = _native.Exchange(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.empty_like, torch.Tensor, torch.nn.Parameter)
-_forward_ad = torch.autograd.forward_ad
+# Found once: looking these up costs a small batch as much as calling them.
+forward_ad, transforms_active = torch.autograd.forward_ad, torch._C._are_functorch_transforms_active
+modes, _num_threads = torch._C._len_torch_dispatch_stack, torch.get_num_threads
 # Elements of a tensor whose pages cost more than keeping its memory does.
 _LARGE = 1 << 17
 
@@ -79,12 +81,12 @@ def values_per_channel(input):
 
 def watched():
     """Whether a call is more than that: a transform is at work, or a mode sees every operator."""
-    return transformed() or torch._C._len_torch_dispatch_stack() > 0
+    return transforms_active() or forward_ad._current_level >= 0 or modes() > 0
 
 
 def transformed():
     """Whether a transform of torch.func or forward-mode differentiation is at work: they know torch's operators alone."""
-    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 # ---- what the kernels are given where tensors are not plain: addresses of these or of copies ----
@@ -150,7 +152,7 @@ def wide(tensor):
 def train(input, weight, bias, running_mean, running_var, momentum, eps, batches=None, single=False):
     """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move. One value per channel
     is an error, as in torch, unless `single`."""
-    y, threads = _new(input), torch.get_num_threads()
+    y, threads = _new(input), _num_threads()
     moments = plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
     if moments is None:
         check_input(input)
@@ -176,7 +178,7 @@ def train(input, weight, bias, running_mean, running_var, momentum, eps, batches
 
 def infer(input, mean, var, weight, bias, eps):
     """Return y of given statistics."""
-    y, threads = _new(input), torch.get_num_threads()
+    y, threads = _new(input), _num_threads()
     if plain.infer(input, y, mean, var, weight, bias, eps, threads):
         return y
     check_input(input)
@@ -191,7 +193,7 @@ def backward(grad, input, mean, m2, weight, bias, count, eps, training, wanted=(
     """Return (dx, dweight, dbias), None where not wanted; mean and m2 are float64 arrays, a count of 0 stands for that of the input."""
     if not wanted[0]:
         return None, *backward_sums(grad, input, mean, m2, weight, bias, count, eps, wanted)[1:]
-    dx, threads = _new(input), torch.get_num_threads()
+    dx, threads = _new(input), _num_threads()
     found = plain.backward(input, dx, grad, weight, bias, mean, m2, count, eps, not training, wanted, threads)
     if found is not None:
         return found
@@ -211,7 +213,7 @@ def backward_sums(grad, input, mean, m2, weight, bias, count, eps, wanted):
     view, (x, dy) = _arrange(input, grad)
     _native.backward_sums(
         *(x.data_ptr(), dy.data_ptr(), *places, None, mean, m2, count, sums, view, _STORAGE[input.dtype][1], 0),
-        *(eps, torch.get_num_threads()),
+        *(eps, _num_threads()),
     )
     return sums, _as(dweight, weight), _as(dbias, bias)
 
@@ -234,7 +236,7 @@ def stats_of(input):
     """Return the BatchStats of a batch."""
     view, (x,) = _arrange(input)
     stats = BatchStats._new(values_per_channel(input), input.shape[1])
-    _native.stats(x.data_ptr(), stats.mean, stats.m2, view, _STORAGE[input.dtype][1], torch.get_num_threads())
+    _native.stats(x.data_ptr(), stats.mean, stats.m2, view, _STORAGE[input.dtype][1], _num_threads())
     return stats
 
 
@@ -244,6 +246,6 @@ def backward_input(grad, input, stats, sums, weight, eps):
     view, (x, target, dy) = _arrange(input, dx, grad)
     _native.backward_input(
         *(x.data_ptr(), target.data_ptr(), dy.data_ptr(), place, None, stats.mean, stats.m2, stats.count, sums, view),
-        *(_STORAGE[input.dtype][1], 0, eps, torch.get_num_threads()),
+        *(_STORAGE[input.dtype][1], 0, eps, _num_threads()),
     )
     return dx if target is dx else dx.copy_(target)

@@ -11,6 +11,10 @@ import torch
 from fastbn import _autograd, _check, _operators, _torch
 from fastbn.errors import ArgumentError, TensorError, expected
 
+# Found once: looking these up costs a small batch as much as calling them.
+_Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
+_forward_ad, _transforms_active, _modes = _torch.forward_ad, _torch.transforms_active, _torch.modes
+
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
 
 
@@ -102,10 +106,12 @@ def _eager(input):
     """Whether a call is just that: nothing traces it, wraps its input or transforms it."""
     kind = type(input)
     return (
-        not torch.compiler.is_compiling()
-        and (kind is torch.Tensor or kind is torch.nn.Parameter)
-        and not torch.jit.is_tracing()
-        and not _torch.watched()
+        not _is_compiling()
+        and (kind is _Tensor or kind is _Parameter)
+        and not _is_tracing()
+        and not _transforms_active()
+        and _forward_ad._current_level < 0
+        and not _modes()
     )
 
 
