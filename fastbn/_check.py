@@ -106,7 +106,14 @@ def positive_int(value, where):
 
 
 def _number(value, where):
-    return converted(float, value, "a number", where)
+    return converted(_float, value, "a number", where)
+
+
+def _float(value):
+    try:
+        return float(value)
+    except OverflowError:  # an integer that no float holds
+        return inf
 
 
 def momentum_of(value):
@@ -214,6 +221,8 @@ def running(value, where, channels, *tensors):
     if array is not value and not (array.size == 0 or np.shares_memory(array, _ndarray(value, where))):
         raise ArgumentError(expected("aligned values in native byte order", "others", where))
     _writable(array, where)
+    if _meets_itself(array.shape, array.strides):
+        raise ArgumentError(expected("a value of its own for each channel", "an array that overlaps itself", where))
     for other in tensors:
         _apart(array, other, where)
     return array
