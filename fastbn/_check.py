@@ -15,6 +15,7 @@ __all__ = [
     "activation_of",
     "axis_of",
     "batch_stats_of",
+    "converted",
     "eps_of",
     "fold_weight",
     "isa_of",
@@ -37,11 +38,18 @@ _CODES = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float
 _PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def _array(value, where):
+def converted(read, value, what, where):
+    """Return read(value); what the code of other libraries raises on the way, a KeyError too, becomes the project's error."""
     try:
-        array = np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise ArgumentTypeError(expected("an array", type(value).__name__, where)) from error
+        return read(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ArgumentTypeError(expected(what, type(value).__name__, where)) from error
+
+
+def _array(value, where):
+    array = converted(np.asarray, value, "an array", where)
     if array.dtype.name not in DTYPES:
         got = type(value).__name__ if array.dtype == object else str(array.dtype)
         raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", got, where))
@@ -98,10 +106,14 @@ def positive_int(value, where):
 
 
 def _number(value, where):
+    return converted(_float, value, "a number", where)
+
+
+def _float(value):
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(expected("a number", type(value).__name__, where)) from error
+    except OverflowError:  # an integer that no float holds
+        return inf
 
 
 def momentum_of(value):
@@ -140,16 +152,15 @@ def _dtype_code(dtype):
 
 def _ndarray(value, where):
     """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
-    if isinstance(value, np.ndarray):
+    return np.asarray(value) if isinstance(value, np.ndarray) else converted(_view, value, "an array in CPU memory", where)
+
+
+def _view(value):
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):
         return np.asarray(value)
-    try:
-        if hasattr(value, "__dlpack__"):
-            return np.from_dlpack(value)
-        if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):
-            return np.asarray(value)
-        return np.asarray(memoryview(value))
-    except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        raise ArgumentTypeError(expected("an array in CPU memory", type(value).__name__, where)) from error
+    return np.asarray(memoryview(value))
 
 
 def tensor(value, where):
@@ -169,12 +180,9 @@ def tensor(value, where):
 
 def axis_of(value, array):
     """Return axis as an index from 0."""
-    if value == 1 and array.ndim > 1:
+    if type(value) is int and value == 1 and array.ndim > 1:
         return 1
-    try:
-        axis = index(value)
-    except TypeError as error:
-        raise ArgumentTypeError(expected("an integer", type(value).__name__, "axis")) from error
+    axis = converted(index, value, "an integer", "axis")
     if not -array.ndim <= axis < array.ndim:
         raise ArgumentError(expected(f"an axis of an array with {array.ndim} axes", f"{axis}", "axis"))
     return axis % array.ndim
@@ -213,6 +221,8 @@ def running(value, where, channels, *tensors):
     if array is not value and not (array.size == 0 or np.shares_memory(array, _ndarray(value, where))):
         raise ArgumentError(expected("aligned values in native byte order", "others", where))
     _writable(array, where)
+    if _meets_itself(array.shape, array.strides):
+        raise ArgumentError(expected("a value of its own for each channel", "an array that overlaps itself", where))
     for other in tensors:
         _apart(array, other, where)
     return array
@@ -265,6 +275,8 @@ def _apart(array, other, where):
 
 @lru_cache(maxsize=256)
 def _meets_itself(shape, strides):
+    if 0 in shape:
+        return False
     reach = 0
     for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
         if stride <= reach:

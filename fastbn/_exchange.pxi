@@ -39,31 +39,67 @@ cdef enum:
 
 
 cdef class Exchange:
-    """The kernels over plain tensors. A tensor is plain when it lies on the CPU, has one of the four types and more than one channel, holds
+    """The kernels over plain tensors. A tensor is plain when its class is one of two, a subclass may stand for others, when its memory lies
+    on the CPU, has one of the four types and more than one channel, holds
     elements, and is dense with the channels second in its memory, or last; values per channel when they are float32 or float64, of shape
     (C,). All tensors of one call have the same sizes and strides. Nothing is plain whose memory holds the other sign, as that of
     z.conj().imag does; such values per channel are told by their stride, before a call asks."""
 
     cdef tensor_reader read
-    cdef object new_like
+    cdef object new_like, kind, parameter
 
-    def __cinit__(self, capsule, new_like):
-        """`new_like` makes an uninitialised tensor like another."""
+    def __cinit__(self, capsule, new_like, kind, parameter):
+        """`new_like` makes an uninitialised tensor like another; `kind` and `parameter` are the classes of plain tensors."""
         cdef DLPackExchangeAPI *api
-        self.new_like = new_like
+        self.new_like, self.kind, self.parameter = new_like, kind, parameter
         if capsule is not None:
             api = <DLPackExchangeAPI *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
             self.read = api.read if api.major == DL_VERSION else NULL
 
+    cdef bint is_known(self, object tensor):
+        return type(tensor) is self.kind or type(tensor) is self.parameter
+
     cdef bint take(self, object tensor, DLTensor *out):
-        """Whether a tensor could be read and lies on the CPU."""
-        if self.read is NULL:
+        """Whether a tensor could be read and has memory on the CPU."""
+        if self.read is NULL or not self.is_known(tensor):
             return False
         if self.read(<void *><PyObject *>tensor, out):
             PyErr_Clear()
             return False
+        if out.data is NULL or out.device_type != DL_CPU or out.lanes != 1:
+            return False
         out.data += out.byte_offset
-        return out.device_type == DL_CPU and out.lanes == 1
+        return True
+
+    cdef bint has_memory(self, object tensor):
+        """Whether a tensor is of the two classes and its elements, where it has any, lie in memory of the CPU."""
+        cdef DLTensor out
+        cdef int i
+        if not self.is_known(tensor):
+            return False
+        if self.read is NULL:
+            try:
+                return tensor.is_cpu and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+            except RuntimeError:  # one of a batch that torch maps over, or of another layout
+                return False
+        if self.read(<void *><PyObject *>tensor, &out):
+            PyErr_Clear()
+            return False
+        if out.device_type != DL_CPU:
+            return False
+        if out.data is not NULL:
+            return True
+        for i in range(out.ndim):
+            if out.shape[i] == 0:
+                return True
+        return False
+
+    def have_memory(self, *tensors):
+        """Whether every tensor that is there is one of memory on the CPU and of nothing else, so that its address says what it holds."""
+        for tensor in tensors:
+            if tensor is not None and not self.has_memory(tensor):
+                return False
+        return True
 
     cdef bint take_first(self, fbn_job *job, object tensor, DLTensor *first):
         """Set sizes and type of a job by its first tensor; whether that is plain."""

@@ -64,9 +64,18 @@ cdef extern from "fastbn.h" nogil:
 def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, int64_t M, int64_t C, int64_t S, int dtype):
     """Write round(weight * scale) over the view (G, M, C, S), or only look when out is 0; return (nonfinite, flushed)."""
     cdef fbn_scale_report report
+    check_address(<void *>weight, G * M * C * S, "weight")
+    check_address(<void *>scale, G * C, "scale")
     with nogil:
         fbn_scale_weight(<void *>out, &report, <const void *>weight, <const double *>scale, G, M, C, S, <fbn_dtype>dtype)
     return report.nonfinite, report.flushed
+
+
+cdef int check_address(const void *address, int64_t elements, str where) except -1:
+    """Raise where elements have no memory, as those of a tensor that only stands for others: 0 means None to the kernels."""
+    if address is NULL and elements:
+        raise RuntimeError(f"Expected memory, got address 0 for {elements} elements - at `{where}`")
+    return 0
 
 
 cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int threads):
@@ -82,36 +91,41 @@ cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int thre
     return job
 
 
-cdef void set_tensor(fbn_tensor *tensor, object array, tuple view, int *index):
+cdef int set_tensor(fbn_tensor *tensor, object array, tuple view, int *index, str where) except -1:
     """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls; a
     view of sizes alone is of C-contiguous arrays."""
     if array is None:
-        return
+        return 0
     tensor.data = <char *><uintptr_t>array if isinstance(array, int) else <char *>cnp.PyArray_DATA(array)
+    check_address(tensor.data, <int64_t>view[0] * <int64_t>view[1] * <int64_t>view[2], where)
     if len(view) == 3:
         tensor.n, tensor.c, tensor.s = <int64_t>view[1] * <int64_t>view[2], view[2], 1
-        return
+        return 0
     tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
     index[0] += 3
+    return 0
 
 
-cdef void set_vector(fbn_vector *vector, object array):
+cdef int set_vector(fbn_vector *vector, object array, int64_t length, str where) except -1:
     """From an array, or from a tuple (address, stride in elements, whether it is float64, ...)."""
     if array is None:
-        return
+        return 0
     if isinstance(array, tuple):
         vector.data = <char *><uintptr_t>array[0]
         vector.stride = array[1]
         vector.is_f64 = array[2]
-        return
-    vector.data = <char *>cnp.PyArray_DATA(array)
-    vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8
-    vector.stride = cnp.PyArray_STRIDE(array, 0) // cnp.PyArray_ITEMSIZE(array)
+    else:
+        vector.data = <char *>cnp.PyArray_DATA(array)
+        vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8
+        vector.stride = cnp.PyArray_STRIDE(array, 0) // cnp.PyArray_ITEMSIZE(array)
+    return check_address(vector.data, length, where)
 
 
-cdef void set_moments(fbn_job *job, object batch_mean, object batch_m2):
+cdef int set_moments(fbn_job *job, object batch_mean, object batch_m2) except -1:
     job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
     job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
+    check_address(job.batch_mean, job.C, "batch_mean")
+    return check_address(job.batch_m2, job.C, "batch_m2")
 
 
 cdef void *new_work(const fbn_job *job) except NULL:
@@ -125,13 +139,13 @@ def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int 
     """y into out; view holds the sizes and the strides of x, out and residual."""
     cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
-    set_tensor(&job.out, out, view, &index)
-    set_tensor(&job.residual, residual, view, &index)
-    set_vector(&job.mean, mean)
-    set_vector(&job.var, var)
-    set_vector(&job.weight, weight)
-    set_vector(&job.bias, bias)
+    set_tensor(&job.x, x, view, &index, "x")
+    set_tensor(&job.out, out, view, &index, "out")
+    set_tensor(&job.residual, residual, view, &index, "residual")
+    set_vector(&job.mean, mean, job.C, "mean")
+    set_vector(&job.var, var, job.C, "var")
+    set_vector(&job.weight, weight, job.C, "weight")
+    set_vector(&job.bias, bias, job.C, "bias")
     cdef void *work = new_work(&job)
     with nogil:
         fbn_infer(&job, work)
@@ -143,13 +157,13 @@ def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean,
     """y into out, statistics into batch_mean and batch_m2, running statistics moved; view as in infer."""
     cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
-    set_tensor(&job.out, out, view, &index)
-    set_tensor(&job.residual, residual, view, &index)
-    set_vector(&job.mean, running_mean)
-    set_vector(&job.var, running_var)
-    set_vector(&job.weight, weight)
-    set_vector(&job.bias, bias)
+    set_tensor(&job.x, x, view, &index, "x")
+    set_tensor(&job.out, out, view, &index, "out")
+    set_tensor(&job.residual, residual, view, &index, "residual")
+    set_vector(&job.mean, running_mean, job.C, "running_mean")
+    set_vector(&job.var, running_var, job.C, "running_var")
+    set_vector(&job.weight, weight, job.C, "weight")
+    set_vector(&job.bias, bias, job.C, "bias")
     set_moments(&job, batch_mean, batch_m2)
     cdef void *work = new_work(&job)
     with nogil:
@@ -161,7 +175,7 @@ def stats(x, batch_mean, batch_m2, tuple view, int dtype, int threads=0):
     """Statistics into batch_mean and batch_m2; view holds the sizes and the strides of x."""
     cdef fbn_job job = new_job(view, dtype, 0, 0, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
+    set_tensor(&job.x, x, view, &index, "x")
     set_moments(&job, batch_mean, batch_m2)
     cdef void *work = new_work(&job)
     with nogil:
@@ -174,15 +188,15 @@ def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch
     """Gradients into dx, dresidual, dweight and dbias; view holds the sizes and the strides of x, dx, dy, residual and dresidual."""
     cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
-    set_tensor(&job.out, dx, view, &index)
-    set_tensor(&job.dy, dy, view, &index)
-    set_tensor(&job.residual, residual, view, &index)
-    set_tensor(&job.dresidual, dresidual, view, &index)
-    set_vector(&job.dweight, dweight)
-    set_vector(&job.dbias, dbias)
-    set_vector(&job.weight, weight)
-    set_vector(&job.bias, bias)
+    set_tensor(&job.x, x, view, &index, "x")
+    set_tensor(&job.out, dx, view, &index, "dx")
+    set_tensor(&job.dy, dy, view, &index, "dy")
+    set_tensor(&job.residual, residual, view, &index, "residual")
+    set_tensor(&job.dresidual, dresidual, view, &index, "dresidual")
+    set_vector(&job.dweight, dweight, job.C, "dweight")
+    set_vector(&job.dbias, dbias, job.C, "dbias")
+    set_vector(&job.weight, weight, job.C, "weight")
+    set_vector(&job.bias, bias, job.C, "bias")
     set_moments(&job, batch_mean, batch_m2)
     job.count = count
     job.frozen = frozen
@@ -197,10 +211,10 @@ def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int
     """Sums of shape (2, C), dweight and dbias of these values; view holds the sizes and the strides of x and dy."""
     cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
-    set_tensor(&job.dy, dy, view, &index)
-    set_vector(&job.dweight, dweight)
-    set_vector(&job.dbias, dbias)
+    set_tensor(&job.x, x, view, &index, "x")
+    set_tensor(&job.dy, dy, view, &index, "dy")
+    set_vector(&job.dweight, dweight, job.C, "dweight")
+    set_vector(&job.dbias, dbias, job.C, "dbias")
     set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
     cdef void *work = new_work(&job)
     with nogil:
@@ -213,9 +227,9 @@ def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count,
     """dx of sums over `count` values per channel; view holds the sizes and the strides of x, dx and dy."""
     cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
     cdef int index = 3
-    set_tensor(&job.x, x, view, &index)
-    set_tensor(&job.out, dx, view, &index)
-    set_tensor(&job.dy, dy, view, &index)
+    set_tensor(&job.x, x, view, &index, "x")
+    set_tensor(&job.out, dx, view, &index, "dx")
+    set_tensor(&job.dy, dy, view, &index, "dy")
     set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
     cdef void *work = new_work(&job)
     with nogil:
@@ -223,12 +237,13 @@ def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count,
         free(work)
 
 
-cdef void set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums):
-    set_vector(&job.weight, weight)
-    set_vector(&job.bias, bias)
+cdef int set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums) except -1:
+    set_vector(&job.weight, weight, job.C, "weight")
+    set_vector(&job.bias, bias, job.C, "bias")
     set_moments(job, batch_mean, batch_m2)
     job.count = count
     job.sums = <double *>cnp.PyArray_DATA(sums)
+    return check_address(job.sums, job.C, "sums")
 
 
 include "_exchange.pxi"
@@ -237,7 +252,7 @@ include "_exchange.pxi"
 def first_without_root(var, double eps):
     """The first index where var + eps is not positive, or -1."""
     cdef fbn_vector vector
-    set_vector(&vector, var)
+    set_vector(&vector, var, cnp.PyArray_DIM(var, 0), "var")
     return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
 
 

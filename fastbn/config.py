@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 import numpy as np
 
@@ -45,8 +46,15 @@ def set_num_threads(n):
     _native.set_num_threads(min(_check.positive_int(n, "n"), 256))
 
 
+_lock = threading.Lock()
+_open = []  # (block, name): what was in use before the first block of `use_isa`, then the blocks in the order in which they were entered
+
+
 class use_isa:
     """Context manager: within it, the kernels of one instruction set run, in the whole process; results do not depend on it.
+
+    Of blocks that are open in several threads, the one entered last decides; after the last of them the choice is what it was before the
+    first.
 
     Parameters
     ----------
@@ -69,11 +77,19 @@ class use_isa:
         self._name = _check.isa_of(name)
 
     def __enter__(self):
-        self._before = _native.isa()
-        _native.use_isa(self._name)
+        with _lock:
+            if not _open:
+                _open.append((None, _native.isa()))
+            _open.append((self, self._name))
+            _native.use_isa(self._name)
 
     def __exit__(self, *error):
-        _native.use_isa(self._before)
+        with _lock:
+            last = max(place for place, (block, _) in enumerate(_open) if block is self)
+            del _open[last]
+            _native.use_isa(_open[-1][1])
+            if len(_open) == 1:
+                _open.clear()
 
 
 def show_config():

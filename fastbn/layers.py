@@ -235,7 +235,7 @@ class BatchNorm:
         vectors = {name: _vector(state[name], name, self.num_features) for name in _ARRAYS if name in names}
         count = self.num_batches_tracked
         if "num_batches_tracked" in state:
-            count = np.asarray(state["num_batches_tracked"])
+            count = _check.converted(np.asarray, state["num_batches_tracked"], "a number of batches", "num_batches_tracked")
             if count.shape != () or count.dtype.kind not in "iu" or count < 0:
                 raise ArgumentError(expected("a number of batches", f"{count}", "num_batches_tracked"))
         for name, values in vectors.items():
@@ -385,7 +385,7 @@ _ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _vector(value, where, channels):
-    array = np.asarray(value)
+    array = _check.converted(np.asarray, value, "an array", where)
     if array.dtype.kind not in "fiu" or array.shape != (channels,):
         raise ArgumentError(expected(f"numbers of shape ({channels},)", f"{array.dtype} of shape {array.shape}", where))
     return array

@@ -8,8 +8,12 @@ frees them). At most `torch.get_num_threads()` threads work on a call, and no mo
 
 import torch
 
-from fastbn import _check, _torch
+from fastbn import _autograd, _check, _operators, _torch
 from fastbn.errors import ArgumentError, TensorError, expected
+
+# Found once: looking these up costs a small batch as much as calling them.
+_Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
+_forward_ad, _transforms_active, _modes = _torch.forward_ad, _torch.transforms_active, _torch.modes
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
 
@@ -64,8 +68,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
 def _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, batches, eager):
     """`batches`, where given, counts one more when training."""
     eps = _check.eps_of(eps)
+    eager = eager and _torch.plain.have_memory(input, running_mean, running_var, weight, bias, batches)
     if eager and (process_group is None or not training):
-        return _torch.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+        return _autograd.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
     y = _apart(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager)
     if batches is not None:
         batches.add_(1)
@@ -79,39 +84,35 @@ def _apart(input, running_mean, running_var, weight, bias, training, momentum, e
     if not tracing:
         _torch.check_input(input)
     if training and process_group is not None:
-        return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
+        return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group, eager)
     if not tracing:
         _torch.check_statistics(input, running_mean, running_var, training)
-    if _transformed():  # torch.func and forward-mode differentiation know torch's operators alone
+    if _torch.transformed():  # torch.func and forward-mode differentiation know torch's operators alone
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not tracing:
         for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
             _torch.check_vector(tensor, where, input)
-    return _torch.by_operators(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _operators.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @torch.compiler.disable
-def _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group):
-    if not _eager(input):
-        raise TensorError(expected("no process group in a traced or transformed call", "one", "process_group"))
-    return _torch.apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
+def _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group, eager):
+    if not eager:
+        raise TensorError(expected("plain tensors beside a process group, and no traced or transformed call", "others", "process_group"))
+    return _autograd.apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
 
 
 def _eager(input):
-    """Whether a call is just that: nothing traces it, wraps its tensors or transforms it."""
+    """Whether a call is just that: nothing traces it, wraps its input or transforms it."""
     kind = type(input)
     return (
-        not torch.compiler.is_compiling()
-        and (kind is torch.Tensor or kind is torch.nn.Parameter)
-        and input.is_cpu
-        and not torch.jit.is_tracing()
-        and not _transformed()
-        and not torch._C._len_torch_dispatch_stack()
+        not _is_compiling()
+        and (kind is _Tensor or kind is _Parameter)
+        and not _is_tracing()
+        and not _transforms_active()
+        and _forward_ad._current_level < 0
+        and not _modes()
     )
-
-
-def _transformed():
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 # ---- the modules ----

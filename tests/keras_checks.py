@@ -138,6 +138,30 @@ def test_gradients_of_masked_batches_are_the_differences():
             np.testing.assert_allclose(gradient[place], (totals[0] - totals[1]) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("variance", [-0.5, -2e-3])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_a_moving_variance_without_a_root_gives_nan_in_its_channel(renorm, variance):
+    shape = (8, 3)
+    for layer in pair(shape, renorm=renorm):
+        layer.moving_variance.assign([1.0, variance, 2.0])
+        y = numpy(layer(data(shape), training=False))
+        assert np.isnan(y).tolist() == [[False, True, False]] * 8
+        dx, *_ = gradients(layer, data(shape), data(shape, 1), False)
+        assert np.isnan(dx).tolist() == [[False, True, False]] * 8
+
+
+def test_a_constant_masked_channel_without_epsilon_gives_beta():
+    """Keras gives NaN; as without a mask, the gradient of such a channel is 0."""
+    layer, x = BatchNormalization(epsilon=0.0), data((4, 5, 3))
+    layer.build(x.shape)
+    layer.beta.assign([1.0, 2.0, 3.0])
+    x[..., 1] = 7
+    np.testing.assert_array_equal(numpy(layer(x, training=True, mask=MASK))[MASK][:, 1], 2)
+    dx, *_ = gradients(layer, x, data(x.shape, 1), True, MASK)
+    assert not dx[..., 1].any()
+    assert np.isfinite(dx).all()
+
+
 def test_a_mask_leaves_padding_out():
     shape = (4, 5, 3)
     layer, x = made(BatchNormalization, shape), data(shape)

@@ -30,10 +30,12 @@ WRONG = {
     "x without axes": (lambda: fastbn.batch_stats(np.float32(1)), ValueError, "axis"),
     "axis too large": (lambda: fastbn.batch_stats(X, axis=3), ValueError, "axis"),
     "axis too small": (lambda: fastbn.batch_stats(X, axis=-4), ValueError, "axis"),
+    "axis an array": (lambda: fastbn.batch_stats(X, axis=np.array([1, 2])), TypeError, "axis"),
     "axis a float": (lambda: fastbn.batch_stats(X, axis=1.5), TypeError, "axis"),
     "eps negative": (lambda: fastbn.batch_norm_train(X, eps=-1e-5), ValueError, "eps"),
     "eps NaN": (lambda: fastbn.batch_norm_train(X, eps=float("nan")), ValueError, "eps"),
     "eps infinite": (lambda: fastbn.batch_norm_train(X, eps=float("inf")), ValueError, "eps"),
+    "eps a number that no float holds": (lambda: fastbn.batch_norm_train(X, eps=10**400), ValueError, "eps"),
     "eps a word": (lambda: fastbn.batch_norm_train(X, eps="small"), TypeError, "eps"),
     "momentum": (lambda: fastbn.batch_norm_train(X, momentum=1.5), ValueError, "momentum"),
     "momentum NaN": (lambda: fastbn.batch_norm_train(X, momentum=float("nan")), ValueError, "momentum"),
@@ -60,6 +62,11 @@ WRONG = {
         ValueError,
         "out",
     ),
+    "running_var overlaps itself": (
+        lambda: fastbn.batch_norm_train(X, running_var=np.lib.stride_tricks.as_strided(np.ones(3), (3,), (0,))),
+        ValueError,
+        "running_var",
+    ),
     "running_mean too long": (lambda: fastbn.batch_norm_train(X, running_mean=np.ones(4)), ValueError, "running_mean"),
     "running_var read-only": (lambda: fastbn.batch_norm_train(X, running_var=frozen(np.ones(3))), ValueError, "running_var"),
     "running_var of integers": (lambda: fastbn.batch_norm_train(X, running_var=np.ones(3, int)), TypeError, "running_var"),
@@ -84,6 +91,58 @@ def test_bad_arguments(case):
         call()
     assert isinstance(caught.value, fastbn.FastbnError)
     assert X.tobytes() == before
+
+
+class Foreign:
+    """An array of another library whose code fails where it is asked for its memory."""
+
+    def __init__(self, name, error):
+        self.name, self.error = name, error
+
+    def __getattr__(self, name):
+        if name == self.name:
+            raise self.error("no such buffer")
+        raise AttributeError(name)
+
+
+class Exporting(Foreign):
+    def __dlpack__(self, **options):
+        raise self.error("no such buffer")
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, OSError, ZeroDivisionError, RecursionError])
+@pytest.mark.parametrize(
+    "array", [Exporting, lambda name, error: Foreign("__dlpack__", error), lambda name, error: Foreign("__array__", error)]
+)
+def test_what_foreign_arrays_raise_is_one_error(array, error):
+    value = array("__dlpack__", error)
+    for where, call in {
+        "x": lambda: fastbn.batch_stats(value),
+        "mean": lambda: fastbn.batch_norm(X, value, ONES),
+        "out": lambda: fastbn.batch_norm_train(X, out=value),
+        "running_var": lambda: fastbn.batch_norm_train(X, running_var=value),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^Expected an array in CPU memory, got \w+ - at `{where}`$") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, error)
+
+
+def test_a_lack_of_memory_is_not_the_arguments_fault():
+    with pytest.raises(MemoryError):
+        fastbn.batch_stats(Exporting(None, MemoryError))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (0, 3, 0)])
+def test_an_empty_array_overlaps_nothing(shape):
+    """NumPy gives arrays without elements any strides, zeros among them."""
+    out = np.lib.stride_tricks.as_strided(np.empty(0, np.float32), shape, (0,) * len(shape))
+    x = np.empty(shape, np.float32)
+    assert fastbn.batch_norm(x, ONES, ONES, out=out) is out
+    assert fastbn.batch_norm_train(x, out=out)[0] is out
+    assert fastbn.batch_norm_backward(x, x, fastbn.batch_stats(x), out=out)[0] is out
 
 
 @pytest.mark.parametrize("shift", [1, 2, 7])

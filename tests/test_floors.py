@@ -18,6 +18,8 @@ FLOORS = [
     ["reference", "config"],
     ["functional"],
     ["layers", "_torch"],
+    ["_operators"],
+    ["_autograd"],
     ["torch"],
     ["keras.callbacks"],
     ["keras.torch", "keras.jax", "keras.tensorflow"],
@@ -67,6 +69,8 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 OPTIONAL = {
     "torch": ["torch"],
     "_torch": ["torch"],
+    "_operators": ["torch"],
+    "_autograd": ["torch"],
     "layers": ["torch", "keras"],
     "keras.torch": ["torch"],
     "keras.jax": ["jax"],

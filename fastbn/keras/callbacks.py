@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastbn.affine import narrow
-from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, normalise_with
 from fastbn.stats import BatchStats
 
 __all__ = ["infer", "infer_backward", "saved_size", "train", "train_backward"]
@@ -23,14 +23,24 @@ def _restored(saved):
     return BatchStats(int(saved[0]), mean, m2)
 
 
+def _frozen(stats):
+    """The statistics of some rows as given ones for all."""
+    return BatchStats(1, stats.mean, stats.var)
+
+
+def _with_root(var, eps):
+    """Return var, and NaN where var + eps is not positive: Keras gives NaN for such a channel, where the array functions raise."""
+    return np.where(var.astype(np.float64) + eps > 0, var, np.array(np.nan, var.dtype))
+
+
 def infer(x, mean, var, weight, bias, *, eps, axis):
     """Return y of the shape and dtype of x."""
-    return batch_norm(x, mean, var, weight, bias, eps=eps, axis=axis)
+    return batch_norm(x, mean, _with_root(var, eps), weight, bias, eps=eps, axis=axis)
 
 
 def infer_backward(dy, x, mean, var, weight, bias, *, eps, axis):
     """Return (dx, dweight, dbias), None for what has no parameter."""
-    return batch_norm_backward(dy, x, BatchStats(1, mean, var), weight, bias, eps=eps, axis=axis, training=False)
+    return batch_norm_backward(dy, x, BatchStats(1, mean, _with_root(var, eps)), weight, bias, eps=eps, axis=axis, training=False)
 
 
 def train(x, running_mean, running_var, weight, bias, mask=None, *, momentum, eps, axis):
@@ -45,7 +55,7 @@ def train(x, running_mean, running_var, weight, bias, mask=None, *, momentum, ep
         return y, running_mean, running_var, _saved(stats)
     values = _single(x)
     _, stats = batch_norm_train(values[mask], **update)
-    y = batch_norm(values, stats.mean, stats.var, weight, bias, eps=eps, axis=-1)
+    y = normalise_with(values, _frozen(stats), weight, bias, eps=eps, axis=-1)
     return narrow(y, x.dtype), running_mean, running_var, _saved(stats)
 
 
@@ -60,11 +70,12 @@ def train_backward(dy, x, weight, bias, saved, mask=None, *, eps, axis):
         return batch_norm_backward(dy, x, stats, weight, bias, eps=eps, axis=axis)
     values = _single(x)
     scale = np.ones(stats.mean.size) if weight is None else weight.astype(np.float64)
-    frozen = BatchStats(1, stats.mean, stats.var)
+    frozen = _frozen(stats)
     dx, dweight, dbias = batch_norm_backward(_single(dy), values, frozen, scale, np.zeros_like(scale), eps=eps, axis=-1, training=False)
     if stats.count:
-        share = scale / np.sqrt(stats.var + eps) / stats.count
-        dx[mask] -= batch_norm(values[mask], stats.mean, stats.var, dweight * share, dbias * share, eps=eps, axis=-1)
+        deviation = np.sqrt(stats.var + eps)
+        share = np.divide(scale, deviation * stats.count, out=np.zeros_like(scale), where=deviation != 0)
+        dx[mask] -= normalise_with(values[mask], frozen, dweight * share, dbias * share, eps=eps, axis=-1)
     gradients = (None if like is None else gradient.astype(like.dtype) for gradient, like in ((dweight, weight), (dbias, bias)))
     return narrow(dx, x.dtype), *gradients
 
