@@ -18,7 +18,7 @@ __all__ = ["METRICS", "Agreement", "compare", "drop_of"]
 # What a stage is judged by, and how much of it may be lost where the caller does not say.
 METRICS = {"top-1": 0.01, "error": 0.1}
 
-RANDOM = "not comparable: random, it differs between two runs of the original"
+RANDOM = "random: it differs between two runs of the original"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Total:
         """Compare one output of one sample."""
         before, after, same_keys = _arrays(before, after)
         if before is None or before.dtype.kind not in "fiubVOUS":
-            self.skip("not comparable: neither numbers nor text")
+            self.skip("neither numbers nor text")
             return
         self.elements += before.size
         if after is None or before.shape != after.shape or not same_keys:
@@ -208,7 +208,7 @@ class _Total:
     def agreement(self) -> Agreement:
         """Return what the samples say together."""
         if self.lost is None and (self.skipped or not self.compared):
-            empty = "not comparable: empty on every sample" if not self.elements else "no finite values to compare"
+            empty = "empty on every sample" if not self.elements else "no finite values to compare"
             return Agreement(self.output, self.elements, None, None, None, None, 0, self.skipped or empty)
         if self.discrete and self.lost is None:
             relative = self.unequal / self.elements

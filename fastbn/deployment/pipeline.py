@@ -22,6 +22,7 @@ from fastbn.graph.destination import is_stream, work_room
 from fastbn.graph.feeds import ModelNotRun
 from fastbn.graph.folding import checked_shapes, fold_watched
 from fastbn.graph.model import Index
+from fastbn.graph.report import first_few
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
@@ -395,9 +396,15 @@ def _not_verified(made: Deployment) -> None:
 
 def _warnings(made: Deployment) -> Iterator[str]:
     """Yield what the figures do not say by themselves."""
-    for found in made.stages[0].agreements if made.stages else ():
+    skipped: dict[str, list[str]] = {}
+    for found in made.stages[0].agreements:
         if found.relative is None:
-            yield f"output '{found.output}' is not compared: {found.note}"
+            skipped.setdefault(found.note, []).append(f"'{found.output}'")
+    for note, names in skipped.items():
+        if len(names) == 1:
+            yield f"output {names[0]} is not compared ({note})"
+        else:
+            yield f"{len(names)} outputs are not compared ({note}): {first_few(names)}"
     for stage in made.stages:
         for found in stage.agreements if made.metric == "top-1" else ():
             if found.top1 is None and found.relative is not None and found.relative > METRICS["error"]:
