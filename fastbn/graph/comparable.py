@@ -5,6 +5,7 @@ The same change is made to both models, so that what is compared is what differs
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
@@ -17,7 +18,10 @@ RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Rando
 
 # The graph inputs that choose the branch of every If and how often every Loop runs, and their values: one way, then the other.
 CONDITION, TRIPS = "fastbn/condition", "fastbn/trips"
-BRANCHES = {"then branches": {CONDITION: True, TRIPS: 2}, "else branches": {CONDITION: False, TRIPS: 1}}
+BRANCHES = {
+    "then branches": {CONDITION: np.array(True), TRIPS: np.array(2)},
+    "else branches": {CONDITION: np.array(False), TRIPS: np.array(1)},
+}
 
 # How many nodes an output that is no tensor of numbers is followed back.
 MOST_STEPS_BACK = 8

@@ -72,7 +72,7 @@ def probes(nodes: list[Node], site: Site, inside: set[Value]) -> Iterator[Probe]
 
 
 def _normal(shapes: dict[Value, tuple[int, ...]]) -> Callable[[np.random.Generator, float], dict[str, NDArray]]:
-    return lambda rng, amplitude: {value.name: amplitude * rng.standard_normal(shape) for value, shape in shapes.items()}
+    return lambda rng, amplitude: {value.name: np.asarray(amplitude * rng.standard_normal(shape)) for value, shape in shapes.items()}
 
 
 def _stated(value: Value, proposed: tuple[int, ...], index: Index) -> tuple[int, ...]:

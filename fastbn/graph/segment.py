@@ -254,8 +254,8 @@ def _run_nodes(protos, feeds, results, opset):
     inputs = []
     for name, array in feeds.items():
         if name in read:
-            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim))
+            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), np.shape(array)))
     graph = helper.make_graph(protos, "site", inputs, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(results)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset if opset >= 7 else 9)], ir_version=8)
     run = session(model.SerializeToString(), threads=1)
-    return run.run(results, {name: array for name, array in feeds.items() if name in read})
+    return run.run(results, {name: np.asarray(array) for name, array in feeds.items() if name in read})
