@@ -14,14 +14,12 @@ from pathlib import Path
 import make_models
 import onnx
 import pytest
-from onnx import helper
-from shell import files
-from sketch import CONV_BN, assert_same, conv_bn, normal, ops
+from shell import fails, files
+from sketch import assert_same, conv_bn, normal, ops
 
 import fastbn
 from fastbn.cli import main
 from fastbn.graph import destination, rewrite
-from fastbn.graph.version import difference
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root may give files away and make devices")
@@ -46,16 +44,6 @@ def _external(here, monkeypatch):
 def _no_child_that_loads(monkeypatch):
     """A deployment measures the memory of its stages in processes of their own: no matter here."""
     monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)
-
-
-def fails(capsys, *arguments):
-    """Run the command, demand exit code 2, one line and nothing new; return the line."""
-    before = files(Path())
-    assert main([*arguments]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert files(Path()) == before
-    return err
 
 
 def test_a_kill_at_any_point_leaves_the_old_model_or_the_new_one(tmp_path, environment, request):
@@ -383,93 +371,6 @@ def test_a_model_through_a_pipe_is_read_once(name, here, environment):
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null"])
 def test_a_device_is_no_model(name, here, capsys):
     assert "Expected a model file or a pipe, got a device or a socket" in fails(capsys, "fold", name, "out.onnx")
-
-
-def other_inputs():
-    return conv_bn(CONV_BN.replace("float[N,3,8,8] x", "float[N,3,9,9] x").replace("6,6", "7,7"))
-
-
-def named(*names):
-    proto = conv_bn()
-    for node, name in zip(proto.graph.node, names, strict=True):
-        node.name = name
-    return proto
-
-
-OTHERS = {
-    "other inputs": lambda: conv_bn(CONV_BN.replace("x)", "image)").replace("(x,", "(image,")),
-    "other sizes of inputs": other_inputs,
-    "other outputs": lambda: conv_bn(CONV_BN.replace(" y)", " z)").replace("y =", "z =")),
-    "other nodes": lambda: named("first", "second"),
-    "more nodes": lambda: conv_bn(CONV_BN.replace("y = Batch", "n = Batch").replace("}", "y = Relu(n) }")),
-    "weights of other sizes": lambda: conv_bn(w=normal(4, 3, 5, 5)),
-}
-
-
-@pytest.mark.parametrize("command", ["fold", "deploy"])
-@pytest.mark.parametrize("case", [*OTHERS, "no model"])
-def test_what_is_no_version_is_not_replaced_without_force(case, command, here, capsys):
-    data = b"a README" if case == "no model" else OTHERS[case]().SerializeToString()
-    (here / "out.onnx").write_bytes(data)
-    options = ["--runs", "1"] if command == "deploy" else []
-    line = fails(capsys, command, "in.onnx", "out.onnx", *options)
-    assert "Expected an OUT that is new or a version of IN, or --force, got a " in line
-    assert (here / "out.onnx").read_bytes() == data
-    assert main([command, "in.onnx", "out.onnx", *options, "-q", "--force"]) == 0
-    assert ops(onnx.load("out.onnx")) == "Conv"
-    assert main([command, "in.onnx", "out.onnx", *options, "-q"]) == 0, "one's own result"
-
-
-def test_versions_are_replaced(here):
-    for data in (b"", (here / "in.onnx").read_bytes(), conv_bn(w=normal(4, 3, 3, 3, seed=5)).SerializeToString()):
-        (here / "out.onnx").write_bytes(data)
-        assert main(["fold", "in.onnx", "out.onnx", "-q"]) == 0
-    assert main(["fold", "in.onnx", "out.onnx", "-q", "--skip", "y"]) == 0
-    assert main(["fold", "-", "out.onnx", "-q"]) == 2, "no model on stdin"
-    (here / "dangling.onnx").symlink_to("nowhere")
-    assert main(["fold", "in.onnx", "dangling.onnx", "-q"]) == 0
-
-
-def test_a_glob_of_two_models_does_no_harm(here, capsys):
-    (here / "other.onnx").write_bytes(OTHERS["other nodes"]().SerializeToString())
-    fails(capsys, "fold", *map(str, sorted(Path().glob("*.onnx"))))
-
-
-def test_the_quantised_form_is_a_version(small_cnn, monkeypatch):
-    made = fastbn.deploy(small_cnn, quantize=True, max_drop=1, metric="error", runs=1)
-    assert made.shipped == "quantized"
-    assert difference(onnx.load(small_cnn), onnx.ModelProto.FromString(made.to_bytes())) is None
-
-
-def test_an_inlined_function_is_a_version():
-    proto = conv_bn("(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w, b) y = own.Norm(c, s, t, m, v) }", imports=["own"])
-    node = helper.make_node("BatchNormalization", list("abcde"), ["r"])
-    proto.functions.append(helper.make_function("own", "Norm", list("abcde"), ["r"], [node], [helper.make_opsetid("", 17)]))
-    folded = fastbn.fold(proto, verify=False)
-    assert len(folded.folded) == 1
-    assert difference(proto, folded.model) is None
-    assert difference(proto, OTHERS["more nodes"]()) == "other nodes"
-
-
-@pytest.mark.usefixtures("external")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["fold", "large.onnx", "large.onnx.data", "--force"],
-        ["fold", "large.onnx", "out.onnx", "--json", "large.onnx.data"],
-        ["verify", "in.onnx", "large.onnx", "--json", "large.onnx.data"],
-        ["deploy", "large.onnx", "large.onnx.data", "--force"],
-        ["deploy", "large.onnx", "out.onnx", "--report", "large.onnx.data", "--force"],
-        ["deploy", "large.onnx", "out.onnx", "--json", "large.onnx.data"],
-        ["fold", "large.onnx", "out.onnx", "--json", "in.onnx"],
-        ["verify", "large.onnx", "large.onnx", "--json", "in.onnx"],
-    ],
-    ids=" ".join,
-)
-def test_no_report_and_no_model_goes_over_what_is_read(arguments, here, capsys):
-    before = {path.name: path.read_bytes() for path in here.iterdir()}
-    fails(capsys, *arguments)
-    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
