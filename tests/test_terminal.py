@@ -211,6 +211,12 @@ def test_what_cannot_be_compared_is_2_and_what_differs_is_1(here, capsys):
     assert main(["verify", "in.onnx", "wrong.onnx"]) == 1
 
 
+def test_a_second_model_on_stdin(here, environment):
+    for options in ("", "--json -"):
+        done = shell(f"fastbn verify in.onnx - {options} <in.onnx", environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_bench_without_the_data_file(here, capsys):
     onnx.save(conv_bn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
     (here / "big.data").unlink()
