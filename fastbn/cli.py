@@ -79,7 +79,7 @@ def _fold(arguments, run):
 
     name = _input(arguments.input)
     target = None if arguments.dry_run else _target(arguments, name)
-    where = _report_path(arguments.json, [name, target], run)
+    where = _report_path(arguments.json, [name], [target], run)
     source = _source(name)
     _check_version(source, target, arguments.force or arguments.in_place)
     _check_data_files([source], [where])
@@ -203,7 +203,7 @@ def _check_data_files(sources, paths):
             raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
 
 
-def _report_path(where, others, run):
+def _report_path(where, inputs, outputs, run):
     """Return where the JSON report goes, None, "-" or a name; refuse, before any work is done, one that could not be written or would
     replace a model."""
     from fastbn.graph.destination import check_destination, descriptor_of, is_stream
@@ -211,15 +211,15 @@ def _report_path(where, others, run):
 
     if where is not None and (where == STREAM or descriptor_of(where) == 1):
         where = STREAM
-    if STREAM in (where, *others[1:]) and "stdout" in run.closed:
+    if STREAM in (where, *outputs) and "stdout" in run.closed:
         raise StorageError(expected("an open stdout", "a closed one", STREAM))
     if where in (None, STREAM):
-        if where == STREAM and STREAM in others[1:]:
+        if where == STREAM and STREAM in outputs:
             raise ArgumentError(expected("one of model and report on stdout", "both", "--json"))
         return where
     check_destination(where)
     device = is_stream(where) and not os.path.isfile(where) and not Path(where).is_fifo()
-    same = any(_is_same(where, other) for other in others if other not in (None, STREAM))
+    same = any(_is_same(where, other) for other in (*inputs, *outputs) if other not in (None, STREAM))
     if not device and (same or (os.path.isfile(where) and model_in(where) is not None)):
         raise ArgumentError(expected("a report that is no model", "the same file" if same else "a model", f"--json {where}"))
     return where
@@ -344,7 +344,7 @@ def _deploy(arguments, run):
     name = _input(arguments.input)
     check_paths(name, arguments.output, arguments.report, arguments.force)
     target = _checked_target(arguments.output, name)
-    where = _report_path(arguments.json, [name, target, arguments.report, arguments.data], run)
+    where = _report_path(arguments.json, [name, arguments.data], [target, arguments.report], run)
     if arguments.report is not None:
         check_destination(arguments.report)
         if descriptor_of(arguments.report) == 1 and STREAM in (target, where):
@@ -372,7 +372,7 @@ def _verify(arguments, run):
     from fastbn.graph.folding import verify_watched
 
     sources = [_source(_input(name)) for name in (arguments.original, arguments.folded)]
-    where = _report_path(arguments.json, [arguments.original, None, arguments.folded], run)
+    where = _report_path(arguments.json, [arguments.original, arguments.folded], [], run)
     _check_data_files(sources, [where])
     bar = Progress(arguments.quiet)
     with bar:
@@ -403,7 +403,7 @@ def _bench(arguments, run):
     from fastbn.graph.bench import bench
 
     sources = [_source(_input(name)) for name in (arguments.original, arguments.folded) if name is not None]
-    where = _report_path(arguments.json, [arguments.original, None, arguments.folded], run)
+    where = _report_path(arguments.json, [arguments.original, arguments.folded], [], run)
     _check_data_files(sources, [where])
     rows = bench(*sources, runs=arguments.runs, input_shapes=input_shapes(arguments))
     _write_report(where, {"schema": _schema(), "bench": rows})

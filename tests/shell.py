@@ -1,7 +1,9 @@
 """What tests of the command share: a terminal, what lies in a folder, and a deployment whose stages lose what a test says."""
 
 import io
+from pathlib import Path
 
+from fastbn.cli import main
 from fastbn.deployment import pipeline
 
 
@@ -21,3 +23,13 @@ def losing(monkeypatch, *losses):
     """Let the stages of the next deployments lose this much, one after the other."""
     rest = iter(losses)
     monkeypatch.setattr(pipeline, "drop_of", lambda found, metric: next(rest))
+
+
+def fails(capsys, *arguments):
+    """Run the command, demand exit code 2, one line and nothing new; return the line."""
+    before = files(Path())
+    assert main([*arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert files(Path()) == before
+    return err

@@ -6,6 +6,7 @@ file, and whatever else leads to the old one, a hard link or the target of a sym
 """
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -142,7 +143,7 @@ def _check_folder(path):
         raise StorageError(expected("an existing output folder", "none", str(folder)))
     if not os.access(folder, os.W_OK):
         raise StorageError(expected("a writable output folder", "one that is not", str(folder)))
-    with contextlib.suppress(OSError):
+    if os.path.lexists(path):
         around, old = os.stat(folder), os.lstat(path)
         if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, around.st_uid, old.st_uid):
             raise StorageError(expected("a file that may be replaced", "another user's, in a folder where only its owner may", str(path)))
@@ -361,17 +362,17 @@ class Replacement:
 
 
 def _publish(temporary, place):
-    """Give a data file its name, unless something has that by now."""
+    """Give a data file its name, unless something has that by now, and no other: onnx reads no data file that has two names."""
     try:
         os.link(temporary, place)
-        return
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        pass
-    if os.path.lexists(place):
-        raise FileExistsError(f"{place} exists")
-    os.rename(temporary, place)
+        if os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
+        os.rename(temporary, place)
+    else:
+        os.unlink(temporary)
 
 
 def _become_like(temporary, path):

@@ -180,6 +180,8 @@ class Output:
                 tensor = patched[self.patches.index(patch)]
                 _set_external(tensor, "offset", str(offset))
                 _set_external(tensor, "length", str(patch.size))
+        if self._room is not None:
+            self._room.close()
         return written
 
 

@@ -25,8 +25,8 @@ __all__ = [
 # Columns of a line that goes to no terminal, and of a row's list of names before it is listed below the row.
 WIDTH, LONGEST_NAMES = 160, 72
 
-# Where the second line of a folded one begins: below the text behind its label or its indent.
-HANGING = re.compile(r" {2}\S+ +|\S+ {2,}| +")
+# Where the second line of a folded one begins: below the text behind its label or its indent; a label is short.
+HANGING = re.compile(r" {2}\S{1,8} +|\S{1,8} {2,}| +")
 
 # What parts the two halves of a reason: no way against the data flow, and none along it.
 FORWARDS = "; forwards: "
@@ -172,15 +172,15 @@ def result_rows(folded, kept):
     """Return the lines of a report, a node each: what was folded where, what stayed and why."""
     rows, below = [], []
     for fold in folded:
-        bn, bn_names = _counted(fold.bn, len(fold.ops), "nodes")
-        into, into_names = _counted(fold.into, fold.op.count("+") + 1, "constants of nodes")
+        bn, bn_names = _counted(fold.bn, len(fold.ops))
+        into, into_names = _counted(fold.into, fold.op.count("+") + 1)
         measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
         channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
-        note = f"[{fold.note}]" if fold.note else ""
+        note = f"[{'; '.join(dict.fromkeys(fold.note.split('; ')))}]" if fold.note else ""  # one weight may be duplicated many times
         rows.append(["  folded", bn, f"into {into}", channels, "  ".join(filter(None, [measured, note]))])
         below.append([f"          {bn_names}"] * bool(bn_names) + [f"          into {into_names}"] * bool(into_names))
     lines = [line for row, names in zip(table(rows), below, strict=True) for line in (row, *names)]
-    labels = [_counted(entry.bn, len(entry.ops), "nodes") for entry in kept]
+    labels = [_counted(entry.bn, len(entry.ops)) for entry in kept]
     width = max((len(label) for label, _ in labels), default=0)
     for entry, (label, names) in zip(kept, labels, strict=True):
         first, *rest = entry.reason.split(FORWARDS)
@@ -190,12 +190,14 @@ def result_rows(folded, kept):
     return lines
 
 
-def _counted(names, count, what):
-    """Return joined names as a row shows them, and as they are listed below it: where they are many, the row has their number."""
-    if count == 1 or len(names) <= LONGEST_NAMES:
+def _counted(names, count):
+    """Return joined names as a row shows them, and as they are listed below it: where they are long, the row has their number."""
+    if len(names) <= LONGEST_NAMES:
         return names, ""
+    if count == 1:
+        return f"{names[: LONGEST_NAMES - 3]}...", names
     each = names.split("+")
-    return f"{count} {what}", ", ".join(each) if len(each) == count else names
+    return f"{count} nodes", ", ".join(each) if len(each) == count else names
 
 
 def wrapped(lines, width=None):
