@@ -81,6 +81,8 @@ def _transpose(node, affine, came, goes, site):
         if rank is None:
             raise Refusal("axis-unknown", f"the rank of '{came.name}' at Transpose '{node.label}' is not known")
         perm = list(range(rank))[::-1]
+    if sorted(perm) != list(range(len(perm))) or axis >= len(perm):
+        raise Refusal("axis", f"the perm of Transpose '{node.label}' is no order of the axes")
     return affine.at(perm[axis] if came is node.outputs[0] else perm.index(axis))
 
 
@@ -209,7 +211,7 @@ def _gather(node, affine, came, goes, site):
         index = site.index.constant(node.inputs[1])
         if index is None:
             raise Refusal("dynamic-index", f"the index of Gather '{node.label}' is no constant")
-        return affine.picked(index.array().reshape(1) % affine.channels, None)
+        return affine.picked(index.array().astype(np.int64).reshape(1) % affine.channels, None)
     raise Refusal("axis", f"Gather '{node.label}' spreads its channels over {many} axes")
 
 
@@ -240,7 +242,7 @@ def _chosen(node, rank, axis, size, site):
         at = node.attribute("axis", 0) % rank
         if indices is None or len(indices.shape) != 1:
             raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
-        return indices.array() % size if at == axis else None
+        return _integers(node, indices) % size if at == axis else None
     if site.index.opset < 10:
         starts, ends = node.attribute("starts"), node.attribute("ends")
         axes, steps = node.attribute("axes") or list(range(len(starts))), [1] * len(starts)
@@ -248,14 +250,22 @@ def _chosen(node, rank, axis, size, site):
         found = [site.index.constant(node.input(at)) for at in range(1, 5)]
         if any(constant is None and node.input(at + 1) is not None for at, constant in enumerate(found)):
             raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' are no constants")
-        starts, ends = (constant.array().tolist() for constant in found[:2])
-        axes = found[2].array().tolist() if found[2] else list(range(len(starts)))
-        steps = found[3].array().tolist() if found[3] else [1] * len(starts)
+        starts, ends = (_integers(node, constant).tolist() for constant in found[:2])
+        axes = _integers(node, found[2]).tolist() if found[2] else list(range(len(starts)))
+        steps = _integers(node, found[3]).tolist() if found[3] else [1] * len(starts)
+    if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
+        raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' do not belong together")
     for start, end, at, step in zip(starts, ends, axes, steps, strict=True):
         if at % rank == axis:
             end = None if step < 0 and end < -size else end
             return np.arange(size)[slice(start, end, step)]
     return None
+
+
+def _integers(node, constant):
+    if constant.dtype.kind not in "iu" or len(constant.shape) != 1:
+        raise Refusal("dynamic-index", f"{node.op} '{node.label}' reads bounds or indices that are no list of integers")
+    return constant.array()
 
 
 def _spatial(node, affine, value, site):
