@@ -192,6 +192,8 @@ class Inference:
             number = self._number(value)
             if number is not None:
                 graph.initializer.append(numpy_helper.from_array(number, value.name))
+                key = value.scope.number, value.name
+                self.shapes[key], self.kinds[key] = number.shape, graph.initializer[-1].data_type
             elif value.scope is scope and value.name not in listed:
                 self._add_type(scope, graph, value)
 
