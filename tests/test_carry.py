@@ -90,7 +90,24 @@ PASSES = {
     "Slice, attribute": backward("d = Slice <axes = [1], starts = [1], ends = [3]> (c)", channels=2, opset=9),
     "Slice forward": forward("d = Slice(n, k, l, a)", w=normal(5, 2, 2, 2), k=ints(1), l=ints(3), a=ints(-3)),
     "Gather of channels": backward("d = Gather <axis = 1> (c, k)", channels=3, k=ints(3, 0, -2)),
+    "Gather by a matrix, behind the channels": backward("d = Gather <axis = 2> (c, k)", k=ints(3, 3, 0, 1).reshape(2, 2)),
+    "Gather by an array, from the end": backward("d = Gather <axis = -1> (c, k)", k=ints(3, 3, 0, 1).reshape(2, 1, 2)),
+    "Gather by a number, behind the channels": backward("d = Gather <axis = 3> (c, k)", k=np.int64(-1)),
+    "Gather by a number, before the channels": backward(
+        "e = Transpose <perm = [0,2,1,3]> (c) f = Gather <axis = 1> (e, k) d = Identity(f)", k=np.int64(2)
+    ),
+    "Gather by a matrix, before the channels": backward(
+        "e = Transpose <perm = [2,0,1,3]> (c) f = Gather <axis = 0> (e, k) d = Transpose <perm = [0,3,1,2,4]> (f)",
+        k=ints(0, 1).reshape(2, 1),
+    ),
+    "Gather by an input, another axis": backward(
+        "f = Flatten(x) i = ArgMax <axis = 1, keepdims = 0> (f) e = Mod(i, six) d = Gather <axis = 2> (c, e)", six=ints(6)
+    ),
     "Gather of the space": backward("d = Gather <axis = 2> (c, k)", k=ints(3, 3, 0)),
+    "Gather forward by a number": forward("d = Gather <axis = 2> (n, k)", w=normal(4, 3), k=np.int64(1), x="2,4,6"),
+    "Gather forward by a matrix": forward(
+        "e = Gather <axis = 3> (n, k) d = Flatten(e)", w=normal(4 * 36, 3), k=ints(*range(6)).reshape(2, 3)
+    ),
     "Gather forward, twice": forward("d = Gather <axis = 1> (n, k)", w=normal(5, 3, 2, 2), k=ints(3, 3, -4)),
     "AveragePool": backward("d = AveragePool <kernel_shape = [2,2]> (c)"),
     "AveragePool, pads not counted": backward("d = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1]> (c)"),
@@ -180,6 +197,12 @@ STAYS = {
             nul=ints(0),
         ),
     ),
+    "Gather spreads the channels": (
+        "axis",
+        backward("e = Gather <axis = 1> (c, k) d = Transpose <perm = [0,2,1,3,4]> (e)", channels=2, k=ints(0, 1, 2, 3).reshape(2, 2)),
+    ),
+    "GatherElements": ("graph-output", backward("d = GatherElements <axis = 1> (c, k)", channels=1, k=np.zeros((2, 1, 6, 6), np.int64))),
+    "GatherND": ("graph-output", backward("d = GatherND(c, k)", k=ints(1, 0).reshape(2, 1))),
     "Gather gives a channel twice": ("axis", backward("d = Gather <axis = 1> (c, k)", k=ints(0, 1, 1, 2))),
     "Gather by an input": (
         "dynamic-index",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fastbn.affine import View, narrow, scale_weight
+from fastbn.errors import ModelError, expected
 
 __all__ = ["BLOCK", "Affine", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "float64_of", "spread_over"]
 
@@ -209,8 +210,12 @@ class Dense:
 
     def affine(self, scale, shift, spread):
         """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
-        with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
-            return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
+                return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+        except ValueError as error:
+            shapes = f"{self.shape} and {np.shape(scale)}"
+            raise ModelError(expected("a constant that broadcasts with what it meets", shapes, "a constant")) from error
 
     def times(self, factor):
         """Return factor * self."""

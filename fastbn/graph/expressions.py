@@ -19,7 +19,7 @@ __all__ = ["LARGEST_RESULT", "LARGEST_TOTAL", "Constants", "is_expression"]
 LARGEST_RESULT = 1 << 24
 
 # Elements of all results of a model's constant expressions together.
-LARGEST_TOTAL = 1 << 27
+LARGEST_TOTAL = 1 << 26
 
 # Up to this many bytes of inputs, the session of an operator is kept for the next node like it.
 KEPT_SESSION = 1 << 20
@@ -105,7 +105,7 @@ class Constants:
 
     def is_too_large(self, value: object) -> bool:
         """Say whether a value is a constant but for the limits on its size."""
-        return value in self._too_large
+        return self.find(value) is None and value in self._too_large
 
     def evaluate(self, node: object, arrays: list, largest: int) -> list | None:
         """Return what a node gives for these arrays, None where they are more than `largest` elements or it cannot be run."""

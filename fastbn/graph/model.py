@@ -300,5 +300,5 @@ class Index:
 
     def _inference(self):
         if self._inferred is None:
-            self._inferred = Inference(self.proto, self.main, self._constants, self.input_shapes, self._expanded)
+            self._inferred = Inference(self.proto, self.opset, self.main, self._constants, self.input_shapes, self._expanded)
         return self._inferred

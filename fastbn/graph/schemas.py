@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto, checker, defs
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, checker, defs
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.nesting import scopes_of
+from fastbn.graph.nesting import is_standard, scopes_of
 
 __all__ = ["check_node", "checker_context", "is_function", "is_inferable", "propagates"]
 
 NAMES = AttributeProto.AttributeType
 OPTION = defs.OpSchema.FormalParameterOption
+
+# No array that NumPy holds has more axes.
+HIGHEST_RANK = 64
 
 # A hint to the memory planner of the first versions, which no result depends on.
 LEGACY = "consumed_inputs"
@@ -27,9 +30,10 @@ EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*
 
 @dataclass(frozen=True)
 class Demand:
-    """The inputs and attributes that an operator must have: slot -> name, names; and the types of all that it may have."""
+    """What an operator must have: inputs and outputs (slot -> name), attributes (names); and the types of all that it may have."""
 
     inputs: dict
+    outputs: dict
     is_variadic: bool
     attributes: tuple
     types: dict
@@ -40,10 +44,13 @@ def _demand(op: str, opset: int) -> Demand | None:
     schema = _schema(op, opset)
     if schema is None or schema.deprecated:
         return None
-    inputs = {slot: each.name for slot, each in enumerate(schema.inputs[: schema.min_input]) if each.option != OPTION.Optional}
+    inputs, outputs = (
+        {slot: each.name for slot, each in enumerate(those[:least]) if each.option != OPTION.Optional}
+        for those, least in ((schema.inputs, schema.min_input), (schema.outputs, schema.min_output))
+    )
     variadic = bool(schema.inputs) and schema.inputs[-1].option == OPTION.Variadic and schema.inputs[-1].is_homogeneous
     attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required and name != LEGACY)
-    return Demand(inputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
+    return Demand(inputs, outputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
 
 
 def _schema(op: str, opset: int) -> defs.OpSchema | None:
@@ -70,17 +77,13 @@ def _types(op: str) -> dict:
 
 
 def check_node(proto: NodeProto, label: str, opset: int) -> None:
-    """Raise ModelError where a node of a standard operator lacks an input or attribute, or an attribute has another type than its schema's.
+    """Raise ModelError where a node of a standard operator lacks an input, output or attribute, or an attribute has a wrong type.
 
     An operator that the opset does not have, and an attribute that the operator does not have, are left to others.
     """
     demand = _demand(proto.op_type, opset)
-    names = list(proto.input)
-    for slot, name in demand.inputs.items() if demand else ():
-        if slot >= len(names) or not names[slot]:
-            raise ModelError(expected(f"an input {slot} ('{name}') of {proto.op_type}", "none", label))
-    if demand and demand.is_variadic and not all(names):
-        raise ModelError(expected(f"names for all inputs of {proto.op_type}", "an empty one", label))
+    if demand is not None:
+        _check_names(demand, proto, label)
     given = set()
     for attribute in proto.attribute:
         name, kind = attribute.name, attribute.type
@@ -100,20 +103,33 @@ def check_node(proto: NodeProto, label: str, opset: int) -> None:
             raise ModelError(expected(f"an attribute '{name}' of {proto.op_type}", "none", label))
 
 
+def _check_names(demand: Demand, proto: NodeProto, label: str) -> None:
+    for what, wanted, names in (("an input", demand.inputs, proto.input), ("an output", demand.outputs, proto.output)):
+        for slot, name in wanted.items():
+            if slot >= len(names) or not names[slot]:
+                raise ModelError(expected(f"{what} {slot} ('{name}') of {proto.op_type}", "none", label))
+    if demand.is_variadic and not all(proto.input):
+        raise ModelError(expected(f"names for all inputs of {proto.op_type}", "an empty one", label))
+
+
 def _shown(kind: int) -> str:
     return NAMES.Name(kind) if kind in NAMES.values() else str(kind)
 
 
-def checker_context(ir_version: int, opset_import: list) -> checker.C.CheckerContext:
+def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
     """Return what onnx's checker wants to know about the model around a node."""
     context = checker.C.CheckerContext()
-    context.ir_version = min(max(ir_version, 4), onnx.IR_VERSION)
-    context.opset_imports = {entry.domain: entry.version for entry in opset_import}
+    context.ir_version = min(max(proto.ir_version, 4), onnx.IR_VERSION)
+    context.opset_imports = {**{entry.domain: entry.version for entry in proto.opset_import}, "": opset, "ai.onnx": opset}
     return context
 
 
 def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
     """Say whether shape inference may see a node: on some that onnx's checker refuses, and on a few more, the process ends, or hangs."""
+    if proto.domain not in context.opset_imports:
+        return False
+    if not is_standard(proto.domain):
+        return True
     try:
         checker.check_node(proto, context)
     except Exception:  # the checker raises many kinds; all say that the node is none
@@ -127,6 +143,8 @@ def _is_sound(proto: NodeProto) -> bool:
         return False
     if proto.op_type == "Split":
         return all(attribute.i == len(proto.output) for attribute in proto.attribute if attribute.name == "num_outputs")
+    if proto.op_type == "GatherND":
+        return all(0 <= attribute.i < HIGHEST_RANK for attribute in proto.attribute if attribute.name == "batch_dims")
     if proto.op_type == "Einsum":
         equation = next((attribute.s for attribute in proto.attribute if attribute.name == "equation"), b"")
         text = equation.decode("latin-1").replace(" ", "")

@@ -5,7 +5,7 @@ Inference runs in this process, in C++, where a node that is none may end the pr
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.errors import FastbnError
 from fastbn.graph.expressions import Constants
@@ -17,6 +17,9 @@ __all__ = ["Inference", "shape_of"]
 
 # Each pass knows the shapes that the one before it found behind sizes that the graph computes.
 INFERENCE_PASSES = 8
+
+# Operators whose result has as many axes as a list has elements, and the slot of the list.
+RANK_SLOTS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Unsqueeze": 1}
 
 # Factors, such as the scales of a Resize, are floats; a longer list of floats is no list of factors.
 LARGEST_FACTORS = 64
@@ -40,6 +43,7 @@ class Inference:
     Parameters
     ----------
     proto : onnx.ModelProto
+    opset : int
     main : model.Scope
     constants : expressions.Constants
     input_shapes : dict of name -> tuple of int
@@ -54,15 +58,15 @@ class Inference:
         Types of the elements, as numbers of TensorProto.
     """
 
-    def __init__(self, proto: onnx.ModelProto, main: object, constants: Constants, input_shapes: dict, expanded: int) -> None:
+    def __init__(self, proto: onnx.ModelProto, opset: int, main: object, constants: Constants, input_shapes: dict, expanded: int) -> None:
         self.shapes: dict[tuple[int, str], tuple] = {}
         self.kinds: dict[tuple[int, str], int] = {}
         self._proto = proto
         self._main = main
         self._constants = constants
         self._input_shapes = input_shapes
-        self._context = checker_context(proto.ir_version, proto.opset_import)
-        self._opset = self._context.opset_imports.get("", 1)
+        self._context = checker_context(proto, opset)
+        self._opset = opset
         self._has_functions = expanded <= LARGEST_INLINED
         self._told: dict = {}
         self._lists: dict = {}
@@ -122,9 +126,9 @@ class Inference:
         for node in scope.ordered:
             given = [value for value in node.outputs if value is not None]
             shallow = _shallow(node.proto) if node.scopes else node.proto
-            is_endless = follows and self._is_endless(node)
+            is_endless = self._is_endless(node, follows)
             self._has_cut |= is_endless
-            if is_endless or self._are_constants(given) or (is_standard(node.domain) and not is_inferable(shallow, self._context)):
+            if is_endless or self._are_constants(given) or not is_inferable(shallow, self._context):
                 left_out.update(given)
                 continue
             added = graph.node.add()
@@ -135,12 +139,17 @@ class Inference:
     def _are_constants(self, values: list) -> bool:
         return bool(values) and all(self._number(value) is not None or self._constants.find(value, LARGEST_LIST) for value in values)
 
-    def _is_endless(self, node: object) -> bool:
-        """Say whether a node passes on the elements of a list, which may be a long one."""
-        if not is_standard(node.domain) or not propagates(node.op, self._opset):
+    def _is_endless(self, node: object, follows: bool) -> bool:
+        """Say whether inference would make a message of each element of a list that may be a long one."""
+        if not is_standard(node.domain):
+            return False
+        listed = node.input(RANK_SLOTS.get(node.op, len(node.inputs)))
+        if listed is not None and not _is_short(self._shape(listed), LARGEST_LIST):
+            return True
+        if not follows or not propagates(node.op, self._opset):
             return False
         shapes = [self._shape(value) for value in node.inputs if value is not None]
-        return any(shape is None or (len(shape) == 1 and (shape[0] or LARGEST_DIM) > LARGEST_FOLLOWED) for shape in shapes)
+        return not all(_is_short(shape, LARGEST_FOLLOWED) for shape in shapes)
 
     def _shape(self, value: object) -> tuple | None:
         known = self._constants.known(value)
@@ -164,8 +173,15 @@ class Inference:
             if value.name not in names and shape is not None and self._number(value) is None:
                 told.setdefault(value.name, shape)
         for name, sizes in told.items():
-            kind = self.kinds.get((scope.number, name)) or TensorProto.FLOAT
-            graph.value_info.append(helper.make_tensor_value_info(name, kind, sizes))
+            kind = self._kind(scope.values[name])
+            if kind:
+                graph.value_info.append(helper.make_tensor_value_info(name, kind, sizes))
+
+    def _kind(self, value: object) -> int:
+        """Return the type of a value that is told about, 0 where it is not known: a Reshape gives that of its data."""
+        known = self.kinds.get((value.scope.number, value.name), 0)
+        data = value.producer.input(0) if value.producer is not None and value.producer.is_op("Flatten", "Reshape") else None
+        return known or (0 if data is None else self.kinds.get((data.scope.number, data.name), 0))
 
     def _add_constants(self, scope: object, graph: GraphProto, left_out: set) -> None:
         """Add the constants that nodes of a scope read: small ones with their values, the others as types."""
@@ -176,6 +192,8 @@ class Inference:
             number = self._number(value)
             if number is not None:
                 graph.initializer.append(numpy_helper.from_array(number, value.name))
+                key = value.scope.number, value.name
+                self.shapes[key], self.kinds[key] = number.shape, graph.initializer[-1].data_type
             elif value.scope is scope and value.name not in listed:
                 self._add_type(scope, graph, value)
 
@@ -208,6 +226,11 @@ class Inference:
             return found.array()
         except FastbnError:  # it is said where the constant matters
             return None
+
+
+def _is_short(shape: tuple | None, longest: int) -> bool:
+    """Say whether an array is known to be no list, or one of no more elements."""
+    return shape is not None and (len(shape) != 1 or 0 <= (longest + 1 if shape[0] is None else shape[0]) <= longest)
 
 
 def _add_info(infos: object, info: ValueInfoProto, shape: tuple | None = None) -> None:

@@ -229,7 +229,8 @@ class Site:
                     "--freeze-inputs makes it a constant"
                 )
                 raise Refusal("overridable-weight", sentence)
-            raise Refusal("dynamic-weight", f"the weight '{value.name}' of {node.op} '{node.label}' is computed when the model runs")
+            fate = "is too large to be evaluated here" if self.index.is_too_large(value) else "is computed when the model runs"
+            raise Refusal("dynamic-weight", f"the weight '{value.name}' of {node.op} '{node.label}' {fate}")
         if dtype_name(found.dtype) not in DTYPES:
             raise Refusal("unsupported-type", f"the weight '{node.input(slot).name}' of {node.op} '{node.label}' is {found.dtype}")
         return found

@@ -237,6 +237,8 @@ class Source:
                 return np.asarray(numpy_helper.to_array(tensor), order="C")
             except (ValueError, TypeError) as error:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
+        if dtype.hasobject:
+            raise ModelError(expected("strings in their own field", "raw bytes", where))
         size = math.prod(tensor.dims) * dtype.itemsize
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))

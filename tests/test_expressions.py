@@ -1,0 +1,538 @@
+"""Constants that a model computes: the value is the one that onnxruntime computes, whatever the operator, the opset and the axes.
+
+Oracles: NumPy formulas written here, and onnxruntime on a model in which the same operator reads graph inputs.
+"""
+
+import random
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from sketch import conv_bn, folds, model, normal, ops, refuses, run
+
+import fastbn
+from fastbn.errors import FastbnError
+from fastbn.graph import expressions, runtime, storage
+from fastbn.graph.expressions import ELEMENTWISE, LARGER, NO_LARGER
+from fastbn.graph.model import Index
+
+LATEST = 23
+DTYPES = {"f": np.float32, "d": np.float64, "h": np.float16, "i": np.int64, "j": np.int32, "b": np.bool_}
+
+
+def single(op, arrays, opset, attributes, constant, outputs=1):
+    """Return the model of one node whose inputs are initializers, or graph inputs; None stands for an absent one."""
+    names = ["" if array is None else f"i{slot}" for slot, array in enumerate(arrays)]
+    given = {name: array for name, array in zip(names, arrays, strict=True) if name}
+    node = helper.make_node(op, names, [f"o{slot}" for slot in range(outputs)], **attributes)
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in given.items()]
+    inputs = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in tensors]
+    infos = [onnx.ValueInfoProto(name=name) for name in node.output]
+    graph = helper.make_graph([node], "g", [] if constant else inputs, infos, tensors if constant else [])
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def evaluated(op, arrays, opset=17, outputs=1, **attributes):
+    """Return the constants that fastbn says the outputs of a node are, None for none."""
+    index = Index(storage.load(single(op, arrays, opset, attributes, True, outputs)))
+    found = [index.constant(index.main.find(f"o{slot}")) for slot in range(outputs)]
+    return [None if constant is None else constant.array() for constant in found]
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+def some(choose, *shape, kind="f"):
+    """Return random values, none of which is 0."""
+    rng = np.random.default_rng(choose.randrange(1 << 30))
+    values = rng.uniform(0.5, 3, shape) * rng.choice([-1, 1], shape)
+    values = np.round(values * 2) if kind in "ij" else values > 0 if kind == "b" else values
+    return np.asarray(values).astype(DTYPES[kind])
+
+
+def a_shape(choose, least=1, most=4):
+    return tuple(choose.choice([1, 1, 2, 3, 4]) for _ in range(choose.randint(least, most)))
+
+
+def listed(name, values, opset, first):
+    """Return (inputs, attributes) of a list that is an input from an opset on and an attribute before."""
+    return ([ints(*values)], {}) if opset >= first else ([], {name: list(values)})
+
+
+# Each case: choose, opset -> (arrays, attributes, what NumPy makes of them as a list of outputs).
+
+
+def squeeze(choose, opset):
+    shape = [choose.choice([1, 3]) for _ in range(choose.randint(2, 5))]
+    ones = [at for at, size in enumerate(shape) if size == 1]
+    axes = choose.sample(ones, choose.randint(1, len(ones))) if ones else []
+    x = some(choose, *shape)
+    expected = x.reshape([size for at, size in enumerate(shape) if at not in (axes or ones)])
+    # Negative axes are part of the operator from opset 11 on.
+    axes = [at - len(shape) if opset >= 11 and choose.random() < 0.5 else at for at in axes]
+    more, attributes = listed("axes", axes, opset, 13) if axes else ([], {})
+    return [x, *more], attributes, [expected]
+
+
+def unsqueeze(choose, opset):
+    shape = a_shape(choose, 0, 3)
+    count = choose.randint(1, 3)
+    rank = len(shape) + count
+    axes = choose.sample(range(rank), count)
+    rest = iter(shape)
+    x = some(choose, *shape)
+    expected = x.reshape([1 if at in axes else next(rest) for at in range(rank)])
+    axes = [at - rank if opset >= 11 and choose.random() < 0.5 else at for at in axes]
+    more, attributes = listed("axes", axes, opset, 13)
+    return [x, *more], attributes, [expected]
+
+
+def transpose(choose, opset):
+    x = some(choose, *a_shape(choose))
+    perm = choose.sample(range(x.ndim), x.ndim)
+    return ([x], {"perm": perm}, [np.transpose(x, perm)]) if choose.random() < 0.8 else ([x], {}, [np.transpose(x)])
+
+
+def concat(choose, opset):
+    shape = a_shape(choose)
+    axis = choose.randrange(len(shape))
+    parts = [some(choose, *shape[:axis], choose.randint(1, 3), *shape[axis + 1 :]) for _ in range(choose.randint(1, 3))]
+    return parts, {"axis": axis - len(shape) * (opset >= 11 and choose.random() < 0.5)}, [np.concatenate(parts, axis)]
+
+
+def flatten(choose, opset):
+    x = some(choose, *a_shape(choose))
+    axis = choose.randint(0, x.ndim)
+    expected = x.reshape(int(np.prod(x.shape[:axis])), -1)
+    return [x], {"axis": axis - x.ndim if opset >= 11 and axis < x.ndim and choose.random() < 0.5 else axis}, [expected]
+
+
+def reshape(choose, opset):
+    x = some(choose, *choose.choice([(2, 3, 4), (4, 6), (24,), (1, 2, 12)]))
+    sizes = choose.choice([[24], [-1], [0, -1], [4, 6], [2, -1, 2], [-1, 1, 3], [0, 2, -1]])
+    wanted = [x.shape[at] if size == 0 and at < x.ndim else size for at, size in enumerate(sizes)]
+    if 0 in wanted or 24 % abs(int(np.prod(wanted))):
+        return reshape(choose, opset)
+    return [x, ints(*sizes)], {}, [x.reshape(wanted)]
+
+
+def expand(choose, opset):
+    x = some(choose, *a_shape(choose, 0, 3))
+    sizes = [choose.choice([1, size] if size > 1 else [1, 2, 3]) for size in (*[1] * choose.randint(0, 2), *x.shape)]
+    return [x, ints(*sizes)], {}, [x * np.ones(sizes, np.float32)]
+
+
+def tile(choose, opset):
+    x = some(choose, *a_shape(choose))
+    repeats = [choose.randint(0, 3) for _ in x.shape]
+    return [x, ints(*repeats)], {}, [np.tile(x, repeats)]
+
+
+def gather(choose, opset):
+    x = some(choose, *a_shape(choose))
+    axis = choose.randrange(x.ndim)
+    size = x.shape[axis]
+    low = -size if opset >= 11 else 0
+    indices = np.array([choose.randrange(low, size) for _ in range(6)]).reshape(choose.choice([(6,), (2, 3), (1, 6)]))
+    indices = indices.reshape(-1)[0] if choose.random() < 0.3 else indices
+    return [x, np.asarray(indices, np.int64)], {"axis": axis - x.ndim * (choose.random() < 0.5)}, [np.take(x, indices, axis)]
+
+
+def slices(choose, opset):
+    x = some(choose, *[choose.randint(2, 5) for _ in range(choose.randint(1, 4))])
+    axes = choose.sample(range(x.ndim), choose.randint(1, x.ndim))
+    # Onnx counts from the end where a bound is negative, as Python does; the end of a backward run to the front is far below 0.
+    runs = [choose.choice([(0, 2, 1), (1, 1 << 40, 1), (-2, -1, 1), (-1, -(1 << 40), -1), (3, 0, -2), (0, 1 << 40, 2)]) for _ in axes]
+    if opset < 10:
+        runs = [choose.choice([(0, 2, 1), (1, 1 << 40, 1), (-2, -1, 1)]) for _ in axes]
+    at = [slice(None)] * x.ndim
+    for axis, (start, stop, step) in zip(axes, runs, strict=True):
+        at[axis] = slice(start, None if stop < -x.ndim and step < 0 else stop, step)
+    starts, ends, steps = (list(part) for part in zip(*runs, strict=True))
+    if opset < 10:
+        return [x], {"axes": axes, "starts": starts, "ends": ends}, [x[tuple(at)]]
+    written = [axis - x.ndim * (choose.random() < 0.5) for axis in axes] if opset >= 11 else axes
+    return [x, ints(*starts), ints(*ends), ints(*written), ints(*steps)], {}, [x[tuple(at)]]
+
+
+def constant_of_shape(choose, opset):
+    sizes = [choose.randint(0, 3) for _ in range(choose.randint(1, 4))]
+    value = choose.choice([np.float32(2.5), np.int64(7), np.array(True)])
+    tensor = numpy_helper.from_array(np.asarray(value).reshape(1))
+    return [ints(*sizes)], {"value": tensor}, [np.full(sizes, value, np.asarray(value).dtype)]
+
+
+def cast(choose, opset):
+    kind, to = choose.choice("fhijb"), choose.choice("fdhijb")
+    x = some(choose, *a_shape(choose), kind=kind)
+    return [x], {"to": helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[to]))}, [x.astype(DTYPES[to])]
+
+
+def cast_like(choose, opset):
+    x, like = some(choose, *a_shape(choose), kind=choose.choice("fi")), some(choose, 1, kind=choose.choice("fdij"))
+    return [x, like], {}, [x.astype(like.dtype)]
+
+
+def split(choose, opset):
+    x = some(choose, *[choose.choice([2, 4]) for _ in range(choose.randint(1, 3))])
+    axis = choose.randrange(x.ndim)
+    sizes = [1, x.shape[axis] - 1]
+    more, attributes = listed("split", sizes, opset, 13)
+    attributes["axis"] = axis - x.ndim * (opset >= 11 and choose.random() < 0.5)
+    return [x, *more], attributes, np.split(x, [1], axis)
+
+
+def steps(choose, opset):
+    start, stop, step = choose.choice([(0, 7, 2), (5, -3, -2), (2, 2, 1), (0.5, 3.0, 0.75)])
+    dtype = np.int64 if isinstance(step, int) else np.float32
+    return [np.asarray(value, dtype) for value in (start, stop, step)], {}, [np.arange(start, stop, step).astype(dtype)]
+
+
+def clip(choose, opset):
+    x = some(choose, *a_shape(choose))
+    if opset < 11:
+        return [x], {"min": -1.0, "max": 1.5}, [np.clip(x, np.float32(-1), np.float32(1.5))]
+    return [x, np.float32(-1), np.float32(1.5)], {}, [np.clip(x, np.float32(-1), np.float32(1.5))]
+
+
+def where(choose, opset):
+    shape = a_shape(choose)
+    condition, a, b = some(choose, *shape, kind="b"), some(choose, *shape[1:]), some(choose, *shape)
+    return [condition, a, b], {}, [np.where(condition, a, b)]
+
+
+def size(choose, opset):
+    x = some(choose, *a_shape(choose))
+    return [x], {}, [np.asarray(x.size, np.int64)]
+
+
+def unary(function, positive=False, kind="f"):
+    def case(choose, opset):
+        x = some(choose, *a_shape(choose, 0), kind=kind)
+        x = np.abs(x) if positive else x
+        return [x], {}, [np.asarray(function(x)).astype(x.dtype)]
+
+    return case
+
+
+def bounded(function):
+    def case(choose, opset):
+        x = some(choose, *a_shape(choose, 0)) / np.float32(4)
+        return [x], {}, [np.asarray(function(x)).astype(x.dtype)]
+
+    return case
+
+
+def binary(function, kinds="fi", positive=False):
+    def case(choose, opset):
+        kind, shape = choose.choice(kinds), a_shape(choose)
+        a = some(choose, *shape, kind=kind)
+        b = some(choose, *[choose.choice([1, size]) for size in shape[choose.randrange(len(shape)) :]], kind=kind)
+        a = np.abs(a) if positive else a
+        result = np.asarray(function(a, b))
+        return [a, b], {}, [result if result.dtype == bool else result.astype(a.dtype)]
+
+    return case
+
+
+def many(function):
+    def case(choose, opset):
+        shape = a_shape(choose)
+        arrays = [some(choose, *shape[choose.randrange(len(shape)) :]) for _ in range(choose.randint(1, 3))]
+        return arrays, {}, [function(arrays).astype(np.float32)]
+
+    return case
+
+
+def reduced(function, first=18):
+    def case(choose, opset):
+        x = some(choose, *a_shape(choose))
+        axes = choose.sample(range(x.ndim), choose.randint(1, x.ndim))
+        keep = choose.random() < 0.5
+        expected = np.asarray(function(x, tuple(axes), keep)).astype(x.dtype)
+        written = [axis - x.ndim * (opset >= 11 and choose.random() < 0.5) for axis in axes]
+        more, attributes = listed("axes", written, opset, first)
+        return [x, *more], {**attributes, "keepdims": int(keep)}, [expected]
+
+    return case
+
+
+def softplus(x):
+    return np.log1p(np.exp(x.astype(np.float64)))
+
+
+def erf(x):
+    """The series of the error function, for |x| < 1."""
+    x = x.astype(np.float64)
+    total, power = np.zeros_like(x), x.copy()
+    for n in range(30):
+        total += power / (2 * n + 1)
+        power *= -x * x / (n + 1)
+    return 2 / np.sqrt(np.pi) * total
+
+
+# Operator -> (first opset, case).
+CASES = {
+    "Abs": (7, unary(np.abs)),
+    "Acos": (7, bounded(np.arccos)),
+    "Add": (7, binary(np.add)),
+    "And": (7, binary(np.logical_and, "b")),
+    "Asin": (7, bounded(np.arcsin)),
+    "Atan": (7, unary(np.arctan)),
+    "Cast": (9, cast),
+    "CastLike": (15, cast_like),
+    "Ceil": (7, unary(np.ceil)),
+    "Clip": (7, clip),
+    "Concat": (7, concat),
+    "ConstantOfShape": (9, constant_of_shape),
+    "Cos": (7, unary(np.cos)),
+    "Div": (7, binary(lambda a, b: a / b, "fd")),
+    "Equal": (11, binary(np.equal)),
+    "Erf": (9, bounded(erf)),
+    "Exp": (7, unary(np.exp)),
+    "Expand": (8, expand),
+    "Flatten": (7, flatten),
+    "Floor": (7, unary(np.floor)),
+    "Gather": (7, gather),
+    "Greater": (9, binary(np.greater)),
+    "GreaterOrEqual": (12, binary(np.greater_equal)),
+    "Less": (9, binary(np.less)),
+    "LessOrEqual": (12, binary(np.less_equal)),
+    "Log": (7, unary(np.log, positive=True)),
+    "Max": (8, many(lambda arrays: np.max(np.broadcast_arrays(*arrays), 0))),
+    "Mean": (8, many(lambda arrays: np.mean(np.broadcast_arrays(*arrays), 0))),
+    "Min": (8, many(lambda arrays: np.min(np.broadcast_arrays(*arrays), 0))),
+    "Mod": (10, binary(np.mod, "i")),
+    "Mul": (7, binary(np.multiply)),
+    "Neg": (7, unary(np.negative)),
+    "Not": (7, unary(np.logical_not, kind="b")),
+    "Or": (7, binary(np.logical_or, "b")),
+    "Pow": (7, binary(np.power, "f", positive=True)),
+    "Range": (11, steps),
+    "Reciprocal": (7, unary(lambda x: 1 / x)),
+    "ReduceL1": (7, reduced(lambda x, axes, keep: np.abs(x).sum(axes, keepdims=keep))),
+    "ReduceL2": (7, reduced(lambda x, axes, keep: np.sqrt((x * x).sum(axes, keepdims=keep)))),
+    "ReduceMax": (7, reduced(lambda x, axes, keep: x.max(axes, keepdims=keep))),
+    "ReduceMean": (7, reduced(lambda x, axes, keep: x.mean(axes, keepdims=keep))),
+    "ReduceMin": (7, reduced(lambda x, axes, keep: x.min(axes, keepdims=keep))),
+    "ReduceProd": (7, reduced(lambda x, axes, keep: x.prod(axes, keepdims=keep))),
+    "ReduceSum": (7, reduced(lambda x, axes, keep: x.sum(axes, keepdims=keep), 13)),
+    "ReduceSumSquare": (7, reduced(lambda x, axes, keep: (x * x).sum(axes, keepdims=keep))),
+    "Relu": (7, unary(lambda x: np.maximum(x, 0))),
+    "Reshape": (7, reshape),
+    "Round": (11, unary(np.round)),
+    "Sigmoid": (7, unary(lambda x: 1 / (1 + np.exp(-x)))),
+    "Sign": (9, unary(np.sign)),
+    "Sin": (7, unary(np.sin)),
+    "Size": (7, size),
+    "Slice": (7, slices),
+    "Softplus": (7, unary(softplus)),
+    "Split": (7, split),
+    "Sqrt": (7, unary(np.sqrt, positive=True)),
+    "Squeeze": (7, squeeze),
+    "Sub": (7, binary(np.subtract)),
+    "Sum": (8, many(lambda arrays: np.sum(np.broadcast_arrays(*arrays), 0))),
+    "Tan": (7, bounded(np.tan)),
+    "Tanh": (7, unary(np.tanh)),
+    "Tile": (7, tile),
+    "Transpose": (7, transpose),
+    "Unsqueeze": (7, unsqueeze),
+    "Where": (9, where),
+    "Xor": (7, binary(np.logical_xor, "b")),
+}
+
+
+def opsets(op):
+    """Return the opsets in which an operator became another one, and the latest."""
+    first = CASES[op][0]
+    versions = {schema.since_version for schema in onnx.defs.get_all_schemas_with_history() if schema.name == op and schema.domain == ""}
+    return sorted({first, *(version for version in versions if first < version <= LATEST), LATEST})
+
+
+def test_every_evaluated_operator_has_a_case():
+    assert set(CASES) == ELEMENTWISE | NO_LARGER | LARGER
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_a_constant_is_what_the_runtime_computes(op):
+    choose = random.Random(op)
+    for opset in opsets(op):
+        for _ in range(6):
+            arrays, attributes, expected = CASES[op][1](choose, opset)
+            feeds = {f"i{at}": np.asarray(array) for at, array in enumerate(arrays)}
+            results = run(single(op, arrays, opset, attributes, False, len(expected)), feeds)
+            found = evaluated(op, arrays, opset, len(expected), **attributes)
+            for ours, theirs, formula in zip(found, results, expected, strict=True):
+                where = f"{op} of opset {opset}, {attributes}, {[array.shape for array in arrays]}"
+                assert ours is not None, where
+                assert ours.dtype == theirs.dtype == formula.dtype, where
+                assert ours.shape == theirs.shape == formula.shape, where
+                assert ours.tobytes() == theirs.tobytes(), where
+                np.testing.assert_allclose(ours.astype(np.float64), formula.astype(np.float64), rtol=2e-6, atol=2e-6, err_msg=where)
+
+
+@pytest.fixture
+def without_runtime(monkeypatch):
+    """onnxruntime is not installed."""
+
+    def missing(*arguments, **options):
+        raise FastbnError("none")
+
+    monkeypatch.setattr(expressions, "session", missing)
+    expressions._operator.cache_clear()
+    yield
+    expressions._operator.cache_clear()
+
+
+# Of bfloat16, and of a few more, onnx's own evaluator knows less than the runtime; what it gives must be right.
+@pytest.mark.parametrize("op", CASES)
+def test_without_the_runtime_a_constant_is_right_or_none(op, without_runtime):
+    choose = random.Random(op)
+    known = 0
+    for opset in opsets(op):
+        for _ in range(6):
+            arrays, attributes, expected = CASES[op][1](choose, opset)
+            for ours, formula in zip(evaluated(op, arrays, opset, len(expected), **attributes), expected, strict=True):
+                where = f"{op} of opset {opset}, {attributes}, {[np.shape(array) for array in arrays]}"
+                if ours is not None:
+                    known += 1
+                    assert (ours.dtype, ours.shape) == (formula.dtype, formula.shape), where
+                    np.testing.assert_allclose(ours.astype(np.float64), formula.astype(np.float64), rtol=2e-6, atol=2e-6, err_msg=where)
+    assert known
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13])
+def test_several_negative_axes_make_one_shape(opset):
+    more, attributes = listed("axes", [-2, -1], opset, 13)
+    (found,) = evaluated("Unsqueeze", [normal(4), *more], opset, **attributes)
+    assert found.shape == (4, 1, 1)
+    more, attributes = listed("axes", [-1, 0], opset, 13)
+    (found,) = evaluated("Squeeze", [normal(1, 4, 1), *more], opset, **attributes)
+    assert found.shape == (4,)
+
+
+UNSQUEEZED = """(float[1,3,6,6] x) => (float[1,5] y) {
+    c = Conv(x, w, b)
+    k = Unsqueeze <axes = [-2,-1]> (factor)
+    p = Mul(c, k)
+    h = Unsqueeze <axes = [-2,-1]> (shift)
+    a = Add(p, h)
+    f = Flatten(a)
+    y = Gemm(f, d, e)
+}"""
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_a_scale_with_as_many_channels_as_rows_goes_to_its_axis(opset):
+    constants = {"w": normal(4, 3, 3, 3), "b": normal(4), "factor": normal(4, seed=5), "shift": normal(4, seed=6)}
+    folds(model(UNSQUEEZED, opset=opset, d=normal(64, 5), e=normal(5), **constants), "Conv Flatten Gemm")
+
+
+def test_bfloat16_travels():
+    x = normal(2, 3).astype(ml_dtypes.bfloat16)
+    (found,) = evaluated("Transpose", [x])
+    assert found.dtype == x.dtype
+    assert found.tobytes() == np.ascontiguousarray(x.T).tobytes()
+    (found,) = evaluated("Cast", [normal(5)], to=TensorProto.BFLOAT16)
+    assert found.dtype == x.dtype
+    assert found.tobytes() == normal(5).astype(ml_dtypes.bfloat16).tobytes()
+
+
+# What integer division has no result for stops the process on some processors; the runtime is not asked.
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+@pytest.mark.parametrize(("a", "b"), [(ints(1, 2), ints(1, 0)), (ints(-(1 << 63), 2), ints(-1, 1))])
+def test_an_integer_division_without_a_result_is_none(op, a, b):
+    assert evaluated(op, [a, b]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("op", "arrays", "attributes"),
+    [
+        ("Reshape", [normal(3), ints(4)], {}),
+        ("Gather", [normal(3), ints(5)], {}),
+        ("Gather", [normal(3), ints(0)], {"axis": 4}),
+        ("Add", [normal(3), normal(4)], {}),
+        ("Cast", [normal(3)], {"to": TensorProto.STRING}),
+        ("Cast", [normal(3)], {"to": 99}),
+        ("Unsqueeze", [normal(3), np.arange(99)], {}),
+        ("ConstantOfShape", [ints(-1)], {}),
+        ("Expand", [normal(3), ints(*[1] * 70)], {}),
+        ("Range", [np.float32(0), np.float32("nan"), np.float32(1)], {}),
+        ("Transpose", [normal(2, 3)], {"perm": [0, 0]}),
+    ],
+)
+def test_what_cannot_be_computed_is_none(op, arrays, attributes):
+    assert evaluated(op, arrays, **attributes) == [None]
+
+
+MANY = 1 << 13
+
+# Sizes that are taken, and the same operator a little beyond; LARGEST_RESULT is 1 << 13 there.
+LIMITS = {
+    "Concat": ([normal(MANY // 2)] * 2, [normal(MANY // 2 + 1)] * 2, {"axis": 0}),
+    "ConstantOfShape": ([ints(MANY)], [ints(MANY + 1)], {}),
+    "Expand": ([np.float32(1), ints(8, MANY // 8)], [np.float32(1), ints(1 << 60, 1 << 60)], {}),
+    "Gather": ([normal(2, 16), ints(*[0] * (MANY // 16))], [normal(2, 16), ints(*[0] * (MANY // 16 + 1))], {}),
+    "Mul": ([normal(MANY // 2, 1), normal(2)], [normal(MANY // 2, 1), normal(3)], {}),
+    "Range": ([ints(0)[0], ints(MANY)[0], ints(1)[0]], [ints(0)[0], ints(1 << 62)[0], ints(1)[0]], {}),
+    "Tile": ([normal(4), ints(MANY // 4)], [normal(4), ints(1 << 60)], {}),
+    "Where": ([np.ones((MANY // 2, 1), bool), normal(2), normal(1)], [np.ones((MANY // 2, 1), bool), normal(3), normal(1)], {}),
+}
+
+
+def test_every_operator_that_may_grow_has_a_limit():
+    assert set(LIMITS) >= LARGER
+
+
+@pytest.mark.parametrize("op", LIMITS)
+def test_a_result_beyond_the_limit_is_not_computed(op, monkeypatch):
+    monkeypatch.setattr(expressions, "LARGEST_RESULT", MANY)
+    within, beyond, attributes = LIMITS[op]
+    (found,) = evaluated(op, within, **attributes)
+    assert found.size == MANY
+    monkeypatch.setattr(expressions, "_run", None)  # the size is told beforehand
+    index = Index(storage.load(single(op, beyond, 17, attributes, True)))
+    assert index.constant(index.main.find("o0")) is None
+    assert index.is_too_large(index.main.find("o0"))
+
+
+def test_all_results_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr(expressions, "LARGEST_TOTAL", 40)
+    chain = " ".join(f"k{at} = Neg(k{at - 1})" for at in range(1, 9))
+    index = Index(storage.load(model(f"() => (float y) {{ {chain} y = Identity(k8) }}", k0=normal(10))))
+    found = [index.constant(index.main.find(f"k{at}")) is not None for at in range(1, 9)]
+    assert found == [True] * 4 + [False] * 4
+    assert index.is_too_large(index.main.find("y"))
+
+
+def test_the_reason_says_what_is_too_large():
+    text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        k = ConstantOfShape(n) b = Tile(k, n) c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v)
+    }"""
+    assert "too large" in refuses(conv_bn(text, b=None, n=ints(1 << 20)), "dynamic-weight", verify=False)
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_long_chain_of_constants_is_one(length):
+    chain = " ".join(f"k{at} = {'Neg' if at % 2 else 'Identity'}(k{at - 1})" for at in range(1, length + 1))
+    text = f"""(float[N,3,8,8] x) => (float[N,4,6,6] y) {{
+        {chain} c = Conv(x, w, k{length}) y = BatchNormalization(c, s, t, m, v)
+    }}"""
+    assert ops(fastbn.fold(conv_bn(text, b=None, k0=normal(4)), verify=False).model) == "Conv"
+
+
+def test_one_session_serves_all_nodes_alike(monkeypatch):
+    made = []
+    monkeypatch.setattr(expressions, "session", lambda *arguments, **options: made.append(0) or runtime.session(*arguments, **options))
+    expressions._operator.cache_clear()
+    chain = " ".join(f"k{at} = Neg(k{at - 1})" for at in range(1, 100))
+    index = Index(storage.load(model(f"() => (float y) {{ {chain} y = Identity(k99) }}", k0=normal(10))))
+    np.testing.assert_array_equal(index.constant(index.main.find("y")).array(), -normal(10))
+    assert len(made) == 1
+
+
+def test_a_model_without_expressions_needs_no_runtime(without_runtime):
+    assert ops(fastbn.fold(conv_bn(), verify=False).model) == "Conv"
