@@ -83,8 +83,8 @@ def _joined(node, slot, affine, site):
         raise Refusal("other-branch", f"{node.op} '{node.label}' adds it to a value that does not have its scale")
     onward = _narrowed(node, affine, node.inputs[slot], node.outputs[0], site)
     undone = onward.inverse().scale_only()
-    others = [at for at in range(len(node.inputs)) if at != slot]
-    back = [(at, _narrowed(node, undone, node.outputs[0], node.inputs[at], site)) for at in others]
+    # As they are asked for: a sum of very many is given up after a few.
+    back = ((at, _narrowed(node, undone, node.outputs[0], value, site)) for at, value in enumerate(node.inputs) if at != slot)
     if node.op == "Sub" and slot == 1:
         onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.spread)
     return Taken(onward=[(0, onward)], back=back)

@@ -23,7 +23,7 @@ def _transpose(node, affine, came, goes, site):
         if rank is None:
             raise Refusal("axis-unknown", f"the rank of '{came.name}' at Transpose '{node.label}' is not known")
         perm = list(range(rank))[::-1]
-    if sorted(perm) != list(range(len(perm))) or axis >= len(perm):
+    if sorted(perm) != list(range(site.rank(node.inputs[0]) or len(perm))) or axis >= len(perm):
         raise ModelError(expected("a permutation of all axes", str(perm), node.label))
     return affine.at(perm[axis] if came is node.outputs[0] else perm.index(axis))
 

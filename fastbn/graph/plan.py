@@ -186,7 +186,7 @@ def _find_home(node, value, affine, site):
 
 def _find_split(node, value, affine, site, refusal):
     """Return what _find_home does, with the shift left in an Add; raises `refusal` where there is no such way."""
-    for way in (_keep_shift_backward, _keep_shift_forward):
+    for way in (_keep_shift_backward, _keep_shift_forward) if site.has_matmul else ():
         try:
             return way(node, value, affine, site)
         except Refusal:

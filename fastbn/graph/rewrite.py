@@ -1,6 +1,6 @@
 """The only writer: applies plans to a copy of the model and hands out the result."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import onnx
 from onnx import helper
@@ -155,24 +155,6 @@ class _Writer:
             kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
             info.type.CopyFrom(helper.make_tensor_type_proto(kind, constant.shape))
 
-    def _is_read(self, value):
-        """Say whether anything in the present graph reads a value, itself or in the place of nodes that are removed."""
-        pending = [value]
-        while pending:
-            value = pending.pop()
-            if value.is_output:
-                return True
-            for node, slot in value.readers:
-                if node in self.site.removed:
-                    if self.site.source(node.outputs[0]) is self.site.source(value):
-                        pending.append(node.outputs[0])
-                elif node in self.site.replaced:
-                    if slot == self.site.data_slot(node):
-                        return True
-                elif node not in self.gone and (node, slot) not in self.freed:
-                    return True
-        return False
-
     def _new_name(self, wanted):
         name, number = wanted, 1
         while name in self.names:
@@ -210,23 +192,37 @@ class _Writer:
 
     def _bury_dead(self):
         """Mark the constants that only removed nodes and changed slots read, and the nodes that computed them."""
+        reads = self._reads()
         pending = [value for node in self.gone for value in node.inputs if value is not None]
         pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
-        pending = [*dict.fromkeys(pending)]  # one constant may belong to thousands of nodes
         while pending:
             value = pending.pop()
-            if self._is_read(value):
+            if value.producer in self.gone or reads[value]:
                 continue
             node = value.producer
             if value.initializer is not None:
                 self.dead_tensors[value.scope.number].add(value.name)
-            elif node is not None and node not in self.gone and self.index.constant(value) is not None:
+            elif node is not None and self.index.constant(value) is not None:
                 outputs = [output for output in node.outputs if output is not None]
-                if any(map(self._is_read, outputs)):
+                if any(reads[output] for output in outputs):
                     continue
                 self.gone.add(node)
                 self.vanished[node.scope.number].update(output.name for output in outputs)
-                pending.extend(read for read in node.inputs if read is not None)
+                read = [value for value in node.inputs if value is not None]
+                reads.subtract(map(self.site.source, read))
+                pending.extend(read)
+
+    def _reads(self):
+        """Return value -> how often the present graph reads it, itself or in the place of nodes that are removed."""
+        reads = Counter()
+        for node in self.index.order:
+            present = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
+            if node in self.gone:  # an Add in its place reads the data
+                present = [self.site.data_slot(node)] if node in self.site.replaced else []
+            reads.update(self.site.source(node.inputs[slot]) for slot in present if node.inputs[slot] is not None)
+        for scope in self.index.scopes:
+            reads.update(self.site.source(value) for value in scope.values.values() if value.is_output)
+        return reads
 
     def _rebuild_graphs(self):
         removed = defaultdict(dict)

@@ -10,6 +10,7 @@ Both return Taken, or raise Refusal. Rows only read; `site` is the planner's vie
 already happened.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastbn.errors import ModelError, expected
@@ -38,15 +39,15 @@ class Taken:
     """What a node does with an affine.
 
     constants and attributes are those of the node that change, by slot and by name. onward holds what is asked further: (input slot,
-    affine) backward, (output slot, affine) forward; back what a forward row asks of its other inputs, (input slot, affine). elsewhere
-    holds constants of another node, by (node, slot), and via the nodes between; a node that dissolves leaves, and the value at that
-    input slot takes the place of its output.
+    affine) backward, (output slot, affine) forward; back yields what a forward row asks of its other inputs, (input slot, affine).
+    elsewhere holds constants of another node, by (node, slot), and via the nodes between; a node that dissolves leaves, and the value at
+    that input slot takes the place of its output.
     """
 
     constants: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
     onward: list = field(default_factory=list)
-    back: list = field(default_factory=list)
+    back: Iterable = ()
     elsewhere: dict = field(default_factory=dict)
     via: list = field(default_factory=list)
     dissolves: int | None = None
@@ -56,9 +57,9 @@ class Taken:
 class Row:
     """One operator.
 
-    backward(node, affine, site) and forward(node, slot, affine, site) return Taken, or a list of Taken to try in order; None where the
-    operator has no such fold. With parts, the operator hands out parts of its input, and one of them (site.asked) may change alone. For
-    terms, sample and outputs see weights.py.
+    backward(node, affine, site) and forward(node, slot, affine, site) return Taken, or an iterable of Taken to try in order; None where
+    the operator has no such fold. With parts, the operator hands out parts of its input, and one of them (site.asked) may change alone.
+    For terms, sample and outputs see weights.py.
     """
 
     backward: object = None

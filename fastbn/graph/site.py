@@ -85,6 +85,7 @@ class Site:
         self.owner = {}
         self.lifting = None
         self.asked = None
+        self.has_matmul = any(node.is_op("MatMul") for node in index.order)
         self.effort = EFFORTS[0]
         self._affines = {}
         self._checked = set()
