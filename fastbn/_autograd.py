@@ -55,8 +55,8 @@ class _BatchNorm(torch.autograd.Function):
             return *(got if want else None for got, want in zip(found, wanted[:3], strict=True)), None
         if training:
             return *_torch.backward(grad, input, mean, m2, weight, bias, 0, eps, True, wanted), None
-        mean, m2 = (_torch.wide(each) for each in running)
-        return *_torch.backward(grad, input, mean, m2, weight, bias, 1, eps, False, wanted), None
+        mean, var = _torch.wide(running[0]), _torch.wide(running[1])
+        return *_torch.backward(grad, input, mean, var, weight, bias, 1, eps, False, wanted), None
 
 
 # What Function.apply comes to where no transform of torch.func is at work, without asking for one again.

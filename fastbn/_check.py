@@ -1,8 +1,10 @@
 """Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 from operator import index
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +40,7 @@ _CODES = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float
 _PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def converted(read, value, what, where):
+def converted(read: Callable[[Any], Any], value: Any, what: str, where: str) -> Any:
     """Return read(value); what the code of other libraries raises on the way, a KeyError too, becomes the project's error."""
     try:
         return read(value)
@@ -109,7 +111,7 @@ def _number(value, where):
     return converted(_float, value, "a number", where)
 
 
-def _float(value):
+def _float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer that no float holds
@@ -155,7 +157,7 @@ def _ndarray(value, where):
     return np.asarray(value) if isinstance(value, np.ndarray) else converted(_view, value, "an array in CPU memory", where)
 
 
-def _view(value):
+def _view(value: Any) -> np.ndarray:
     if hasattr(value, "__dlpack__"):
         return np.from_dlpack(value)
     if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):

@@ -5,6 +5,7 @@ Anybody may call them, so that they check. Each has a fake implementation, gradi
 
 import contextlib
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,17 +212,17 @@ def _layouts(outputs: list[int], arguments: list[tuple], batch: list | None = No
     return layouts if batch is None else [*layouts, placed(batch, lambda axis: Shard(0) if axis else Replicate())]
 
 
-def _train_sharding(input, weight, bias, eps):
+def _train_sharding(input: Any, weight: Any, bias: Any, eps: float) -> list:
     return _layouts([1, 0, 0], [(input, 1), (weight, 0), (bias, 0), (eps, None)])
 
 
-def _infer_sharding(input, mean, var, weight, bias, eps):
+def _infer_sharding(input: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> list:
     from torch.distributed.tensor import Shard
 
     return _layouts([1], [(input, 1), (mean, 0), (var, 0), (weight, 0), (bias, 0), (eps, None)], [Shard(0)])
 
 
-def _backward_sharding(grad, input, mean, m2, weight, count, eps, training):
+def _backward_sharding(grad: Any, input: Any, mean: Any, m2: Any, weight: Any, count: int, eps: float, training: bool) -> list:
     from torch.distributed.tensor import Partial, Shard
 
     others = [(count, None), (eps, None), (training, None)]

@@ -79,12 +79,12 @@ def values_per_channel(input):
     return input.numel() // max(input.shape[1], 1)
 
 
-def watched():
+def watched() -> bool:
     """Whether a call is more than that: a transform is at work, or a mode sees every operator."""
     return transforms_active() or forward_ad._current_level >= 0 or modes() > 0
 
 
-def transformed():
+def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work: they know torch's operators alone."""
     return transforms_active() or forward_ad._current_level >= 0
 
@@ -232,7 +232,7 @@ def move(running_mean, running_var, stats, momentum):
             running.copy_(torch.from_numpy(array))
 
 
-def stats_of(input):
+def stats_of(input: torch.Tensor) -> BatchStats:
     """Return the BatchStats of a batch."""
     view, (x,) = _arrange(input)
     stats = BatchStats._new(values_per_channel(input), input.shape[1])
@@ -240,7 +240,9 @@ def stats_of(input):
     return stats
 
 
-def backward_input(grad, input, stats, sums, weight, eps):
+def backward_input(
+    grad: torch.Tensor, input: torch.Tensor, stats: BatchStats, sums: np.ndarray, weight: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """Return dx: the second half of the backward pass, from the sums of all ``stats.count`` values."""
     dx, place = _new(input), _place(weight, "weight", input)
     view, (x, target, dy) = _arrange(input, dx, grad)

@@ -50,8 +50,8 @@ def batch_norm(x, mean, var, weight=None, bias=None, *, eps=1e-5, axis=1, activa
     Notes
     -----
     float16 and bfloat16 are computed in float32 and rounded once. The result is the same bits for any number of threads and on every
-    instruction set (any NaN counts as the same). A constant channel gives exactly bias when mean is its value. An x without elements gives
-    a y without elements.
+    instruction set (any NaN counts as the same), for one shape and one set of strides. A constant channel gives exactly bias when mean is
+    its value. An x without elements gives a y without elements.
 
     Examples
     --------
@@ -125,7 +125,8 @@ def batch_norm_train(
     -----
     In float32, for mean/std from 0 to 1e7, the error of y stays below ``2e-6 * (1 + |y|)`` with unit weight and no bias, and that of var
     below 1e-6 of var. A constant channel gives exactly bias, also with eps=0. NaN and Inf make NaN of their own channel only.
-    Bits and in-place use are as in `batch_norm`.
+    Bits and in-place use are as in `batch_norm`. The strides decide in which order sums are added: a slice and its contiguous copy may
+    differ by rounding.
 
     Examples
     --------

@@ -44,7 +44,8 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     Returns
     -------
     Tensor
-        Of the input's shape, type and memory order. First and second derivatives are supported; with a process group the first.
+        Of the input's shape, type and memory order. Derivatives of any order are supported, of batched
+        gradients too; with a process group the first, of gradients with memory of their own.
 
     Raises
     ------

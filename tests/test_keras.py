@@ -21,32 +21,32 @@ def needs(*packages):
         pytest.skip(f"{' and '.join(missing)} not installed")
 
 
+def run(checks, backend, environment, folder):
+    """Return the outcome of each check of a file, as {name: [(case, skipped, failure or None)]}."""
+    report = folder / "report.xml"
+    # The frameworks themselves warn of what they will have to change.
+    options = ["-W", "default", "-p", "no:cacheprovider", "-q", "--junitxml", str(report), "-o", "markers=requires_trainable_backend"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(checks)],
+        env={**environment, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=CHECKS.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        failure = next((child.text for child in case if child.tag in ("failure", "error")), None)
+        skip = next((child.get("message") for child in case if child.tag == "skipped"), None)
+        found.setdefault(case.get("name").split("[")[0], []).append((case.get("name"), skip, failure))
+    return found
+
+
 @pytest.fixture(scope="module")
 def outcomes(environment, tmp_path_factory):
-    """A function: the backend -> the outcome of each check, as {name: [(case, skipped, failure or None)]}."""
-
-    @cache
-    def run(backend):
-        report = tmp_path_factory.mktemp(backend) / "report.xml"
-        # The frameworks themselves warn of what they will have to change.
-        options = ["-W", "default", "-p", "no:cacheprovider", "-q", "--junitxml", str(report)]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, str(CHECKS)],
-            env={**environment, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            cwd=CHECKS.parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        found = {}
-        for case in ElementTree.parse(report).iter("testcase"):
-            failure = next((child.text for child in case if child.tag in ("failure", "error")), None)
-            skip = next((child.get("message") for child in case if child.tag == "skipped"), None)
-            found.setdefault(case.get("name").split("[")[0], []).append((case.get("name"), skip, failure))
-        return found
-
-    return run
+    """A function: the backend -> what comes of our checks."""
+    return cache(lambda backend: run(CHECKS, backend, environment, tmp_path_factory.mktemp(backend)))
 
 
 @pytest.mark.parametrize("check", re.findall(r"^def (test_\w+)\(", CHECKS.read_text(encoding="utf-8"), re.MULTILINE))
@@ -58,6 +58,17 @@ def test_backend(backend, check, outcomes):
         assert failure is None, f"{case}:\n{failure}"
     if all(skip for _, skip, _ in cases):
         pytest.skip(cases[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keras_own_tests_of_the_layer(backend, environment, tmp_path):
+    needs("keras", backend, "absl")
+    if importlib.util.find_spec("keras.src.layers.normalization.batch_normalization_test") is None:
+        pytest.skip("this Keras ships without its tests")
+    cases = [case for found in run(CHECKS.with_name("keras_suite.py"), backend, environment, tmp_path).values() for case in found]
+    assert len(cases) > 20
+    for case, _, failure in cases:  # no difference is by design
+        assert failure is None, f"{case}:\n{failure}"
 
 
 def python(code, environment, **variables):

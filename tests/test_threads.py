@@ -101,3 +101,21 @@ def test_a_setting_before_the_first_call_stays(asked):
 def test_the_affinity_mask_is_respected(asked):
     code = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]) or fastbn.get_num_threads()"
     assert asked(code, FASTBN_NUM_THREADS="") == "1"
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_slice_and_its_copy_differ_by_rounding_alone(axis):
+    """The bits are those of a shape and its strides, which decide the order of the additions."""
+    rng, equal = np.random.default_rng(0), 0
+    for _ in range(200):
+        shape = rng.integers(2, 9, rng.integers(2, 6))
+        whole = rng.standard_normal(shape + rng.integers(0, 3, len(shape)))
+        x = whole.astype(np.float32)[tuple(slice(size) for size in shape)]
+        results = []
+        for given in (x, np.ascontiguousarray(x)):
+            y, stats = fastbn.batch_norm_train(given, axis=axis)
+            results.append((y, stats.mean, stats.m2))
+        for one, other in zip(*results, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6)
+        equal += all(np.array_equal(one, other) for one, other in zip(*results, strict=True))
+    assert equal > 100

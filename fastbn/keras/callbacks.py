@@ -23,12 +23,12 @@ def _restored(saved):
     return BatchStats(int(saved[0]), mean, m2)
 
 
-def _frozen(stats):
+def _frozen(stats: BatchStats) -> BatchStats:
     """The statistics of some rows as given ones for all."""
     return BatchStats(1, stats.mean, stats.var)
 
 
-def _with_root(var, eps):
+def _with_root(var: np.ndarray, eps: float) -> np.ndarray:
     """Return var, and NaN where var + eps is not positive: Keras gives NaN for such a channel, where the array functions raise."""
     return np.where(var.astype(np.float64) + eps > 0, var, np.array(np.nan, var.dtype))
 
