@@ -112,9 +112,7 @@ class _Segment:
         """Say whether anything outside reads a value of the site that both sides have."""
         if value.is_output:
             return True
-        return any(
-            node not in self.before and node not in self.site.removed and not node.is_op(*SHAPE_READERS) for node, _ in value.readers
-        )
+        return any(node not in self.before and not node.is_op(*SHAPE_READERS) for node, _ in value.readers)
 
     def units(self):
         """Return how many times the size of the terms the difference may be."""
@@ -124,7 +122,7 @@ class _Segment:
 
     def run(self, inputs):
         """Return (before, after, size of the terms) as float64 arrays."""
-        feeds = {name: self._typed(values) if values.dtype.kind == "f" else values for name, values in inputs.items()}
+        feeds = {name: self._typed(np.asarray(values)) for name, values in inputs.items()}
         try:
             before = self._run_original(feeds)
             after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
@@ -147,7 +145,7 @@ class _Segment:
             return _run_nodes(*self._original(feeds, evaluated=True), self.index.opset)
 
     def _typed(self, values):
-        return values.astype(np.float32 if self.promoted else self.dtype)
+        return values.astype(np.float32 if self.promoted else self.dtype) if values.dtype.kind == "f" else values
 
     def _array(self, array):
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
@@ -168,7 +166,7 @@ class _Segment:
 
     def _folded(self, feeds, magnitudes):
         """Return the folded segment; with magnitudes, every input and constant is its absolute value and every difference is a sum."""
-        feeds = {name: np.abs(values) if magnitudes and values.dtype.kind == "f" else values for name, values in feeds.items()}
+        feeds = {name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" else values for name, values in feeds.items()}
         protos = []
         for node in self.before:
             if node in self.site.removed:
@@ -213,7 +211,7 @@ def _magnitude(node, slot, array):
     """Return a constant for the run that bounds: |x| - mean must not cancel, so the mean is taken as -|mean|; a variance is one already."""
     if array.dtype.kind not in "fV" or (is_batch_norm(node) and slot == 4):
         return array
-    return -np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array)
+    return np.asarray(-np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array))
 
 
 # What bounds the size of a result whose operator takes signs into account.

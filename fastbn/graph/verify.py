@@ -304,10 +304,3 @@ def _judge_branch(name: str, before: object, after: object, shaken: object, unit
     if verdict.is_wrong:
         worst = verdict.worst
         raise _Failed(f"{name} differs by {worst.error:.2g} at {list(worst.index)}, {verdict.bound:.2g} is allowed")
-
-
-def _why_vague(verdict: Verdict) -> str:
-    size = verdict.worst.size
-    if size == 0:
-        return "the output is zero, Inf or NaN on every input tried"
-    return f"what rounding may change is {verdict.allowed / size:.1%} of the largest value, which proves nothing"
