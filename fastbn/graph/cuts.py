@@ -40,13 +40,14 @@ PREFIX = "fastbn/cut/"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One array compared: the worst element, the bound that the noise explains, and what is allowed: that bound, or less where it is too
-    large to prove anything."""
+    """One array compared: the worst element, the bound that the noise explains, what is allowed (that bound, or less where it is too large
+    to prove anything), and how far the noise moves it; what counts or chooses moves by steps, and its noise is taken as Inf."""
 
     name: str
     worst: Worst
     bound: float
     allowed: float
+    noise: float
 
     @property
     def part(self) -> float:
@@ -67,8 +68,9 @@ class Verdict:
 
     @property
     def proves(self) -> bool:
-        """Say whether the arrays are equal and not zero, Inf or NaN everywhere."""
-        return self.holds and self.worst.size > 0
+        """Say whether the arrays are equal, and would show a difference: they are not zero, Inf or NaN everywhere, and do not stand still
+        under any noise, as what comes from a saturated Softmax does."""
+        return self.holds and self.worst.size > 0 and (self.noise > 0 or self.worst.error > 0)
 
 
 def judged(name: str, before: NDArray, after: NDArray, noise: float, unit: float, shaken: NDArray | None = None) -> Verdict:
@@ -95,7 +97,7 @@ def judged(name: str, before: NDArray, after: NDArray, noise: float, unit: float
         most = MARGIN * bulk(before, shaken) + floor
         if bulk(before, after) <= most <= CONCLUSIVE * worst.size:
             allowed = bound
-    return Verdict(name, worst, bound, allowed)
+    return Verdict(name, worst, bound, allowed, noise if before.dtype.kind == "f" else math.inf)
 
 
 @dataclass(frozen=True)

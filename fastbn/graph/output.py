@@ -116,9 +116,10 @@ class Output:
 
     def stage(self, folder=None):
         """Write the model into a hidden folder inside `folder` and return its path; the next save takes the data files from there."""
-        self._room = work_room(folder)
-        path = self._room.path / "staged.onnx"
+        room = work_room(folder)
+        path = room.path / "staged.onnx"
         self._staged = self.save(path)
+        self._room = room
         return path
 
     def save(self, path):

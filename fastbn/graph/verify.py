@@ -230,9 +230,9 @@ class _Check:
                 return self._held_by(found)
         vague = dict.fromkeys(entry.verdict.name for entry in self._unproven())
         if any(entry.proves for entry in self.entries.values()):
-            self._note(f"zero, Inf or NaN on every input tried: output {first_few([repr(name) for name in vague])}")
+            self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([repr(name) for name in vague])}")
             return self._said("ok")
-        return self._said("inconclusive", reason="the outputs are zero, Inf or NaN on every input but zeros")
+        return self._said("inconclusive", reason="the outputs are zero, Inf, NaN or always the same on every input but zeros")
 
     def _cuts(self, kind: str) -> CutParity | None:
         reference = self.reference
