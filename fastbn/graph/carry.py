@@ -14,6 +14,9 @@ from fastbn.graph.report import Refusal, first_few
 
 __all__ = ["CARRIERS"]
 
+# Along an axis of more elements no affine is spread out: a few bytes of a model may ask for any number.
+LARGEST_AXIS = 1 << 24
+
 
 def _only_data(node, slot):
     if slot != 0:
@@ -106,7 +109,7 @@ def _reshape(node, affine, came, goes, site):
             break
         # Behind this axis lie `behind` elements: it tells the channel when it steps through whole inner runs and whole channel cycles.
         if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
-            return affine.picked(np.arange(size) // (inner // behind) % channels, at)
+            return affine.picked(np.arange(_countable(size)) // (inner // behind) % channels, at)
         behind *= size
     raise Refusal("axis", f"{node.op} '{node.label}' splits or mixes the channels of axis {axis}: {_sizes(before)} becomes {_sizes(after)}")
 
@@ -131,9 +134,15 @@ def _concat_forward(node, slot, affine, site):
     return Taken(onward=[(0, _extended(affine, sizes, slot, axis))])
 
 
+def _countable(size):
+    if size > LARGEST_AXIS:
+        raise Refusal("axis", f"an axis of {size} elements is too long for one scale each")
+    return size
+
+
 def _extended(affine, sizes, part, axis):
     """Return the affine on one of several parts that lie side by side along an axis, the others left as they are."""
-    start, total = sum(sizes[:part]), sum(sizes)
+    start, total = sum(sizes[:part]), _countable(sum(sizes))
     scale, shift, spread = np.ones(total), np.zeros(total), np.zeros(total)
     here = slice(start, start + sizes[part])
     scale[here], shift[here], spread[here] = affine.along(sizes[part])
@@ -222,7 +231,7 @@ def _choose(node, affine, came, goes, site):
     shape = site.shape(node.inputs[0])
     if shape is None or shape[axis] is None:
         raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
-    chosen = _chosen(node, len(shape), axis, shape[axis], site)
+    chosen = _chosen(node, len(shape), axis, _countable(shape[axis]), site)
     if came is node.inputs[0]:
         return affine if chosen is None else affine.picked(chosen, axis)
     if chosen is None:
