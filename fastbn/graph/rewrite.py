@@ -16,7 +16,7 @@ from onnx import helper
 
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
-from fastbn.graph.model import scopes_of
+from fastbn.graph.nesting import scopes_of
 from fastbn.graph.storage import PROTOBUF_LIMIT, atomic, is_external, os_error, serialize, sync
 
 __all__ = ["Output", "edited", "external_tensors", "rewrite"]

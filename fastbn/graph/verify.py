@@ -13,7 +13,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import float64_of
 from fastbn.graph.feeds import KINDS, ModelNotRun, feeds_of
 from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
-from fastbn.graph.model import is_standard
+from fastbn.graph.nesting import is_standard
 from fastbn.graph.report import Parity
 from fastbn.graph.runtime import UNIT, runtime_errors, said, session
 from fastbn.graph.storage import serialize
