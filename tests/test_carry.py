@@ -1,6 +1,7 @@
 """Every row of the table of carriers: lets the affine pass when it may, refuses with the right code when it may not, in both directions."""
 
 import numpy as np
+import onnx
 import pytest
 from sketch import assert_same, codes, conv_bn, folds, initializers, model, norm, normal, ops, refuses
 
@@ -432,3 +433,9 @@ def test_the_other_parts_of_a_split_stay_as_they_are():
     }"""
     proto = conv_bn(text, **norm(2), k=ints(2, 2))
     folds(proto, "Conv Split Tanh")
+
+
+def test_an_axis_of_any_length_takes_no_memory():
+    proto = forward("d = Concat <axis = 1> (n, z)", w=normal(5, 8, 2, 2))
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [2, 1 << 31, 6, 6]))
+    assert "too long" in refuses(proto, verify=False)

@@ -112,7 +112,7 @@ def count(path):
     """Return how many nodes and BatchNormalization a model holds, subgraphs and functions included."""
     import onnx
 
-    from fastbn.graph.model import is_standard, scopes_of
+    from fastbn.graph.nesting import is_standard, scopes_of
 
     proto = onnx.load(path, load_external_data=False)
     nodes = [node for graph in (proto.graph, *proto.functions) for inner in scopes_of(graph) for node in inner.node]

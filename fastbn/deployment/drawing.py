@@ -11,7 +11,7 @@ from itertools import pairwise
 import onnx
 
 from fastbn.graph.lift import is_batch_norm
-from fastbn.graph.model import bodies
+from fastbn.graph.nesting import bodies
 
 __all__ = ["Drawing", "draw_model", "draw_site"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import onnx
 
 from fastbn.errors import FastbnError
-from fastbn.graph.model import scopes_of
+from fastbn.graph.nesting import scopes_of
 from fastbn.graph.report import first_few
 from fastbn.graph.runtime import said
 from fastbn.graph.storage import serialize

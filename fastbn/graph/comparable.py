@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from fastbn.graph.model import is_standard, scopes_of
+from fastbn.graph.nesting import is_standard, scopes_of
 
 __all__ = ["BRANCHES", "comparable", "has_branches", "is_random", "with_branches"]
 

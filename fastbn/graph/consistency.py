@@ -9,7 +9,8 @@ from onnx import ModelProto, helper
 
 from fastbn.errors import ModelError
 from fastbn.graph.lift import is_batch_norm
-from fastbn.graph.model import Index, is_standard, scopes_of
+from fastbn.graph.model import Index
+from fastbn.graph.nesting import is_standard, scopes_of
 from fastbn.graph.site import Site
 
 __all__ = ["check_written"]

@@ -16,7 +16,8 @@ from onnx import GraphProto, ModelProto, helper
 
 from fastbn.graph.difference import Worst, bulk, compare, moved
 from fastbn.graph.feeds import Feed
-from fastbn.graph.model import Index, Value, bodies, scopes_of
+from fastbn.graph.model import Index, Value
+from fastbn.graph.nesting import bodies, scopes_of
 from fastbn.graph.noise import NOISE, Noise
 from fastbn.graph.reference import kept
 from fastbn.graph.runtime import UNIT, Runnable, Runner

@@ -76,6 +76,7 @@ class Constants:
         self._too_large: set = set()
         self._refused: dict[int, set] = {}
         self._left = LARGEST_TOTAL
+        self._written: dict = {}
         self._candidates = _candidates(nodes)
 
     def find(self, value: object, largest: int | None = None) -> Tensor | None:
@@ -110,7 +111,7 @@ class Constants:
     def evaluate(self, node: object, arrays: list, largest: int) -> list | None:
         """Return what a node gives for these arrays, None where they are more than `largest` elements or it cannot be run."""
         size = _result_size(node, arrays)
-        return None if size is None or size > largest else _run(node, arrays, self._opset)
+        return None if size is None or size > largest else _run(node, arrays, self._opset, self._written)
 
     def _is_settled(self, value: object, refused: set) -> bool:
         return value is None or value in self._found or value in refused or (value.initializer is None and value not in self._candidates)
@@ -173,7 +174,7 @@ class Constants:
             (refused if limit < LARGEST_RESULT else self._too_large).update(outputs)
             self._found.update(dict.fromkeys(outputs) if limit >= LARGEST_RESULT else {})
             return
-        results = None if size is None else _run(node, arrays, self._opset)
+        results = None if size is None else _run(node, arrays, self._opset, self._written)
         self._found.update(dict.fromkeys(outputs))
         for value in outputs if results is not None else ():
             self._found[value] = _literal(results[value.slot])
@@ -261,17 +262,18 @@ _LARGER: dict[str, Callable[..., float]] = {
 }
 
 
-def _run(node: object, arrays: list, opset: int) -> list | None:
-    """Return the arrays that a standard operator gives for these inputs, None for an absent one; None where the runtime cannot run it."""
+def _run(node: object, arrays: list, opset: int, written: dict) -> list | None:
+    """Return the arrays that a standard operator gives for these inputs, None for an absent one; None where the runtime cannot run it.
+
+    written remembers how the node is written for inputs of these types.
+    """
     try:
-        kinds = tuple(None if array is None else helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays)
-        proto = onnx.NodeProto(op_type=node.op, attribute=node.proto.attribute)
-        proto.input.extend("" if kind is None else f"i{slot}" for slot, kind in enumerate(kinds))
-        proto.output.extend(f"o{slot}" for slot in range(len(node.outputs)))
+        key = node, *(None if array is None else array.dtype for array in arrays)
+        if key not in written:
+            written[key] = _written(node, arrays)
         feeds = {f"i{slot}": _widened(array) for slot, array in enumerate(arrays) if array is not None}
         large = sum(array.nbytes for array in feeds.values()) > KEPT_SESSION
-        make = _operator.__wrapped__ if large else _operator
-        run, narrow = make(proto.SerializeToString(deterministic=True), kinds, opset)
+        run, narrow = (_operator.__wrapped__ if large else _operator)(*written[key], opset)
         results = [np.asarray(result) for result in run(feeds)]
     except Exception:  # the runtime raises many kinds; a node that it cannot run is simply no constant
         return None
@@ -279,12 +281,25 @@ def _run(node: object, arrays: list, opset: int) -> list | None:
     return results if all(_is_numeric(result) for result in results) else None
 
 
+def _written(node: object, arrays: list) -> tuple[bytes, tuple]:
+    """Return (node with inputs i0, i1, ... and outputs o0, o1, ..., types of the inputs): nodes that do the same are written alike."""
+    kinds = tuple(None if array is None else helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays)
+    proto = onnx.NodeProto(op_type=node.op, attribute=node.proto.attribute)
+    proto.input.extend("" if kind is None else f"i{slot}" for slot, kind in enumerate(kinds))
+    proto.output.extend(f"o{slot}" for slot in range(len(node.outputs)))
+    return proto.SerializeToString(deterministic=True), kinds
+
+
 def _is_numeric(array: np.ndarray) -> bool:
-    return array.dtype.kind in "biuf" or array.dtype.name == "bfloat16"
+    return array.dtype.kind in "biuf" or _is_bfloat16(array)
+
+
+def _is_bfloat16(array: np.ndarray) -> bool:
+    return array.dtype.kind == "V" and array.dtype.name == "bfloat16"
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    return array.astype(np.float32) if _is_bfloat16(array) else array
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import numpy as np
 from fastbn.errors import ModelError, expected
 from fastbn.graph.constant import Affine
 from fastbn.graph.report import Refusal
-from fastbn.graph.row import Row, Taken, axis_of, data_sample, no_terms, only_data, own_axis, own_list, symmetric
+from fastbn.graph.row import Row, Taken, axis_of, countable, data_sample, no_terms, only_data, own_axis, own_list, symmetric
 
 __all__ = ["LAYOUT"]
 
@@ -48,7 +48,7 @@ def _reshape(node, affine, came, goes, site):
             break
         # Behind this axis lie `behind` elements: it tells the channel when it steps through whole inner runs and whole channel cycles.
         if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
-            return affine.picked(np.arange(size) // (inner // behind) % channels, at)
+            return affine.picked(np.arange(countable(size)) // (inner // behind) % channels, at)
         behind *= size
     raise Refusal("axis", f"{node.op} '{node.label}' splits or mixes the channels of axis {axis}: {_sizes(before)} becomes {_sizes(after)}")
 
@@ -82,7 +82,7 @@ def _parts(node, affine, sizes, axis):
 
 def _extended(affine, sizes, part, axis):
     """Return the affine on one of several parts that lie side by side along an axis, the others left as they are."""
-    start, total = sum(sizes[:part]), sum(sizes)
+    start, total = sum(sizes[:part]), countable(sum(sizes))
     if affine.channels not in (1, sizes[part]):
         raise Refusal("axis", f"{affine.channels} channels meet a part of {sizes[part]}")
     scale, shift, spread = np.ones(total), np.zeros(total), np.zeros(total)
@@ -157,7 +157,7 @@ def _choose(node, affine, came, goes, site):
             return affine.at(moved)
     if shape[axis] is None:
         raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
-    chosen = _chosen(node, len(shape), axis, shape[axis], site)
+    chosen = _chosen(node, len(shape), axis, countable(shape[axis]), site)
     if chosen is None:
         return affine
     if affine.channels != (shape[axis] if forward else chosen.size):

@@ -4,11 +4,11 @@ from onnx import AttributeProto, TensorProto, helper
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.expressions import Constants
-from fastbn.graph.nesting import DEEPEST, bodies, expanded_size, is_standard, scopes_of
+from fastbn.graph.nesting import DEEPEST, bodies, expanded_size, is_standard
 from fastbn.graph.schemas import check_node
 from fastbn.graph.shapes import Inference, shape_of
 
-__all__ = ["Index", "Node", "Scope", "Value", "bodies", "is_standard", "scopes_of"]
+__all__ = ["Index", "Node", "Scope", "Value"]
 
 # The type of an attribute by that of its default.
 KINDS = {

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from fastbn.errors import ModelError, StorageError, expected
 from fastbn.graph.constant import Scaled
 from fastbn.graph.destination import Replacement, is_stream, storage_errors, work_room, write_through
-from fastbn.graph.model import scopes_of
+from fastbn.graph.nesting import scopes_of
 from fastbn.graph.storage import PROTOBUF_LIMIT, external_tensors, location_of, serialize
 
 __all__ = ["Output", "Patch", "Prepared", "prepared_bytes"]

@@ -15,7 +15,8 @@ import onnx
 
 from fastbn.graph.constant import Affine, Dense, Scaled, float64_of
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE, is_batch_norm
-from fastbn.graph.model import Node, Value, is_standard
+from fastbn.graph.model import Node, Value
+from fastbn.graph.nesting import is_standard
 from fastbn.graph.report import FORWARDS, Kept, Refusal, first_few
 from fastbn.graph.search import Search, row_of
 from fastbn.graph.site import EFFORTS, Plan, Site

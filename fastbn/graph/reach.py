@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from fastbn.graph.model import Index, Node, Value, bodies
+from fastbn.graph.model import Index, Node, Value
+from fastbn.graph.nesting import bodies
 from fastbn.graph.plan import Planning
 from fastbn.graph.site import SHAPE_READERS, Plan
 

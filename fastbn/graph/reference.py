@@ -11,7 +11,8 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.comparable import comparable, is_random
 from fastbn.graph.difference import largest, moved, same_bits
 from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, Feeds, ModelNotRun, feeds_of
-from fastbn.graph.model import Index, is_standard
+from fastbn.graph.model import Index
+from fastbn.graph.nesting import is_standard
 from fastbn.graph.noise import Noise
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, says_invalid
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from fastbn.errors import ParityError, expected
 from fastbn.graph import report
 from fastbn.graph.lift import BATCH_NORM
-from fastbn.graph.model import is_standard, scopes_of
+from fastbn.graph.nesting import is_standard, scopes_of
 from fastbn.graph.rewrite import raises_ir_version
 from fastbn.graph.storage import external_tensors
 

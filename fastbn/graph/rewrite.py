@@ -7,7 +7,7 @@ from onnx import helper
 
 from fastbn.graph.consistency import check_written
 from fastbn.graph.constant import Scaled
-from fastbn.graph.model import scopes_of
+from fastbn.graph.nesting import scopes_of
 from fastbn.graph.output import Output, Patch
 from fastbn.graph.storage import external_tensors, is_external, location_of
 

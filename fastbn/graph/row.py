@@ -23,6 +23,7 @@ __all__ = [
     "Taken",
     "axis_in",
     "axis_of",
+    "countable",
     "data_sample",
     "no_terms",
     "only_data",
@@ -32,6 +33,10 @@ __all__ = [
     "require_channels",
     "symmetric",
 ]
+
+
+# Along an axis of more elements no affine is spread out: a few bytes of a model may ask for any number.
+LARGEST_AXIS = 1 << 24
 
 
 @dataclass
@@ -94,6 +99,13 @@ def own_axis(node: Node, axis: int, rank: int) -> int:
     if not -rank <= axis < rank:
         raise ModelError(expected(f"an axis of a value of rank {rank}", str(axis), node.label))
     return axis % rank
+
+
+def countable(size: int) -> int:
+    """Return the size of an axis; Refusal where one scale for each of its elements would be too many."""
+    if size > LARGEST_AXIS:
+        raise Refusal("axis", f"an axis of {size} elements is too long for one scale each")
+    return size
 
 
 def own_list(node: Node, constant: Tensor) -> list[int]:

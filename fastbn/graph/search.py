@@ -5,7 +5,7 @@ from fastbn.graph.absorb import ABSORBERS
 from fastbn.graph.carry import CARRIERS
 from fastbn.graph.constant import Requantised
 from fastbn.graph.lift import constant_slot, is_batch_norm
-from fastbn.graph.model import is_standard
+from fastbn.graph.nesting import is_standard
 from fastbn.graph.report import Refusal
 from fastbn.graph.row import Taken
 from fastbn.graph.site import Plan

@@ -87,13 +87,15 @@ class Inference:
             sizes = Sizes(self._main.ordered, self.shapes, self._constants)
             if not any(sizes.is_open(node) for scope in scopes for node in scope.ordered):
                 break
+            if not follows:
+                follows = True
+                continue
             found, lists = sizes.found()
             is_news = bool(found) or not lists.keys() <= self._lists.keys() or (self._has_cut and before != self.shapes)
-            if follows and not is_news:
+            if not is_news:
                 break
             self._told.update(found)
             self._lists.update(lists)
-            follows = True
 
     def _read(self, graph: GraphProto, scopes: list) -> None:
         for scope, inferred in zip(scopes, scopes_of(graph), strict=True):

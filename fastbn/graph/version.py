@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fastbn.graph.lift import BATCH_NORM, ELEMENTWISE
-from fastbn.graph.model import bodies, is_standard, scopes_of
+from fastbn.graph.nesting import bodies, is_standard, scopes_of
 
 __all__ = ["difference"]
 
