@@ -67,7 +67,7 @@ def plan(index, only=None, skip=None, excluded=None):
                 _place(node, affine, site, plans)
                 placed.add(node)
             except Refusal as refusal:
-                refused[node] = refusal
+                refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
         if effort == 0:
             reasons = refused
         # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
@@ -168,13 +168,13 @@ def _find_home(node, value, affine, site):
     try:
         return Search(site).backward(value, affine, node, site.data_slot(node)), False, None
     except Refusal as refusal:
-        behind = refusal
+        behind = refusal.with_traceback(None)
     try:
         found = Search(site).forward(node.outputs[0], affine)
         _refuse_unknown_width(node, affine, site, found)
         return found, True, None
     except Refusal as refusal:
-        ahead = refusal
+        ahead = refusal.with_traceback(None)
     site.note_refused(node)
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")

@@ -44,12 +44,12 @@ class Search:
         """Return a Plan that makes the producer of `value` yield the affine of it; this slot of `asker` is the one reader that may be."""
         key = value, affine.scales, affine.shifts
         if key in self.refused:
-            raise self.refused[key]
+            raise Refusal(*self.refused[key])
         try:
             return self._ask(value, affine, asker, slot, depth)
         except Refusal as refusal:
             if refusal.code != "reads-twice":  # that one depends on the way taken
-                self.refused[key] = refusal
+                self.refused[key] = refusal.code, refusal.sentence
             raise
 
     def _ask(self, value, affine, asker, slot, depth):
@@ -102,9 +102,9 @@ class Search:
         """Return a Plan in which another reader of a value that changes undoes the change in its own constants."""
         try:
             return self._read(node, slot, value, affine, depth)
-        except Refusal as refusal:
-            sentence = f"{node.op} '{node.label}' reads the value '{value.name}' before it too"
-            raise Refusal("other-readers", sentence) from refusal
+        except Refusal:
+            pass  # what the caller hears is that somebody else reads it
+        raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
 
     def _into_constant(self, node, slot, affine):
         constant = self.site.dense(node, slot)
@@ -164,15 +164,15 @@ class Search:
 
     def _first(self, choices, node, follow, depth):
         """Return what the first choice that works out changes; the refusal of the last one otherwise."""
-        refused = None
+        refused = "no-absorber", f"{node.op} '{node.label}' of nothing takes nothing"
         for taken in [choices] if isinstance(choices, Taken) else choices:
             try:
                 return self._taken(taken, node, follow, depth)
             except Refusal as refusal:
-                refused = refusal
+                refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
                     break
-        raise refused or Refusal("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")
+        raise Refusal(*refused)
 
     def _is_exhausted(self):
         return self.steps > MOST_STEPS and self.site.may_rearrange()

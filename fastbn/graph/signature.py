@@ -11,6 +11,11 @@ from fastbn.graph.report import Refusal
 
 __all__ = ["check_signature"]
 
+# ONNX lets attributes of this prefix pass; and what opset 1 demands of some operators says only which inputs may be overwritten.
+INTERNAL, LEGACY = "__", "consumed_inputs"
+
+OPTIONAL = defs.OpSchema.FormalParameterOption.Optional
+
 
 def check_signature(node: Node, opset: int) -> None:
     """Raise ModelError unless a node of ONNX's own operators has the inputs, outputs and attributes that its operator has at this opset.
@@ -29,20 +34,17 @@ def check_signature(node: Node, opset: int) -> None:
         for slot, value in enumerate(values):
             if value is None and what == "inputs" and formal[min(slot, len(formal) - 1)].option != OPTIONAL:
                 raise ModelError(expected(f"an input {slot} of {node.op}", "none", node.label))
-    odd = next((name for name in node.attributes if name not in schema.attributes), None)
+    odd = next((name for name in node.attributes if name not in schema.attributes and not name.startswith(INTERNAL)), None)
     if odd is not None:
         raise ModelError(expected(f"a valid model: attributes that {node.op} has at opset {opset}", repr(odd), node.label))
     for name, attribute in schema.attributes.items():
         found = node.attributes.get(name)
-        if found is None and attribute.required:
+        if found is None and attribute.required and name != LEGACY:
             raise ModelError(expected(f"an attribute '{name}' of {node.op}", "none", node.label))
         if found is not None and (found.type != attribute.type.value or found.ref_attr_name):
             kind = attribute.type.name
             got = f"one of a function, '{found.ref_attr_name}'" if found.ref_attr_name else AttributeProto.AttributeType.Name(found.type)
             raise ModelError(expected(f"an attribute '{name}' of type {kind}", got, node.label))
-
-
-OPTIONAL = defs.OpSchema.FormalParameterOption.Optional
 
 
 @cache

@@ -124,7 +124,7 @@ class Site:
         try:
             return lift(node, self)
         except Refusal as refusal:
-            return refusal
+            return refusal.with_traceback(None)
 
     def data_slot(self, node):
         """Return the slot of the data input of a lifted node."""
