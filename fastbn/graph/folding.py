@@ -192,7 +192,7 @@ class _Job:
             original = Runnable.of(self.source)
             shapes = self.index.input_shapes
             self.comparison = Comparison(original, self.index, input_shapes=shapes, seed=self.seed, progress=self.progress)
-        return output, self.comparison.check(folded)
+        return output, self.comparison.check(folded, lambda names: bool(names) and not unreached(self.index, planning, names))
 
 
 def _with_and_without_functions(source):

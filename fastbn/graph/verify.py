@@ -58,8 +58,14 @@ class Comparison:
         self._reference: Reference | None = None
         self._not_run: str | None = None
 
-    def check(self, folded: Runnable) -> Parity:
+    def check(self, folded: Runnable, suffices: Callable[[tuple[str, ...]], bool] = bool) -> Parity:
         """Compare one model with the original.
+
+        Parameters
+        ----------
+        folded : Runnable
+        suffices : callable of tuple of str -> bool
+            Whether it is enough to prove these outputs, where the others are zero or always the same; one output is, by default.
 
         Returns
         -------
@@ -77,7 +83,7 @@ class Comparison:
                 self._not_run = str(reason)
         if self._reference is None:
             return Parity("not-run", reason=self._not_run)
-        return _Check(self._reference, folded).parity()
+        return _Check(self._reference, folded, suffices).parity()
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,10 @@ class _Failed(Exception):
 class _Check:
     """One folded model beside the original."""
 
-    def __init__(self, reference: Reference, folded: Runnable) -> None:
+    def __init__(self, reference: Reference, folded: Runnable, suffices: Callable[[tuple[str, ...]], bool]) -> None:
         self.reference = reference
         self.folded = folded
+        self.suffices = suffices
         self.entries: dict[tuple[str, int], _Entry] = {}
         self.notes: list[str] = []
         self.progress = reference.progress
@@ -118,9 +125,8 @@ class _Check:
             self._compare(KINDS)
             if not self.entries:
                 return Parity("not-run", reason="; ".join(self._all_notes()) or "the model has no outputs to compare")
-            for kind in MORE_KINDS:
-                if self._is_held() and self._unproven():
-                    self._compare((kind,))
+            if self._is_held() and self._unproven():
+                self._compare(MORE_KINDS)
             if not self._is_held() or self._unproven():
                 return self._by_cuts()
             return self._said("ok")
@@ -224,15 +230,19 @@ class _Check:
         return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
 
     def _zeros_by_cuts(self) -> Parity:
-        for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
-            found = self._cuts(kind)
-            if found is not None and found.status == "ok":
-                return self._held_by(found)
-        vague = dict.fromkeys(entry.verdict.name for entry in self._unproven())
-        if any(entry.proves for entry in self.entries.values()):
-            self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([repr(name) for name in vague])}")
+        if not self.suffices(self._proven()):
+            for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
+                found = self._cuts(kind)
+                if found is not None and found.status == "ok":
+                    return self._held_by(found)
+        if self._proven():
+            vague = dict.fromkeys(repr(entry.verdict.name) for entry in self._unproven())
+            self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([*vague])}")
             return self._said("ok")
         return self._said("inconclusive", reason="the outputs are zero, Inf, NaN or always the same on every input but zeros")
+
+    def _proven(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(entry.verdict.name for entry in self.entries.values() if entry.proves))
 
     def _cuts(self, kind: str) -> CutParity | None:
         reference = self.reference
@@ -258,9 +268,9 @@ class _Check:
         if status == "ok" and has_branches(self.reference.proto):
             self._compare_branches()
         worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
-        names = dict.fromkeys(entry.verdict.name for entry in proven) if status == "ok" else ()
+        names = self._proven() if status == "ok" else ()
         compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
-        return Parity(status, inputs, *compared, reason, self._all_notes(), tuple(names))
+        return Parity(status, inputs, *compared, reason, self._all_notes(), names)
 
     def _compare_branches(self) -> None:
         """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
