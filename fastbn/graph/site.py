@@ -209,6 +209,7 @@ class Site:
         quantised, scale = self.tensor(source, 0), self.tensor(source, 1)
         zero_point = self.tensor(source, 2)
         known = quantised is not None and scale is not None and (zero_point is not None or source.input(2) is None)
+        known = known and bool(quantised.shape)
         if not known or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES or source.scope is not node.scope:
             return None
         self.refuse_readers(value, node, slot)
