@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sketch import assert_same, model, norm, normal, refuses
+from sketch import assert_same, conv_bn, model, norm, normal, refuses
 
 import fastbn
 
@@ -83,3 +83,10 @@ def test_what_it_cannot_take_exactly():
     assert "'w'" in refuses(model(shared, **PER_TENSOR, **norm(4, positive=True)), "other-readers")
     biased = (CONV % ("", ", zp", ", b")).replace("c = Conv", "b = DequantizeLinear(qb, sc) c = Conv")
     refuses(model(biased, **PER_TENSOR, qb=np.arange(4, dtype=np.int32), **norm(4, positive=True)), "quantised")
+
+
+def test_a_quantised_number_is_no_weight():
+    text = """(float[N,3,8,8] x) => (float y) {
+        q = DequantizeLinear(k, f) c = Conv(x, q, b) y = BatchNormalization(c, s, t, m, v)
+    }"""
+    refuses(conv_bn(text, w=None, k=np.int8(3), f=np.float32(0.5)), "dynamic-weight", verify=False)

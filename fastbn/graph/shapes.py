@@ -16,7 +16,7 @@ from fastbn.graph.sizes import LARGEST_LIST, Sizes
 __all__ = ["Inference", "shape_of"]
 
 # Each pass knows the shapes that the one before it found behind sizes that the graph computes.
-INFERENCE_PASSES = 8
+INFERENCE_PASSES = 10
 
 # Operators whose result has as many axes as a list has elements, and the slot of the list.
 RANK_SLOTS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Unsqueeze": 1}
@@ -77,6 +77,7 @@ class Inference:
     def _infer(self) -> None:
         follows = False
         for _ in range(INFERENCE_PASSES):
+            self._has_cut = False
             skeleton, scopes = self._skeleton(follows)
             try:
                 graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=follows).graph
@@ -84,25 +85,29 @@ class Inference:
                 break
             before = dict(self.shapes)
             self._read(graph, scopes)
+            spreads = self._has_cut and before != self.shapes
             sizes = Sizes(self._main.ordered, self.shapes, self._constants)
             if not any(sizes.is_open(node) for scope in scopes for node in scope.ordered):
                 break
-            if not follows:
-                follows = True
+            if not follows:  # ranks first: they tell which lists are short enough to be followed
+                follows = not spreads
                 continue
             found, lists = sizes.found()
-            is_news = bool(found) or not lists.keys() <= self._lists.keys() or (self._has_cut and before != self.shapes)
-            if not is_news:
+            if not found and not spreads and lists.keys() <= self._lists.keys():
                 break
             self._told.update(found)
             self._lists.update(lists)
+            follows = not self._has_cut
 
     def _read(self, graph: GraphProto, scopes: list) -> None:
+        """Add what a pass has found to what those before it have."""
         for scope, inferred in zip(scopes, scopes_of(graph), strict=True):
             for info in (*inferred.input, *inferred.value_info, *inferred.output):
-                key = scope.number, info.name
-                self.kinds[key] = info.type.tensor_type.elem_type
-                shape = shape_of(info)
+                key, shape = (scope.number, info.name), shape_of(info)
+                self.kinds[key] = info.type.tensor_type.elem_type or self.kinds.get(key, 0)
+                known = self.shapes.get(key)
+                if shape is not None and known is not None and len(known) == len(shape):
+                    shape = tuple(there if size is None else size for size, there in zip(shape, known, strict=True))
                 if shape is not None:
                     self.shapes[key] = shape
 
@@ -154,7 +159,7 @@ class Inference:
         return not all(_is_short(shape, LARGEST_FOLLOWED) for shape in shapes)
 
     def _shape(self, value: object) -> tuple | None:
-        known = self._constants.known(value)
+        known = self._constants.find(value, LARGEST_LIST)
         return self.shapes.get((value.scope.number, value.name)) if known is None else known.shape
 
     def _add_infos(self, scope: object, graph: GraphProto, left_out: set) -> None:
