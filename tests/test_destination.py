@@ -225,10 +225,11 @@ def test_long_names(length, model, here, capsys):
 def reading(path):
     """Read a FIFO meanwhile; yield a list that has its bytes afterwards."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(Path(path).read_bytes()))
+    thread = threading.Thread(target=lambda: found.append(Path(path).read_bytes()), daemon=True)
     thread.start()
     yield found
-    thread.join()
+    thread.join(60)
+    assert found, "nobody wrote"
 
 
 @pytest.mark.usefixtures("external")
