@@ -400,6 +400,20 @@ def test_an_interrupt_while_files_take_their_places(moment, here, capsys, monkey
     assert fastbn.verify("large.onnx", "out.onnx").ok
 
 
+def test_a_rename_that_fails(here, capsys, monkeypatch):
+    """The one thing that can fail after the table."""
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.replace", refused)
+    assert main(["fold", "in.onnx", "out.onnx", "--no-verify", "--json", "report.json"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "fastbn: Expected a file that can be used, got operation not permitted - at `out.onnx`\n"
+    assert "wrote" not in out
+    assert files(here) == ["in.onnx"]
+
+
 def test_a_sticky_folder_keeps_other_peoples_files(here, monkeypatch):
     os.chmod(here, 0o1777)
     destination.check_destination(here / "in.onnx")
