@@ -224,22 +224,6 @@ def test_disk_full(call, fails, monkeypatch):
     assert "no space left on device - at `" in fails("fold", "in.onnx", "out.onnx", "--no-verify")
 
 
-@pytest.mark.usefixtures("external")
-def test_a_rename_that_fails(here, capsys, monkeypatch):
-    """The one thing that can fail after the table."""
-
-    def refused(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    before = tree(here)
-    monkeypatch.setattr("os.replace", refused)
-    assert main(["fold", "in.onnx", "out.onnx", "--no-verify", "--json", "report.json"]) == 2
-    out, err = capsys.readouterr()
-    assert err == "fastbn: Expected a file that can be used, got operation not permitted - at `out.onnx`\n"
-    assert "wrote" not in out
-    assert tree(here) == before
-
-
 def test_disk_full_in_place_keeps_the_input(fails, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -225,10 +225,11 @@ def test_long_names(length, model, here, capsys):
 def reading(path):
     """Read a FIFO meanwhile; yield a list that has its bytes afterwards."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(Path(path).read_bytes()))
+    thread = threading.Thread(target=lambda: found.append(Path(path).read_bytes()), daemon=True)
     thread.start()
     yield found
-    thread.join()
+    thread.join(60)
+    assert found, "nobody wrote"
 
 
 @pytest.mark.usefixtures("external")
@@ -397,6 +398,20 @@ def test_an_interrupt_while_files_take_their_places(moment, here, capsys, monkey
     assert capsys.readouterr().err == "fastbn: interrupted, out.onnx is written\n"
     assert files(here) == ["in.onnx", "large.onnx", "large.onnx.data", "out.onnx", "out.onnx.data"]
     assert fastbn.verify("large.onnx", "out.onnx").ok
+
+
+def test_a_rename_that_fails(here, capsys, monkeypatch):
+    """The one thing that can fail after the table."""
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.replace", refused)
+    assert main(["fold", "in.onnx", "out.onnx", "--no-verify", "--json", "report.json"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "fastbn: Expected a file that can be used, got operation not permitted - at `out.onnx`\n"
+    assert "wrote" not in out
+    assert files(here) == ["in.onnx"]
 
 
 def test_a_sticky_folder_keeps_other_peoples_files(here, monkeypatch):

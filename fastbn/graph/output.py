@@ -166,6 +166,7 @@ class Output:
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
         patched = self._patched_in(proto)
+        staged, self._staged = self._staged, {}
         written = {}
         for location, name in zip(sorted(tensors), _new_data_names(replacement.path), strict=False):
             written[location] = replacement.path.parent / os.fsdecode(name.encode("utf-8"))
@@ -173,7 +174,7 @@ class Output:
             patches = [patch for patch in self.patches if patch.location == location]
             source = self.source.location(tensors[location][0])[0]
             offsets, size = _layout(patches, source.stat().st_size)
-            if not _moved(self._staged.pop(location, None), temporary):
+            if not _moved(staged.get(location), temporary):
                 _write_patched(source, temporary, patches, offsets, size)
             for tensor in tensors[location]:
                 _set_external(tensor, "location", name)
@@ -181,7 +182,7 @@ class Output:
                 tensor = patched[self.patches.index(patch)]
                 _set_external(tensor, "offset", str(offset))
                 _set_external(tensor, "length", str(patch.size))
-        if self._room is not None:
+        if staged:
             self._room.close()
         return written
 
