@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastbn.graph.comparable import BRANCHES, comparable, has_branches, with_branches
+from fastbn.graph.comparable import comparable, has_branches, with_branches
 from fastbn.graph.cuts import CutParity, Verdict, check_cuts, judged
 from fastbn.graph.difference import moved
 from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
@@ -265,9 +265,10 @@ class _Check:
     def _compare_branches(self) -> None:
         """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
         reference = self.reference
-        original, folded = with_branches(reference.proto), self.folded.with_proto(with_branches(self.folded.proto()))
+        original, ways = with_branches(reference.proto)
+        folded = self.folded.with_proto(with_branches(self.folded.proto())[0])
         noise = Noise(reference.index, original)
-        for which, chosen in BRANCHES.items():
+        for which, chosen in ways.items():
             feed = {**reference.feeds.make(KINDS[0]), **chosen}
             self.progress(f"comparing the {which} of both models")
             try:
