@@ -100,11 +100,12 @@ def judged(name: str, before: NDArray, after: NDArray, noise: float, unit: float
 
 @dataclass(frozen=True)
 class CutParity:
-    """Parity piece by piece: "ok", "failed" or "inconclusive", at how many cuts, and the worst array."""
+    """Parity piece by piece: "ok", "failed" or "inconclusive", at how many cuts, the worst array, and the names of those proven equal."""
 
     status: str
     cuts: int
     worst: Verdict | None = None
+    proven: tuple[str, ...] = ()
 
 
 def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: Index, noise: Noise, feed: Feed, seed: int) -> CutParity:
@@ -143,9 +144,10 @@ def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: I
     ends = [verdicts[name] for name in outputs if name in verdicts]
     if any(end.is_wrong for end in ends):
         return CutParity("failed", len(cuts), worst)
-    # Behind cuts that agree, an output that is zero everywhere is as good as any other.
-    proven = all(end.proves or (end.holds and cuts) for end in ends)
-    return CutParity("ok" if ends and proven else "inconclusive", len(cuts), worst)
+    # Behind cuts that agree, an output that is zero everywhere may be as good as any other: no fold may stand between.
+    holds = all(end.proves or (end.holds and cuts) for end in ends)
+    proven = tuple(name for name, verdict in verdicts.items() if verdict.proves)
+    return CutParity("ok" if ends and holds else "inconclusive", len(cuts), worst, proven)
 
 
 def _is_numbers(array: object) -> bool:

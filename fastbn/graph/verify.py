@@ -247,8 +247,8 @@ class _Check:
 
     def _held_by(self, cut: CutParity) -> Parity:
         self._note(f"compared piece by piece, at {cut.cuts} values on the way")
-        names = dict.fromkeys(entry.verdict.name for entry in self.entries.values())
-        return replace(self._said("ok", cut.worst), compared=tuple(names))
+        parity = self._said("ok", cut.worst)
+        return replace(parity, compared=tuple(dict.fromkeys([*parity.compared, *cut.proven])))
 
     def _said(self, status: str, verdict: Verdict | None = None, reason: str | None = None) -> Parity:
         """Return the parity, with one output compared: the worst one where none is given."""
