@@ -224,15 +224,18 @@ class _Check:
         return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
 
     def _zeros_by_cuts(self) -> Parity:
+        proven: tuple[str, ...] = ()
         for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
             found = self._cuts(kind)
             if found is not None and found.status == "ok":
                 return self._held_by(found)
+            proven = found.proven if found is not None else proven
         vague = dict.fromkeys(entry.verdict.name for entry in self._unproven())
         if any(entry.proves for entry in self.entries.values()):
             self._note(f"zero, Inf or NaN on every input tried: output {first_few([repr(name) for name in vague])}")
             return self._said("ok")
-        return self._said("inconclusive", reason="the outputs are zero, Inf or NaN on every input but zeros")
+        parity = self._said("inconclusive", reason="the outputs are zero, Inf or NaN on every input but zeros")
+        return replace(parity, compared=proven)
 
     def _cuts(self, kind: str) -> CutParity | None:
         reference = self.reference
@@ -258,7 +261,7 @@ class _Check:
         if status == "ok" and has_branches(self.reference.proto):
             self._compare_branches()
         worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
-        names = dict.fromkeys(entry.verdict.name for entry in proven) if status == "ok" else ()
+        names = dict.fromkeys(entry.verdict.name for entry in proven) if status != "failed" else ()
         compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
         return Parity(status, inputs, *compared, reason, self._all_notes(), tuple(names))
 
