@@ -3,25 +3,26 @@
 The same change is made to both models, so that what is compared is what differs between them.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from fastbn.graph.nesting import is_standard, scopes_of
+from fastbn.graph.nesting import bodies, is_standard, scopes_of
 
-__all__ = ["BRANCHES", "comparable", "has_branches", "is_random", "with_branches"]
+__all__ = ["comparable", "has_branches", "is_random", "with_branches"]
 
 # Operators that draw random numbers from an attribute `seed`; Dropout does so in training mode.
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
-# The graph inputs that choose the branch of every If and how often every Loop runs, and their values: one way, then the other.
-CONDITION, TRIPS = "fastbn/condition", "fastbn/trips"
-BRANCHES = {
-    "then branches": {CONDITION: np.array(True), TRIPS: np.array(2)},
-    "else branches": {CONDITION: np.array(False), TRIPS: np.array(1)},
-}
+# The graph inputs that choose the branch of every If, by how many others it stands in, and how often every Loop runs.
+CONDITION, TRIPS = "fastbn/condition/{}", "fastbn/trips"
+
+# An If inside more of them than this takes the branch that one further out takes.
+MOST_NESTED = 3
 
 # How many nodes an output that is no tensor of numbers is followed back.
 MOST_STEPS_BACK = 8
@@ -96,19 +97,33 @@ def has_branches(proto: ModelProto) -> bool:
     return any(node.op_type in ("If", "Loop") and is_standard(node.domain) for graph in scopes_of(proto.graph) for node in graph.node)
 
 
-def with_branches(proto: ModelProto) -> ModelProto:
-    """Return a copy in which two graph inputs, CONDITION and TRIPS, choose the branch of every If and how often every Loop runs."""
+def with_branches(proto: ModelProto) -> tuple[ModelProto, dict[str, dict[str, NDArray]]]:
+    """Return a copy in which graph inputs choose the branch of every If and how often every Loop runs, and name -> values of these inputs
+    with which every branch is taken once and every Loop runs."""
     copy = ModelProto()
     copy.CopyFrom(proto)
-    for graph in scopes_of(copy.graph):
-        for node in graph.node:
-            if not is_standard(node.domain):
-                continue
-            if node.op_type == "If":
-                node.input[0] = CONDITION
-            elif node.op_type == "Loop":
-                node.input[0] = TRIPS
-                node.input[1] = ""  # a condition that is false at first would keep the body from running
-    copy.graph.input.append(helper.make_tensor_value_info(CONDITION, TensorProto.BOOL, []))
+    conditions = [CONDITION.format(depth) for depth in range(min(_choose(copy.graph, 0), MOST_NESTED))]
+    copy.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in conditions)
     copy.graph.input.append(helper.make_tensor_value_info(TRIPS, TensorProto.INT64, []))
-    return copy
+    ways = {}
+    for choice in itertools.product([True, False], repeat=len(conditions)):
+        name = "/".join("then" if each else "else" for each in choice)
+        ways[f"{name} branches" if name else "loops"] = {
+            TRIPS: np.array(2 if all(choice) else 1),
+            **{condition: np.array(each) for condition, each in zip(conditions, choice, strict=True)},
+        }
+    return copy, ways
+
+
+def _choose(graph: GraphProto, depth: int) -> int:
+    """Let graph inputs choose what a graph runs that stands in this many Ifs; return how deep they are nested."""
+    deepest = depth
+    for node in graph.node:
+        is_if = node.op_type == "If" and is_standard(node.domain)
+        if is_if:
+            node.input[0] = CONDITION.format(depth % MOST_NESTED)
+        elif node.op_type == "Loop" and is_standard(node.domain):
+            node.input[0] = TRIPS
+            node.input[1] = ""  # a condition that is false at first would keep the body from running
+        deepest = max([deepest, *(_choose(body, depth + is_if) for body in bodies(node))])
+    return deepest

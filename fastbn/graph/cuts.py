@@ -103,11 +103,12 @@ def judged(name: str, before: NDArray, after: NDArray, noise: float, unit: float
 
 @dataclass(frozen=True)
 class CutParity:
-    """Parity piece by piece: "ok", "failed" or "inconclusive", at how many cuts, and the worst array."""
+    """Parity piece by piece: "ok", "failed" or "inconclusive", at how many cuts, the worst array, and the names of those proven equal."""
 
     status: str
     cuts: int
     worst: Verdict | None = None
+    proven: tuple[str, ...] = ()
 
 
 def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: Index, noise: Noise, feed: Feed, seed: int) -> CutParity:
@@ -146,9 +147,10 @@ def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: I
     ends = [verdicts[name] for name in outputs if name in verdicts]
     if any(end.is_wrong for end in ends):
         return CutParity("failed", len(cuts), worst)
-    # Behind cuts that agree, an output that is zero everywhere is as good as any other.
-    proven = all(end.proves or (end.holds and cuts) for end in ends)
-    return CutParity("ok" if ends and proven else "inconclusive", len(cuts), worst)
+    # Behind cuts that agree, an output that is zero everywhere is as good as any other where nothing between them differs.
+    holds = all(end.proves or (end.holds and cuts and sections.is_unchanged(end.name, cuts, proto)) for end in ends)
+    proven = tuple(name for name, verdict in verdicts.items() if verdict.proves)
+    return CutParity("ok" if ends and holds else "inconclusive", len(cuts), worst, proven)
 
 
 def _is_numbers(array: object) -> bool:
@@ -230,6 +232,7 @@ class _Sections:
     """Which cuts lie right before which: the pieces of the folded model's main graph."""
 
     def __init__(self, proto: ModelProto) -> None:
+        self.sources = _sources(proto)
         self.reads: dict[str, set[str]] = {}
         for node in proto.graph.node:
             inner = [each for body in bodies(node) for graph in scopes_of(body) for each in graph.node]
@@ -242,13 +245,27 @@ class _Sections:
         marked = set(wrong)
         return [name for name in wrong if not self._begins(name, cuts) & marked]
 
+    def is_unchanged(self, name: str, cuts: Feed, original: ModelProto) -> bool:
+        """Say whether the original computes a value from the same cuts by the same nodes and constants."""
+        sources = _sources(original)
+        return all(sources.get(value) == self.sources.get(value) for value in self._piece(name, cuts) if value not in cuts)
+
     def _begins(self, name: str, cuts: Feed) -> set[str]:
-        found, seen, pending = set(), set(), [*self.reads.get(name, ())]
+        return {value for value in self._piece(name, cuts) if value in cuts and value != name}
+
+    def _piece(self, name: str, cuts: Feed) -> set[str]:
+        """Return a value and all that it is computed from, back to the cuts."""
+        found, pending = {name}, [name]
         while pending:
-            value = pending.pop()
-            if value in cuts:
-                found.add(value)
-            elif value not in seen:
-                seen.add(value)
-                pending.extend(self.reads.get(value, ()))
+            fresh = self.reads.get(pending.pop(), set()) - found
+            found |= fresh
+            pending.extend(value for value in fresh if value not in cuts)
         return found
+
+
+def _sources(proto: ModelProto) -> dict[str, onnx.NodeProto | onnx.TensorProto]:
+    """Return what every value of the main graph comes from: a node or an initializer."""
+    found: dict[str, onnx.NodeProto | onnx.TensorProto] = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        found.update(dict.fromkeys(node.output, node))
+    return found

@@ -7,7 +7,7 @@ from onnx import ModelProto, helper
 from fastbn.graph.constant import float64_of
 from fastbn.graph.feeds import Feed
 from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
-from fastbn.graph.model import Index, Node
+from fastbn.graph.model import Index, Node, scopes_of
 from fastbn.graph.runtime import UNIT
 
 __all__ = ["NOISE", "Noise"]
@@ -25,7 +25,7 @@ class Noise:
     Parameters
     ----------
     index : model.Index
-        Of the original. The scale and bias of every batch normalization of its main graph, and the constant of every Add, Sub, Mul and Div,
+        Of the original. The scale and bias of every batch normalization, in bodies too, and the constant of every Add, Sub, Mul and Div
         become graph inputs of `proto`.
     proto : onnx.ModelProto
         The original, or a copy of it with the same nodes; it is not changed.
@@ -45,9 +45,10 @@ class Noise:
         self.proto = ModelProto()
         self.proto.CopyFrom(proto)
         self.proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
+        self._graphs = scopes_of(self.proto.graph)
         self._parameters: dict[str, tuple[NDArray, NDArray, np.dtype]] = {}
         units = []
-        for node in () if inputs_only else index.main.nodes:
+        for node in () if inputs_only else index.order:
             if is_batch_norm(node) and len(node.inputs) == 5:
                 units += self._disturb_batch_norm(node)
             elif node.is_op(*ELEMENTWISE):
@@ -79,8 +80,8 @@ class Noise:
         return [unit]
 
     def _disturb(self, node: Node, slot: int, values: NDArray, size: NDArray, dtype: np.dtype) -> None:
-        name = f"fastbn/noise/{node.position}/{slot}"
-        self.proto.graph.node[node.position].input[slot] = name
+        name = f"fastbn/noise/{node.scope.number}/{node.position}/{slot}"
+        self._graphs[node.scope.number].node[node.position].input[slot] = name
         self.proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), values.shape))
         self._parameters[name] = values, NOISE * size, dtype
 

@@ -118,7 +118,7 @@ class Parity:
 
     status is "ok", "failed", "inconclusive" (what rounding may change is so large that nothing is proven) or "not-run". The worst element
     is the one whose error is the largest part of what is allowed; index is its place in output, values are (original, folded). compared
-    holds the names of the outputs that were compared within a bound that proves something.
+    holds the names of the outputs, and of values on the way, that were compared within a bound that proves something.
     """
 
     status: str

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastbn.graph.comparable import BRANCHES, comparable, has_branches, with_branches
+from fastbn.graph.comparable import comparable, has_branches, with_branches
 from fastbn.graph.cuts import CutParity, Verdict, check_cuts, judged
 from fastbn.graph.difference import moved
 from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
@@ -230,16 +230,19 @@ class _Check:
         return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
 
     def _zeros_by_cuts(self) -> Parity:
+        behind: tuple[str, ...] = ()
         if not self.suffices(self._proven()):
             for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
                 found = self._cuts(kind)
                 if found is not None and found.status == "ok":
                     return self._held_by(found)
+                behind = found.proven if found is not None else behind
         if self._proven():
             vague = dict.fromkeys(repr(entry.verdict.name) for entry in self._unproven())
             self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([*vague])}")
             return self._said("ok")
-        return self._said("inconclusive", reason="the outputs are zero, Inf, NaN or always the same on every input but zeros")
+        parity = self._said("inconclusive", reason="the outputs are zero, Inf, NaN or always the same on every input but zeros")
+        return replace(parity, compared=behind)
 
     def _proven(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(entry.verdict.name for entry in self.entries.values() if entry.proves))
@@ -257,8 +260,8 @@ class _Check:
 
     def _held_by(self, cut: CutParity) -> Parity:
         self._note(f"compared piece by piece, at {cut.cuts} values on the way")
-        names = dict.fromkeys(entry.verdict.name for entry in self.entries.values())
-        return replace(self._said("ok", cut.worst), compared=tuple(names))
+        parity = self._said("ok", cut.worst)
+        return replace(parity, compared=tuple(dict.fromkeys([*parity.compared, *cut.proven])))
 
     def _said(self, status: str, verdict: Verdict | None = None, reason: str | None = None) -> Parity:
         """Return the parity, with one output compared: the worst one where none is given."""
@@ -268,16 +271,17 @@ class _Check:
         if status == "ok" and has_branches(self.reference.proto):
             self._compare_branches()
         worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
-        names = self._proven() if status == "ok" else ()
+        names = self._proven() if status != "failed" else ()
         compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
         return Parity(status, inputs, *compared, reason, self._all_notes(), names)
 
     def _compare_branches(self) -> None:
         """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
         reference = self.reference
-        original, folded = with_branches(reference.proto), self.folded.with_proto(with_branches(self.folded.proto()))
+        original, ways = with_branches(reference.proto)
+        folded = self.folded.with_proto(with_branches(self.folded.proto())[0])
         noise = Noise(reference.index, original)
-        for which, chosen in BRANCHES.items():
+        for which, chosen in ways.items():
             feed = {**reference.feeds.make(KINDS[0]), **chosen}
             self.progress(f"comparing the {which} of both models")
             try:

@@ -1,0 +1,130 @@
+"""A wrong value of every operator that is evaluated on constants: the proof of the fold must catch it, and where that proof is switched off
+the comparison of the whole model must."""
+
+import numpy as np
+import pytest
+from sketch import model, normal
+from test_injected_faults import assert_left_out
+
+import fastbn
+from fastbn.graph import expressions
+
+CONSTANTS = {
+    "p": 1 + np.abs(normal(4, 1, 1)),
+    "q": 1 + np.abs(normal(4, 1, 1, seed=1)),
+    "f": np.float32([0.2, 0.4, -0.6, 0.8]).reshape(4, 1, 1),  # fractions
+    "m": np.array([True, False, True, True]).reshape(4, 1, 1),
+    "o": np.array([True, True, False, False]).reshape(4, 1, 1),
+    "i": np.array([3, 5, 7, 8]).reshape(4, 1, 1),
+    "n": np.array([4, 3, 2, 9]).reshape(4, 1, 1),
+    "long": 1 + np.abs(normal(8, 1, 1)),
+    "wide": 1 + np.abs(normal(4, 2, 3)),
+    "flat": 1 + np.abs(normal(4)),
+    "two": np.float32(2),
+    "zero": np.zeros(4, np.float32),
+    "one": np.ones(4, np.float32),
+    "s1": np.array([4, 1, 1]),
+    "s4": np.array([4]),
+    "a12": np.array([1, 2]),
+    "perm": np.array([2, 0, 3, 1]),
+    "i0": np.array([0]),
+    "i1": np.array([1]),
+    "start": np.int64(2),
+    "stop": np.int64(6),
+    "step": np.int64(1),
+    "repeats": np.array([2, 1, 1]),
+    "half": 1 + np.abs(normal(2, 1, 1)),
+    "five": np.array([5]),
+    "row": np.array([1, 1, 4]),
+}
+
+ONE = ("Abs", "Asin", "Atan", "Acos", "Ceil", "Cos", "Erf", "Exp", "Floor", "Neg", "Round", "Sigmoid", "Sign", "Sin", "Tan", "Tanh")
+TWO = ("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum")
+BOTH = ("And", "Or", "Xor")
+ORDER = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+REDUCE = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare")
+
+# Operator -> nodes that compute k.
+NODES = {
+    **{op: f"k = {op}(f)" if op.startswith("A") and op != "Abs" else f"k = {op}(p)" for op in ONE},
+    **{op: f"k = {op}(p, q)" for op in TWO},
+    **{op: f"b = {op}(m, o) k = Where(b, p, q)" for op in BOTH},
+    **{op: f"b = {op}(i, n) k = Where(b, p, q)" for op in ORDER},
+    **{op: f"k = {op} <axes = [1,2]> (wide)" for op in REDUCE},
+    "Cast": "k = Cast <to = 1> (i)",
+    "CastLike": "k = CastLike(i, p)",
+    "Clip": "k = Clip(p, , two)",
+    "Log": "e = Exp(p) k = Log(e)",
+    "Mod": "b = Mod(i, n) k = Cast <to = 1> (b)",
+    "Not": "b = Not(m) k = Where(b, p, q)",
+    "Reciprocal": "k = Reciprocal(p)",
+    "Relu": "k = Relu(p)",
+    "Softplus": "k = Softplus(p)",
+    "Sqrt": "k = Sqrt(p)",
+    "Where": "k = Where(m, p, q)",
+    "ReduceSum": "k = ReduceSum(wide, a12)",
+    "Flatten": "e = Flatten <axis = 1> (p) k = Reshape(e, s1)",
+    "Reshape": "k = Reshape(flat, s1)",
+    "Size": "e = Size(p) g = Cast <to = 1> (e) k = Expand(g, s1)",
+    "Slice": "k = Slice(long, i1, five, i0)",
+    "Split": "k, e = Split(long)",
+    "Squeeze": "e = Unsqueeze(p, i0) k = Squeeze(e, i0)",
+    "Transpose": "e = Reshape(flat, row) k = Transpose <perm = [2,1,0]> (e)",
+    "Unsqueeze": "k = Unsqueeze(flat, a12)",
+    "Concat": "k = Concat <axis = 0> (half, half)",
+    "ConstantOfShape": "e = ConstantOfShape(s1) k = Add(e, p)",
+    "Expand": "k = Expand(two, s1)",
+    "Gather": "k = Gather(p, perm)",
+    "Range": "e = Range(start, stop, step) g = Cast <to = 1> (e) k = Reshape(g, s1)",
+    "Tile": "k = Tile(half, repeats)",
+}
+EVALUATED = expressions.ELEMENTWISE | expressions.NO_LARGER | expressions.LARGER
+
+
+def test_every_evaluated_operator_is_here():
+    assert set(NODES) == EVALUATED
+
+
+def off(values):
+    """Return values that are not those: the negation, one more, or 5 %."""
+    if values.dtype.kind == "b":
+        return ~values
+    return values + 1 if values.dtype.kind in "iu" else (values * 1.05 + 0.01).astype(values.dtype)
+
+
+def last_off(values):
+    """Return values of which the last one is not that."""
+    wrong = values.copy()
+    wrong.reshape(-1)[-1:] = off(values.reshape(-1)[-1:])
+    return wrong
+
+
+PLACES = {"factor": "y = Mul(c, k)", "norm": "h = Reshape(k, s4) y = BatchNormalization(c, h, zero, zero, one)"}
+
+
+def computed(nodes, place):
+    """Return a convolution whose channels are multiplied by k, which the nodes compute."""
+    text = f"(float[2,3,5,5] x) => (float y) {{ {nodes} c = Conv(x, w, v) {PLACES[place]} }}"
+    words = set(text.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    return model(text, w=normal(4, 3, 2, 2), v=normal(4), **{name: values for name, values in CONSTANTS.items() if name in words})
+
+
+@pytest.mark.parametrize(("change", "place"), [(off, "factor"), (last_off, "norm")])
+@pytest.mark.parametrize("op", sorted(EVALUATED))
+def test_a_wrong_value_is_caught(op, change, place, monkeypatch):
+    data = computed(NODES[op], place).SerializeToString()
+    right = fastbn.fold(data)
+    assert right.folded
+    assert right.parity.ok
+    run = expressions._run
+
+    def wrong(node, arrays, opset):
+        results = run(node, arrays, opset)
+        return [change(each) for each in results] if node.op == op else results
+
+    monkeypatch.setattr(expressions, "_run", wrong)
+    folded = fastbn.fold(data, verify=False)
+    assert folded.folded
+    assert folded.to_bytes() != right.to_bytes()
+    assert_left_out(data, folded, monkeypatch, by_model=False)
+    assert_left_out(data, folded, monkeypatch, by_model=True)

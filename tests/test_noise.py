@@ -1,0 +1,205 @@
+"""The measured tolerance: it must come from the original itself, and one near the size of the output proves nothing."""
+
+import numpy as np
+import onnx
+import pytest
+from sketch import assert_same, conv_bn, folds, initializers, model, normal
+
+import fastbn
+from fastbn.cli import main
+from fastbn.graph import expressions, folding
+from fastbn.graph.segment import SiteParity
+
+
+def unsqueezed(opset, axes, gain=1.0):
+    """Return Conv, Mul, Add, Flatten, Gemm; what is multiplied and added is made of vectors, and there are as many rows as channels."""
+    text = f"""(float[1,3,8,8] x) => (float[1,10] y) {{
+        c = Conv <pads = [1,1,1,1]> (x, w)
+        su = Unsqueeze <axes = {axes}> (s)
+        bu = Unsqueeze <axes = {axes}> (b)
+        p = Mul(c, su)
+        q = Add(p, bu)
+        f = Flatten(q)
+        y = Gemm(f, v)
+    }}"""
+    vectors = {"s": gain * np.linspace(0.5, 4, 8, dtype=np.float32), "b": normal(8, seed=2)}
+    return model(text, opset=opset, w=normal(8, 3, 3, 3), v=normal(512, 10), **vectors)
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+@pytest.mark.parametrize("axes", [[-2, -1], [-1, -2], [1, 2], [2, 1], [1, -1]])
+def test_constants_with_axes_from_the_back_or_in_any_order(opset, axes):
+    proto = unsqueezed(opset, axes)
+    result = folds(proto, "Conv Flatten Gemm")
+    assert result.parity.allowed < 1e-4 * abs(result.parity.values[0]) + 1e-3
+    expected = initializers(proto)["w"] * initializers(proto)["s"].reshape(8, 1, 1, 1)
+    (weight,) = (values for values in initializers(result.model).values() if values.ndim == 4)
+    assert np.allclose(weight, expected, rtol=1e-6, atol=0)
+
+
+def test_squeeze_with_axes_from_the_back():
+    text = "(float[1,3,8,8] x) => (float y) { c = Conv <pads = [1,1,1,1]> (x, w) k = Squeeze <axes = [-4,-5]> (s) y = Mul(c, k) }"
+    folds(model(text, opset=11, w=normal(8, 3, 3, 3), s=np.linspace(1, 2, 8, dtype=np.float32).reshape(1, 1, 8, 1, 1)), "Conv")
+
+
+def turned(monkeypatch):
+    """Evaluate Unsqueeze wrongly: the channels become the rows."""
+    run = expressions._run
+
+    def wrong(node, arrays, opset):
+        results = run(node, arrays, opset)
+        return [each.reshape(1, -1, 1) for each in results] if node.op == "Unsqueeze" else results
+
+    monkeypatch.setattr(expressions, "_run", wrong)
+
+
+@pytest.mark.parametrize("gain", [1.0, 100.0])
+def test_a_noise_that_is_not_the_original_is_void(gain, monkeypatch):
+    """The wrong constant is in the noise too: as a bound it would allow any fold with it."""
+    proto = unsqueezed(11, [-2, -1], gain)
+    wrong = unsqueezed(11, [-2, -1], gain)
+    values = initializers(wrong)["w"] * 1.01
+    wrong.graph.initializer[0].raw_data = values.tobytes()
+    right = fastbn.verify(proto, proto)
+    assert (right.status, right.notes) == ("ok", ())
+    assert fastbn.verify(proto, wrong).status == "failed"
+    turned(monkeypatch)
+    for folded, status in ((proto, "ok"), (wrong, "failed")):
+        parity = fastbn.verify(proto, folded)
+        assert parity.status == status
+        assert any("the rounding noise enters by the inputs alone" in note for note in parity.notes)
+    assert parity.allowed < 1e-3 * abs(parity.values[0])
+
+
+@pytest.mark.parametrize("proved_by", ["fold", "model"])
+def test_a_constant_that_is_evaluated_wrongly_folds_nowhere(proved_by, monkeypatch):
+    turned(monkeypatch)
+    proto = unsqueezed(11, [-2, -1])
+    if proved_by == "model":
+        monkeypatch.setattr(folding, "check_site", lambda *_: SiteParity(True))
+    result = fastbn.fold(proto)
+    assert result.parity is None or result.parity.ok
+    assert_same(proto, result.model)
+
+
+CHAOS = """(float[2,3,8,8] x) => (float[2,4,6,6] y) {
+    c = Conv(x, w, b)
+    n = BatchNormalization(c, s, t, m, v)
+    h = Mul(n, big)
+    y = Sin(h)
+}"""
+BODY = """(float[2,3,8,8] x, bool cond) => (float[N,4,H,W] y) {
+    y = If (cond) <
+        then_branch = g1 () => (float[N,4,H,W] p) {
+            c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) h = Mul(n, big) p = Sin(h)
+        },
+        else_branch = g2 () => (float[N,4,H,W] q) { q = Conv(x, w, b) }
+    >
+}"""
+
+
+@pytest.mark.parametrize("big", [1e4, 1e6])
+def test_an_output_of_which_rounding_makes_anything_is_compared_piece_by_piece(big):
+    result = fastbn.fold(conv_bn(CHAOS, big=np.float32(big)))
+    assert len(result.folded) == 1
+    assert result.parity.status == "ok"
+    assert result.parity.notes == ("compared piece by piece, at 1 values on the way",)
+    assert result.parity.output == "h"
+    assert "h" in result.parity.compared
+
+
+def test_piece_by_piece_a_wrong_weight_is_found():
+    proto = conv_bn(CHAOS, big=np.float32(1e6))
+    other = fastbn.fold(proto, verify=False).model
+    tensor = next(each for each in other.graph.initializer if len(each.dims) == 4)
+    tensor.raw_data = (initializers(other)[tensor.name] * np.float32(1.001)).tobytes()
+    assert fastbn.verify(proto, other).status != "ok"
+
+
+def test_what_proves_nothing_is_said(tmp_path, capsys):
+    """In a body there is no value on the way that both models hand out."""
+    proto = conv_bn(BODY, big=np.float32(1e6))
+    result = fastbn.fold(proto)
+    assert len(result.folded) == 1
+    assert result.parity.status == "inconclusive"
+    assert "proves nothing" in result.parity.reason
+    assert "   ok" not in str(result.parity)
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert main(["fold", str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx"), "-q"]) == 5
+    assert (tmp_path / "out.onnx").exists()
+    assert main(["fold", str(tmp_path / "m.onnx"), str(tmp_path / "unverified.onnx"), "-q", "--no-verify"]) == 0
+    assert main(["verify", str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx")]) == 5
+    assert "inconclusive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("big", [1.0, 100.0])
+def test_a_bound_that_proves_something_needs_no_pieces(big):
+    parity = fastbn.fold(conv_bn(CHAOS.replace("Sin", "Tanh"), big=np.float32(big))).parity
+    assert (parity.status, parity.notes, parity.compared) == ("ok", (), ("y",))
+    assert parity.allowed <= 0.01
+
+
+BEHIND = """(float[2,3,8,8] x) => (float[2,4,6,6] y) {{
+    c = Conv(x, w, b)
+    n = BatchNormalization(c, s, t, m, v)
+    a = Abs(n)
+    g = Neg(a)
+    l = {op}(g)
+    d = Conv(l, w2)
+    y = BatchNormalization(d, s, z, z, v)
+}}"""
+
+
+@pytest.mark.parametrize("op", ["Log", "Relu"])
+def test_a_fold_behind_values_that_are_nan_or_zero_on_every_input_is_named(op):
+    result = fastbn.fold(conv_bn(BEHIND.format(op=op), w2=normal(4, 4, 1, 1), z=np.zeros(4, np.float32)))
+    assert [fold.bn for fold in result.folded] == ["n", "y"]
+    assert [fold.note for fold in result.folded] == [None, "not reached by the comparison of the whole model"]
+    assert result.parity.status == "inconclusive"
+    assert result.parity.compared == ("n", "a", "g")
+
+
+ALL_NAN = """(float[1,3,8,8] x) => (float[1,4,6,6] z) {
+    c = Conv(x, w, b)
+    y = BatchNormalization(c, s, t, m, v)
+    q = Sqrt(y)
+    p = Sub(q, q)
+    l = Log(p)
+    z = Mul(l, p)
+}"""
+
+
+def test_nan_on_both_sides_proves_nothing_by_itself():
+    proto = conv_bn(ALL_NAN)
+    result = fastbn.fold(proto)
+    assert result.parity.status == "ok"
+    assert (result.parity.output, result.parity.error > 0) == ("y", True), "what is proven is proven on the way"
+    inside = conv_bn(
+        BODY.replace("p = Sin(h)", "k = Sub(h, h) p = Log(k)").replace("q = Conv(x, w, b)", "e = Conv(x, w, b) k2 = Sub(e, e) q = Log(k2)"),
+        big=np.float32(1),
+    )
+    inside = fastbn.fold(inside)
+    assert len(inside.folded) == 1
+    assert inside.parity.status == "inconclusive"
+
+
+ZERO_ALONE = """(float[1,3,8,8] x, bool cond) => (float[N,4,H,W] y) {
+    e = Abs(x)
+    f = ReduceSum <keepdims = 1> (e)
+    g = Mul(f, huge)
+    h = Mul(g, huge)
+    y = If (cond) <
+        then_branch = g1 () => (float[N,4,H,W] p) { c = Conv(x, w, b) k = BatchNormalization(c, s, t, m, v) p = Add(k, h) },
+        else_branch = g2 () => (float[N,4,H,W] q) { d = Conv(x, w, b) l = BatchNormalization(d, s, t, m, v) q = Add(l, h) }
+    >
+}"""
+
+
+def test_the_input_of_zeros_alone_proves_nothing():
+    """Every other input overflows."""
+    result = fastbn.fold(conv_bn(ZERO_ALONE, huge=np.float32(1e30)))
+    assert len(result.folded) == 2
+    assert result.parity.status == "inconclusive"
+    assert "on every input but zeros" in result.parity.reason
+    finite = fastbn.fold(conv_bn(ZERO_ALONE, huge=np.float32(1)))
+    assert finite.parity.status == "ok"
