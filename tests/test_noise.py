@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from sketch import assert_same, conv_bn, folds, initializers, model, normal
+from sketch import assert_same, conv_bn, folds, initializers, model, normal, ops
 
 import fastbn
 from fastbn.cli import main
@@ -203,3 +203,28 @@ def test_the_input_of_zeros_alone_proves_nothing():
     assert "on every input but zeros" in result.parity.reason
     finite = fastbn.fold(conv_bn(ZERO_ALONE, huge=np.float32(1)))
     assert finite.parity.status == "ok"
+
+
+FAR = np.full(4, 1000, np.float32)
+CANCELLING = {
+    "norms": (
+        "n = BatchNormalization(r, v, far, far, v) k = BatchNormalization(n, s, zero, zero, v) q = Neg(k)"
+        " y = BatchNormalization(q, s, zero, zero, v)",
+        "Tanh Neg BatchNormalization",
+    ),
+    "sums": ("a = Add(r, there) b = Sub(a, back) q = Neg(b) y = BatchNormalization(q, s, zero, zero, v)", "Tanh Neg BatchNormalization"),
+}
+
+
+@pytest.mark.parametrize("case", CANCELLING)
+def test_shifts_that_cancel_on_their_way_are_bounded_by_what_they_were(case):
+    """The original rounds at 1000 times the size of what is left, a chain that is one norm does not."""
+    nodes, expected = CANCELLING[case]
+    constants = {"far": FAR, "zero": np.zeros(4, np.float32), "there": FAR.reshape(4, 1, 1), "back": FAR.reshape(4, 1, 1) + 0.5}
+    used = {name: values for name, values in constants.items() if name in nodes}
+    proto = model(
+        f"(float[2,4,3,3] x) => (float y) {{ r = Tanh(x) {nodes} }}", s=np.full(4, 1.25, np.float32), v=np.ones(4, np.float32), **used
+    )
+    result = fastbn.fold(proto)
+    assert ops(result.model) == expected, result.kept
+    assert result.parity.ok

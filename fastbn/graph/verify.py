@@ -218,14 +218,16 @@ class _Check:
         worst = max((entry.verdict for entry in different), key=lambda verdict: (verdict.is_wrong, verdict.part))
         if not np.isfinite(worst.worst.error):
             return self._said("failed", worst, "Inf or NaN on one side only")
-        found = [self._cuts(kind) for kind in dict.fromkeys(entry.kind for entry in different)]
-        if all(cut is not None and cut.status == "ok" for cut in found):
-            return self._held_by(found[0])
+        for kind in dict.fromkeys(entry.kind for entry in different):
+            cut = self._cuts(kind)
+            if cut is None or cut.status != "ok":
+                break
+        else:
+            return self._held_by(cut)
         if worst.is_wrong:
             return self._said("failed", worst)
-        failed = next((cut for cut in found if cut is not None and cut.status == "failed"), None)
-        if failed is not None:
-            return self._said("failed", failed.worst, "with values of the original in the place of its own")
+        if cut is not None and cut.status == "failed":
+            return self._said("failed", cut.worst, "with values of the original in the place of its own")
         part = worst.bound / worst.worst.size
         return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
 
