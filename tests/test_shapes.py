@@ -166,7 +166,8 @@ def passes(monkeypatch):
 def test_a_long_chain_of_computed_reshapes_takes_few_passes(x, passes):
     blocks, value = "", "x"
     for at in range(40):
-        blocks += f"""h{at} = Shape({value}) g{at} = Gather(h{at}, zero) u{at} = Concat <axis = 0> (g{at}, sizes) f{at} = Reshape({value}, u{at})
+        blocks += f"""h{at} = Shape({value}) g{at} = Gather(h{at}, zero) u{at} = Concat <axis = 0> (g{at}, sizes)
+            f{at} = Reshape({value}, u{at})
             m{at} = Mul(f{at}, k) a{at} = Add(m{at}, m{at}) """
         value = f"a{at}"
     proto = model(f"(float[{x}] x) => (float y) {{ {blocks} y = Identity({value}) }}", zero=ints(0), sizes=ints(4, 6), k=np.float32(2))
