@@ -28,6 +28,7 @@ FLOORS = [
     ["graph.runtime", "graph.schemas"],
     ["graph.expressions"],
     ["graph.sizes"],
+    ["graph.cropping"],
     ["graph.shapes"],
     ["graph.model"],
     ["graph.lift"],
