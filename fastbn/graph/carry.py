@@ -339,7 +339,7 @@ def _reduce(node, affine, came, goes, site):
     axes = node.attribute("axes")
     if axes is None and node.input(1) is not None:
         constant = site.index.constant(node.input(1))
-        axes = None if constant is None else constant.array().tolist()
+        axes = None if constant is None else _integers(node, constant).tolist()
     if rank is None or axes is None:
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}, or axes that are not known")
     reduced = sorted({at % rank for at in axes})
@@ -433,11 +433,11 @@ def _pad(node, affine, came, goes, site):
     axis = axis_of(node, affine, came, site)
     mode = node.attribute("mode", b"constant")
     constant = site.index.constant(node.input(1)) if site.index.opset >= 11 else None
-    pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else constant.array().tolist())
+    pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else _integers(node, constant).tolist())
     axes = None if node.input(3) is None else site.index.constant(node.input(3))
     if pads is None or (node.input(3) is not None and axes is None):
         raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
-    listed = range(len(pads) // 2) if axes is None else axes.array().tolist()
+    listed = range(len(pads) // 2) if axes is None else _integers(node, axes).tolist()
     rank = site.rank(came)
     if axis is not None and rank is None and min(listed, default=0) < 0:
         raise Refusal("axis-unknown", f"the rank of '{came.name}' at Pad '{node.label}' is not known")

@@ -89,7 +89,8 @@ def _may_be_negative(node: object, number: Callable[..., np.ndarray | None]) -> 
     if not is_standard(node.domain):
         return True
     if node.op in LISTS:
-        written = [node.attribute(name) or () for name in ("pads", "paddings", "scales", "split")]
+        attributes = (node.attribute(name) for name in ("pads", "paddings", "scales", "split"))
+        written = [each for each in attributes if isinstance(each, list)]  # the operator may not have it, nor any type for it
         lists = [number(node.input(slot)) for slot in LISTS[node.op] if node.input(slot) is not None]
         return any(array is None or (array < 0).any() for array in lists) or any(min(each, default=0) < 0 for each in written)
     if node.op in WINDOWS:
