@@ -30,6 +30,7 @@ FLOORS = [
     ["graph.destination", "graph.runtime", "graph.schemas"],
     ["graph.expressions"],
     ["graph.sizes"],
+    ["graph.cropping"],
     ["graph.shapes"],
     ["graph.model"],
     ["graph.lift", "graph.signature"],
