@@ -7,7 +7,8 @@ from onnx import ModelProto, helper
 from fastbn.graph.constant import float64_of
 from fastbn.graph.feeds import Feed
 from fastbn.graph.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
-from fastbn.graph.model import Index, Node, scopes_of
+from fastbn.graph.model import Index, Node
+from fastbn.graph.nesting import scopes_of
 from fastbn.graph.runtime import UNIT
 
 __all__ = ["NOISE", "Noise"]
