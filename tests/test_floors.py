@@ -26,7 +26,7 @@ FLOORS = [
     ["keras.layer"],
     ["keras.conversion"],
     ["keras.__init__"],
-    ["graph.constant", "graph.nesting", "graph.options", "graph.report", "graph.storage"],
+    ["graph.constant", "graph.nesting", "graph.ranges", "graph.report", "graph.storage"],
     ["graph.destination", "graph.runtime", "graph.schemas"],
     ["graph.expressions"],
     ["graph.sizes"],
@@ -58,7 +58,7 @@ FLOORS = [
     ["deployment.pipeline"],
     ["deployment.__init__"],
     ["__init__"],
-    ["terminal", "options"],
+    ["terminal", "arguments"],
     ["cli"],
     ["__main__"],
 ]
