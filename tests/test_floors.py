@@ -32,7 +32,7 @@ FLOORS = [
     ["graph.sizes"],
     ["graph.shapes"],
     ["graph.model"],
-    ["graph.lift", "graph.signature"],
+    ["graph.lift"],
     ["graph.weights", "graph.version"],
     ["graph.row"],
     ["graph.products", "graph.layout", "graph.pooling"],
