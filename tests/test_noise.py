@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from sketch import assert_same, conv_bn, folds, initializers, model, normal, ops
+from sketch import assert_same, conv_bn, folds, initializers, model, norm, normal, ops
 
 import fastbn
 from fastbn.cli import main
@@ -46,8 +46,8 @@ def turned(monkeypatch):
     """Evaluate Unsqueeze wrongly: the channels become the rows."""
     run = expressions._run
 
-    def wrong(node, arrays, opset):
-        results = run(node, arrays, opset)
+    def wrong(node, *given):
+        results = run(node, *given)
         return [each.reshape(1, -1, 1) for each in results] if node.op == "Unsqueeze" else results
 
     monkeypatch.setattr(expressions, "_run", wrong)
@@ -228,3 +228,45 @@ def test_shifts_that_cancel_on_their_way_are_bounded_by_what_they_were(case):
     result = fastbn.fold(proto)
     assert ops(result.model) == expected, result.kept
     assert result.parity.ok
+
+
+# A branch that no random input takes, and one that all take.
+HIDDEN = """(float[1,3,8,8] x) => (float[1,4,6,6] y) {
+    sum = ReduceSum <keepdims = 0> (x)
+    cond = Greater(sum, large)
+    y = If (cond) <
+        then_branch = g1 () => (float[1,4,6,6] p) { c = Conv(x, w) p = BatchNormalization(c, s, t, m, v) },
+        else_branch = g2 () => (float[1,4,6,6] q) { q = Conv(x, w) }
+    >
+}"""
+
+
+def test_a_wrong_branch_that_random_inputs_do_not_take_has_failed(tmp_path, capsys):
+    proto = model(HIDDEN, w=normal(4, 3, 3, 3), large=np.float32(1e9), **norm(4))
+    result = folds(proto, "ReduceSum Greater If")
+    assert result.parity.ok
+    onnx.save(proto, tmp_path / "m.onnx")
+    wrong = result.model
+    then = next(attribute.g for attribute in wrong.graph.node[2].attribute if attribute.name == "then_branch")
+    weight = next(tensor for tensor in (*then.initializer, *wrong.graph.initializer) if tensor.name == then.node[0].input[1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    onnx.save(wrong, tmp_path / "wrong.onnx")
+    assert main(["verify", str(tmp_path / "m.onnx"), str(tmp_path / "wrong.onnx")]) == 1
+    assert "failed: in the then branches" in capsys.readouterr().out
+
+
+def test_an_output_that_is_zero_but_for_rounding_proves_nothing():
+    """Three times a convolution, less the same sum in another order; random numbers forbid to compare it piece by piece."""
+    text = """(float[1,3,8,8] x) => (float[1,4,6,6] y, float[2] r) {
+        c = Conv(x, w)
+        n = BatchNormalization <epsilon = 0.0> (c, s, t, m, v)
+        d = Conv(x, k)
+        twice = Add(d, d)
+        all = Add(twice, d)
+        y = Sub(n, all)
+        r = RandomNormal <shape = [2]> ()
+    }"""
+    weight, zero = normal(4, 3, 3, 3), np.zeros(4, np.float32)
+    proto = model(text, w=weight, k=weight, s=zero + 3, t=zero, m=zero, v=zero + 1)
+    parity = fastbn.fold(proto).parity
+    assert (parity.status, parity.reason) == ("inconclusive", "rounding alone may change values that are all zero, which proves nothing")

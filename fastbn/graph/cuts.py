@@ -68,6 +68,12 @@ class Verdict:
         return self.worst.error > self.bound
 
     @property
+    def doubt(self) -> str:
+        """Say why a difference that is neither held nor wrong proves nothing."""
+        part = f"{self.bound / self.worst.size:.1%} of the largest value" if self.worst.size else "values that are all zero"
+        return f"rounding alone may change {part}, which proves nothing"
+
+    @property
     def proves(self) -> bool:
         """Say whether the arrays are equal, and would show a difference: they are not zero, Inf or NaN everywhere, and do not stand still
         under any noise, as what comes from a saturated Softmax does."""

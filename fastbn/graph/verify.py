@@ -105,7 +105,11 @@ MOST_CUT = 2
 
 
 class _Failed(Exception):
-    """A difference that no noise can explain, in a sentence."""
+    """A difference that no noise can explain, in a sentence, and the Verdict about it; without one the models cannot even be compared."""
+
+    def __init__(self, sentence: str, verdict: Verdict | None = None) -> None:
+        super().__init__(sentence)
+        self.verdict = verdict
 
 
 class _Check:
@@ -130,8 +134,10 @@ class _Check:
             if not self._is_held() or self._unproven():
                 return self._by_cuts()
             return self._said("ok")
-        except _Failed as reason:
-            return Parity("failed", reason=str(reason), notes=self._all_notes())
+        except _Failed as failure:
+            if failure.verdict is not None:
+                return self._said("failed", failure.verdict, str(failure))
+            return Parity("failed", reason=str(failure), notes=self._all_notes())
 
     def _prepare(self) -> None:
         """Make the folded model comparable where the original had to be."""
@@ -228,8 +234,7 @@ class _Check:
             return self._said("failed", worst)
         if cut is not None and cut.status == "failed":
             return self._said("failed", cut.worst, "with values of the original in the place of its own")
-        part = worst.bound / worst.worst.size
-        return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
+        return self._said("inconclusive", worst, worst.doubt)
 
     def _zeros_by_cuts(self) -> Parity:
         behind: tuple[str, ...] = ()
@@ -300,7 +305,7 @@ class _Check:
                 raise _Failed(f"onnxruntime cannot run the {which} of the folded model: {said(error)}") from error
             for number, name in enumerate(reference.names):
                 if number not in reference.unrepeatable:
-                    _judge_branch(f"output '{name}' of the {which}", before[number], after[number], shaken[number], noise.unit)
+                    self._judge_branch(which, name, before[number], after[number], shaken[number], noise.unit)
 
     def _run_branch(self, model: Runnable, feed: Feed) -> list:
         with Runner(model, self.reference.fresh) as runner:
@@ -308,15 +313,15 @@ class _Check:
             found = runner.run(None, {name: values for name, values in feed.items() if name in wanted})
             return [kept(output) for output in found]
 
-
-def _judge_branch(name: str, before: object, after: object, shaken: object, unit: float) -> None:
-    if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
-        return
-    if before.shape != after.shape:
-        raise _Failed(f"{name}: shapes {before.shape} and {after.shape} differ")
-    noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
-    # One draw of the noise: twice the usual margin.
-    verdict = judged(name, before, after, 2 * noise, unit)
-    if verdict.is_wrong:
-        worst = verdict.worst
-        raise _Failed(f"{name} differs by {worst.error:.2g} at {list(worst.index)}, {verdict.bound:.2g} is allowed")
+    def _judge_branch(self, which: str, name: str, before: object, after: object, shaken: object, unit: float) -> None:
+        if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
+            return
+        if before.shape != after.shape:
+            raise _Failed(f"output '{name}' of the {which}: shapes {before.shape} and {after.shape} differ")
+        noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
+        # One draw of the noise: twice the usual margin.
+        verdict = judged(name, before, after, 2 * noise, unit)
+        if verdict.is_wrong:
+            raise _Failed(f"in the {which}", verdict)
+        if not verdict.holds:
+            self._note(f"output '{name}' of the {which}: {verdict.doubt}")
