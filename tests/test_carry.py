@@ -44,6 +44,9 @@ def gone(proto):
 
 W4 = normal(5, 4, 2, 2)
 
+# The one window of a single element takes what is before it and what is behind it.
+SPREAD = "<kernel_shape = [2,2], dilations = [2,2], pads = [1,1,1,1]>"
+
 # name -> model whose norm goes.
 PASSES = {
     "Identity": backward("d = Identity(c)"),
@@ -171,6 +174,12 @@ def test_passes(case):
 
 # name -> (code, model whose norm stays).
 STAYS = {
+    "MaxPool of windows in the padding": ("padding", backward(f"d = MaxPool {SPREAD} (c)", positive=True, w=normal(4, 3, 8, 8))),
+    "MaxPool of windows in the padding, forward": (
+        "padding",
+        forward(f"d = MaxPool {SPREAD} (n)", x="N,4,1,1", positive=True, w=normal(5, 4, 1, 1)),
+    ),
+    "AveragePool of windows in the padding": ("padding", backward(f"d = AveragePool {SPREAD} (c)", opset=19, w=normal(4, 3, 8, 8))),
     "Reshape splits the channels": ("axis", forward("d = Reshape(n, k)", k=ints(2, 2, 2, 36), w=normal(5, 2, 2, 2))),
     "Reshape mixes the channels": ("axis", backward("d = Reshape(c, k)", channels=6, k=ints(2, 6, 24))),
     "Reshape of an unknown target": (

@@ -174,3 +174,36 @@ def test_decomposed_with_the_constant_first():
     }"""
     result = folds(model(text, w=normal(4, 3, 3, 3), b=normal(4), k=PER_CHANNEL, shift=normal(4, 1, 1, seed=4)), "Conv")
     assert [fold.bn for fold in result.folded] == ["scaled+y"]
+
+
+def test_what_cancelled_in_a_bias_is_not_forgotten():
+    """A shift that is small only because t - m * s cancelled is rounded as its terms are, and so is what becomes of it in the next link."""
+    first = {"s": normal(4) + 2, "m": normal(4, seed=1) + 5, "v": np.ones(4, np.float32)}
+    first["t"] = first["s"] * first["m"] / np.sqrt(np.float32(1) + np.float32(1e-5))
+    nothing = {name: np.zeros(4, np.float32) for name in ("t2", "m2", "t3", "m3")}
+    scales = {name: values for name, values in {**norm(4, "2"), **norm(4, "3", seed=2)}.items() if name[0] in "sv"}
+    text = """(float[16,4,8,8] x) => (float[16,4,8,8] y) {
+        a = BatchNormalization(x, s, t, m, v)
+        b = BatchNormalization(a, s2, t2, m2, v2)
+        y = BatchNormalization(b, s3, t3, m3, v3)
+    }"""
+    result = fastbn.fold(model(text, **first, **nothing, **scales))
+    assert codes(result)["parity"] == 0, [kept.reason for kept in result.kept]
+    assert result.parity.status == "ok"
+    assert len(result.kept) == 1
+
+
+def test_what_cancelled_in_an_add_is_not_forgotten():
+    text = """(float[16,4,8,8] x) => (float[16,4,8,8] y) {
+        a = BatchNormalization(x, s, t, m, v)
+        b = Add(a, k)
+        c = Mul(b, g)
+        y = BatchNormalization(c, s2, t2, m2, v2)
+    }"""
+    parameters = norm(4)
+    far = {"m": np.full(4, 40, np.float32), "t": np.zeros(4, np.float32)}
+    shift = parameters["s"] * 40 / np.sqrt(parameters["v"] + np.float32(1e-5))
+    others = {**norm(4, "2", seed=2), "m2": np.zeros(4, np.float32), "t2": np.zeros(4, np.float32)}
+    result = fastbn.fold(model(text, **{**parameters, **far}, k=shift.reshape(4, 1, 1), g=normal(4, 1, 1), **others))
+    assert codes(result)["parity"] == 0, [kept.reason for kept in result.kept]
+    assert result.parity.status == "ok"

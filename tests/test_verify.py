@@ -376,3 +376,19 @@ def test_a_gru_is_bounded_although_absolute_values_close_its_gate():
     nodes = "r = Tanh(x) n = BatchNormalization(r, s, t, m, v) q = Transpose <perm = [0,2,1]> (n) y = GRU <hidden_size = 3> (q, w, u)"
     proto = model(f"(float[5,4,2] x) => (float y) {{ {nodes} }}", w=4 * normal(1, 9, 4), u=normal(1, 9, 3), **norm(4))
     folds(proto, "Tanh Transpose GRU")
+
+
+def test_an_output_that_is_rounding_alone_on_zeros_is_proven_by_the_other_inputs():
+    """y is t - m * s = 0 for x = 0, in the original exactly, in the folded model up to rounding."""
+    constants = {"s": normal(4) + 2, "m": normal(4, seed=1) + 5, "v": np.ones(4, np.float32), "k": normal(4, 1, 1) + 3}
+    constants["t"] = constants["s"] * constants["m"] / np.sqrt(np.float32(1) + np.float32(1e-5))
+    proto = model("(float[8,4,8,8] x) => (y) { n = BatchNormalization(x, s, t, m, v) y = Mul(n, k) }", **constants)
+    result = fastbn.fold(proto)
+    assert len(result.folded) == 1
+    assert result.parity.status == "ok", result.parity
+    far = onnx.ModelProto()
+    far.CopyFrom(result.model)
+    for tensor in far.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(values + np.float32(1e-4) * np.abs(values), tensor.name))
+    assert fastbn.verify(proto, far).status == "failed"

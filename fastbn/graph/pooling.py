@@ -21,11 +21,24 @@ def _spatial(node, affine, value, site):
 # window may hang over the border, and runtimes disagree on what they count there.
 def _average_pool(node, affine, came, goes, site):
     _spatial(node, affine, came, site)
-    padded = any(node.attribute("pads", [])) or node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
-    padded = padded or node.attribute("ceil_mode", 0)
+    padded = _is_padded(node) or node.attribute("ceil_mode", 0)
+    if affine.shifts:
+        _refuse_empty_windows(node, site)
     if affine.shifts and padded and node.attribute("count_include_pad", 0):
         raise Refusal("padding", f"AveragePool '{node.label}' counts zeros of padding, which a shift would have to change")
     return affine
+
+
+def _is_padded(node):
+    return any(node.attribute("pads", [])) or node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
+
+
+def _refuse_empty_windows(node, site):
+    """Refuse where a window may lie in the padding alone: its elements are further apart than the data is long, and it gives 0 or -Inf."""
+    shape = site.shape(node.inputs[0])
+    for at, step in enumerate(node.attribute("dilations", []) if _is_padded(node) else [], start=2):
+        if step > 1 and (shape is None or len(shape) <= at or shape[at] is None or shape[at] < step):
+            raise Refusal("padding", f"a window of {node.op} '{node.label}' may hold no element but padding")
 
 
 def _global_average_pool(node, affine, came, goes, site):
@@ -37,6 +50,7 @@ def _global_average_pool(node, affine, came, goes, site):
 def _max_pool(node, affine, came, goes, site):
     _spatial(node, affine, came, site)
     require_sign(node, affine, 0)
+    _refuse_empty_windows(node, site)
     if came is node.inputs[0] and any(other is not None and (other.readers or other.is_output) for other in node.outputs[1:]):
         raise Refusal("other-outputs", f"{node.op} '{node.label}' gives the indices too, which rounding may change")
     return affine

@@ -129,9 +129,9 @@ class _Check:
             self._compare(KINDS)
             if not self.entries:
                 return Parity("not-run", reason="; ".join(self._all_notes()) or "the model has no outputs to compare")
-            if self._is_held() and self._unproven():
+            if self._unproven() and not self._different():
                 self._compare(MORE_KINDS)
-            if not self._is_held() or self._unproven():
+            if self._unproven() or self._different():
                 return self._by_cuts()
             return self._said("ok")
         except _Failed as failure:
@@ -208,17 +208,24 @@ class _Check:
 
     # ---- what the comparison is worth ----
 
-    def _is_held(self) -> bool:
-        return all(entry.verdict.holds for entry in self.entries.values())
+    def _different(self) -> list[_Entry]:
+        """Return the entries that do not hold; on zeros an output may be nothing but rounding, which says nothing where another input has
+        proven it."""
+        proven = self._proven_numbers()
+        entries = [entry for entry in self.entries.values() if not entry.verdict.holds]
+        return [entry for entry in entries if entry.kind != "zero" or entry.verdict.is_wrong or entry.number not in proven]
+
+    def _proven_numbers(self) -> set[int]:
+        return {entry.number for entry in self.entries.values() if entry.proves}
 
     def _unproven(self) -> list[_Entry]:
         """Return the entries of outputs that no input but zeros has proven equal."""
-        proven = {entry.number for entry in self.entries.values() if entry.proves}
+        proven = self._proven_numbers()
         return [entry for entry in self.entries.values() if entry.number not in proven]
 
     def _by_cuts(self) -> Parity:
         """Return the parity where the outputs do not tell: piece by piece the models may be equal all the same."""
-        different = [entry for entry in self.entries.values() if not entry.verdict.holds]
+        different = self._different()
         if not different:
             return self._zeros_by_cuts()
         worst = max((entry.verdict for entry in different), key=lambda verdict: (verdict.is_wrong, verdict.part))
