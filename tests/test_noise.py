@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from sketch import assert_same, conv_bn, folds, initializers, model, normal, ops
+from sketch import assert_same, conv_bn, folds, initializers, model, norm, normal, ops
 
 import fastbn
 from fastbn.cli import main
@@ -254,3 +254,38 @@ def test_shifts_that_cancel_on_their_way_are_bounded_by_what_they_were(case):
     result = fastbn.fold(proto)
     assert ops(result.model) == expected, result.kept
     assert result.parity.ok
+
+
+LONG = {
+    "Gemm": ("(float[4,4608] x) => (float y) { c = Gemm(x, w) y = BatchNormalization(c, s, t, m, v) }", normal(4608, 4)),
+    "Conv": ("(float[1,512,6,6] x) => (float y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }", normal(4, 512, 3, 3)),
+    "pool": (
+        """(float[1,4,128,128] x) => (float y) {
+            r = Sigmoid(x) n = BatchNormalization(r, s, t, m, v) p = GlobalAveragePool(n) f = Flatten(p) y = Gemm(f, w)
+        }""",
+        normal(4, 3),
+    ),
+    "sum of magnitudes": (
+        """(float[1,4,64,64] x) => (float y) {
+            r = Tanh(x) n = BatchNormalization(r, s, zero, zero, v) d = ReduceL1 <axes = [2,3], keepdims = 0> (n) y = Gemm(d, w)
+        }""",
+        normal(4, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", LONG)
+def test_what_long_sums_err_is_no_wrong_fold(case, seed):
+    """A pool over an image of zeros adds equal terms: its error is no random walk."""
+    text, weight = LONG[case]
+    constants = {**norm(4, seed=seed, positive=True), "zero": np.zeros(4, np.float32)}
+    used = {name: values for name, values in constants.items() if f" {name}," in text or f" {name})" in text}
+    proto = model(text, w=(weight / np.sqrt(len(weight))).astype(np.float32), **used)
+    result = fastbn.fold(proto, seed=seed)
+    assert len(result.folded) == 1, result.kept
+    assert result.parity.ok
+    other = fastbn.fold(proto, verify=False).model
+    tensor = next(each for each in other.graph.initializer if len(each.dims) == weight.ndim)
+    tensor.raw_data = (initializers(other)[tensor.name] * np.float32(1.01)).tobytes()
+    assert fastbn.verify(proto, other, seed=seed).status == "failed"

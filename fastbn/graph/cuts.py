@@ -207,7 +207,7 @@ class _Pair:
         given = self._given(cuts)
         after = _run(self.folded, _forced(self.other, cuts), given)
         rng = np.random.default_rng([self.seed, len(cuts)])
-        shaken = _run(self.original, _forced(self.noise.proto, cuts), self.noise.disturbed(given, rng))
+        shaken = _run(self.original, _forced(self.noise.proto, cuts), self.noise.disturbed(given, rng, sums=True))
         verdicts = {}
         for (name, reference), result, moving in zip(expected.items(), after, shaken, strict=True):
             if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fiub" or reference.size == 0:
