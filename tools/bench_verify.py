@@ -36,9 +36,9 @@ def write_feed(model: str, target: str) -> dict:
     import numpy as np
 
     from fastbn.graph.model import Index
+    from fastbn.graph.reference import feeds_for
     from fastbn.graph.runtime import Runnable
     from fastbn.graph.storage import load
-    from fastbn.graph.reference import feeds_for
 
     index = Index(load(model))
     feed = feeds_for(Runnable.of(index.source), index)[0]
