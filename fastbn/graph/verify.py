@@ -300,9 +300,8 @@ class _Check:
             self.progress(f"comparing the {which} of both models")
             try:
                 before = self._run_branch(reference.model.with_proto(original), feed)
-                shaken = self._run_branch(
-                    reference.model.with_proto(noise.proto), noise.disturbed(feed, np.random.default_rng(reference.feeds.seed))
-                )
+                noisy = noise.disturbed(feed, np.random.default_rng(reference.feeds.seed), sums=True)
+                shaken = self._run_branch(reference.model.with_proto(noise.proto), noisy)
             except runtime_errors() as error:
                 self._note(f"the {which} cannot all be run: {said(error)}")
                 continue
