@@ -84,7 +84,8 @@ RANDOM = {
     "RandomNormalLike": "r = RandomNormalLike(n) y = Add(n, r)",
     "RandomUniformLike": "r = RandomUniformLike <low = -1.0> (n) y = Add(n, r)",
     "Bernoulli": "p = Sigmoid(n) r = Bernoulli(p) y = Mul(r, n)",
-    "Multinomial": "g = GlobalAveragePool(n) f = Flatten(g) r = Multinomial <sample_size = 9> (f) y = Cast <to = 1> (r)",
+    "Multinomial": "g = GlobalAveragePool(n) f = Flatten(g) r = Multinomial <sample_size = 9> (f) k = Cast <to = 1> (r)"
+    " e = ReduceMean <keepdims = 0> (k) y = Add(f, e)",
     "Dropout": "y = Dropout(n, ratio, train)",
     "Dropout with its mask": "d, e = Dropout(n, ratio, train) f = Cast <to = 1> (e) y = Add(d, f)",
     "Dropout in a branch": """y = If (train) <

@@ -81,7 +81,7 @@ class Constants:
 
     def find(self, value: object, largest: int | None = None) -> Tensor | None:
         """Return the Tensor that a value always is, or None; with `largest`, expressions of more elements on the way are not evaluated."""
-        limit = LARGEST_RESULT if largest is None else largest
+        limit = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT)
         refused = self._refused.setdefault(limit, set())
         pending = [value]
         while pending:

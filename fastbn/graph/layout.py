@@ -191,6 +191,9 @@ def _gathered(node, axis, shape, forward, site):
 def _chosen(node, rank, axis, size, site):
     """Return the indices that a Slice or Gather takes along an axis, None where it leaves the axis alone."""
     if node.op == "Gather":
+        many = site.rank(node.input(1))
+        if many is not None and many > 1:
+            raise Refusal("axis", f"Gather '{node.label}' spreads its channels over {many} axes")
         indices = site.index.constant(node.input(1))
         if indices is None or len(indices.shape) > 1:
             raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
