@@ -67,12 +67,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _LATER:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a checker would take every name for one that this function finds
 
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'fastbn' has no attribute '{name}'")
+    def __getattr__(name):
+        if name in _LATER:
+            from importlib import import_module
+
+            return getattr(import_module(_LATER[name]), name)
+        raise AttributeError(f"module 'fastbn' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -102,7 +102,7 @@ class BatchNorm:
             raise ArgumentTypeError(expected("an integer", type(axis).__name__, "axis"))
         self.axis = int(axis)
         _check.activation_of(activation)
-        self.activation = activation
+        self.activation: Activation | None = activation
         if comm is not None and not callable(getattr(comm, "allgather", None)):
             raise ArgumentTypeError(expected("a communicator with allgather", type(comm).__name__, "comm"))
         self.comm = comm
