@@ -12,7 +12,7 @@ import numpy as np
 
 from fastbn import _check, _native
 
-__all__ = ["get_num_threads", "kernels", "set_num_threads", "show_config", "use_isa"]
+__all__ = ["Config", "get_num_threads", "kernels", "set_num_threads", "show_config", "use_isa"]
 
 
 class Config(TypedDict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, overload
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
     import keras
-    import numpy.typing as npt
     import torch
+    from numpy.typing import ArrayLike, NDArray
 
-    from fastbn._types import Activation, Array, Communicator, FloatVector, StateName, TensorLike
+    from fastbn._types import Activation, Array, Communicator, FloatVector, ScalarT, StateName, TensorLike
 
 __all__ = ["BatchNorm"]
 
@@ -131,9 +131,17 @@ class BatchNorm:
         """Normalise with the running statistics from here on; return self."""
         return self.train(False)
 
+    @overload
+    def __call__(self, x: NDArray[ScalarT], *, out: Array | None = ...) -> NDArray[ScalarT]: ...
+    @overload
+    def __call__(self, x: TensorLike, *, out: Array | None = ...) -> Array: ...
     def __call__(self, x: TensorLike, *, out: Array | None = None) -> Array:
         return self.forward(x, out=out)
 
+    @overload
+    def forward(self, x: NDArray[ScalarT], *, out: Array | None = ...) -> NDArray[ScalarT]: ...
+    @overload
+    def forward(self, x: TensorLike, *, out: Array | None = ...) -> Array: ...
     def forward(self, x: TensorLike, *, out: Array | None = None) -> Array:
         """Return y, in the shape, type and memory order of x.
 
@@ -205,6 +213,10 @@ class BatchNorm:
             sync.move_running(self.running_mean, self.running_var, stats, self._factor(), self.unbiased)
         return y, stats
 
+    @overload
+    def backward(self, dy: NDArray[ScalarT], *, out: Array | None = ...) -> tuple[NDArray[ScalarT], Array | None, Array | None]: ...
+    @overload
+    def backward(self, dy: TensorLike, *, out: Array | None = ...) -> tuple[Array, Array | None, Array | None]: ...
     def backward(self, dy: TensorLike, *, out: Array | None = None) -> tuple[Array, Array | None, Array | None]:
         """Return the gradients of the last forward pass.
 
@@ -255,7 +267,7 @@ class BatchNorm:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
-    def load_state_dict(self, state: Mapping[str, npt.ArrayLike]) -> None:
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take over a state: that of `state_dict`, or of a batch normalization of PyTorch.
 
         Parameters
@@ -424,7 +436,7 @@ class BatchNorm:
 _ARRAYS: tuple[StateName, ...] = ("weight", "bias", "running_mean", "running_var")
 
 
-def _vector(value: npt.ArrayLike, where: str, channels: int) -> Array:
+def _vector(value: ArrayLike, where: str, channels: int) -> Array:
     array = _check.converted(np.asarray, value, "an array", where)
     if array.dtype.kind not in "fiu" or array.shape != (channels,):
         raise ArgumentError(expected(f"numbers of shape ({channels},)", f"{array.dtype} of shape {array.shape}", where))
