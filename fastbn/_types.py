@@ -20,6 +20,7 @@ __all__ = [
     "Parameter",
     "ScalarT",
     "Sizes",
+    "State",
     "StateName",
     "TensorLike",
     "TrainOptions",
@@ -71,6 +72,16 @@ class SupportsBuffer(Protocol):
 TensorLike: TypeAlias = Array | SupportsDLPack | SupportsArrayInterface | SupportsArray | SupportsBuffer
 # A weight or bias of shape (C,).
 Parameter: TypeAlias = TensorLike | None
+
+
+class State(TypedDict, total=False):
+    """What `BatchNorm.state_dict` returns: the arrays that the layer has, under PyTorch's names."""
+
+    weight: FloatVector
+    bias: FloatVector
+    running_mean: FloatVector
+    running_var: FloatVector
+    num_batches_tracked: npt.NDArray[np.int64]
 
 
 class Options(TypedDict, total=False):

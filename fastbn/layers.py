@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, cast, overload
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike, NDArray
 
-    from fastbn._types import Activation, Array, Communicator, FloatVector, ScalarT, StateName, TensorLike
+    from fastbn._types import Activation, Array, Communicator, FloatVector, ScalarT, State, StateName, TensorLike
 
 __all__ = ["BatchNorm"]
 
@@ -256,18 +256,21 @@ class BatchNorm:
             halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
         return dx, dweight, dbias
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self) -> State:
         """Return a copy of the state under PyTorch's names: weight, bias, running_mean, running_var and num_batches_tracked, as arrays.
 
         Those that the layer does not have are left out, as in PyTorch.
         """
-        arrays: dict[str, FloatVector | None] = {name: getattr(self, name) for name in _ARRAYS}
-        state: dict[str, Array] = {name: values.copy() for name, values in arrays.items() if values is not None}
+        state: State = {}
+        for name in _ARRAYS:
+            values: FloatVector | None = getattr(self, name)
+            if values is not None:
+                state[name] = values.copy()
         if self.track_running_stats:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
-    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+    def load_state_dict(self, state: State | Mapping[str, ArrayLike]) -> None:
         """Take over a state: that of `state_dict`, or of a batch normalization of PyTorch.
 
         Parameters
@@ -283,10 +286,11 @@ class BatchNorm:
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
             raise ArgumentError(expected(f"the names {', '.join(sorted(names))}", f"{', '.join(sorted(state))}", sorted(unknown)[0]))
-        vectors = {name: _vector(state[name], name, self.num_features) for name in _ARRAYS if name in names}
+        arrays = cast("Mapping[str, ArrayLike]", state)
+        vectors = {name: _vector(arrays[name], name, self.num_features) for name in _ARRAYS if name in names}
         count = self.num_batches_tracked
         if "num_batches_tracked" in state:
-            given = _check.converted(np.asarray, state["num_batches_tracked"], "a number of batches", "num_batches_tracked")
+            given = _check.converted(np.asarray, arrays["num_batches_tracked"], "a number of batches", "num_batches_tracked")
             if given.shape != () or given.dtype.kind not in "iu" or given < 0:
                 raise ArgumentError(expected("a number of batches", f"{given}", "num_batches_tracked"))
             count = int(given)

@@ -27,7 +27,9 @@ dx, dweight, dbias = layer.backward(x)
 assert_type(dx, npt.NDArray[np.float32])
 assert_type(dweight, npt.NDArray[Any] | None)
 layer.load_state_dict(layer.state_dict())
-assert_type(layer.state_dict(), dict[str, npt.NDArray[Any]])
+assert_type(layer.state_dict()["num_batches_tracked"], npt.NDArray[np.int64])
+np.savez("layer.npz", **layer.state_dict())
+layer.load_state_dict({"weight": [1.0, 2.0]})
 
 with fastbn.use_isa("scalar"):
     assert_type(fastbn.kernels(), list[str])

@@ -41,6 +41,7 @@ fastbn.BatchStats(2.5, mean, var)  # error: arg-type
 fastbn.merge_stats(stats)  # error: arg-type
 fastbn.BatchNorm("3")  # error: arg-type
 fastbn.BatchNorm(3, comm=object())  # error: arg-type
+print(layer.state_dict()["gamma"])  # error: typeddict-item
 fastbn.set_num_threads("2")  # error: arg-type
 fastbn.use_isa(512)  # error: arg-type
 
