@@ -22,7 +22,7 @@ from fastbn.graph.noise import NOISE, Noise
 from fastbn.graph.reference import kept
 from fastbn.graph.runtime import UNIT, Runnable, Runner
 
-__all__ = ["CONCLUSIVE", "MARGIN", "CutParity", "Verdict", "check_cuts", "judged"]
+__all__ = ["CutParity", "Verdict", "check_cuts", "judged"]
 
 # How much more than the measured effect of the noise is allowed, and how many units of round-off of the largest value in any case.
 MARGIN, FLOOR = 4, 2 * NOISE

@@ -100,10 +100,6 @@ class Constants:
         """Return the Tensor of a value where it has been found already."""
         return self._found.get(value)
 
-    def is_candidate(self, value: object) -> bool:
-        """Say whether a value may be a constant that a node gives."""
-        return value in self._candidates
-
     def is_too_large(self, value: object) -> bool:
         """Say whether a value is a constant but for the limits on its size."""
         return self.find(value) is None and value in self._too_large
