@@ -240,8 +240,8 @@ def running(value: TensorLike | None, where: str, channels: int, *tensors: Array
     _writable(array, where)
     if _meets_itself(array.shape, array.strides):
         raise ArgumentError(expected("a value of its own for each channel", "an array that overlaps itself", where))
-    for other in tensors:
-        _apart(array, other, where)
+    if any(other is not None and _native.may_overlap(array, other) and np.shares_memory(array, other) for other in tensors):
+        raise ArgumentError(expected("memory of its own", "an array that overlaps another", where))
     return array
 
 

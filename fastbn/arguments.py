@@ -7,6 +7,12 @@ from fastbn.errors import ArgumentError, expected
 
 __all__ = ["input_shapes", "names", "parser"]
 
+# Digits of the largest size that a file can hold; int() refuses thousands of them.
+MOST_DIGITS = 19
+
+# Characters of an argument that an error shows.
+MOST_SHOWN = 200
+
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
 
@@ -123,13 +129,17 @@ def _utf8(text):
         return text
 
 
+def _is_size(text):
+    return text.isdecimal() and len(text) <= MOST_DIGITS and int(text) > 0
+
+
 def input_shapes(arguments) -> dict[str, tuple[int, ...]]:
     """Return --input-shape as name -> sizes."""
     shapes = {}
     for text in names(arguments.input_shape):
         name, equals, sizes = text.rpartition("=")
         numbers = sizes.split(",") if sizes else []
-        if not (name and equals) or not all(size.isdecimal() and int(size) for size in numbers):
-            raise ArgumentError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text), "--input-shape"))
+        if not (name and equals) or not all(map(_is_size, numbers)):
+            raise ArgumentError(expected("NAME=D,D,... with positive sizes, as x=1,3,224,224", repr(text[:MOST_SHOWN]), "--input-shape"))
         shapes[name] = tuple(map(int, numbers))
     return shapes

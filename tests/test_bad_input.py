@@ -381,6 +381,7 @@ def test_unknown_globs_name_what_there_is(fails):
 
 
 BAD_SHAPES = ["x", "x=", "=1,2", "x=1,,2", "x=a", "x=0,3", "x=-1,3", "x=1.5", "x=1,3,8,8,", "nowhere=1,3,8,8", "x=1,3", "x=1,9,8,8"]
+BAD_SHAPES += ["x=" + "9" * 5000, "x=1,3,8," + "9" * 19]
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES)

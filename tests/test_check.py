@@ -67,6 +67,11 @@ WRONG = {
         ValueError,
         "running_var",
     ),
+    "running_var is running_mean": (
+        lambda: (lambda v: fastbn.batch_norm_train(X, running_mean=v, running_var=v))(np.ones(3)),
+        ValueError,
+        "running_var",
+    ),
     "running_mean too long": (lambda: fastbn.batch_norm_train(X, running_mean=np.ones(4)), ValueError, "running_mean"),
     "running_var read-only": (lambda: fastbn.batch_norm_train(X, running_var=frozen(np.ones(3))), ValueError, "running_var"),
     "running_var of integers": (lambda: fastbn.batch_norm_train(X, running_var=np.ones(3, int)), TypeError, "running_var"),

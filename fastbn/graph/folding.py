@@ -291,7 +291,9 @@ def checked_shapes(input_shapes):
     if input_shapes is not None and not isinstance(input_shapes, dict):
         raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))
     for name, sizes in (input_shapes or {}).items():
-        good = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        good = isinstance(sizes, (list, tuple)) and all(
+            isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 63 for size in sizes
+        )
         if not good:
             raise ArgumentError(expected("positive sizes", repr(sizes), f"input_shapes[{name!r}]"))
         shapes[name] = tuple(sizes)
