@@ -281,6 +281,16 @@ def test_a_wrong_branch_that_random_inputs_do_not_take_has_failed(tmp_path, caps
     assert "failed: in the then branches" in capsys.readouterr().out
 
 
+def test_a_fold_in_a_branch_that_cannot_be_run_is_named():
+    text = HIDDEN.replace("c = Conv(x, w)", "e = Reshape(x, sizes) c = Conv(e, w)").replace("p = Batch", "k = Batch", 1)
+    text = text.replace("(c, s, t, m, v) }", "(c, s, t, m, v) p = Reshape(k, other) }", 1)
+    result = fastbn.fold(
+        model(text, w=normal(4, 3, 3, 3), large=np.float32(1e9), sizes=np.array([7, 3, 5, 5]), other=np.array([1, 4, 6, 6]), **norm(4))
+    )
+    assert (result.parity.status, result.parity.missed) == ("inconclusive", ("then branches",))
+    assert result.folded[0].note.endswith("not reached by the comparison of the whole model")
+
+
 def test_an_output_that_is_zero_but_for_rounding_proves_nothing():
     """Three times a convolution, less the same sum in another order; random numbers forbid to compare it piece by piece."""
     text = """(float[1,3,8,8] x) => (float[1,4,6,6] y, float[2] r) {

@@ -119,6 +119,7 @@ class _Check:
         self.reference = reference
         self.folded = folded
         self.suffices = suffices
+        self.missed: list[str] = []
         self.entries: dict[tuple[str, int], _Entry] = {}
         self.notes: list[str] = []
         self.progress = reference.progress
@@ -287,7 +288,7 @@ class _Check:
         worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
         names = self._proven() if status != "failed" else ()
         compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
-        return Parity(status, inputs, *compared, reason, self._all_notes(), names)
+        return Parity(status, inputs, *compared, reason, self._all_notes(), names, tuple(self.missed))
 
     def _compare_branches(self) -> None:
         """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
@@ -304,14 +305,20 @@ class _Check:
                 shaken = self._run_branch(reference.model.with_proto(noise.proto), noisy)
             except runtime_errors() as error:
                 self._note(f"the {which} cannot all be run: {said(error)}")
+                self.missed.append(which)
                 continue
             try:
                 after = self._run_branch(folded, feed)
             except runtime_errors() as error:
                 raise _Failed(f"onnxruntime cannot run the {which} of the folded model: {said(error)}") from error
-            for number, name in enumerate(reference.names):
-                if number not in reference.unrepeatable:
-                    self._judge_branch(which, name, before[number], after[number], shaken[number], noise.unit)
+            proven = [
+                self._judge_branch(which, name, before[number], after[number], shaken[number], noise.unit)
+                for number, name in enumerate(reference.names)
+                if number not in reference.unrepeatable
+            ]
+            if not any(proven):
+                self._note(f"the {which} give nothing that proves anything")
+                self.missed.append(which)
 
     def _run_branch(self, model: Runnable, feed: Feed) -> list:
         with Runner(model, self.reference.fresh) as runner:
@@ -319,9 +326,10 @@ class _Check:
             found = runner.run(None, {name: values for name, values in feed.items() if name in wanted})
             return [kept(output) for output in found]
 
-    def _judge_branch(self, which: str, name: str, before: object, after: object, shaken: object, unit: float) -> None:
+    def _judge_branch(self, which: str, name: str, before: object, after: object, shaken: object, unit: float) -> bool:
+        """Compare one output; say whether that proves anything."""
         if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
-            return
+            return False
         if before.shape != after.shape:
             raise _Failed(f"output '{name}' of the {which}: shapes {before.shape} and {after.shape} differ")
         noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
@@ -331,3 +339,4 @@ class _Check:
             raise _Failed(f"in the {which}", verdict)
         if not verdict.holds:
             self._note(f"output '{name}' of the {which}: {verdict.doubt}")
+        return verdict.proves
