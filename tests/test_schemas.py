@@ -35,6 +35,10 @@ WRONG = {
     "no output": (changed(lambda nodes: nodes[0].output.pop()), r"Expected an output 0 \('Y'\) of Conv, got none - at `c`"),
     "a type": (conv_with(attribute("strides", type=INT, i=1)), "Expected an attribute 'strides' of type INTS, got INT - at `c`"),
     "no type": (conv_with(attribute("group", i=1)), "Expected an attribute 'group' of type INT, got UNDEFINED - at `c`"),
+    "a graph in a node that has none": (
+        changed(lambda nodes: nodes[1].attribute.append(attribute("body", type=AttributeProto.GRAPH))),
+        "Expected no graph in BatchNormalization, got the attribute 'body' - at `y`",
+    ),
     "a reference": (
         conv_with(attribute("group", type=INT, ref_attr_name="n")),
         "Expected a value of the attribute 'group', got a reference",

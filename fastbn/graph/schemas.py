@@ -14,6 +14,7 @@ from fastbn.graph.report import Refusal
 __all__ = ["check_node", "check_version", "checker_context", "is_function", "is_inferable", "propagates"]
 
 NAMES = AttributeProto.AttributeType
+BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 OPTION = defs.OpSchema.FormalParameterOption
 
 # No array that NumPy holds has more axes.
@@ -103,6 +104,8 @@ def check_node(proto: NodeProto, label: str, opset: int) -> None:
         if kind not in wanted:
             shown = " or ".join(sorted(map(_shown, wanted)))
             raise ModelError(expected(f"an attribute '{name}' of type {shown}", _shown(kind), label))
+        if demand and name not in demand.types and kind in BODIES:  # its body would leave with it
+            raise ModelError(expected(f"no graph in {proto.op_type}", f"the attribute '{name}'", label))
     for name in demand.attributes if demand else ():
         if name not in given:
             raise ModelError(expected(f"an attribute '{name}' of {proto.op_type}", "none", label))
