@@ -3,6 +3,8 @@
 `import fastbn` loads NumPy and nothing else; the graph functions and `deploy` load onnx and onnxruntime when they are first called.
 """
 
+from typing import TYPE_CHECKING
+
 try:
     from fastbn import _native  # noqa: F401
 except ImportError as error:
@@ -12,9 +14,15 @@ except ImportError as error:
     raise ImportError(expected("the compiled part of fastbn", found, __path__[0])) from error
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError
-from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, batch_stats, fold_conv, fold_linear
+from fastbn.folding import fold_conv, fold_linear
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train, batch_stats
 from fastbn.layers import BatchNorm
 from fastbn.stats import BatchStats, merge_stats
+
+if TYPE_CHECKING:  # what `__getattr__` finds
+    from fastbn.deployment import Deployment, deploy
+    from fastbn.graph import Fold, FoldResult, Kept, Parity
+    from fastbn.graph.folding import fold, verify
 
 __version__ = "0.1.0"
 
@@ -59,13 +67,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    if name in _LATER:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a checker would take every name for one that this function finds
 
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'fastbn' has no attribute '{name}'")
+    def __getattr__(name):
+        if name in _LATER:
+            from importlib import import_module
+
+            return getattr(import_module(_LATER[name]), name)
+        raise AttributeError(f"module 'fastbn' has no attribute '{name}'")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_LATER))

@@ -1,10 +1,12 @@
 """Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
@@ -12,6 +14,14 @@ from fastbn import _native
 from fastbn.affine import DTYPES
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.stats import BatchStats
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fastbn._types import Activation, Array, FloatVector, Sizes, TensorLike
+
+    ValueT = TypeVar("ValueT")
+    ResultT = TypeVar("ResultT")
 
 __all__ = [
     "activation_of",
@@ -34,13 +44,13 @@ __all__ = [
     "vector",
 ]
 
-ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "relu6": 3}
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "relu6": 3}
 # dtype -> its number in fbn_dtype; bfloat16 joins when the first array of it is seen.
-_CODES = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float16")}
-_PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
+_CODES: dict[np.dtype[Any], int] = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float16")}
+_PARAMETERS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def converted(read: Callable[[Any], Any], value: Any, what: str, where: str) -> Any:
+def converted(read: Callable[[ValueT], ResultT], value: ValueT, what: str, where: str) -> ResultT:
     """Return read(value); what the code of other libraries raises on the way, a KeyError too, becomes the project's error."""
     try:
         return read(value)
@@ -50,7 +60,7 @@ def converted(read: Callable[[Any], Any], value: Any, what: str, where: str) -> 
         raise ArgumentTypeError(expected(what, type(value).__name__, where)) from error
 
 
-def _array(value, where):
+def _array(value: npt.ArrayLike, where: str) -> Array:
     array = converted(np.asarray, value, "an array", where)
     if array.dtype.name not in DTYPES:
         got = type(value).__name__ if array.dtype == object else str(array.dtype)
@@ -58,7 +68,7 @@ def _array(value, where):
     return array
 
 
-def fold_weight(value, where, ndim):
+def fold_weight(value: npt.ArrayLike, where: str, ndim: int) -> Array:
     """Return a C-contiguous floating array with at least ndim axes."""
     array = _array(value, where)
     if array.ndim < ndim:
@@ -66,7 +76,7 @@ def fold_weight(value, where, ndim):
     return np.ascontiguousarray(array)
 
 
-def vector(value, where, length):
+def vector(value: npt.ArrayLike | None, where: str, length: int) -> Array | None:
     """Return a floating array of shape (length,) without NaN and Inf; None passes."""
     if value is None:
         return None
@@ -78,7 +88,7 @@ def vector(value, where, length):
     return array
 
 
-def variance(value, where, length, eps):
+def variance(value: npt.ArrayLike | None, where: str, length: int, eps: float) -> Array:
     """Return a vector whose values plus eps are positive."""
     array = vector(value, where, length)
     if array is None:
@@ -88,7 +98,7 @@ def variance(value, where, length, eps):
     return array
 
 
-def eps_of(value, where="eps"):
+def eps_of(value: SupportsFloat, where: str = "eps") -> float:
     """Return eps as a float that is finite and not negative."""
     if type(value) is float and 0 <= value < inf:
         return value
@@ -98,7 +108,7 @@ def eps_of(value, where="eps"):
     return eps
 
 
-def positive_int(value, where):
+def positive_int(value: int | np.integer, where: str) -> int:
     """Return value, which must be an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ArgumentTypeError(expected("an integer", type(value).__name__, where))
@@ -107,18 +117,18 @@ def positive_int(value, where):
     return int(value)
 
 
-def _number(value, where):
+def _number(value: SupportsFloat, where: str) -> float:
     return converted(_float, value, "a number", where)
 
 
-def _float(value: Any) -> float:
+def _float(value: SupportsFloat) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer that no float holds
         return inf
 
 
-def momentum_of(value):
+def momentum_of(value: SupportsFloat) -> float:
     """Return momentum as a float between 0 and 1, the weight of the new batch."""
     if type(value) is float and 0 <= value <= 1:
         return value
@@ -128,7 +138,7 @@ def momentum_of(value):
     return momentum
 
 
-def activation_of(value):
+def activation_of(value: Activation | None) -> int:
     """Return the number of an activation in fbn_activation."""
     try:
         return ACTIVATIONS[value]
@@ -137,7 +147,7 @@ def activation_of(value):
         raise ArgumentError(expected(f"one of {names}", repr(value), "activation")) from None
 
 
-def isa_of(value):
+def isa_of(value: str) -> str:
     """Return the name of an ISA that this build and this CPU have."""
     names = _native.isas()
     if value not in names:
@@ -145,19 +155,19 @@ def isa_of(value):
     return value
 
 
-def _dtype_code(dtype):
+def _dtype_code(dtype: np.dtype[Any]) -> int | None:
     code = _CODES.get(dtype)
     if code is None and dtype.name == "bfloat16":
         code = _CODES[dtype] = DTYPES["bfloat16"]
     return code
 
 
-def _ndarray(value, where):
+def _ndarray(value: TensorLike | None, where: str) -> Array:
     """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
     return np.asarray(value) if isinstance(value, np.ndarray) else converted(_view, value, "an array in CPU memory", where)
 
 
-def _view(value: Any) -> np.ndarray:
+def _view(value: Any) -> Array:  # Any: NumPy's stubs and those of memoryview ask for more than each of these objects says of itself
     if hasattr(value, "__dlpack__"):
         return np.from_dlpack(value)
     if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):
@@ -165,22 +175,23 @@ def _view(value: Any) -> np.ndarray:
     return np.asarray(memoryview(value))
 
 
-def tensor(value, where):
+def tensor(value: TensorLike, where: str) -> tuple[Array, int]:
     """Return (array, code): an aligned array of a dtype that the kernels know, and that dtype's number in fbn_dtype."""
     code = _native.numpy_code(value)
     if code >= 0:
-        return value, code
+        return value, code  # type: ignore[return-value]  # numpy_code knows arrays alone
     array = value if type(value) is np.ndarray else _ndarray(value, where)
-    code = _dtype_code(array.dtype)
-    if code is None:
+    known = _dtype_code(array.dtype)
+    if known is None:
         native = array.dtype.newbyteorder("=")
-        if _dtype_code(native) is None:
+        known = _dtype_code(native)
+        if known is None:
             raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", str(array.dtype), where))
-        array, code = array.astype(native), _dtype_code(native)
-    return (array if _native.is_aligned(array) else array.copy()), code
+        array = array.astype(native)
+    return (array if _native.is_aligned(array) else array.copy()), known
 
 
-def axis_of(value, array):
+def axis_of(value: SupportsIndex, array: Array) -> int:
     """Return axis as an index from 0."""
     if type(value) is int and value == 1 and array.ndim > 1:
         return 1
@@ -190,7 +201,11 @@ def axis_of(value, array):
     return axis % array.ndim
 
 
-def parameter(value, where, channels, required=False):
+@overload
+def parameter(value: TensorLike, where: str, channels: int, *, required: bool = False) -> FloatVector: ...
+@overload
+def parameter(value: TensorLike | None, where: str, channels: int) -> FloatVector | None: ...
+def parameter(value: TensorLike | None, where: str, channels: int, *, required: bool = False) -> FloatVector | None:
     """Return a float32 or float64 array of shape (channels,); None passes unless required."""
     if _native.is_vector(value, channels):
         return value
@@ -206,7 +221,7 @@ def parameter(value, where, channels, required=False):
     return array if _native.is_aligned(array) else array.copy()
 
 
-def running_variance(value, where, channels, eps):
+def running_variance(value: TensorLike, where: str, channels: int, eps: float) -> FloatVector:
     """Return a parameter whose values plus eps are positive, or NaN."""
     array = parameter(value, where, channels, required=True)
     position = _native.first_without_root(array, eps)
@@ -215,7 +230,7 @@ def running_variance(value, where, channels, eps):
     return array
 
 
-def running(value, where, channels, *tensors):
+def running(value: TensorLike | None, where: str, channels: int, *tensors: Array | None) -> FloatVector | None:
     """Return statistics that can be updated in place, or None."""
     if value is None:
         return None
@@ -230,7 +245,7 @@ def running(value, where, channels, *tensors):
     return array
 
 
-def same_shape(value, where, x):
+def same_shape(value: TensorLike, where: str, x: Array) -> Array:
     """Return an array of x's shape and dtype."""
     array, _ = tensor(value, where)
     if array.dtype != x.dtype:
@@ -240,12 +255,14 @@ def same_shape(value, where, x):
     return array
 
 
-def output(value, x, *inputs):
+def output(value: TensorLike | None, x: Array, *inputs: Array | None) -> Array:
     """Return the array to write: a new one, or value, which is an input itself or apart from all of them."""
     if value is None:
         return np.empty_like(x)
-    array = value
-    if not _native.is_like(value, x):
+    array: Array
+    if _native.is_like(value, x):
+        array = value
+    else:
         array = value if type(value) is np.ndarray else _ndarray(value, "out")
         if array.dtype != x.dtype:
             raise ArgumentTypeError(expected(f"an array of {x.dtype}, as x", str(array.dtype), "out"))
@@ -262,12 +279,12 @@ def output(value, x, *inputs):
     return array
 
 
-def _writable(array, where):
+def _writable(array: Array, where: str) -> None:
     if not array.flags.writeable:
         raise ArgumentError(expected("a writable array", "a read-only one", where))
 
 
-def _apart(array, other, where):
+def _apart(array: Array, other: Array | None, where: str) -> None:
     if other is None or other is array or not _native.may_overlap(array, other):
         return
     same = array.ctypes.data == other.ctypes.data and array.shape == other.shape and array.strides == other.strides
@@ -276,7 +293,7 @@ def _apart(array, other, where):
 
 
 @lru_cache(maxsize=256)
-def _meets_itself(shape, strides):
+def _meets_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     if 0 in shape:
         return False
     reach = 0
@@ -287,7 +304,7 @@ def _meets_itself(shape, strides):
     return False
 
 
-def batch_stats_of(value, channels, count):
+def batch_stats_of(value: BatchStats, channels: int, count: int | None) -> BatchStats:
     """Return statistics of the right number of channels, and of the right count where one is given."""
     if not isinstance(value, BatchStats):
         raise ArgumentTypeError(expected("a BatchStats", type(value).__name__, "stats"))
@@ -301,7 +318,7 @@ def batch_stats_of(value, channels, count):
 
 
 @lru_cache(maxsize=1024)
-def layout(shape, axis, itemsize, *strides):
+def layout(shape: tuple[int, ...], axis: int, itemsize: int, *strides: tuple[int, ...]) -> Sizes | None:
     """Return (N, C, S, n, c, s, ...): the sizes, and for each array its strides in elements; None when there is no such view.
 
     `strides` are those of the arrays of one call, all of the same shape. The axes beside the channel axis are taken in the order in which
@@ -312,7 +329,7 @@ def layout(shape, axis, itemsize, *strides):
     steps = [[stride // itemsize for stride in array] for array in strides]
     if 0 in shape:
         return (0, channels, 1, *[1] * 3 * len(steps))
-    groups = []
+    groups: list[tuple[int, list[int]]] = []
     for place in sorted((i for i, size in enumerate(shape) if i != axis and size > 1), key=lambda i: -abs(steps[0][i])):
         size, along = shape[place], [array[place] for array in steps]
         if groups and all(outer == inner * size for outer, inner in zip(groups[-1][1], along, strict=True)):

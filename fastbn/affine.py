@@ -7,21 +7,28 @@ With weight (gamma), bias (beta), mean, var of length C and eps (Ioffe & Szegedy
 Folding multiplies a producer's weights by scale; `scale_weight` does that in float64 and rounds once to the weights' own type.
 """
 
+from __future__ import annotations
+
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from fastbn import _native
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fastbn._types import Array, FloatArray, ScalarT
+
 __all__ = ["DTYPES", "View", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
 
 # dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
-DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+DTYPES: dict[str, int] = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 
 
 @cache
-def dtype_name(dtype):
+def dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the name of a NumPy dtype, which NumPy builds anew each time that it is asked."""
     return dtype.name
 
@@ -35,7 +42,9 @@ class View(NamedTuple):
     inner: int
 
 
-def batch_norm_affine(weight, bias, mean, var, eps):
+def batch_norm_affine(
+    weight: npt.ArrayLike | None, bias: npt.ArrayLike | None, mean: npt.ArrayLike, var: npt.ArrayLike, eps: float
+) -> tuple[FloatArray, FloatArray]:
     """Return (scale, shift), float64 arrays of shape (C,), of an inference batch normalization.
 
     Parameters
@@ -55,7 +64,17 @@ def batch_norm_affine(weight, bias, mean, var, eps):
     return scale, shift
 
 
-def scale_weight(weight, scale, view, out=None, *, store=True):
+@overload
+def scale_weight(
+    weight: npt.NDArray[ScalarT], scale: npt.ArrayLike, view: View, out: npt.NDArray[ScalarT] | None = None, *, store: Literal[True] = True
+) -> tuple[npt.NDArray[ScalarT], int, int]: ...
+@overload
+def scale_weight(
+    weight: npt.NDArray[ScalarT], scale: npt.ArrayLike, view: View, out: npt.NDArray[ScalarT] | None = None, *, store: bool
+) -> tuple[npt.NDArray[ScalarT] | None, int, int]: ...
+def scale_weight(
+    weight: Array, scale: npt.ArrayLike, view: View, out: Array | None = None, *, store: bool = True
+) -> tuple[Array | None, int, int]:
     """Multiply weights by a per-channel scale in float64 and round once, to nearest even, to the weights' type.
 
     Parameters
@@ -74,25 +93,26 @@ def scale_weight(weight, scale, view, out=None, *, store=True):
     (out, nonfinite, flushed)
         nonfinite counts results that are Inf or NaN, flushed counts zeros that came of a weight and a scale that are not zero.
     """
-    scale = np.ascontiguousarray(scale, dtype=np.float64)
-    if store and out is None:
-        out = np.empty(weight.shape, weight.dtype)
-    nonfinite, flushed = _native.scale_weight(
-        out.ctypes.data if store else 0, weight.ctypes.data, scale.ctypes.data, *view, DTYPES[dtype_name(weight.dtype)]
-    )
+    factors = np.ascontiguousarray(scale, dtype=np.float64)
+    address = 0
+    if store:
+        out = np.empty(weight.shape, weight.dtype) if out is None else out
+        address = out.ctypes.data
+    nonfinite, flushed = _native.scale_weight(address, weight.ctypes.data, factors.ctypes.data, *view, DTYPES[dtype_name(weight.dtype)])
     return out, nonfinite, flushed
 
 
-def narrow(values, dtype):
+def narrow(values: npt.ArrayLike, dtype: np.dtype[ScalarT]) -> npt.NDArray[ScalarT]:
     """Round a float64 array once, to nearest even, to dtype; overflow gives Inf, as in the hardware."""
-    values = np.asarray(values, dtype=np.float64, order="C")
+    exact = np.asarray(values, dtype=np.float64, order="C")
     if dtype == np.float64:
-        return values
+        return exact  # type: ignore[return-value]  # ScalarT is float64 here
     if dtype_name(dtype) in ("float32", "float16"):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            return values.astype(dtype)
+            return exact.astype(dtype)
     # NumPy's bfloat16 goes through float32 and rounds twice: let it see only values that are already rounded.
-    _, exponent = np.frexp(values)
+    _, exponent = np.frexp(exact)
     ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (np.rint(values / ulp) * ulp).astype(np.float32).astype(dtype)
+        rounded: FloatArray = np.rint(exact / ulp) * ulp
+        return rounded.astype(np.float32).astype(dtype)

@@ -15,8 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from fastbn.arguments import input_shapes, names, parser
 from fastbn.errors import ArgumentError, FastbnError, StorageError, expected
-from fastbn.options import input_shapes, names, parser
 from fastbn.terminal import Progress, Steps, complain, emit, flush, open_streams, width_of
 
 __all__ = ["main"]

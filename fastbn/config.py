@@ -1,17 +1,37 @@
 """What runs here: versions, kernels, threads. The one page to attach to a bug report."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
+from types import TracebackType
+from typing import TypedDict
 
 import numpy as np
 
 from fastbn import _check, _native
 
-__all__ = ["get_num_threads", "kernels", "set_num_threads", "show_config", "use_isa"]
+__all__ = ["Config", "get_num_threads", "kernels", "set_num_threads", "show_config", "use_isa"]
 
 
-def kernels():
+class Config(TypedDict):
+    """What `show_config` returns."""
+
+    version: str
+    isa: str
+    isa_available: list[str]
+    threads: int
+    python: str
+    platform: str
+    machine: str
+    cpus: int | None
+    numpy: str
+    onnx: str | None
+    onnxruntime: str | None
+
+
+def kernels() -> list[str]:
     """Return the names of the array kernels in use: ``fbn_<operation>_<layout>_<dtype>_<isa>``.
 
     Returns
@@ -22,7 +42,7 @@ def kernels():
     return _native.kernel_names()
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """Return the most threads that a call uses.
 
     At first these are FASTBN_NUM_THREADS or the CPUs that the affinity mask and the cgroup quota leave to this process.
@@ -30,7 +50,7 @@ def get_num_threads():
     return _native.num_threads()
 
 
-def set_num_threads(n):
+def set_num_threads(n: int | np.integer) -> None:
     """Set the most threads that a call uses, in the whole process; results do not depend on it.
 
     Parameters
@@ -47,7 +67,8 @@ def set_num_threads(n):
 
 
 _lock = threading.Lock()
-_open = []  # (block, name): what was in use before the first block of `use_isa`, then the blocks in the order in which they were entered
+# (block, name): what was in use before the first block of `use_isa`, then the blocks in the order in which they were entered
+_open: list[tuple[use_isa | None, str]] = []
 
 
 class use_isa:
@@ -73,17 +94,17 @@ class use_isa:
     'scalar'
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self._name = _check.isa_of(name)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         with _lock:
             if not _open:
                 _open.append((None, _native.isa()))
             _open.append((self, self._name))
             _native.use_isa(self._name)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         with _lock:
             last = max(place for place, (block, _) in enumerate(_open) if block is self)
             del _open[last]
@@ -92,7 +113,7 @@ class use_isa:
                 _open.clear()
 
 
-def show_config():
+def show_config() -> Config:
     """Return what runs here as a dict that JSON can hold.
 
     Returns
@@ -106,7 +127,7 @@ def show_config():
 
     import fastbn
 
-    def installed(package):
+    def installed(package: str) -> str | None:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,16 +1,62 @@
 """Public array functions: check, allocate, call."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex, overload
+
 import numpy as np
 
 from fastbn import _check, _native
-from fastbn.affine import View, batch_norm_affine, narrow, scale_weight
-from fastbn.errors import ArgumentError, ArgumentTypeError, FoldError, expected
+from fastbn.geometry import arrange, deliver, values_per_channel
 from fastbn.stats import BatchStats
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_train", "batch_stats", "fold_conv", "fold_linear"]
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from numpy.typing import NDArray
+
+    from fastbn._types import (
+        Activation,
+        Array,
+        BackwardOptions,
+        BiasT,
+        ForwardOptions,
+        Parameter,
+        ScalarT,
+        TensorLike,
+        TrainOptions,
+        WeightT,
+    )
+
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_train", "batch_stats"]
 
 
-def batch_norm(x, mean, var, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, residual=None, out=None):
+@overload
+def batch_norm(
+    x: NDArray[ScalarT],
+    mean: TensorLike,
+    var: TensorLike,
+    weight: Parameter = ...,
+    bias: Parameter = ...,
+    **options: Unpack[ForwardOptions],
+) -> NDArray[ScalarT]: ...
+@overload
+def batch_norm(
+    x: TensorLike, mean: TensorLike, var: TensorLike, weight: Parameter = ..., bias: Parameter = ..., **options: Unpack[ForwardOptions]
+) -> Array: ...
+def batch_norm(
+    x: TensorLike,
+    mean: TensorLike,
+    var: TensorLike,
+    weight: Parameter = None,
+    bias: Parameter = None,
+    *,
+    eps: SupportsFloat = 1e-5,
+    axis: SupportsIndex = 1,
+    activation: Activation | None = None,
+    residual: TensorLike | None = None,
+    out: Array | None = None,
+) -> Array:
     """Normalise with given statistics: the inference form.
 
     ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` per channel (Ioffe & Szegedy 2015, algorithm 2).
@@ -68,30 +114,38 @@ def batch_norm(x, mean, var, weight=None, bias=None, *, eps=1e-5, axis=1, activa
     var = _check.running_variance(var, "var", channels, eps)
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
-    activation = _check.activation_of(activation)
+    code = _check.activation_of(activation)
     if residual is not None:
         residual = _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, residual)
-    view, (x, target, residual) = _arrange(axis, x, y, residual)
-    _native.infer(x, target, residual, mean, var, weight, bias, view, dtype, activation, eps)
-    return _deliver(out, y, target)
+    view, (x, target, residual) = arrange(axis, x, y, residual)
+    _native.infer(x, target, residual, mean, var, weight, bias, view, dtype, code, eps)
+    return deliver(out, y, target)
 
 
+@overload
 def batch_norm_train(
-    x,
-    weight=None,
-    bias=None,
+    x: NDArray[ScalarT], weight: Parameter = ..., bias: Parameter = ..., **options: Unpack[TrainOptions]
+) -> tuple[NDArray[ScalarT], BatchStats]: ...
+@overload
+def batch_norm_train(
+    x: TensorLike, weight: Parameter = ..., bias: Parameter = ..., **options: Unpack[TrainOptions]
+) -> tuple[Array, BatchStats]: ...
+def batch_norm_train(
+    x: TensorLike,
+    weight: Parameter = None,
+    bias: Parameter = None,
     *,
-    running_mean=None,
-    running_var=None,
-    momentum=0.1,
-    unbiased=True,
-    eps=1e-5,
-    axis=1,
-    activation=None,
-    residual=None,
-    out=None,
-):
+    running_mean: TensorLike | None = None,
+    running_var: TensorLike | None = None,
+    momentum: SupportsFloat = 0.1,
+    unbiased: bool = True,
+    eps: SupportsFloat = 1e-5,
+    axis: SupportsIndex = 1,
+    activation: Activation | None = None,
+    residual: TensorLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, BatchStats]:
     """Normalise with the statistics of the batch: the training form.
 
     ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` over all axes but the channels', n values per channel, then
@@ -142,22 +196,101 @@ def batch_norm_train(
     channels = x.shape[axis]
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
-    activation = _check.activation_of(activation)
+    code = _check.activation_of(activation)
     momentum = _check.momentum_of(momentum)
     if residual is not None:
         residual = _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, residual)
     running_mean = _check.running(running_mean, "running_mean", channels, x, y)
     running_var = _check.running(running_var, "running_var", channels, x, y, running_mean)
-    stats = _new_stats(x, channels)
-    view, (x, target, residual) = _arrange(axis, x, y, residual)
+    stats = BatchStats._new(values_per_channel(x, channels), channels)
+    view, (x, target, residual) = arrange(axis, x, y, residual)
     _native.train(
-        x, target, residual, running_mean, running_var, weight, bias, stats.mean, stats.m2, view, dtype, activation, eps, momentum, unbiased
+        x, target, residual, running_mean, running_var, weight, bias, stats.mean, stats.m2, view, dtype, code, eps, momentum, unbiased
     )
-    return _deliver(out, y, target), stats
+    return deliver(out, y, target), stats
 
 
-def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, training=True, activation=None, residual=None, out=None):
+@overload
+def batch_norm_backward(
+    dy: TensorLike,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: NDArray[WeightT],
+    bias: NDArray[BiasT],
+    *,
+    residual: None = ...,
+    **options: Unpack[BackwardOptions],
+) -> tuple[NDArray[ScalarT], NDArray[WeightT], NDArray[BiasT]]: ...
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: NDArray[WeightT],
+    bias: NDArray[BiasT],
+    *,
+    residual: TensorLike,
+    **options: Unpack[BackwardOptions],
+) -> tuple[NDArray[ScalarT], NDArray[WeightT], NDArray[BiasT], NDArray[ScalarT]]: ...
+@overload
+def batch_norm_backward(
+    dy: TensorLike,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: Parameter = ...,
+    bias: Parameter = ...,
+    *,
+    residual: None = ...,
+    **options: Unpack[BackwardOptions],
+) -> tuple[NDArray[ScalarT], Array | None, Array | None]: ...
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: Parameter = ...,
+    bias: Parameter = ...,
+    *,
+    residual: TensorLike,
+    **options: Unpack[BackwardOptions],
+) -> tuple[NDArray[ScalarT], Array | None, Array | None, NDArray[ScalarT]]: ...
+@overload
+def batch_norm_backward(
+    dy: TensorLike,
+    x: TensorLike,
+    stats: BatchStats,
+    weight: Parameter = ...,
+    bias: Parameter = ...,
+    *,
+    residual: None = ...,
+    **options: Unpack[BackwardOptions],
+) -> tuple[Array, Array | None, Array | None]: ...
+@overload
+def batch_norm_backward(
+    dy: TensorLike,
+    x: TensorLike,
+    stats: BatchStats,
+    weight: Parameter = ...,
+    bias: Parameter = ...,
+    *,
+    residual: TensorLike,
+    **options: Unpack[BackwardOptions],
+) -> tuple[Array, Array | None, Array | None, TensorLike]: ...
+def batch_norm_backward(
+    dy: TensorLike,
+    x: TensorLike,
+    stats: BatchStats,
+    weight: Parameter = None,
+    bias: Parameter = None,
+    *,
+    eps: SupportsFloat = 1e-5,
+    axis: SupportsIndex = 1,
+    training: bool = True,
+    activation: Activation | None = None,
+    residual: TensorLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, TensorLike]:
     """Gradients of `batch_norm_train`, or of `batch_norm` with frozen statistics.
 
     With ``g = dy`` where the activation passed its input (recomputed from x, no mask is stored), ``xhat = (x - mean) / sqrt(var + eps)``:
@@ -212,21 +345,20 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=
     channels = x.shape[axis]
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
-    activation = _check.activation_of(activation)
-    stats = _check.batch_stats_of(stats, channels, _values_per_channel(x, channels) if training else None)
+    code = _check.activation_of(activation)
+    stats = _check.batch_stats_of(stats, channels, values_per_channel(x, channels) if training else None)
     if residual is not None:
         residual = _check.same_shape(residual, "residual", x)
     dx = _check.output(out, x, dy, residual)
     dweight = None if weight is None else np.empty_like(weight)
     dbias = None if bias is None else np.empty_like(bias)
-    with_residual = residual is not None
-    dresidual = None
-    if with_residual and activation:
-        dresidual = np.empty_like(x)
-    elif with_residual:
+    dresidual: TensorLike | None = None
+    masked: Array | None = None
+    if residual is not None and code:
+        dresidual = masked = np.empty_like(x)
+    elif residual is not None:
         dresidual, residual = (dy.copy() if dx is dy or np.may_share_memory(dx, dy) else given_dy), None
-    masked = dresidual if residual is not None else None
-    view, (x, target, dy, residual, masked_target) = _arrange(axis, x, dx, dy, residual, masked)
+    view, (x, target, dy, residual, masked_target) = arrange(axis, x, dx, dy, residual, masked)
     _native.backward(
         x,
         target,
@@ -242,17 +374,29 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=
         stats.count,
         view,
         dtype,
-        activation,
+        code,
         eps,
         not training,
     )
-    dx = _deliver(out, dx, target)
-    if not with_residual:
+    dx = deliver(out, dx, target)
+    if dresidual is None:
         return dx, dweight, dbias
-    return dx, dweight, dbias, dresidual if masked is None else _deliver(None, masked, masked_target)
+    if masked is not None and masked_target is not None:
+        dresidual = deliver(None, masked, masked_target)
+    return dx, dweight, dbias, dresidual
 
 
-def normalise_with(x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, out=None):
+def normalise_with(
+    x: TensorLike,
+    stats: BatchStats,
+    weight: Parameter = None,
+    bias: Parameter = None,
+    *,
+    eps: SupportsFloat = 1e-5,
+    axis: SupportsIndex = 1,
+    activation: Activation | None = None,
+    out: Array | None = None,
+) -> Array:
     """Return what `batch_norm_train` returns as y, with statistics of more than this batch: those that several processes merged.
 
     The arguments are those of `batch_norm_train`; eps=0 with a variance of 0 gives bias, as there.
@@ -264,57 +408,13 @@ def normalise_with(x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activa
     weight = _check.parameter(weight, "weight", channels)
     bias = _check.parameter(bias, "bias", channels)
     y = _check.output(out, x)
-    view, (x, target) = _arrange(axis, x, y)
+    view, (x, target) = arrange(axis, x, y)
     code = _check.activation_of(activation)
     _native.infer(x, target, None, stats.mean, stats.var, weight, bias, view, dtype, code, _check.eps_of(eps))
-    return _deliver(out, y, target)
+    return deliver(out, y, target)
 
 
-def _checked_half(dy, x, stats, axis):
-    """Return (x, dy, dtype, axis, channels), what the halves of the backward pass check alike."""
-    x, dtype = _check.tensor(x, "x")
-    dy = _check.same_shape(dy, "dy", x)
-    axis = _check.axis_of(axis, x)
-    _check.batch_stats_of(stats, x.shape[axis], None)
-    return x, dy, dtype, axis, x.shape[axis]
-
-
-def backward_sums(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None):
-    """Return (sums, dweight, dbias), the first half of `batch_norm_backward` for statistics of more than this batch.
-
-    sums, float64 of shape (2, C), are ``sum(g)`` and ``sum(g * (x - mean))`` of this batch, which processes add up between the halves;
-    dweight and dbias are of this batch too. The arguments are those of `batch_norm_backward`.
-    """
-    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    dweight = None if weight is None else np.empty_like(weight)
-    dbias = None if bias is None else np.empty_like(bias)
-    sums = np.empty((2, channels))
-    view, (x, dy) = _arrange(axis, x, dy)
-    code = _check.activation_of(activation)
-    _native.backward_sums(
-        x, dy, dweight, dbias, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps)
-    )
-    return sums, dweight, dbias
-
-
-def backward_input(dy, x, stats, sums, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, out=None):
-    """Return dx, the second half of `batch_norm_backward`, from the sums of all ``stats.count`` values."""
-    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    dx = _check.output(out, x, dy)
-    sums = np.ascontiguousarray(sums, dtype=np.float64)
-    if sums.shape != (2, channels):
-        raise ArgumentError(expected(f"shape (2, {channels})", f"shape {sums.shape}", "sums"))
-    view, (x, target, dy) = _arrange(axis, x, dx, dy)
-    code = _check.activation_of(activation)
-    _native.backward_input(x, target, dy, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps))
-    return _deliver(out, dx, target)
-
-
-def batch_stats(x, *, axis=1):
+def batch_stats(x: TensorLike, *, axis: SupportsIndex = 1) -> BatchStats:
     """Return the statistics of a batch, without normalising it.
 
     ``mean = sum(x)/n`` and ``m2 = sum((x - mean)**2)`` over all axes but the channels', in float64 (Chan, Golub & LeVeque 1979).
@@ -343,151 +443,8 @@ def batch_stats(x, *, axis=1):
     """
     x, dtype = _check.tensor(x, "x")
     axis = _check.axis_of(axis, x)
-    stats = _new_stats(x, x.shape[axis])
-    view, (x,) = _arrange(axis, x)
-    _native.stats(x, stats.mean, stats.m2, view, dtype)
+    channels = x.shape[axis]
+    stats = BatchStats._new(values_per_channel(x, channels), channels)
+    view, (source,) = arrange(axis, x)
+    _native.stats(source, stats.mean, stats.m2, view, dtype)
     return stats
-
-
-def _values_per_channel(x, channels):
-    return x.size // channels if channels else 0
-
-
-def _new_stats(x, channels):
-    return BatchStats._new(_values_per_channel(x, channels), channels)
-
-
-def _arrange(axis, *arrays):
-    """Return the view of the kernels and the arrays it is of: those given, or C-contiguous copies where they have no common view."""
-    view = _native.dense_view(axis, arrays)
-    if view is None:
-        x = arrays[0]
-        view = _check.layout(x.shape, axis, x.itemsize, *(array.strides for array in arrays if array is not None))
-    if view is not None:
-        return view, arrays
-    return _arrange(axis, *(array if array is None else array.copy(order="C") for array in arrays))
-
-
-def _deliver(out, result, computed):
-    """Return what the caller gave as out, or the result, after moving into it what was computed in a copy."""
-    if computed is not result:
-        np.copyto(result, computed)
-    return result if out is None else out
-
-
-def fold_conv(weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-5, groups=1, transposed=False):
-    """Fold an inference batch normalization into the convolution before it.
-
-    ``BN(conv(x, weight) + bias)`` equals ``conv(x, weight') + bias'`` with
-    ``scale = gamma / sqrt(var + eps)``, ``weight' = weight * scale`` on the output channels and
-    ``bias' = (bias - mean) * scale + beta`` (Ioffe & Szegedy 2015, algorithm 2). All of it is computed in float64 and rounded once.
-
-    Parameters
-    ----------
-    weight : array, float32, float64, float16 or bfloat16
-        Shape (C_out, C_in / groups, k, ...) with any number of spatial axes; with `transposed`, (C_in, C_out / groups, k, ...).
-    bias : array of shape (C_out,) or None
-        None means zeros.
-    mean, var : array of shape (C_out,)
-        The frozen statistics; var is the variance.
-    gamma, beta : array of shape (C_out,) or None
-        The weight and bias of the batch normalization; None means ones and zeros.
-    eps : float
-        Added to var.
-    groups : int
-        Groups of the convolution; depthwise is groups == C_in.
-    transposed : bool
-        The weight belongs to a transposed convolution.
-
-    Returns
-    -------
-    (weight, bias)
-        New arrays of weight's dtype; weight keeps its shape, bias has shape (C_out,).
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        A shape, dtype or value that cannot be used.
-    FoldError
-        A result is Inf or NaN, or a weight that is not zero became zero.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> weight, bias = fold_conv(np.ones((2, 1, 1, 1)), None, mean=np.array([1.0, 2.0]), var=np.array([3.0, 0.0]), eps=1.0)
-    >>> weight.ravel().tolist(), bias.tolist()
-    ([0.5, 1.0], [-0.5, -2.0])
-    """
-    weight = _check.fold_weight(weight, "weight", 3)
-    groups = _check.positive_int(groups, "groups")
-    if weight.shape[0] % groups:
-        raise ArgumentError(expected(f"a first axis that {groups} groups divide", f"shape {weight.shape}", "weight"))
-    inner = int(np.prod(weight.shape[2:]))
-    if transposed:
-        view = View(groups, weight.shape[0] // groups, weight.shape[1], inner)
-    else:
-        view = View(1, 1, weight.shape[0], weight.shape[1] * inner)
-    return _fold(weight, bias, mean, var, gamma, beta, eps, view)
-
-
-def fold_linear(weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-5, transposed=False):
-    """Fold an inference batch normalization into the linear layer before it.
-
-    The formula and the parameters are those of `fold_conv`; the layer is ``x @ weight.T + bias``.
-
-    Parameters
-    ----------
-    weight : array, float32, float64, float16 or bfloat16
-        Shape (out_features, in_features), as PyTorch and a Gemm with transB hold it; with `transposed`, (in_features, out_features), as
-        Keras and MatMul hold it.
-    bias, mean, var, gamma, beta : array of shape (out_features,) or None as in `fold_conv`
-    eps : float
-        Added to var.
-    transposed : bool
-        The weight is stored as (in_features, out_features).
-
-    Returns
-    -------
-    (weight, bias)
-        New arrays of weight's dtype.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError, FoldError
-        As `fold_conv`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> weight, bias = fold_linear(np.ones((1, 2)), np.array([3.0]), mean=np.array([1.0]), var=np.array([4.0]), eps=0.0)
-    >>> weight.tolist(), bias.tolist()
-    ([[0.5, 0.5]], [1.0])
-    """
-    weight = _check.fold_weight(weight, "weight", 2)
-    if weight.ndim != 2:
-        raise ArgumentError(expected("2 axes", f"shape {weight.shape}", "weight"))
-    view = View(1, weight.shape[0], weight.shape[1], 1) if transposed else View(1, 1, *weight.shape)
-    return _fold(weight, bias, mean, var, gamma, beta, eps, view)
-
-
-def _fold(weight, bias, mean, var, gamma, beta, eps, view):
-    channels = view.groups * view.channels
-    eps = _check.eps_of(eps)
-    bias = _check.vector(bias, "bias", channels)
-    gamma = _check.vector(gamma, "gamma", channels)
-    beta = _check.vector(beta, "beta", channels)
-    mean = _check.vector(mean, "mean", channels)
-    if mean is None:
-        raise ArgumentTypeError(expected("an array", "None", "mean"))
-    var = _check.variance(var, "var", channels, eps)
-    scale, shift = batch_norm_affine(gamma, beta, mean, var, eps)
-    new_weight, nonfinite, flushed = scale_weight(weight, scale, view)
-    if nonfinite:
-        raise FoldError(expected(f"finite folded weights in {weight.dtype}", f"{nonfinite} that are Inf or NaN", "weight"))
-    if flushed:
-        raise FoldError(expected(f"folded weights that {weight.dtype} can hold", f"{flushed} flushed to zero", "weight"))
-    with np.errstate(over="ignore", invalid="ignore"):
-        new_bias = narrow(shift if bias is None else bias.astype(np.float64) * scale + shift, weight.dtype)
-    if not np.isfinite(new_bias).all():
-        raise FoldError(expected(f"a finite folded bias in {weight.dtype}", f"{new_bias[~np.isfinite(new_bias)][0]}", "bias"))
-    return new_weight, new_bias

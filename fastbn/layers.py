@@ -1,12 +1,32 @@
 """BatchNorm: a layer over NumPy arrays, with state."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, cast, overload
+
 import numpy as np
 
-from fastbn import _check, functional, sync
+from fastbn import _check, functional, halves, sync
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.stats import BatchStats
 
+if TYPE_CHECKING:
+    import keras
+    import torch
+    from numpy.typing import ArrayLike, NDArray
+
+    from fastbn._types import Activation, Array, Communicator, FloatVector, ScalarT, State, StateName, TensorLike
+
 __all__ = ["BatchNorm"]
+
+
+class _Options(TypedDict):
+    """What a layer hands to every array function."""
+
+    eps: float
+    axis: int
+    activation: Activation | None
 
 
 class BatchNorm:
@@ -58,7 +78,23 @@ class BatchNorm:
     [[0.0, 0.0]]
     """
 
-    def __init__(self, num_features, *, eps=1e-5, momentum=0.1, axis=1, affine=True, track_running_stats=True, activation=None, comm=None):
+    weight: FloatVector | None
+    bias: FloatVector | None
+    running_mean: FloatVector | None
+    running_var: FloatVector | None
+
+    def __init__(
+        self,
+        num_features: int | np.integer,
+        *,
+        eps: SupportsFloat = 1e-5,
+        momentum: SupportsFloat | None = 0.1,
+        axis: int | np.integer = 1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: Activation | None = None,
+        comm: Communicator | None = None,
+    ) -> None:
         self.num_features = _check.positive_int(num_features, "num_features")
         self.eps = _check.eps_of(eps)
         self.momentum = None if momentum is None else _check.momentum_of(momentum)
@@ -66,7 +102,7 @@ class BatchNorm:
             raise ArgumentTypeError(expected("an integer", type(axis).__name__, "axis"))
         self.axis = int(axis)
         _check.activation_of(activation)
-        self.activation = activation
+        self.activation: Activation | None = activation
         if comm is not None and not callable(getattr(comm, "allgather", None)):
             raise ArgumentTypeError(expected("a communicator with allgather", type(comm).__name__, "comm"))
         self.comm = comm
@@ -78,27 +114,35 @@ class BatchNorm:
         self.num_batches_tracked = 0
         self.unbiased = True
         self.training = True
-        self._saved = None
+        self._saved: tuple[Array, BatchStats, bool, Communicator | None] | None = None  # of the last forward pass
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps:g}, momentum={self.momentum}, axis={self.axis}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, activation={self.activation!r})"
         )
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         """Normalise with the statistics of each batch from here on; return self."""
         self.training = bool(mode)
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         """Normalise with the running statistics from here on; return self."""
         return self.train(False)
 
-    def __call__(self, x, *, out=None):
+    @overload
+    def __call__(self, x: NDArray[ScalarT], *, out: Array | None = ...) -> NDArray[ScalarT]: ...
+    @overload
+    def __call__(self, x: TensorLike, *, out: Array | None = ...) -> Array: ...
+    def __call__(self, x: TensorLike, *, out: Array | None = None) -> Array:
         return self.forward(x, out=out)
 
-    def forward(self, x, *, out=None):
+    @overload
+    def forward(self, x: NDArray[ScalarT], *, out: Array | None = ...) -> NDArray[ScalarT]: ...
+    @overload
+    def forward(self, x: TensorLike, *, out: Array | None = ...) -> Array: ...
+    def forward(self, x: TensorLike, *, out: Array | None = None) -> Array:
         """Return y, in the shape, type and memory order of x.
 
         Parameters
@@ -126,25 +170,27 @@ class BatchNorm:
         x, _ = _check.tensor(x, "x")
         if x.shape[_check.axis_of(self.axis, x)] != self.num_features:
             raise ArgumentError(expected(f"{self.num_features} channels on axis {self.axis}", f"shape {x.shape}", "x"))
-        options = {"eps": self.eps, "axis": self.axis, "activation": self.activation, "out": out}
-        by_batch, shared = self.training or not self.track_running_stats, self.training and self.comm is not None
+        options: _Options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
+        by_batch, comm = self.training or not self.track_running_stats, self.comm if self.training else None
         if not by_batch:
-            stats = BatchStats(1, self.running_mean, self.running_var)
-            y = functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, **options)
-        elif shared:
-            y, stats = self._forward_shared(x, options)
+            mean: Any = self.running_mean  # an array, as is running_var, where they are tracked
+            var: Any = self.running_var
+            stats = BatchStats(1, mean, var)
+            y = functional.batch_norm(x, mean, var, self.weight, self.bias, **options, out=out)
+        elif comm is not None:
+            y, stats = self._forward_shared(x, options, out, comm)
         else:
-            y, stats = self._forward_alone(x, options)
+            y, stats = self._forward_alone(x, options, out)
         if self.training and self.track_running_stats:
             self.num_batches_tracked += 1
-        self._saved = None if out is not None and np.may_share_memory(x, y) else (x, stats, by_batch, shared)
+        self._saved = None if out is not None and np.may_share_memory(x, y) else (x, stats, by_batch, comm)
         return y
 
-    def _factor(self):
+    def _factor(self) -> float:
         """The weight of the batch at hand in the running statistics."""
         return 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
 
-    def _forward_alone(self, x, options):
+    def _forward_alone(self, x: Array, options: _Options, out: Array | None) -> tuple[Array, BatchStats]:
         tracked = self.training and self.track_running_stats
         return functional.batch_norm_train(
             x,
@@ -155,18 +201,23 @@ class BatchNorm:
             momentum=self._factor(),
             unbiased=self.unbiased,
             **options,
+            out=out,
         )
 
-    def _forward_shared(self, x, options):
-        y = _check.output(options["out"], x)
-        stats = sync.merge(functional.batch_stats(x, axis=self.axis), self.comm.allgather)
+    def _forward_shared(self, x: Array, options: _Options, out: Array | None, comm: Communicator) -> tuple[Array, BatchStats]:
+        y = _check.output(out, x)
+        stats = sync.merge(functional.batch_stats(x, axis=self.axis), comm.allgather)
         if x.size:
-            functional.normalise_with(x, stats, self.weight, self.bias, **{**options, "out": y})
+            functional.normalise_with(x, stats, self.weight, self.bias, **options, out=y)
         if self.track_running_stats:
             sync.move_running(self.running_mean, self.running_var, stats, self._factor(), self.unbiased)
         return y, stats
 
-    def backward(self, dy, *, out=None):
+    @overload
+    def backward(self, dy: NDArray[ScalarT], *, out: Array | None = ...) -> tuple[NDArray[ScalarT], Array | None, Array | None]: ...
+    @overload
+    def backward(self, dy: TensorLike, *, out: Array | None = ...) -> tuple[Array, Array | None, Array | None]: ...
+    def backward(self, dy: TensorLike, *, out: Array | None = None) -> tuple[Array, Array | None, Array | None]:
         """Return the gradients of the last forward pass.
 
         Parameters
@@ -189,34 +240,37 @@ class BatchNorm:
         """
         if self._saved is None:
             raise ArgumentError(expected("a forward pass that kept its x", "none", "backward"))
-        x, stats, by_batch, shared = self._saved
-        options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
-        if not shared:
+        x, stats, by_batch, comm = self._saved
+        options: _Options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
+        if comm is None:
             return functional.batch_norm_backward(dy, x, stats, self.weight, self.bias, training=by_batch, out=out, **options)
         dy = _check.same_shape(dy, "dy", x)
         dx = _check.output(out, x, dy)
         if x.size:
-            sums, dweight, dbias = functional.backward_sums(dy, x, stats, self.weight, self.bias, **options)
+            sums, dweight, dbias = halves.backward_sums(dy, x, stats, self.weight, self.bias, **options)
         else:
             sums = np.zeros((2, self.num_features))
             dweight, dbias = (None if values is None else np.zeros_like(values) for values in (self.weight, self.bias))
-        sums = sync.add_up(sums, self.comm.allgather)
+        sums = sync.add_up(sums, comm.allgather)
         if x.size:
-            functional.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
+            halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
         return dx, dweight, dbias
 
-    def state_dict(self):
+    def state_dict(self) -> State:
         """Return a copy of the state under PyTorch's names: weight, bias, running_mean, running_var and num_batches_tracked, as arrays.
 
         Those that the layer does not have are left out, as in PyTorch.
         """
-        state = {name: getattr(self, name) for name in _ARRAYS}
-        state = {name: values.copy() for name, values in state.items() if values is not None}
+        state: State = {}
+        for name in _ARRAYS:
+            values: FloatVector | None = getattr(self, name)
+            if values is not None:
+                state[name] = values.copy()
         if self.track_running_stats:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: State | Mapping[str, ArrayLike]) -> None:
         """Take over a state: that of `state_dict`, or of a batch normalization of PyTorch.
 
         Parameters
@@ -232,18 +286,20 @@ class BatchNorm:
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
             raise ArgumentError(expected(f"the names {', '.join(sorted(names))}", f"{', '.join(sorted(state))}", sorted(unknown)[0]))
-        vectors = {name: _vector(state[name], name, self.num_features) for name in _ARRAYS if name in names}
+        arrays = cast("Mapping[str, ArrayLike]", state)
+        vectors = {name: _vector(arrays[name], name, self.num_features) for name in _ARRAYS if name in names}
         count = self.num_batches_tracked
         if "num_batches_tracked" in state:
-            count = _check.converted(np.asarray, state["num_batches_tracked"], "a number of batches", "num_batches_tracked")
-            if count.shape != () or count.dtype.kind not in "iu" or count < 0:
-                raise ArgumentError(expected("a number of batches", f"{count}", "num_batches_tracked"))
+            given = _check.converted(np.asarray, arrays["num_batches_tracked"], "a number of batches", "num_batches_tracked")
+            if given.shape != () or given.dtype.kind not in "iu" or given < 0:
+                raise ArgumentError(expected("a number of batches", f"{given}", "num_batches_tracked"))
+            count = int(given)
         for name, values in vectors.items():
             getattr(self, name)[...] = values
-        self.num_batches_tracked = int(count)
+        self.num_batches_tracked = count
 
     @classmethod
-    def from_torch(cls, module):
+    def from_torch(cls, module: torch.nn.Module) -> Self:
         """Return a layer with the parameters, statistics and settings of a batch normalization of PyTorch.
 
         Everything has the same meaning there: eps, momentum (None too), the unbiased running variance, the names of the state. The values
@@ -274,7 +330,7 @@ class BatchNorm:
         layer.num_batches_tracked = int(module.num_batches_tracked or 0)
         return layer.train(module.training)
 
-    def to_torch(self, dimensions=2):
+    def to_torch(self, dimensions: int = 2) -> torch.nn.modules.batchnorm._BatchNorm:
         """Return a ``torch.nn.BatchNorm1d``, 2d or 3d with copies of this layer's parameters, statistics and settings.
 
         `fastbn.torch.convert` makes fastbn's module of it. Where `unbiased` is False, the running variance goes on as PyTorch's does: with
@@ -310,7 +366,7 @@ class BatchNorm:
         return module.train(self.training)
 
     @classmethod
-    def from_keras(cls, layer):
+    def from_keras(cls, layer: keras.layers.BatchNormalization) -> Self:
         """Return a layer with the parameters, statistics and settings of a built ``BatchNormalization`` of Keras.
 
         Keras's momentum is the weight of the old statistics: ours is 1 minus it. Its epsilon is our eps. Its moving variance follows the
@@ -341,7 +397,7 @@ class BatchNorm:
         new.unbiased = False
         return new
 
-    def to_keras(self, dimensions=2):
+    def to_keras(self, dimensions: int = 2) -> keras.layers.BatchNormalization:
         """Return a built ``keras.layers.BatchNormalization`` with copies of this layer's parameters, statistics and settings.
 
         momentum becomes 1 - momentum, eps epsilon. Keras's moving variance goes on with the biased variance of the batches to come,
@@ -368,23 +424,23 @@ class BatchNorm:
         new = keras.layers.BatchNormalization(
             axis=self.axis, momentum=1 - self.momentum, epsilon=self.eps, center=self.bias is not None, scale=self.weight is not None
         )
-        shape = [None] * (2 + dimensions)
+        shape: list[int | None] = [None] * (2 + dimensions)
         shape[self.axis] = self.num_features
         new.build(tuple(shape))
         new.set_weights([values for values in (getattr(self, name) for name in _ARRAYS) if values is not None])
         return new
 
-    def _convertible(self, dimensions, possible):
+    def _convertible(self, dimensions: int, possible: Collection[int]) -> None:
         if dimensions not in possible:
             raise ArgumentError(expected(f"one of {', '.join(map(str, possible))}", f"{dimensions!r}", "dimensions"))
         if self.activation is not None:
             raise ArgumentError(expected("no activation, which the framework keeps in a layer of its own", self.activation, "activation"))
 
 
-_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+_ARRAYS: tuple[StateName, ...] = ("weight", "bias", "running_mean", "running_var")
 
 
-def _vector(value, where, channels):
+def _vector(value: ArrayLike, where: str, channels: int) -> Array:
     array = _check.converted(np.asarray, value, "an array", where)
     if array.dtype.kind not in "fiu" or array.shape != (channels,):
         raise ArgumentError(expected(f"numbers of shape ({channels},)", f"{array.dtype} of shape {array.shape}", where))

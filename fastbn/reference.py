@@ -1,29 +1,40 @@
 """The readable truth: NumPy twins of the array functions in float64, with the same signatures, and the oracle of their tests."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, overload
+
 import numpy as np
 
 from fastbn.affine import batch_norm_affine, narrow
 from fastbn.stats import BatchStats
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from fastbn._types import Activation, Array, FloatArray, FloatVector, ScalarT
+
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_train", "batch_stats", "fold_conv", "fold_linear"]
 
 
-def _along(values, x, axis):
+def _along(values: ArrayLike, x: Array, axis: int) -> FloatArray:
     """Per-channel values, in a shape that broadcasts against x."""
     return np.asarray(values, dtype=np.float64).reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
-def _sum(x, axis):
-    return x.sum(axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
+def _sum(x: FloatArray, axis: int) -> FloatArray:
+    total: FloatArray = x.sum(axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
+    return total
 
 
-def _inverse_std(var, eps):
+def _inverse_std(var: FloatArray, eps: float) -> FloatArray:
     """1/sqrt(var + eps), and 0 where there is nothing to divide by."""
     with np.errstate(divide="ignore"):
         return np.where(var + eps == 0, 0.0, 1 / np.sqrt(var + eps))
 
 
-def _activate(z, activation):
+def _activate(z: FloatArray, activation: Activation | None) -> FloatArray:
     # A comparison with NaN is false, which keeps NaN.
     if activation == "leaky_relu":
         return np.where(z < 0, 0.01 * z, z)
@@ -32,7 +43,7 @@ def _activate(z, activation):
     return np.where(z > 6, 6.0, z) if activation == "relu6" else z
 
 
-def _passed(dy, z, activation):
+def _passed(dy: FloatArray, z: FloatArray, activation: Activation | None) -> FloatArray:
     """The gradient of `_activate` at z, times dy."""
     if activation == "leaky_relu":
         return np.where(z <= 0, 0.01 * dy, dy)
@@ -41,7 +52,9 @@ def _passed(dy, z, activation):
     return np.where(z >= 6, 0.0, dy) if activation == "relu6" else dy
 
 
-def _normalised(x, mean, var, weight, bias, eps, axis, residual):
+def _normalised(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, axis: int, residual: Array | None
+) -> tuple[FloatArray, FloatArray]:
     """(xhat, z) in float64: the normalised values, and what the activation sees."""
     xhat = (x.astype(np.float64) - _along(mean, x, axis)) * _along(_inverse_std(np.asarray(var, np.float64), eps), x, axis)
     z = xhat if weight is None else xhat * _along(weight, x, axis)
@@ -49,21 +62,33 @@ def _normalised(x, mean, var, weight, bias, eps, axis, residual):
     return xhat, z if residual is None else z + residual.astype(np.float64)
 
 
-def _into(out, values, dtype):
-    values = narrow(values, dtype)
+def _into(out: NDArray[ScalarT] | None, values: FloatArray, dtype: np.dtype[ScalarT]) -> NDArray[ScalarT]:
+    result = narrow(values, dtype)
     if out is None:
-        return values
-    out[...] = values
+        return result
+    out[...] = result
     return out
 
 
-def batch_norm(x, mean, var, weight=None, bias=None, *, eps=1e-5, axis=1, activation=None, residual=None, out=None):
+def batch_norm(
+    x: NDArray[ScalarT],
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    out: NDArray[ScalarT] | None = None,
+) -> NDArray[ScalarT]:
     """Twin of `fastbn.batch_norm`, without its checks."""
     _, z = _normalised(x, mean, var, weight, bias, eps, axis, residual)
     return _into(out, _activate(z, activation), x.dtype)
 
 
-def batch_stats(x, *, axis=1):
+def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     """Twin of `fastbn.batch_stats`, without its checks: two passes in float64."""
     channels = x.shape[axis]
     count = x.size // channels if channels else 0
@@ -78,20 +103,20 @@ def batch_stats(x, *, axis=1):
 
 
 def batch_norm_train(
-    x,
-    weight=None,
-    bias=None,
+    x: NDArray[ScalarT],
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
-    running_mean=None,
-    running_var=None,
-    momentum=0.1,
-    unbiased=True,
-    eps=1e-5,
-    axis=1,
-    activation=None,
-    residual=None,
-    out=None,
-):
+    running_mean: FloatVector | None = None,
+    running_var: FloatVector | None = None,
+    momentum: float = 0.1,
+    unbiased: bool = True,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    out: NDArray[ScalarT] | None = None,
+) -> tuple[NDArray[ScalarT], BatchStats]:
     """Twin of `fastbn.batch_norm_train`, without its checks."""
     stats = batch_stats(x, axis=axis)
     y = batch_norm(x, stats.mean, stats.var, weight, bias, eps=eps, axis=axis, activation=activation, residual=residual, out=out)
@@ -103,7 +128,50 @@ def batch_norm_train(
     return y, stats
 
 
-def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=1, training=True, activation=None, residual=None, out=None):
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    training: bool = True,
+    activation: Activation | None = None,
+    residual: None = None,
+    out: NDArray[ScalarT] | None = None,
+) -> tuple[NDArray[ScalarT], Array | None, Array | None]: ...
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    training: bool = True,
+    activation: Activation | None = None,
+    residual: Array,
+    out: NDArray[ScalarT] | None = None,
+) -> tuple[NDArray[ScalarT], Array | None, Array | None, NDArray[ScalarT]]: ...
+def batch_norm_backward(
+    dy: Array,
+    x: NDArray[ScalarT],
+    stats: BatchStats,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    training: bool = True,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    out: NDArray[ScalarT] | None = None,
+) -> tuple[NDArray[ScalarT], Array | None, Array | None] | tuple[NDArray[ScalarT], Array | None, Array | None, NDArray[ScalarT]]:
     """Twin of `fastbn.batch_norm_backward`, without its checks."""
     xhat, z = _normalised(x, stats.mean, stats.var, weight, bias, eps, axis, residual)
     g = _passed(dy.astype(np.float64), z, activation)
@@ -119,7 +187,16 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, *, eps=1e-5, axis=
     return gradients if residual is None else (*gradients, narrow(g, x.dtype))
 
 
-def _fold(weight, bias, mean, var, gamma, beta, eps, channel_axis_scale):
+def _fold(
+    weight: NDArray[ScalarT],
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    channel_axis_scale: Callable[[FloatArray], FloatArray],
+) -> tuple[NDArray[ScalarT], NDArray[ScalarT]]:
     scale, shift = batch_norm_affine(gamma, beta, mean, var, eps)
     with np.errstate(over="ignore", invalid="ignore"):
         new_weight = narrow(weight.astype(np.float64) * channel_axis_scale(scale), weight.dtype)
@@ -127,10 +204,21 @@ def _fold(weight, bias, mean, var, gamma, beta, eps, channel_axis_scale):
     return new_weight, new_bias
 
 
-def fold_conv(weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-5, groups=1, transposed=False):
+def fold_conv(
+    weight: NDArray[ScalarT],
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[NDArray[ScalarT], NDArray[ScalarT]]:
     """Twin of `fastbn.fold_conv`, without its checks."""
 
-    def along_output_channels(scale):
+    def along_output_channels(scale: FloatArray) -> FloatArray:
         if not transposed:
             return scale.reshape(-1, *[1] * (weight.ndim - 1))
         # (C_in, C_out / groups, ...): input channel i belongs to group i // (C_in / groups), which owns that group's outputs.
@@ -140,6 +228,16 @@ def fold_conv(weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-5, group
     return _fold(weight, bias, mean, var, gamma, beta, eps, along_output_channels)
 
 
-def fold_linear(weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-5, transposed=False):
+def fold_linear(
+    weight: NDArray[ScalarT],
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    transposed: bool = False,
+) -> tuple[NDArray[ScalarT], NDArray[ScalarT]]:
     """Twin of `fastbn.fold_linear`, without its checks."""
     return _fold(weight, bias, mean, var, gamma, beta, eps, lambda scale: scale if transposed else scale[:, None])

@@ -1,9 +1,19 @@
 """Batch statistics that can be kept, merged and passed to the backward pass."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastbn import _native
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fastbn._types import FloatArray
 
 __all__ = ["BatchStats", "merge_stats"]
 
@@ -34,8 +44,11 @@ class BatchStats:
     """
 
     __slots__ = ("count", "m2", "mean")
+    count: int
+    mean: FloatArray
+    m2: FloatArray
 
-    def __init__(self, count, mean, m2):
+    def __init__(self, count: int | np.integer, mean: npt.ArrayLike, m2: npt.ArrayLike) -> None:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
             raise ArgumentTypeError(expected("an integer", type(count).__name__, "count"))
         if count < 0:
@@ -47,22 +60,22 @@ class BatchStats:
             raise ArgumentError(expected(f"shape {self.mean.shape}, that of mean", f"shape {self.m2.shape}", "m2"))
 
     @classmethod
-    def _new(cls, count, channels):
+    def _new(cls, count: int, channels: int) -> BatchStats:
         """Statistics that a kernel will fill in: a small call cannot afford the checks of what it made itself."""
         stats = object.__new__(cls)
         stats.count = count
         stats.mean, stats.m2 = _native.new_moments(channels)
         return stats
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"BatchStats(count={self.count}, channels={self.mean.size})"
 
     @property
-    def var(self):
+    def var(self) -> FloatArray:
         """The biased variance, m2 / count, of shape (C,); zeros where there are no values."""
         return self.m2 / max(self.count, 1)
 
-    def merge(self, other):
+    def merge(self, other: BatchStats) -> BatchStats:
         """Return the statistics of both batches together (Chan, Golub & LeVeque 1979)."""
         if not isinstance(other, BatchStats):
             raise ArgumentTypeError(expected("a BatchStats", type(other).__name__, "other"))
@@ -78,14 +91,14 @@ class BatchStats:
         return BatchStats(count, mean, m2)
 
 
-def _values(value, where):
+def _values(value: npt.ArrayLike, where: str) -> FloatArray:
     value = np.asarray(value)
     if value.dtype.kind != "f" or value.ndim != 1:
         raise ArgumentTypeError(expected("a floating array of shape (C,)", f"{value.dtype} of shape {value.shape}", where))
     return np.require(value, dtype=np.float64, requirements=["C", "A"])
 
 
-def merge_stats(stats):
+def merge_stats(stats: Iterable[BatchStats]) -> BatchStats:
     """Merge the statistics of several batches, threads or processes, in the order given.
 
     Parameters
@@ -110,7 +123,7 @@ def merge_stats(stats):
     >>> merged.count, merged.mean.tolist(), merged.var.tolist()
     (4, [2.0], [1.0])
     """
-    merged = None
+    merged: BatchStats | None = None
     for item in stats:
         if merged is None and not isinstance(item, BatchStats):
             raise ArgumentTypeError(expected("BatchStats", type(item).__name__, "stats"))

@@ -4,26 +4,39 @@ An exchange is a function that takes this process's array and returns the arrays
 mpi4py's ``comm.allgather``, or what `fastbn.torch` makes of a process group. So every process computes the same bits.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastbn.errors import ArgumentError, expected
 from fastbn.stats import BatchStats, merge_stats
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fastbn._types import Array, Exchange, FloatArray, FloatVector
+
 __all__ = ["add_up", "merge", "move_running"]
 
 
-def merge(stats, exchange):
+def merge(stats: BatchStats, exchange: Exchange) -> BatchStats:
     """Return the statistics of the batches of all processes together; a process may have no values."""
     rows = exchange(np.concatenate([[stats.count], stats.mean, stats.m2]))
     return merge_stats(BatchStats(int(row[0]), *np.split(row[1:], 2)) for row in _alike(rows))
 
 
-def add_up(sums, exchange):
+def add_up(sums: FloatArray, exchange: Exchange) -> FloatArray:
     """Return the sums of the backward pass over all processes."""
-    return np.add.reduce(_alike(exchange(sums)), axis=0)
+    total: FloatArray = np.add.reduce(_alike(exchange(sums)), axis=0)
+    return total
 
 
-def move_running(running_mean, running_var, stats, momentum, unbiased=True):
+def move_running(
+    running_mean: FloatVector | None, running_var: FloatVector | None, stats: BatchStats, momentum: float, unbiased: bool = True
+) -> None:
     """Move running statistics, in place, as `fastbn.batch_norm_train` does with those of one process; either may be None."""
     if stats.count == 0:
         return
@@ -33,9 +46,11 @@ def move_running(running_mean, running_var, stats, momentum, unbiased=True):
             running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
-def _alike(rows):
-    rows = [np.asarray(row) for row in rows]
-    for row in rows:
-        if row.shape != rows[0].shape:
-            raise ArgumentError(expected("as many channels in every process", f"messages of shape {rows[0].shape} and {row.shape}", "x"))
-    return rows
+def _alike(rows: Iterable[npt.ArrayLike]) -> list[Array]:
+    arrays = [np.asarray(row) for row in rows]
+    for array in arrays:
+        if array.shape != arrays[0].shape:
+            raise ArgumentError(
+                expected("as many channels in every process", f"messages of shape {arrays[0].shape} and {array.shape}", "x")
+            )
+    return arrays

@@ -14,7 +14,7 @@ from shell import Terminal, files
 from sketch import CONV_BN, assert_same, conv_bn, model, norm, ops
 
 import fastbn
-from fastbn import cli, options
+from fastbn import arguments, cli
 from fastbn.cli import main
 from fastbn.graph.report import REASONS, SCHEMA
 
@@ -168,8 +168,8 @@ def test_input_shape_is_used(here, capsys):
 
 def test_shape_text():
     given = [f"--input-shape={text}" for text in ("x=1,3,224,224", "a=b=2", "scalar=")]
-    arguments = options.parser(cli.COMMANDS).parse_args(["verify", "a", "b", *given])
-    assert options.input_shapes(arguments) == {"x": (1, 3, 224, 224), "a=b": (2,), "scalar": ()}
+    given = arguments.parser(cli.COMMANDS).parse_args(["verify", "a", "b", *given])
+    assert arguments.input_shapes(given) == {"x": (1, 3, 224, 224), "a=b": (2,), "scalar": ()}
 
 
 def cli_run(arguments, environment, **options):

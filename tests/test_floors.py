@@ -12,11 +12,12 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 
 # Lowest first; the files of one floor do not know each other.
 FLOORS = [
+    ["_types"],
     ["_native", "errors", "memory"],
     ["affine", "stats"],
     ["_check", "sync"],
-    ["reference", "config"],
-    ["functional"],
+    ["reference", "config", "geometry", "folding"],
+    ["functional", "halves"],
     ["layers", "_torch"],
     ["_operators"],
     ["_autograd"],
@@ -26,13 +27,14 @@ FLOORS = [
     ["keras.layer"],
     ["keras.conversion"],
     ["keras.__init__"],
-    ["graph.constant", "graph.nesting", "graph.options", "graph.report", "graph.storage"],
+    ["graph.constant", "graph.nesting", "graph.ranges", "graph.report", "graph.storage"],
     ["graph.destination", "graph.runtime", "graph.schemas"],
     ["graph.expressions"],
     ["graph.sizes"],
+    ["graph.cropping"],
     ["graph.shapes"],
     ["graph.model"],
-    ["graph.lift", "graph.signature"],
+    ["graph.lift"],
     ["graph.weights", "graph.version"],
     ["graph.row"],
     ["graph.products", "graph.layout", "graph.pooling"],
@@ -58,7 +60,7 @@ FLOORS = [
     ["deployment.pipeline"],
     ["deployment.__init__"],
     ["__init__"],
-    ["terminal", "options"],
+    ["terminal", "arguments"],
     ["cli"],
     ["__main__"],
 ]
@@ -86,9 +88,10 @@ GRAPH_WING = ("graph.", "deployment.")
 
 
 def imported(name):
-    """Yield (module of the package or None, module as written, whether at the top) for every import of a file."""
+    """Yield (module of the package or None, module as written, whether it is loaded with the file) for every import of a file."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
-    top = set(tree.body) | {child for node in tree.body if isinstance(node, (ast.Try, ast.If)) for child in ast.walk(node)}
+    blocks = [node for node in tree.body if isinstance(node, ast.Try) or (isinstance(node, ast.If) and not for_checkers(node))]
+    top = set(tree.body) | {child for node in blocks for child in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -99,6 +102,11 @@ def imported(name):
             continue
         for module in modules:
             yield _of_package(module), module, node in top
+
+
+def for_checkers(node):
+    """Whether a block is one of `if TYPE_CHECKING`, which nothing but a type checker enters."""
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _of_package(module):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import functional, reference
+from fastbn import folding, reference
 
 DTYPES = [np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 CONVS = {
@@ -47,7 +47,7 @@ def test_equals_its_twin_bit_for_bit(case, dtype):
         weight, bias, mean, var, gamma, beta = _arguments(shape, options, dtype, seed)
         optional = [(None, None, None), (bias, gamma, beta), (None, gamma, beta), (bias, None, None)][seed]
         arguments = (weight, optional[0], mean, var, *optional[1:])
-        results = getattr(functional, name)(*arguments, eps=1e-3, **options)
+        results = getattr(folding, name)(*arguments, eps=1e-3, **options)
         twins = getattr(reference, name)(*arguments, eps=1e-3, **options)
         for result, twin, width in zip(results, twins, (shape, (mean.size,)), strict=True):
             assert result.dtype == dtype
@@ -191,6 +191,6 @@ def test_bad_arguments_of_fold_linear():
 
 
 def test_examples_of_the_docstrings():
-    results = doctest.testmod(functional)
+    results = doctest.testmod(folding)
     assert results.attempted >= 4
     assert results.failed == 0

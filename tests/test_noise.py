@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from sketch import assert_same, conv_bn, folds, initializers, model, normal
+from sketch import assert_same, conv_bn, folds, initializers, model, norm, normal, ops
 
 import fastbn
 from fastbn.cli import main
@@ -46,8 +46,8 @@ def turned(monkeypatch):
     """Evaluate Unsqueeze wrongly: the channels become the rows."""
     run = expressions._run
 
-    def wrong(node, arrays, opset):
-        results = run(node, arrays, opset)
+    def wrong(node, *given):
+        results = run(node, *given)
         return [each.reshape(1, -1, 1) for each in results] if node.op == "Unsqueeze" else results
 
     monkeypatch.setattr(expressions, "_run", wrong)
@@ -151,12 +151,38 @@ BEHIND = """(float[2,3,8,8] x) => (float[2,4,6,6] y) {{
 
 
 @pytest.mark.parametrize("op", ["Log", "Relu"])
-def test_a_fold_behind_values_that_are_nan_or_zero_on_every_input_is_named(op):
-    result = fastbn.fold(conv_bn(BEHIND.format(op=op), w2=normal(4, 4, 1, 1), z=np.zeros(4, np.float32)))
+def test_a_fold_behind_values_that_are_nan_or_zero_on_every_input_is_proven_on_others(op):
+    proto = conv_bn(BEHIND.format(op=op), w2=normal(4, 4, 1, 1), z=np.zeros(4, np.float32))
+    result = fastbn.fold(proto)
     assert [fold.bn for fold in result.folded] == ["n", "y"]
-    assert [fold.note for fold in result.folded] == [None, "not reached by the comparison of the whole model"]
+    assert result.parity.ok
+    assert {"n", "y"} <= set(result.parity.compared)
+    other = onnx.ModelProto()
+    other.CopyFrom(result.model)
+    tensor = next(each for each in other.graph.initializer if list(each.dims) == [4, 4, 1, 1])
+    tensor.raw_data = (initializers(other)[tensor.name] * np.float32(1.01)).tobytes()
+    assert fastbn.verify(proto, other).status == "inconclusive"
+
+
+def test_a_fold_that_no_value_reaches_is_named(tmp_path):
+    """In a body there is no other value to try."""
+    text = """(float[2,3,8,8] x, bool cond) => (float[2,4,6,6] n, float[2,4,6,6] y) {
+        c = Conv(x, w, b)
+        n = BatchNormalization(c, s, t, m, v)
+        y = If (cond) <
+            then_branch = g1 () => (float[2,4,6,6] p) {
+                a = Abs(x) g = Neg(a) l = Log(g) d = Conv(l, w2) p = BatchNormalization(d, s, t, m, v)
+            },
+            else_branch = g2 () => (float[2,4,6,6] q) { e = Abs(x) f = Neg(e) k = Log(f) q = Conv(k, w3) }
+        >
+    }"""
+    proto = conv_bn(text, w2=normal(4, 3, 3, 3, seed=5), w3=normal(4, 3, 3, 3, seed=6))
+    result = fastbn.fold(proto)
+    assert [(fold.bn, fold.note) for fold in result.folded] == [("n", None), ("p", "not reached by the comparison of the whole model")]
     assert result.parity.status == "inconclusive"
-    assert result.parity.compared == ("n", "a", "g")
+    assert "the fold of p" in result.parity.reason
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert main(["fold", str(tmp_path / "m.onnx"), "-q"]) == 5
 
 
 ALL_NAN = """(float[1,3,8,8] x) => (float[1,4,6,6] z) {
@@ -203,3 +229,115 @@ def test_the_input_of_zeros_alone_proves_nothing():
     assert "on every input but zeros" in result.parity.reason
     finite = fastbn.fold(conv_bn(ZERO_ALONE, huge=np.float32(1)))
     assert finite.parity.status == "ok"
+
+
+FAR = np.full(4, 1000, np.float32)
+CANCELLING = {
+    "norms": (
+        "n = BatchNormalization(r, v, far, far, v) k = BatchNormalization(n, s, zero, zero, v) q = Neg(k)"
+        " y = BatchNormalization(q, s, zero, zero, v)",
+        "Tanh Neg BatchNormalization",
+    ),
+    "sums": ("a = Add(r, there) b = Sub(a, back) q = Neg(b) y = BatchNormalization(q, s, zero, zero, v)", "Tanh Neg BatchNormalization"),
+}
+
+
+@pytest.mark.parametrize("case", CANCELLING)
+def test_shifts_that_cancel_on_their_way_are_bounded_by_what_they_were(case):
+    """The original rounds at 1000 times the size of what is left, a chain that is one norm does not."""
+    nodes, expected = CANCELLING[case]
+    constants = {"far": FAR, "zero": np.zeros(4, np.float32), "there": FAR.reshape(4, 1, 1), "back": FAR.reshape(4, 1, 1) + 0.5}
+    used = {name: values for name, values in constants.items() if name in nodes}
+    proto = model(
+        f"(float[2,4,3,3] x) => (float y) {{ r = Tanh(x) {nodes} }}", s=np.full(4, 1.25, np.float32), v=np.ones(4, np.float32), **used
+    )
+    result = fastbn.fold(proto)
+    assert ops(result.model) == expected, result.kept
+    assert result.parity.ok
+
+
+# A branch that no random input takes, and one that all take.
+HIDDEN = """(float[1,3,8,8] x) => (float[1,4,6,6] y) {
+    sum = ReduceSum <keepdims = 0> (x)
+    cond = Greater(sum, large)
+    y = If (cond) <
+        then_branch = g1 () => (float[1,4,6,6] p) { c = Conv(x, w) p = BatchNormalization(c, s, t, m, v) },
+        else_branch = g2 () => (float[1,4,6,6] q) { q = Conv(x, w) }
+    >
+}"""
+
+
+def test_a_wrong_branch_that_random_inputs_do_not_take_has_failed(tmp_path, capsys):
+    proto = model(HIDDEN, w=normal(4, 3, 3, 3), large=np.float32(1e9), **norm(4))
+    result = folds(proto, "ReduceSum Greater If")
+    assert result.parity.ok
+    onnx.save(proto, tmp_path / "m.onnx")
+    wrong = result.model
+    then = next(attribute.g for attribute in wrong.graph.node[2].attribute if attribute.name == "then_branch")
+    weight = next(tensor for tensor in (*then.initializer, *wrong.graph.initializer) if tensor.name == then.node[0].input[1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    onnx.save(wrong, tmp_path / "wrong.onnx")
+    assert main(["verify", str(tmp_path / "m.onnx"), str(tmp_path / "wrong.onnx")]) == 1
+    assert "failed: in the then branches" in capsys.readouterr().out
+
+
+def test_a_fold_in_a_branch_that_cannot_be_run_is_named():
+    text = HIDDEN.replace("c = Conv(x, w)", "e = Reshape(x, sizes) c = Conv(e, w)").replace("p = Batch", "k = Batch", 1)
+    text = text.replace("(c, s, t, m, v) }", "(c, s, t, m, v) p = Reshape(k, other) }", 1)
+    result = fastbn.fold(
+        model(text, w=normal(4, 3, 3, 3), large=np.float32(1e9), sizes=np.array([7, 3, 5, 5]), other=np.array([1, 4, 6, 6]), **norm(4))
+    )
+    assert (result.parity.status, result.parity.missed) == ("inconclusive", ("then branches",))
+    assert result.folded[0].note.endswith("not reached by the comparison of the whole model")
+
+
+def test_an_output_that_is_zero_but_for_rounding_proves_nothing():
+    """Three times a convolution, less the same sum in another order; random numbers forbid to compare it piece by piece."""
+    text = """(float[1,3,8,8] x) => (float[1,4,6,6] y, float[2] r) {
+        c = Conv(x, w)
+        n = BatchNormalization <epsilon = 0.0> (c, s, t, m, v)
+        d = Conv(x, k)
+        twice = Add(d, d)
+        all = Add(twice, d)
+        y = Sub(n, all)
+        r = RandomNormal <shape = [2]> ()
+    }"""
+    weight, zero = normal(4, 3, 3, 3), np.zeros(4, np.float32)
+    proto = model(text, w=weight, k=weight, s=zero + 3, t=zero, m=zero, v=zero + 1)
+    parity = fastbn.fold(proto).parity
+    assert (parity.status, parity.reason) == ("inconclusive", "rounding alone may change values that are all zero, which proves nothing")
+
+
+LONG = {
+    "Gemm": ("(float[4,4608] x) => (float y) { c = Gemm(x, w) y = BatchNormalization(c, s, t, m, v) }", normal(4608, 4)),
+    "Conv": ("(float[1,512,6,6] x) => (float y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }", normal(4, 512, 3, 3)),
+    "pool": (
+        """(float[1,4,128,128] x) => (float y) {
+            r = Sigmoid(x) n = BatchNormalization(r, s, t, m, v) p = GlobalAveragePool(n) f = Flatten(p) y = Gemm(f, w)
+        }""",
+        normal(4, 3),
+    ),
+    "sum of magnitudes": (
+        """(float[1,4,64,64] x) => (float y) {
+            r = Tanh(x) n = BatchNormalization(r, s, zero, zero, v) d = ReduceL1 <axes = [2,3], keepdims = 0> (n) y = Gemm(d, w)
+        }""",
+        normal(4, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", LONG)
+def test_what_long_sums_err_is_no_wrong_fold(case, seed):
+    """A pool over an image of zeros adds equal terms: its error is no random walk."""
+    text, weight = LONG[case]
+    constants = {**norm(4, seed=seed, positive=True), "zero": np.zeros(4, np.float32)}
+    used = {name: values for name, values in constants.items() if f" {name}," in text or f" {name})" in text}
+    proto = model(text, w=(weight / np.sqrt(len(weight))).astype(np.float32), **used)
+    result = fastbn.fold(proto, seed=seed)
+    assert len(result.folded) == 1, result.kept
+    assert result.parity.ok
+    other = fastbn.fold(proto, verify=False).model
+    tensor = next(each for each in other.graph.initializer if len(each.dims) == weight.ndim)
+    tensor.raw_data = (initializers(other)[tensor.name] * np.float32(1.01)).tobytes()
+    assert fastbn.verify(proto, other, seed=seed).status == "failed"

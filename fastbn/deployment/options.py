@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastbn.deployment.compare import METRICS
 from fastbn.errors import ArgumentError, expected
-from fastbn.graph.options import LARGEST_SEED, number_between, whole_number
+from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 
 __all__ = ["FEWEST_ROWS", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
 

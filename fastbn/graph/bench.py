@@ -9,7 +9,7 @@ from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
 from fastbn.graph import storage
 from fastbn.graph.folding import checked_shapes, fold
 from fastbn.graph.model import Index
-from fastbn.graph.options import whole_number
+from fastbn.graph.ranges import whole_number
 from fastbn.graph.reference import feeds_for
 from fastbn.graph.report import first_few
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session

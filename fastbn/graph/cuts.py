@@ -14,18 +14,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, helper
 
-from fastbn.graph.difference import Worst, bulk, compare, moved
+from fastbn.graph.difference import Worst, bulk, compare, largest, moved
 from fastbn.graph.feeds import Feed
 from fastbn.graph.model import Index, Value
 from fastbn.graph.nesting import bodies, scopes_of
-from fastbn.graph.noise import NOISE, Noise
+from fastbn.graph.noise import Noise
 from fastbn.graph.reference import kept
 from fastbn.graph.runtime import UNIT, Runnable, Runner
 
-__all__ = ["CONCLUSIVE", "MARGIN", "CutParity", "Verdict", "check_cuts", "judged"]
+__all__ = ["CutParity", "Verdict", "check_cuts", "judged"]
 
-# How much more than the measured effect of the noise is allowed, and how many units of round-off of the largest value in any case.
-MARGIN, FLOOR = 4, 2 * NOISE
+# How much more than the measured effect of the noise is allowed, and how many units of round-off of the largest value in any case: the
+# operators behind the last affine, which no noise reaches, round too.
+MARGIN, FLOOR = 4, 16
 
 # A bound above this part of the largest value proves nothing.
 CONCLUSIVE = 0.01
@@ -35,6 +36,9 @@ LARGEST_CUTS = 1 << 23
 
 # How often cuts that do not agree are given up.
 ROUNDS = 8
+
+# How often other values take the place of the cuts where an output is zero, Inf or NaN on those of the original.
+MORE_TURNS = 3
 
 PREFIX = "fastbn/cut/"
 
@@ -66,6 +70,12 @@ class Verdict:
     def is_wrong(self) -> bool:
         """Say whether the noise does not explain the difference. Neither this nor holds: it is too large to prove anything."""
         return self.worst.error > self.bound
+
+    @property
+    def doubt(self) -> str:
+        """Say why a difference that is neither held nor wrong proves nothing."""
+        part = f"{self.bound / self.worst.size:.1%} of the largest value" if self.worst.size else "values that are all zero"
+        return f"rounding alone may change {part}, which proves nothing"
 
     @property
     def proves(self) -> bool:
@@ -133,8 +143,9 @@ def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: I
     before = dict(zip(outputs, captured, strict=False))
     cuts = {name: array for name, array in zip(names, captured[len(outputs) :], strict=True) if _is_numbers(array)}
     sections = _Sections(other)
+    pair = _Pair(original, noise, folded, other, feed, seed)
     for _ in range(ROUNDS):
-        verdicts = _piecewise(folded, other, noise, original, feed, cuts, before, seed)
+        verdicts = pair.verdicts(cuts, {**before, **cuts})
         different = [name for name in cuts if name not in verdicts or not verdicts[name].holds]
         given_up = sections.first(different, cuts)
         if not given_up:
@@ -147,10 +158,13 @@ def check_cuts(original: Runnable, proto: ModelProto, folded: Runnable, index: I
     ends = [verdicts[name] for name in outputs if name in verdicts]
     if any(end.is_wrong for end in ends):
         return CutParity("failed", len(cuts), worst)
+    proven = {name for name, verdict in verdicts.items() if verdict.proves}
+    if cuts and not proven.issuperset(end.name for end in ends):
+        proven |= pair.proven_elsewhere(proto, outputs, cuts)
     # Behind cuts that agree, an output that is zero everywhere is as good as any other where nothing between them differs.
-    holds = all(end.proves or (end.holds and cuts and sections.is_unchanged(end.name, cuts, proto)) for end in ends)
-    proven = tuple(name for name, verdict in verdicts.items() if verdict.proves)
-    return CutParity("ok" if ends and holds else "inconclusive", len(cuts), worst, proven)
+    vague = [end for end in ends if end.name not in proven]
+    holds = all(end.holds and cuts and sections.is_unchanged(end.name, cuts, proto) for end in vague)
+    return CutParity("ok" if ends and holds else "inconclusive", len(cuts), worst, tuple(sorted(proven)))
 
 
 def _is_numbers(array: object) -> bool:
@@ -191,23 +205,49 @@ def _run(model: Runnable, proto: ModelProto, feed: Feed) -> list[NDArray]:
         return [kept(output) for output in runner.run(None, {name: values for name, values in feed.items() if name in wanted})]
 
 
-def _piecewise(
-    folded: Runnable, other: ModelProto, noise: Noise, original: Runnable, feed: Feed, cuts: Feed, before: Feed, seed: int
-) -> dict[str, Verdict]:
-    """Return how every cut and every output comes out."""
-    given = {**feed, **{PREFIX + name: values for name, values in cuts.items()}}
-    after = _run(folded, _forced(other, cuts), given)
-    shaken = _run(original, _forced(noise.proto, cuts), noise.disturbed(given, np.random.default_rng([seed, len(cuts)])))
-    verdicts = {}
-    expected = {**before, **cuts}
-    for (name, reference), result, moving in zip(expected.items(), after, shaken, strict=True):
-        if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fiub" or reference.size == 0:
-            continue
-        if result.shape != reference.shape or moving.shape != reference.shape:
-            continue
-        unit = max(noise.unit, UNIT.get(reference.dtype.name, 0.0))
-        verdicts[name] = judged(name, reference, result, moved(reference, moving), unit, moving)
-    return verdicts
+class _Pair:
+    """The original, with and without noise, and the folded model, as often as they are run on one input with other values at the cuts."""
+
+    def __init__(self, original: Runnable, noise: Noise, folded: Runnable, other: ModelProto, feed: Feed, seed: int) -> None:
+        self.original, self.noise, self.folded, self.other = original, noise, folded, other
+        self.feed, self.seed = feed, seed
+
+    def verdicts(self, cuts: Feed, expected: Feed) -> dict[str, Verdict]:
+        """Return how every output and every cut comes out, where these are expected, in that order."""
+        given = self._given(cuts)
+        after = _run(self.folded, _forced(self.other, cuts), given)
+        rng = np.random.default_rng([self.seed, len(cuts)])
+        shaken = _run(self.original, _forced(self.noise.proto, cuts), self.noise.disturbed(given, rng, sums=True))
+        verdicts = {}
+        for (name, reference), result, moving in zip(expected.items(), after, shaken, strict=True):
+            if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fiub" or reference.size == 0:
+                continue
+            if result.shape != reference.shape or moving.shape != reference.shape:
+                continue
+            unit = max(self.noise.unit, UNIT.get(reference.dtype.name, 0.0))
+            verdicts[name] = judged(name, reference, result, moved(reference, moving), unit, moving)
+        return verdicts
+
+    def proven_elsewhere(self, proto: ModelProto, outputs: list[str], cuts: Feed) -> set[str]:
+        """Return the names of what other values at the cuts prove equal: the pieces must be so on any values."""
+        found: set[str] = set()
+        for turn in range(MORE_TURNS):
+            rng = np.random.default_rng([self.seed, turn, len(cuts)])
+            other = {name: _like(values, rng) for name, values in cuts.items()}
+            before = _run(self.original, _forced(proto, other), self._given(other))
+            verdicts = self.verdicts(other, dict(zip([*outputs, *cuts], before, strict=True)))
+            found |= {name for name, verdict in verdicts.items() if verdict.proves}
+            if found.issuperset(outputs):
+                break
+        return found
+
+    def _given(self, cuts: Feed) -> Feed:
+        return {**self.feed, **{PREFIX + name: values for name, values in cuts.items()}}
+
+
+def _like(values: NDArray, rng: np.random.Generator) -> NDArray:
+    """Return normal values of the same shape, type and size."""
+    return np.asarray((largest(values) or 1.0) / 4 * rng.standard_normal(values.shape, np.float32)).astype(values.dtype)
 
 
 def _forced(proto: ModelProto, cuts: Feed) -> ModelProto:

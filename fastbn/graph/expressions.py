@@ -81,7 +81,7 @@ class Constants:
 
     def find(self, value: object, largest: int | None = None) -> Tensor | None:
         """Return the Tensor that a value always is, or None; with `largest`, expressions of more elements on the way are not evaluated."""
-        limit = LARGEST_RESULT if largest is None else largest
+        limit = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT)
         refused = self._refused.setdefault(limit, set())
         pending = [value]
         while pending:
@@ -99,10 +99,6 @@ class Constants:
     def known(self, value: object) -> Tensor | None:
         """Return the Tensor of a value where it has been found already."""
         return self._found.get(value)
-
-    def is_candidate(self, value: object) -> bool:
-        """Say whether a value may be a constant that a node gives."""
-        return value in self._candidates
 
     def is_too_large(self, value: object) -> bool:
         """Say whether a value is a constant but for the limits on its size."""

@@ -80,7 +80,9 @@ def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0,
         if planning.plans:
             break
     planning, output, parity = job.finish(planning)
-    missed = unreached(index, planning, parity.compared) if parity is not None and parity.status in ("ok", "inconclusive") else []
+    missed = (
+        unreached(index, planning, parity.compared, parity.missed) if parity is not None and parity.status in ("ok", "inconclusive") else []
+    )
     if missed and parity.ok:
         names = first_few([found.lifted[0].label for found in missed])
         parity = replace(parity, status="inconclusive", reason=f"no output that could be compared depends on the fold of {names}")

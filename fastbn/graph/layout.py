@@ -191,11 +191,12 @@ def _gathered(node, axis, shape, forward, site):
 def _chosen(node, rank, axis, size, site):
     """Return the indices that a Slice or Gather takes along an axis, None where it leaves the axis alone."""
     if node.op == "Gather":
+        many = site.rank(node.input(1))
+        if many is not None and many > 1:
+            raise Refusal("axis", f"Gather '{node.label}' spreads its channels over {many} axes")
         indices = site.index.constant(node.input(1))
-        if indices is None:
-            raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant")
-        if len(indices.shape) > 1:
-            raise Refusal("axis", f"Gather '{node.label}' spreads the channels over {len(indices.shape)} axes")
+        if indices is None or len(indices.shape) > 1:
+            raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
         if not indices.shape:
             return np.array([own_axis(node, int(indices.array()), size)])
         return np.array([own_axis(node, index, size) for index in own_list(node, indices)], int)

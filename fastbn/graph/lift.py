@@ -91,7 +91,7 @@ def _batch_norm(node, site):
         bad = np.flatnonzero(~good)
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {_channels(bad)}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
-    spread = np.abs(arrays["mean"] * scale) + Dense.of(site.tensor(node, 2)).spread  # an earlier fold may have cancelled in the bias
+    spread = np.abs(arrays["mean"] * scale) + Dense.of(site.tensor(node, 2)).spread
     return Affine(scale, shift, 1, 2, spread)
 
 
@@ -116,7 +116,8 @@ def _elementwise(node, site):
     wide = [axis - len(constant.shape) for axis, size in enumerate(constant.shape) if size != 1]
     if len(wide) > 1 or 0 in constant.shape:
         return None
-    values, spread = float64_of(constant).reshape(-1), Dense.of(constant).spread.reshape(-1)
+    dense = Dense.of(constant)
+    values = dense.values.reshape(-1)
     ones, zeros = np.ones_like(values), np.zeros_like(values)
     with np.errstate(divide="ignore", over="ignore"):
         scale, shift = {
@@ -127,7 +128,8 @@ def _elementwise(node, site):
         }[node.op]
     if scale is None or not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return None
-    return Affine(scale, shift, wide[0] if wide else None, len(constant.shape), spread if node.op in ("Add", "Sub") else zeros)
+    spread = dense.spread.reshape(-1) if node.op in ("Add", "Sub") else zeros
+    return Affine(scale, shift, wide[0] if wide else None, len(constant.shape), spread)
 
 
 def _channels(indices):

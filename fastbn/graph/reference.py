@@ -151,7 +151,7 @@ class Reference:
         with Runner(self._noisy, self.fresh) as runner:
             for turn in range(1, MORE_DRAWS + 1):
                 self.progress(f"measuring the rounding noise on input '{kind}', draw {turn} of {MORE_DRAWS}")
-                found = self._moves(kind, runner.run(None, self._disturbed(kind, turn)))
+                found = self._moves(kind, runner.run(None, self._disturbed(kind, turn, sums=True)))
                 self._drawn[kind] = [max(pair) for pair in zip(self._drawn[kind], found, strict=True)]
 
     def shaken(self, kind: str) -> list:
@@ -159,9 +159,9 @@ class Reference:
         with Runner(self._noisy, self.fresh) as runner:
             return runner.run(None, self._disturbed(kind, 0))
 
-    def _disturbed(self, kind: str, turn: int) -> Feed:
+    def _disturbed(self, kind: str, turn: int, sums: bool = False) -> Feed:
         number = (*KINDS, *MORE_KINDS).index(kind)
-        return self.noise.disturbed(self.feeds.make(kind), np.random.default_rng([self.feeds.seed, number, turn]))
+        return self.noise.disturbed(self.feeds.make(kind), np.random.default_rng([self.feeds.seed, number, turn]), sums)
 
     def measure(self) -> None:
         """Measure how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""

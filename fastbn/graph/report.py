@@ -131,6 +131,7 @@ class Parity:
     reason: str | None = None
     notes: tuple[str, ...] = field(default=())
     compared: tuple[str, ...] = field(default=())
+    missed: tuple[str, ...] = field(default=())
 
     @property
     def ok(self) -> bool:

@@ -1,4 +1,4 @@
-"""What ONNX's operator schemas demand of a node, and which nodes its shape inference can be trusted with."""
+"""What ONNX's operator schemas demand of a node and let it have, and which nodes its shape inference can be trusted with."""
 
 import re
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, checker, 
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.nesting import is_standard, scopes_of
+from fastbn.graph.report import Refusal
 
-__all__ = ["check_node", "checker_context", "is_function", "is_inferable", "propagates"]
+__all__ = ["check_node", "check_version", "checker_context", "is_function", "is_inferable", "propagates"]
 
 NAMES = AttributeProto.AttributeType
 BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
@@ -21,6 +22,9 @@ HIGHEST_RANK = 64
 
 # A hint to the memory planner of the first versions, which no result depends on.
 LEGACY = "consumed_inputs"
+
+# ONNX lets attributes of this prefix pass.
+INTERNAL = "__"
 
 # Their inference takes for granted that the type of the input is known.
 UNSAFE = ("EyeLike", "RegexFullMatch")
@@ -54,6 +58,7 @@ def _demand(op: str, opset: int) -> Demand | None:
     return Demand(inputs, outputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
 
 
+@lru_cache(maxsize=1024)
 def _schema(op: str, opset: int) -> defs.OpSchema | None:
     try:
         return defs.get_schema(op, opset, "")
@@ -113,6 +118,22 @@ def _check_names(demand: Demand, proto: NodeProto, label: str) -> None:
                 raise ModelError(expected(f"{what} {slot} ('{name}') of {proto.op_type}", "none", label))
     if demand.is_variadic and not all(proto.input):
         raise ModelError(expected(f"names for all inputs of {proto.op_type}", "an empty one", label))
+
+
+def check_version(proto: NodeProto, label: str, opset: int) -> None:
+    """Raise ModelError where a node that passes check_node has more than its operator takes at this opset: nobody can say what it means.
+
+    An operator that the opset does not have raises Refusal.
+    """
+    op, schema = proto.op_type, _schema(proto.op_type, opset)
+    if schema is None or schema.deprecated:
+        raise Refusal("no-absorber", f"{op} '{label}' is no operator of opset {opset}")
+    for what, names, most in (("inputs", proto.input, schema.max_input), ("outputs", proto.output, schema.max_output)):
+        if len(names) > most:
+            raise ModelError(expected(f"at most {most} {what} of {op}", str(len(names)), label))
+    for attribute in proto.attribute:
+        if attribute.name not in schema.attributes and not attribute.name.startswith(INTERNAL):
+            raise ModelError(expected(f"a valid model: attributes that {op} has at opset {opset}", repr(attribute.name), label))
 
 
 def _shown(kind: int) -> str:

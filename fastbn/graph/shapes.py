@@ -8,6 +8,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.errors import FastbnError
+from fastbn.graph.cropping import crop_levels, scopes_within
 from fastbn.graph.expressions import Constants
 from fastbn.graph.nesting import LARGEST_INLINED, bodies, is_standard, scopes_of
 from fastbn.graph.schemas import checker_context, is_function, is_inferable, propagates
@@ -16,10 +17,16 @@ from fastbn.graph.sizes import LARGEST_LIST, Sizes
 __all__ = ["Inference", "shape_of"]
 
 # Each pass knows the shapes that the one before it found behind sizes that the graph computes.
-INFERENCE_PASSES = 10
+INFERENCE_PASSES = 8
 
 # Operators whose result has as many axes as a list has elements, and the slot of the list.
 RANK_SLOTS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Unsqueeze": 1}
+
+# Cropping nodes behind more of one another than this are never shown to inference.
+MOST_LEVELS = 64
+
+# The domain of a node that inference is not to see yet; it knows no operator of it.
+NOWHERE = "fastbn.nowhere"
 
 # Factors, such as the scales of a Resize, are floats; a longer list of floats is no list of factors.
 LARGEST_FACTORS = 64
@@ -71,33 +78,51 @@ class Inference:
         self._told: dict = {}
         self._lists: dict = {}
         self._numbers: dict = {}
-        self._has_cut = False
+        self._shown: dict = {}
+        self._crops: dict = {}
+        self._cut: set = set()
+        self._follows = False
         self._infer()
 
     def _infer(self) -> None:
-        follows = False
+        """Run passes until none finds more; what one finds is known to the next."""
         for _ in range(INFERENCE_PASSES):
-            self._has_cut = False
-            skeleton, scopes = self._skeleton(follows)
-            try:
-                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=follows).graph
-            except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
-                break
             before = dict(self.shapes)
-            self._read(graph, scopes)
-            spreads = self._has_cut and before != self.shapes
-            sizes = Sizes(self._main.ordered, self.shapes, self._constants)
-            if not any(sizes.is_open(node) for scope in scopes for node in scope.ordered):
+            if not self._pass():
                 break
-            if not follows:  # ranks first: they tell which lists are short enough to be followed
-                follows = not spreads
+            spreads = bool(self._cut) and before != self.shapes
+            sizes = Sizes(self._main.ordered, self.shapes, self._constants)
+            if not any(sizes.is_open(node) for scope in scopes_within(self._main) for node in scope.ordered):
+                break
+            if not self._follows:  # ranks first: they tell which lists are short enough to be followed
+                self._follows = not spreads
                 continue
             found, lists = sizes.found()
             if not found and not spreads and lists.keys() <= self._lists.keys():
                 break
             self._told.update(found)
             self._lists.update(lists)
-            follows = not self._has_cut
+            self._follows = not self._cut
+
+    def _pass(self) -> bool:
+        """Run inference once for each level of cropping nodes, the next one only while no size is negative; say whether it ran."""
+        self._cut = {node for scope in scopes_within(self._main) for node in scope.ordered if self._is_endless(node)}
+        levels = crop_levels(self._main, self._proto.functions, self._number, self._is_known)
+        self._crops = {node: [] for node in levels}
+        skeleton, scopes = self._skeleton()
+        last = max((level for level in levels.values() if level <= MOST_LEVELS), default=0)
+        for level in range(last + 1):
+            for node, added in self._crops.items():
+                for proto in added:
+                    proto.domain = node.domain if levels[node] <= level else NOWHERE
+            try:
+                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=self._follows).graph
+            except Exception:  # inference raises many kinds on odd models; what it cannot say is unknown, and the checks live elsewhere
+                return False
+            if level == last or _has_negative(graph):
+                break
+        self._read(graph, scopes)
+        return True
 
     def _read(self, graph: GraphProto, scopes: list) -> None:
         """Add what a pass has found to what those before it have."""
@@ -113,47 +138,52 @@ class Inference:
 
     # ---- the skeleton ----
 
-    def _skeleton(self, follows: bool) -> tuple[onnx.ModelProto, list]:
-        """Return (model, its scopes in the order of scopes_of)."""
+    def _skeleton(self) -> tuple[onnx.ModelProto, list]:
+        """Return (model, its scopes in the order of scopes_of); the cropping nodes in it are noted in self._crops."""
         skeleton = onnx.ModelProto(ir_version=max(self._proto.ir_version, 4), opset_import=self._proto.opset_import)
+        skeleton.opset_import.add(domain=NOWHERE, version=1)
         skeleton.graph.name = "shapes"
         scopes, pending = [], [(self._main, skeleton.graph)]
         for scope, graph in pending:
             scopes.append(scope)
-            left_out = self._add_nodes(scope, graph, follows, pending)
+            left_out = self._add_nodes(scope, graph, pending)
             self._add_infos(scope, graph, left_out)
             self._add_constants(scope, graph, left_out)
         if self._has_functions:
             skeleton.functions.extend(function for function in self._proto.functions if is_function(function, self._context))
         return skeleton, scopes
 
-    def _add_nodes(self, scope: object, graph: GraphProto, follows: bool, pending: list) -> set:
-        """Add the nodes of a scope, and their bodies to `pending`; return the values that nodes left out would give."""
+    def _add_nodes(self, scope: object, graph: GraphProto, pending: list) -> set:
+        """Add the nodes of a scope, and their bodies to `pending`; return the values that nodes left out would give, or may."""
         left_out = set()
         for node in scope.ordered:
             given = [value for value in node.outputs if value is not None]
-            shallow = _shallow(node.proto) if node.scopes else node.proto
-            is_endless = self._is_endless(node, follows)
-            self._has_cut |= is_endless
-            if is_endless or self._are_constants(given) or not is_inferable(shallow, self._context):
+            if node not in self._shown:
+                shallow = _shallow(node.proto) if node.scopes else node.proto
+                self._shown[node] = shallow if is_inferable(shallow, self._context) else None
+            shallow = self._shown[node]
+            if shallow is None or node in self._cut or self._are_constants(given):
                 left_out.update(given)
                 continue
             added = graph.node.add()
             added.CopyFrom(shallow)
             pending.extend(zip(node.scopes, bodies(added), strict=True))
+            if node in self._crops:
+                self._crops[node].append(added)
+                left_out.update(given)
         return left_out
 
     def _are_constants(self, values: list) -> bool:
         return bool(values) and all(self._number(value) is not None or self._constants.find(value, LARGEST_LIST) for value in values)
 
-    def _is_endless(self, node: object, follows: bool) -> bool:
+    def _is_endless(self, node: object) -> bool:
         """Say whether inference would make a message of each element of a list that may be a long one."""
         if not is_standard(node.domain):
             return False
         listed = node.input(RANK_SLOTS.get(node.op, len(node.inputs)))
         if listed is not None and not _is_short(self._shape(listed), LARGEST_LIST):
             return True
-        if not follows or not propagates(node.op, self._opset):
+        if not self._follows or not propagates(node.op, self._opset):
             return False
         shapes = [self._shape(value) for value in node.inputs if value is not None]
         return not all(_is_short(shape, LARGEST_FOLLOWED) for shape in shapes)
@@ -176,7 +206,7 @@ class Inference:
             _add_info(graph.value_info, info)
         names = {info.name for info in declared}
         for value in left_out:
-            shape = self.shapes.get((scope.number, value.name))
+            shape = self.shapes.get((scope.number, value.name)) or self._rank_of_crop(value)
             if value.name not in names and shape is not None and self._number(value) is None:
                 told.setdefault(value.name, shape)
         for name, sizes in told.items():
@@ -184,10 +214,19 @@ class Inference:
             if kind:
                 graph.value_info.append(helper.make_tensor_value_info(name, kind, sizes))
 
+    def _is_known(self, value: object) -> bool:
+        return None not in (self.shapes.get((value.scope.number, value.name)) or (None,))
+
+    def _rank_of_crop(self, value: object) -> tuple | None:
+        """Return open sizes for what a Slice gives that is left out: as many as its data has."""
+        data = value.producer.input(0) if value.producer.is_op("Slice") else None
+        shape = None if data is None else self._shape(data)
+        return None if shape is None else (None,) * len(shape)
+
     def _kind(self, value: object) -> int:
         """Return the type of a value that is told about, 0 where it is not known: a Reshape gives that of its data."""
         known = self.kinds.get((value.scope.number, value.name), 0)
-        data = value.producer.input(0) if value.producer is not None and value.producer.is_op("Flatten", "Reshape") else None
+        data = value.producer.input(0) if value.producer is not None and value.producer.is_op("Flatten", "Reshape", "Slice") else None
         return known or (0 if data is None else self.kinds.get((data.scope.number, data.name), 0))
 
     def _add_constants(self, scope: object, graph: GraphProto, left_out: set) -> None:
@@ -233,6 +272,12 @@ class Inference:
             return found.array()
         except FastbnError:  # it is said where the constant matters
             return None
+
+
+def _has_negative(graph: GraphProto) -> bool:
+    """Say whether any size that inference has found is negative, in bodies too."""
+    infos = (info for each in scopes_of(graph) for info in (*each.value_info, *each.output))
+    return any(dim.dim_value < 0 for info in infos for dim in info.type.tensor_type.shape.dim)
 
 
 def _is_short(shape: tuple | None, longest: int) -> bool:

@@ -12,7 +12,7 @@ from fastbn.graph.constant import Dense, Dequantised
 from fastbn.graph.lift import ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.report import Refusal
 from fastbn.graph.row import Taken
-from fastbn.graph.signature import check_signature
+from fastbn.graph.schemas import check_version
 from fastbn.graph.weights import conv_weight
 
 __all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
@@ -96,7 +96,7 @@ class Site:
     def check(self, node):
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
         if node not in self._checked:
-            check_signature(node, self.index.opset)
+            check_version(node.proto, node.label, self.index.opset)
             self._checked.add(node)
 
     def affine(self, node):

@@ -186,7 +186,7 @@ class Sizes:
         if node.is_op("Flatten"):
             return [0, -1] if node.attribute("axis", 1) == 1 and first else None
         found = self._elements(node.input(1))
-        return None if found is None or found.ndim != 1 else found.tolist()
+        return None if found is None or found.ndim != 1 or found.dtype != object else found.tolist()
 
     def _rows_behind(self, value, size):
         """Return the size of the last axis that a matrix product of this value demands, or what is known without one."""

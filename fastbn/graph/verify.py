@@ -105,7 +105,11 @@ MOST_CUT = 2
 
 
 class _Failed(Exception):
-    """A difference that no noise can explain, in a sentence."""
+    """A difference that no noise can explain, in a sentence, and the Verdict about it; without one the models cannot even be compared."""
+
+    def __init__(self, sentence: str, verdict: Verdict | None = None) -> None:
+        super().__init__(sentence)
+        self.verdict = verdict
 
 
 class _Check:
@@ -115,6 +119,7 @@ class _Check:
         self.reference = reference
         self.folded = folded
         self.suffices = suffices
+        self.missed: list[str] = []
         self.entries: dict[tuple[str, int], _Entry] = {}
         self.notes: list[str] = []
         self.progress = reference.progress
@@ -130,8 +135,10 @@ class _Check:
             if self._unproven() or self._different():
                 return self._by_cuts()
             return self._said("ok")
-        except _Failed as reason:
-            return Parity("failed", reason=str(reason), notes=self._all_notes())
+        except _Failed as failure:
+            if failure.verdict is not None:
+                return self._said("failed", failure.verdict, str(failure))
+            return Parity("failed", reason=str(failure), notes=self._all_notes())
 
     def _prepare(self) -> None:
         """Make the folded model comparable where the original had to be."""
@@ -225,16 +232,17 @@ class _Check:
         worst = max((entry.verdict for entry in different), key=lambda verdict: (verdict.is_wrong, verdict.part))
         if not np.isfinite(worst.worst.error):
             return self._said("failed", worst, "Inf or NaN on one side only")
-        found = [self._cuts(kind) for kind in dict.fromkeys(entry.kind for entry in different)]
-        if all(cut is not None and cut.status == "ok" for cut in found):
-            return self._held_by(found[0])
+        for kind in dict.fromkeys(entry.kind for entry in different):
+            cut = self._cuts(kind)
+            if cut is None or cut.status != "ok":
+                break
+        else:
+            return self._held_by(cut)
         if worst.is_wrong:
             return self._said("failed", worst)
-        failed = next((cut for cut in found if cut is not None and cut.status == "failed"), None)
-        if failed is not None:
-            return self._said("failed", failed.worst, "with values of the original in the place of its own")
-        part = worst.bound / worst.worst.size
-        return self._said("inconclusive", worst, f"rounding alone may change {part:.1%} of the largest value, which proves nothing")
+        if cut is not None and cut.status == "failed":
+            return self._said("failed", cut.worst, "with values of the original in the place of its own")
+        return self._said("inconclusive", worst, worst.doubt)
 
     def _zeros_by_cuts(self) -> Parity:
         behind: tuple[str, ...] = ()
@@ -280,7 +288,7 @@ class _Check:
         worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
         names = self._proven() if status != "failed" else ()
         compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
-        return Parity(status, inputs, *compared, reason, self._all_notes(), names)
+        return Parity(status, inputs, *compared, reason, self._all_notes(), names, tuple(self.missed))
 
     def _compare_branches(self) -> None:
         """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
@@ -293,19 +301,24 @@ class _Check:
             self.progress(f"comparing the {which} of both models")
             try:
                 before = self._run_branch(reference.model.with_proto(original), feed)
-                shaken = self._run_branch(
-                    reference.model.with_proto(noise.proto), noise.disturbed(feed, np.random.default_rng(reference.feeds.seed))
-                )
+                noisy = noise.disturbed(feed, np.random.default_rng(reference.feeds.seed), sums=True)
+                shaken = self._run_branch(reference.model.with_proto(noise.proto), noisy)
             except runtime_errors() as error:
                 self._note(f"the {which} cannot all be run: {said(error)}")
+                self.missed.append(which)
                 continue
             try:
                 after = self._run_branch(folded, feed)
             except runtime_errors() as error:
                 raise _Failed(f"onnxruntime cannot run the {which} of the folded model: {said(error)}") from error
-            for number, name in enumerate(reference.names):
-                if number not in reference.unrepeatable:
-                    _judge_branch(f"output '{name}' of the {which}", before[number], after[number], shaken[number], noise.unit)
+            proven = [
+                self._judge_branch(which, name, before[number], after[number], shaken[number], noise.unit)
+                for number, name in enumerate(reference.names)
+                if number not in reference.unrepeatable
+            ]
+            if not any(proven):
+                self._note(f"the {which} give nothing that proves anything")
+                self.missed.append(which)
 
     def _run_branch(self, model: Runnable, feed: Feed) -> list:
         with Runner(model, self.reference.fresh) as runner:
@@ -313,15 +326,17 @@ class _Check:
             found = runner.run(None, {name: values for name, values in feed.items() if name in wanted})
             return [kept(output) for output in found]
 
-
-def _judge_branch(name: str, before: object, after: object, shaken: object, unit: float) -> None:
-    if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
-        return
-    if before.shape != after.shape:
-        raise _Failed(f"{name}: shapes {before.shape} and {after.shape} differ")
-    noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
-    # One draw of the noise: twice the usual margin.
-    verdict = judged(name, before, after, 2 * noise, unit)
-    if verdict.is_wrong:
-        worst = verdict.worst
-        raise _Failed(f"{name} differs by {worst.error:.2g} at {list(worst.index)}, {verdict.bound:.2g} is allowed")
+    def _judge_branch(self, which: str, name: str, before: object, after: object, shaken: object, unit: float) -> bool:
+        """Compare one output; say whether that proves anything."""
+        if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
+            return False
+        if before.shape != after.shape:
+            raise _Failed(f"output '{name}' of the {which}: shapes {before.shape} and {after.shape} differ")
+        noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
+        # One draw of the noise: twice the usual margin.
+        verdict = judged(name, before, after, 2 * noise, unit)
+        if verdict.is_wrong:
+            raise _Failed(f"in the {which}", verdict)
+        if not verdict.holds:
+            self._note(f"output '{name}' of the {which}: {verdict.doubt}")
+        return verdict.proves

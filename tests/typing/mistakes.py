@@ -1,0 +1,51 @@
+"""Mistakes of users: a type checker reports each in the line that names its code, and nothing else."""
+
+import numpy as np
+
+import fastbn
+
+x, mean, var = np.ones((2, 3), np.float32), np.zeros(3), np.ones(3)
+weight, bias = np.ones(3), np.zeros(3)
+stats = fastbn.batch_stats(x)
+
+# Closed sets of strings.
+fastbn.batch_norm(x, mean, var, activation="rleu")  # error: call-overload
+fastbn.batch_norm_train(x, activation="ReLU")  # error: call-overload
+fastbn.batch_norm_backward(x, x, stats, activation="gelu")  # error: call-overload
+fastbn.BatchNorm(3, activation="rleu")  # error: arg-type
+layer = fastbn.BatchNorm(3)
+layer.activation = "rleu"  # error: assignment
+
+# The number of results.
+dx, dweight = fastbn.batch_norm_backward(x, x, stats, weight, bias)  # error: misc
+dx, dweight, dbias, dresidual = fastbn.batch_norm_backward(x, x, stats, weight, bias)  # error: misc
+dx, dweight, dbias = fastbn.batch_norm_backward(x, x, stats, weight, bias, residual=x)  # error: misc
+y = fastbn.batch_norm_train(x)
+print(y.shape)  # error: attr-defined
+dx, maybe, nothing = fastbn.batch_norm_backward(x, x, stats)
+maybe.sum()  # error: union-attr
+
+# Names and kinds of arguments.
+fastbn.batch_norm(x, mean)  # error: call-overload
+fastbn.batch_norm(x, mean, var, epsilon=1e-3)  # error: call-overload
+fastbn.batch_norm([[1.0, 2.0]], mean, var)  # error: call-overload
+fastbn.batch_norm(x, mean, var, eps="small")  # error: call-overload
+fastbn.batch_norm(x, mean, var, weight, bias, 1e-3)  # error: call-overload
+fastbn.batch_norm_train(x, running_mean=mean, momentum=None)  # error: call-overload
+fastbn.batch_norm_backward(x, x, (6, mean, var))  # error: call-overload
+fastbn.batch_stats(x, axis=1.0)  # error: arg-type
+fastbn.batch_stats(None)  # error: arg-type
+fastbn.fold_conv(x, None, mean, var, groups=1.5)  # error: call-overload
+fastbn.fold_linear(x, None, mean, var, groups=1)  # error: call-overload
+fastbn.BatchStats(2.5, mean, var)  # error: arg-type
+fastbn.merge_stats(stats)  # error: arg-type
+fastbn.BatchNorm("3")  # error: arg-type
+fastbn.BatchNorm(3, comm=object())  # error: arg-type
+print(layer.state_dict()["gamma"])  # error: typeddict-item
+fastbn.set_num_threads("2")  # error: arg-type
+fastbn.use_isa(512)  # error: arg-type
+
+# Names that do not exist.
+print(fastbn.batchnorm)  # error: attr-defined
+print(fastbn.show_config()["gpu"])  # error: typeddict-item
+print(stats.std)  # error: attr-defined
