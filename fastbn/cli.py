@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastbn.arguments import input_shapes, names, parser
 from fastbn.errors import ArgumentError, FastbnError, StorageError, expected
-from fastbn.terminal import Progress, Steps, complain, emit, flush, open_streams, width_of
+from fastbn.terminal import Progress, Steps, complain, emit, flush, give_up, open_streams, width_of
 
 __all__ = ["main"]
 
@@ -45,7 +45,7 @@ def main(argv=None):
     run = _Run()
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     try:
-        arguments = parser(COMMANDS).parse_args(argv)
+        arguments = _parsed(argv)
         arguments.command = shlex.join(["fastbn", *argv])
         code = arguments.run(arguments, run)
         flush(sys.stdout)
@@ -65,6 +65,14 @@ def main(argv=None):
         reason = " ".join(str(error).split())[:300]
         hint = "a fault of fastbn: --debug shows where"
         return _stop(f"Cannot go on, {run.written}: {type(error).__name__}{': ' if reason else ''}{reason} ({hint})", FAULT)
+
+
+def _parsed(argv):
+    try:
+        return parser(COMMANDS).parse_args(argv)
+    except SystemExit:  # the help is printed
+        flush(sys.stdout)
+        raise
 
 
 def _stop(reason, code):
@@ -288,6 +296,7 @@ def _write_stdout(data):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except OSError as error:
+        give_up(sys.stdout)
         raise StorageError(expected("a stream that takes the model", (error.strerror or str(error)).lower(), "stdout")) from error
 
 

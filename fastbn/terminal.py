@@ -7,7 +7,7 @@ import sys
 
 from fastbn.errors import StorageError, expected
 
-__all__ = ["Progress", "Steps", "complain", "emit", "flush", "open_streams", "printable", "width_of"]
+__all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
 
 # Characters of a progress bar.
 BAR = 20
@@ -68,14 +68,14 @@ def _writing(stream):
     try:
         yield
     except BrokenPipeError:
-        _give_up(stream)
+        give_up(stream)
     except OSError as error:
-        _give_up(stream)
+        give_up(stream)
         name = "stdout" if stream is sys.stdout else "stderr"
         raise StorageError(expected("a stream that takes the output", (error.strerror or str(error)).lower(), name)) from error
 
 
-def _give_up(stream):
+def give_up(stream):
     """Let the rest of a stream go nowhere: Python would try once more when it exits."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,7 @@
 """What all tests share: which fastbn is under test, and where the real models lie."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +20,13 @@ def environment():
     import fastbn
 
     # The safe path keeps the current folder, which may be the source tree, off the path.
-    return {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1]), "PYTHONSAFEPATH": "1"}
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**own, "PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1]), "PYTHONSAFEPATH": "1"}
+
+
+# A shell starts what it runs in the background with interrupts ignored, and children inherit that: tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -341,3 +341,16 @@ def test_what_long_sums_err_is_no_wrong_fold(case, seed):
     tensor = next(each for each in other.graph.initializer if len(each.dims) == weight.ndim)
     tensor.raw_data = (initializers(other)[tensor.name] * np.float32(1.01)).tobytes()
     assert fastbn.verify(proto, other, seed=seed).status == "failed"
+
+
+@pytest.mark.parametrize("times", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("spoiled", ["s", "t"])
+def test_a_small_channel_beside_huge_ones_is_judged_by_its_own_noise(times, spoiled):
+    text = """(float[2,3,8,8] x) => (float[2,8,6,6] y) {
+        c = Conv(x, w) n = BatchNormalization(c, s, t, m, v) d = Conv(x, k) y = Concat <axis = 1> (n, d)
+    }"""
+    constants = {"w": normal(4, 3, 3, 3), "k": normal(4, 3, 3, 3, seed=1) * np.float32(times), **norm(4)}
+    original = model(text, **constants)
+    assert fastbn.verify(original, fastbn.fold(original, verify=False).model).ok
+    constants[spoiled] = constants[spoiled] * np.float32(1.01)
+    assert fastbn.verify(original, model(text, **constants)).status == "failed"

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Worst", "bulk", "compare", "largest", "moved", "same_bits"]
+__all__ = ["Worst", "bulk", "compare", "largest", "moved", "same_bits", "small_channel"]
 
 # Elements that are widened to float64 at a time.
 BLOCK = 1 << 18
+
+# A channel is small beside the largest of its output below this part, and looked at for an error of more than this part of its own size.
+SMALL, SEEN = 1e-3, 1e-3
+
+# Outputs of more elements are not looked through for small channels.
+LARGEST_SEARCHED = 1 << 22
 
 # The part of the elements of every channel that a bulk bound speaks of: a few may meet a step (a rounding to integers, a sign).
 BULK = 0.75
@@ -86,3 +92,22 @@ def same_bits(one: object, other: object) -> bool:
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         return True
     return one.shape == other.shape and bool(np.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
+
+
+def small_channel(before: NDArray, after: NDArray) -> tuple[slice | int, ...] | None:
+    """Return the place of the channel, along any axis but the first, that is small beside the others and has the largest error beside its
+    own size; None where none is off."""
+    if not 1 < before.ndim <= before.size <= LARGEST_SEARCHED or before.dtype.kind != "f":
+        return None
+    size = np.abs(np.nan_to_num(before.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0))
+    error = _errors(before.astype(np.float64), after.astype(np.float64))
+    worst, place = SEEN, None
+    for axis in range(1, before.ndim):
+        others = tuple(at for at in range(before.ndim) if at != axis)
+        sizes, errors = size.max(axis=others), error.max(axis=others)
+        small = (sizes > 0) & (sizes < SMALL * sizes.max())
+        parts = np.divide(errors, sizes, out=np.zeros_like(sizes), where=small)
+        if parts.max(initial=0.0) > worst:
+            worst = float(parts.max())
+            place = (*[slice(None)] * axis, int(parts.argmax()))
+    return place

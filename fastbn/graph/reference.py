@@ -1,7 +1,7 @@
 """The original as the whole-model comparison needs it: inputs, outputs, and how far rounding moves them."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,10 +154,11 @@ class Reference:
                 found = self._moves(kind, runner.run(None, self._disturbed(kind, turn, sums=True)))
                 self._drawn[kind] = [max(pair) for pair in zip(self._drawn[kind], found, strict=True)]
 
-    def shaken(self, kind: str) -> list:
-        """Return what the original gives for one kind of input with one draw of noise."""
+    def shaken(self, kind: str, draws: int = 1) -> Iterator[list]:
+        """Yield what the original gives for one kind of input, draw by draw of the noise."""
         with Runner(self._noisy, self.fresh) as runner:
-            return runner.run(None, self._disturbed(kind, 0))
+            for turn in range(draws):
+                yield runner.run(None, self._disturbed(kind, turn, sums=draws > 1))
 
     def _disturbed(self, kind: str, turn: int, sums: bool = False) -> Feed:
         number = (*KINDS, *MORE_KINDS).index(kind)

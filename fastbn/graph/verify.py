@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn.graph.comparable import comparable, has_branches, with_branches
 from fastbn.graph.cuts import CutParity, Verdict, check_cuts, judged
-from fastbn.graph.difference import moved
+from fastbn.graph.difference import moved, small_channel
 from fastbn.graph.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
 from fastbn.graph.model import Index
 from fastbn.graph.noise import Noise
@@ -104,6 +104,10 @@ class _Entry:
 MOST_CUT = 2
 
 
+# Draws of the noise for one channel.
+CHANNEL_DRAWS = 3
+
+
 class _Failed(Exception):
     """A difference that no noise can explain, in a sentence, and the Verdict about it; without one the models cannot even be compared."""
 
@@ -167,6 +171,7 @@ class _Check:
         for kind, after in doubtful.items():
             self.reference.draw(kind)
             self._judge(kind, after)
+            self._judge_small_channels(kind, after)
 
     def _check_names(self, runner: Runner) -> None:
         try:
@@ -191,12 +196,22 @@ class _Check:
             elif before.size:
                 verdict = judged(name, before, after[number], moves, self.reference.noise.unit)
                 self.entries[kind, number] = _Entry(kind, number, verdict)
-                held = held and not verdict.is_wrong
+                held = held and not verdict.is_wrong and small_channel(before, after[number]) is None
         return held
+
+    def _judge_small_channels(self, kind: str, after: list) -> None:
+        """Judge a channel that is small beside the others of its output by its own noise: that of the others would hide it."""
+        for number, before in enumerate(self.reference.outputs[kind]):
+            entry = self.entries.get((kind, number))
+            channel = small_channel(before, after[number]) if entry is not None and entry.verdict.holds else None
+            if channel is not None:
+                noise = max(moved(before[channel], shaken[number][channel]) for shaken in self.reference.shaken(kind, CHANNEL_DRAWS))
+                verdict = judged(entry.verdict.name, before[channel], after[number][channel], noise, self.reference.noise.unit)
+                self.entries[kind, number] = _Entry(kind, number, verdict)
 
     def _check_shape(self, kind: str, number: int, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         name = self.reference.names[number]
-        if self.reference.shaken(kind)[number].shape == before:
+        if next(self.reference.shaken(kind))[number].shape == before:
             raise _Failed(f"output '{name}': shapes {before} and {after} differ")
         self._note(f"output '{name}' changes its shape with rounding: not compared")
 
