@@ -1,6 +1,7 @@
 """Bad input: one line on stderr, exit code 2, nothing written, no traceback. Each line of the list that the project keeps."""
 
 import errno
+import importlib
 import os
 import re
 import signal
@@ -421,7 +422,7 @@ def test_interrupt_in_process(here, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastbn.graph.verify"].Comparison, "check", stop)
+    monkeypatch.setattr(importlib.import_module("fastbn.graph.verify").Comparison, "check", stop)
     before = tree(here)
     assert main(["fold", "in.onnx", "out.onnx"]) == cli.INTERRUPTED == 130
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"

@@ -6,8 +6,9 @@
 PATH is a model or a folder that is searched for models. For each: one run of the original in onnxruntime, its optimizer off, at the shapes
 that the verification takes; `fastbn fold`; `fastbn verify` of the original and what the fold wrote. Peak memory is that of the process
 (VmHWM), the run's with nothing loaded but NumPy and onnxruntime. The seconds of the run are those of the fastest of --runs, without
-loading; those of the commands include their imports and all that they write. The largest part of what is allowed stands first: a fold may
-take 1.3 times the memory of the run + 200 MB, and 8 of its runs + 2 s. What the fold's own proofs miss, `verify` shows.
+loading; one by default, because the sessions of the verification have first runs too. Those of the commands include their imports and all
+that they write. The largest part of what is allowed stands first: a fold may take 1.3 times the memory of the run + 200 MB, and 8 of its
+runs + 2 s. What the fold's own proofs miss, `verify` shows.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", metavar="PATH", nargs="+", type=Path)
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of one measurement (300)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of the original, the fastest counts (3)")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of the original in its process, the fastest counts (1)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows = []

@@ -150,7 +150,7 @@ def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: str, rng: n
         return rng.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
     values = rng.standard_normal(shape, np.float64 if dtype == np.float64 else np.float32)
     if kind == "wide":
-        values *= 10.0 ** rng.uniform(-2, 2, shape).astype(values.dtype)
+        values *= np.power(values.dtype.type(10), 4 * rng.random(shape, values.dtype) - 2)
     elif kind == "small":
         values *= AMPLITUDE
     elif kind == "positive":

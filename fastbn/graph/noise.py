@@ -27,6 +27,9 @@ __all__ = ["NOISE", "Noise"]
 # Rounding noise put into every batch normalization of the original, in units of round-off: with 2, every parameter moves to a neighbor.
 NOISE = 2
 
+# The signs of the noise of an input repeat after this many elements, a prime number that no axis has as its length.
+PATTERN = 8191
+
 # Constants of elementwise operators up to this size are disturbed.
 LARGEST_DISTURBED = 1 << 16
 
@@ -119,7 +122,7 @@ class Noise:
         for name, values in feed.items():
             noisy[name] = values
             if values.dtype.kind == "f":
-                towards = np.where(rng.integers(0, 2, values.shape, np.int8), values.dtype.type(np.inf), values.dtype.type(-np.inf))
+                towards = np.resize(rng.choice([-np.inf, np.inf], PATTERN).astype(values.dtype), values.shape)
                 with np.errstate(over="ignore"):
                     noisy[name] = np.asarray(np.nextafter(values, towards))
         return noisy
