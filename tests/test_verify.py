@@ -304,6 +304,12 @@ def test_unknown_sizes_are_tried_and_given_sizes_used():
         fastbn.fold(proto, input_shapes={"nowhere": (1,)})
 
 
+@pytest.mark.parametrize("batch", [3, 4, 8, 32])
+def test_a_free_batch_that_a_reshape_fixes_is_found(batch):
+    text = "(float[N,3,8,8] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Reshape(n, shape) }"
+    assert fastbn.fold(conv_bn(text, shape=np.array([batch, 4 * 36]))).parity.ok
+
+
 def test_the_seed_decides_the_inputs():
     proto, folded = mixed(), fastbn.fold(mixed(), verify=False).model
     assert fastbn.verify(proto, folded, seed=1) == fastbn.verify(proto, folded, seed=1)

@@ -16,7 +16,7 @@ __all__ = ["KINDS", "MORE_KINDS", "Feed", "Feeds", "ModelNotRun", "feeds_of", "r
 Feed = dict[str, NDArray]
 
 # Sizes tried for unknown dimensions: (first axis, other axes).
-SIZES = ((2, 16), (1, 16), (2, 64), (1, 64), (1, 1), (2, 224), (16, 16), (1, 3), (1, 2))
+SIZES = ((2, 16), (1, 16), (2, 64), (1, 64), (1, 1), (2, 224), (16, 16), (1, 3), (1, 2), (4, 16), (8, 16), (3, 16), (32, 16), (64, 16))
 
 # An input holds at most this many elements where its sizes are guessed, and where the model or the caller says them.
 LARGEST_GUESSED, LARGEST_STATED = 1 << 23, 1 << 28
