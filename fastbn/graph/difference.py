@@ -17,8 +17,8 @@ BLOCK = 1 << 18
 # A channel is small beside the largest of its output below this part, and looked at for an error of more than this part of its own size.
 SMALL, SEEN = 1e-3, 1e-3
 
-# Outputs of more elements are not looked through for small channels.
-LARGEST_SEARCHED = 1 << 22
+# Outputs of more elements are not looked through for small channels, and single elements are small by chance: a channel has at least so many.
+LARGEST_SEARCHED, FEWEST_IN_CHANNEL = 1 << 22, 32
 
 # The part of the elements of every channel that a bulk bound speaks of: a few may meet a step (a rounding to integers, a sign).
 BULK = 0.75
@@ -103,6 +103,8 @@ def small_channel(before: NDArray, after: NDArray) -> tuple[slice | int, ...] | 
     error = _errors(before.astype(np.float64), after.astype(np.float64))
     worst, place = SEEN, None
     for axis in range(1, before.ndim):
+        if before.size < FEWEST_IN_CHANNEL * before.shape[axis]:
+            continue
         others = tuple(at for at in range(before.ndim) if at != axis)
         sizes, errors = size.max(axis=others), error.max(axis=others)
         small = (sizes > 0) & (sizes < SMALL * sizes.max())
