@@ -17,7 +17,7 @@ BLOCK = 1 << 18
 # A channel is small beside the largest of its output below this part, and looked at for an error of more than this part of its own size.
 SMALL, SEEN = 1e-3, 1e-3
 
-# Outputs of more elements are not looked through for small channels; a channel has at least so many, because a single one is small by chance.
+# Outputs of more elements are not looked through for small channels; a channel has at least so many, as a single one is small by chance.
 LARGEST_SEARCHED, FEWEST_IN_CHANNEL = 1 << 22, 32
 
 # The part of the elements of every channel that a bulk bound speaks of: a few may meet a step (a rounding to integers, a sign).
