@@ -1,5 +1,6 @@
 """The original as the whole-model comparison needs it: inputs, outputs, and how far rounding moves them."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
@@ -151,14 +152,15 @@ class Reference:
         with Runner(self._noisy, self.fresh) as runner:
             for turn in range(1, MORE_DRAWS + 1):
                 self.progress(f"measuring the rounding noise on input '{kind}', draw {turn} of {MORE_DRAWS}")
-                found = self._moves(kind, runner.run(None, self._disturbed(kind, turn, sums=True)))
+                found = self._moved_by(runner, kind, turn, sums=True)
                 self._drawn[kind] = [max(pair) for pair in zip(self._drawn[kind], found, strict=True)]
 
     def shaken(self, kind: str, draws: int = 1) -> Iterator[list]:
         """Yield what the original gives for one kind of input, draw by draw of the noise."""
         with Runner(self._noisy, self.fresh) as runner:
             for turn in range(draws):
-                yield runner.run(None, self._disturbed(kind, turn, sums=draws > 1))
+                with contextlib.suppress(*runtime_errors()):
+                    yield runner.run(None, self._disturbed(kind, turn, sums=draws > 1))
 
     def _disturbed(self, kind: str, turn: int, sums: bool = False) -> Feed:
         number = (*KINDS, *MORE_KINDS).index(kind)
@@ -171,12 +173,12 @@ class Reference:
             return
         self.progress("measuring the rounding noise")
         with Runner(self._noisy, self.fresh) as runner:
-            moves = self._moves(kind, runner.run(None, self._disturbed(kind, 0))) if self._stands_still(runner, kind) else None
+            moves = self._moved_by(runner, kind, 0) if self._stands_still(runner, kind) else None
         if moves is None:
             self.noise = Noise(self.index, self.proto, inputs_only=True)
             self._noisy = self.model
             with Runner(self._noisy, self.fresh) as runner:
-                moves = self._moves(kind, runner.run(None, self._disturbed(kind, 0)))
+                moves = self._moved_by(runner, kind, 0)
         self._relative = [move / (largest(output) or 1.0) for move, output in zip(moves, map(_numbers, self.outputs[kind]), strict=True)]
 
     def _stands_still(self, runner: Runner, kind: str) -> bool:
@@ -197,7 +199,12 @@ class Reference:
         self.notes.append("the rounding noise enters by the inputs alone: with its constants as inputs the original gives other values")
         return False
 
-    def _moves(self, kind: str, noisy: list) -> list[float]:
+    def _moved_by(self, runner: Runner, kind: str, turn: int, sums: bool = False) -> list[float]:
+        """Return how far one draw of the noise moves each output; nothing where the model does not run with it (an index out of range)."""
+        try:
+            noisy = runner.run(None, self._disturbed(kind, turn, sums))
+        except runtime_errors():
+            return [0.0] * len(self.names)
         pairs = zip(map(_numbers, self.outputs[kind]), map(_numbers, noisy), strict=True)
         return [moved(before, other) if before.shape == other.shape else 0.0 for before, other in pairs]
 
