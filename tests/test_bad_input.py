@@ -414,7 +414,7 @@ def test_memory_that_runs_out(fails, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("fastbn.graph.folding.fold_watched", exhausted)
+    monkeypatch.setattr("fastbn.graph.job.fold_watched", exhausted)
     assert "Expected enough memory" in fails("fold", "in.onnx", "out.onnx")
 
 
@@ -422,7 +422,7 @@ def test_interrupt_in_process(here, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("fastbn.graph.verify").Comparison, "check", stop)
+    monkeypatch.setattr(importlib.import_module("fastbn.graph.parity.model_parity").Comparison, "check", stop)
     before = tree(here)
     assert main(["fold", "in.onnx", "out.onnx"]) == cli.INTERRUPTED == 130
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"

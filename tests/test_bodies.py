@@ -11,7 +11,7 @@ from sketch import conv_bn, normal, ops, run
 from test_random_graphs import ALLOWED, CHUNK, FIRST, GRAPHS, Graph, worst_difference
 
 import fastbn
-from fastbn.graph.nesting import scopes_of
+from fastbn.graph.model.nesting import scopes_of
 
 DEPTH = 2
 

@@ -26,8 +26,8 @@ from fastbn.cli import main
 from fastbn.deployment import measure, pipeline, quantize
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.result import SCHEMA, STATUS
-from fastbn.graph import storage
-from fastbn.graph.report import Parity
+from fastbn.graph.model import storage
+from fastbn.graph.results import Parity
 
 # A BN that nothing takes in, between two convolutions that quantise.
 STUCK = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {

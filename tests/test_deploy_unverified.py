@@ -11,7 +11,7 @@ from sketch import classifier, model, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.deployment import pipeline, report
-from fastbn.graph.report import Parity
+from fastbn.graph.results import Parity
 
 
 @pytest.fixture(name="here")

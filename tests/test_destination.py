@@ -19,7 +19,7 @@ from sketch import assert_same, conv_bn, normal, ops
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import destination, rewrite
+from fastbn.graph.rewrite import destination, writer
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root may give files away and make devices")
@@ -36,7 +36,7 @@ def _here(tmp_path, monkeypatch):
 @pytest.fixture(name="external")
 def _external(here, monkeypatch):
     """The same with a model whose weights stay in a data file: large.onnx, large.onnx.data."""
-    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
     make_models.large(here, layers=1, channels=8)
 
 
@@ -128,7 +128,7 @@ def test_leftovers_are_removed_and_what_lives_is_not(here):
 
 
 def test_the_room_of_another_process_is_left_alone(here, environment):
-    code = "from fastbn.graph.destination import Room; room = Room(); print(room.path, flush=True); input()"
+    code = "from fastbn.graph.rewrite.destination import Room; room = Room(); print(room.path, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**environment, "TMPDIR": str(here)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

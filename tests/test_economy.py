@@ -8,7 +8,10 @@ import pytest
 from sketch import CONV_BN, classifier, codes, conv_bn, model, norm, normal
 
 import fastbn
-from fastbn.graph import folding, lift, rewrite, runtime, site
+from fastbn.graph import job, runtime
+from fastbn.graph.ops import lift
+from fastbn.graph.planner import view
+from fastbn.graph.rewrite import writer
 
 # Runs of whole models, folded, disturbed or as they came, for a model whose parity is plain.
 MOST_RUNS = 8
@@ -121,12 +124,12 @@ def chain(count):
 def spoil_writer(monkeypatch, home):
     """Write the weight of one convolution wrongly."""
 
-    def wrong_write(self, node, slot, constant, write=rewrite._Writer._write_constant):
+    def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
         if node.label == home and slot == 1:
             constant = constant.times(constant.view, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
-    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def plans(monkeypatch):
     """How often the model is planned and a fold is run."""
     counts = {"plan": 0, "check_site": 0}
     for name in counts:
-        monkeypatch.setattr(folding, name, counted(name, getattr(folding, name), counts))
+        monkeypatch.setattr(job, name, counted(name, getattr(job, name), counts))
     return counts
 
 
@@ -157,7 +160,7 @@ def test_the_wrong_link_of_a_long_chain_is_found_by_bisection(wrong, plans, monk
     proto = chain(200)
     assert len(fastbn.fold(proto).folded) == 1
     assert plans == {"plan": 1, "check_site": 1}
-    monkeypatch.setattr(site, "lift", wrong_lift)
+    monkeypatch.setattr(view, "lift", wrong_lift)
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == ["parity"]
     assert [kept.bn for kept in result.kept] == ["y" if wrong == 199 else f"n{wrong}"]

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fastbn.graph import storage
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
-from fastbn.graph.search import Search
-from fastbn.graph.site import Site
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.planner.planning import plan
+from fastbn.graph.planner.search import Search
+from fastbn.graph.planner.view import Site
 
 CHANNELS = 4
 

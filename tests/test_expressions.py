@@ -14,9 +14,10 @@ from sketch import conv_bn, folds, model, normal, ops, refuses, run
 
 import fastbn
 from fastbn.errors import FastbnError
-from fastbn.graph import expressions, runtime, storage
-from fastbn.graph.expressions import ELEMENTWISE, LARGER, NO_LARGER
-from fastbn.graph.model import Index
+from fastbn.graph import runtime
+from fastbn.graph.model import expressions, storage
+from fastbn.graph.model.expressions import ELEMENTWISE, LARGER, NO_LARGER
+from fastbn.graph.model.index import Index
 
 LATEST = 23
 DTYPES = {"f": np.float32, "d": np.float64, "h": np.float16, "i": np.int64, "j": np.int32, "b": np.bool_}

@@ -12,13 +12,15 @@ from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
 
 import fastbn
-from fastbn.graph import folding, storage
-from fastbn.graph.absorb import ABSORBERS
-from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Affine, Dense, Requantised
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
-from fastbn.graph.segment import SiteParity
+from fastbn.graph import job
+from fastbn.graph.model import storage
+from fastbn.graph.model.constant import Dense, Requantised
+from fastbn.graph.model.index import Index
+from fastbn.graph.ops.absorb import ABSORBERS
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.carry import CARRIERS
+from fastbn.graph.parity.fold_parity import SiteParity
+from fastbn.graph.planner.planning import plan
 
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
@@ -220,10 +222,10 @@ def assert_left_out(data, wrong, monkeypatch, by_model):
     said = []
     with monkeypatch.context() as patch:
         if by_model:
-            patch.setattr(folding, "check_site", lambda *_: SiteParity(True))
-            recorded(patch, folding.Comparison, "check", said)
+            patch.setattr(job, "check_site", lambda *_: SiteParity(True))
+            recorded(patch, job.Comparison, "check", said)
         else:
-            recorded(patch, folding, "check_site", said)
+            recorded(patch, job, "check_site", said)
         result = fastbn.fold(data)
     assert not all(each.ok for each in said), wrong
     assert result.to_bytes() != wrong.to_bytes()

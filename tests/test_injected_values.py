@@ -7,7 +7,7 @@ from sketch import model, normal
 from test_injected_faults import assert_left_out
 
 import fastbn
-from fastbn.graph import expressions
+from fastbn.graph.model import expressions
 
 CONSTANTS = {
     "p": 1 + np.abs(normal(4, 1, 1)),

@@ -5,10 +5,10 @@ import pytest
 from sketch import codes, conv_bn, folds, model, norm, normal, refuses
 
 import fastbn
-from fastbn.graph import storage
-from fastbn.graph.lift import lift
-from fastbn.graph.model import Index
-from fastbn.graph.site import Site
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.ops.lift import lift
+from fastbn.graph.planner.view import Site
 
 PER_CHANNEL = normal(4, 1, 1)
 

@@ -7,8 +7,8 @@ from onnx import TensorProto, helper
 from sketch import assert_same, conv_bn, folds, model, norm, normal, ops, refuses
 
 import fastbn
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 
 # A bias of shape (4,), as exporters write it; z, four, two and one are initializers.
 BIASES = {
@@ -81,7 +81,7 @@ def test_the_limit_of_computed_constants(node, monkeypatch):
     everything = {"four": np.array([4]), "z": np.float32(0.5), "long": normal(4)}
     proto = conv_bn(text, b=None, **{name: value for name, value in everything.items() if name in node})
     assert ops(fastbn.fold(proto, verify=False).model) == "Conv"
-    monkeypatch.setattr("fastbn.graph.expressions.LARGEST_RESULT", 3)
+    monkeypatch.setattr("fastbn.graph.model.expressions.LARGEST_RESULT", 3)
     refuses(proto, "dynamic-weight", verify=False)
 
 

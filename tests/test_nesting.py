@@ -6,7 +6,7 @@ from onnx import AttributeProto, TensorProto, helper
 from sketch import ops
 
 import fastbn
-from fastbn.graph.nesting import DEEPEST, expanded_size
+from fastbn.graph.model.nesting import DEEPEST, expanded_size
 
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
 PARAMETERS = ["s", "t", "m", "v"]
@@ -49,7 +49,7 @@ def with_a_norm_at_every_level(depth):
 def test_functions_that_expand_to_too_much_stay(monkeypatch):
     result = fastbn.fold(with_a_norm_at_every_level(4), verify=False)
     assert ops(result.model) == "BatchNormalization"
-    monkeypatch.setattr("fastbn.graph.folding.LARGEST_INLINED", 20)
+    monkeypatch.setattr("fastbn.graph.job.LARGEST_INLINED", 20)
     result = fastbn.fold(with_a_norm_at_every_level(4), verify=False)
     assert {kept.code for kept in result.kept} == {"in-function"}
     # Neither the inliner nor inference expands these: there are 2^40 nodes.
@@ -69,7 +69,7 @@ def test_inference_leaves_functions_that_expand_to_too_much_alone(monkeypatch):
     fastbn.fold(with_norm_behind(nested(3)), verify=False)
     assert max(seen) == 3
     seen.clear()
-    monkeypatch.setattr("fastbn.graph.shapes.LARGEST_INLINED", 5)
+    monkeypatch.setattr("fastbn.graph.model.shapes.LARGEST_INLINED", 5)
     fastbn.fold(with_norm_behind(nested(3)), verify=False)
     assert max(seen) == 0
 

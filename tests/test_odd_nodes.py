@@ -15,8 +15,8 @@ from sketch import model, norm, normal, run
 
 import fastbn
 from fastbn.errors import FastbnError
-from fastbn.graph.absorb import ABSORBERS
-from fastbn.graph.carry import CARRIERS
+from fastbn.graph.ops.absorb import ABSORBERS
+from fastbn.graph.ops.carry import CARRIERS
 
 NODES = int(os.environ.get("FASTBN_NODES", "1200"))
 FIRST = int(os.environ.get("FASTBN_SEED", "0"))

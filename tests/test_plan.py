@@ -6,10 +6,10 @@ from onnx import helper
 from sketch import assert_same, codes, conv_bn, initializers, model, norm, normal, ops
 
 import fastbn
-from fastbn.graph import storage
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
-from fastbn.graph.report import REASONS
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.planner.planning import plan
+from fastbn.graph.reasons import REASONS
 
 TWO = """(float[N,3,8,8] x) => (float[N,4,4,4] y) {
     a = Conv(x, w, b)

@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from sketch import run
 
 import fastbn
-from fastbn.graph import storage
-from fastbn.graph.absorb import ABSORBERS
-from fastbn.graph.carry import CARRIERS
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.ops.absorb import ABSORBERS
+from fastbn.graph.ops.carry import CARRIERS
+from fastbn.graph.planner.planning import plan
 
 GRAPHS = int(os.environ.get("FASTBN_GRAPHS", "400"))
 FIRST = int(os.environ.get("FASTBN_SEED", "0"))

@@ -14,8 +14,8 @@ import pytest
 from onnx import helper
 from sketch import folds, model, norm, normal, run
 
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 
 
 def ints(*values):
@@ -209,8 +209,8 @@ DEADLY = """
     import numpy as np, onnx
     from onnx import TensorProto, helper
     from fastbn import FastbnError
-    from fastbn.graph import storage
-    from fastbn.graph.model import Index
+    from fastbn.graph.model import storage
+    from fastbn.graph.model.index import Index
 
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

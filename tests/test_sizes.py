@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sketch import folds, model, norm, normal, refuses
 
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 
 
 def ints(*values):

@@ -13,7 +13,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from sketch import assert_same, conv_bn, initializers, norm, normal, ops, random_feeds, run
 
 import fastbn
-from fastbn.graph import destination, output, rewrite
+from fastbn.graph.rewrite import destination, output, writer
 
 
 def save_external(proto, folder, name="model.onnx", data="model.data", threshold=0):
@@ -218,7 +218,7 @@ def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
 
 def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
     from fastbn.affine import View
-    from fastbn.graph.constant import BLOCK, Scaled, Tensor
+    from fastbn.graph.model.constant import BLOCK, Scaled, Tensor
 
     for view in (View(1, 1, 5, BLOCK // 2), View(1, 3, BLOCK + 7, 1), View(2, 3, 5, BLOCK // 4), View(3, 4, 5, 6)):
         weight = normal(*view)
@@ -233,7 +233,7 @@ def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
 
 def test_bad_channels_are_found_block_by_block():
     from fastbn.affine import View
-    from fastbn.graph.constant import Scaled, Tensor
+    from fastbn.graph.model.constant import Scaled, Tensor
 
     weight = np.ones((2, 3, 4, 5), np.float32)
     weight[1, 2, 3, 4] = 3e38
@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_the_old_model_and_its_old_data(call, tmp_path, big, 
 
 
 def test_one_name_in_two_branches_is_two_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
     text = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y) {
         y = If (flag) <
             then_branch = yes () => (a) { c = Conv(x, v1) a = BatchNormalization(c, s, t, m, v) },

@@ -5,8 +5,8 @@ import pytest
 from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
-from fastbn.graph.constant import Dense
-from fastbn.graph.underflow import LARGEST_INPUT, lost_channels
+from fastbn.graph.model.constant import Dense
+from fastbn.graph.planner.underflow import LARGEST_INPUT, lost_channels
 
 CONV = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
 BEFORE = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Conv(n, w, b) }}"

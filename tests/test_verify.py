@@ -11,8 +11,10 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, nor
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import absorb, rewrite, site
-from fastbn.graph.folding import fold_watched
+from fastbn.graph.job import fold_watched
+from fastbn.graph.ops import absorb
+from fastbn.graph.planner import view
+from fastbn.graph.rewrite import writer
 from fastbn.graph.runtime import session
 
 MIXED = """(float[N,3,8,8] x) => (float[N,4] y) {
@@ -95,13 +97,13 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
 
 def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
     """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
-    lift = site.lift
+    lift = view.lift
 
     def wrong_lift(node, view):
         found = lift(node, view)
         return replace(found, scale=found.scale * 1.5) if node.label == "second" else found
 
-    monkeypatch.setattr(site, "lift", wrong_lift)
+    monkeypatch.setattr(view, "lift", wrong_lift)
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = Conv(x, w, b)
         first = BatchNormalization(c, s, t, m, v)
@@ -117,14 +119,14 @@ def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
 
 def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
     """Every site holds, and the writer spoils one node: bisection finds it, the other folds are written."""
-    write = rewrite._Writer._write_constant
+    write = writer._Writer._write_constant
 
     def wrong_write(self, node, slot, constant):
         if node.label == "d" and slot == 1:
             constant = constant.times(constant.view, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
-    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
     result = fastbn.fold(mixed())
     assert [fold.bn for fold in result.folded] == ["first", "third"]
     (kept,) = result.kept
@@ -136,7 +138,7 @@ def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
 
 def tampered(monkeypatch):
     """Make the writer wrong: every fold is right, the file is not."""
-    fill = rewrite._Writer._fill
+    fill = writer._Writer._fill
 
     def wrong_fill(self, scope, tensor, constant):
         fill(self, scope, tensor, constant)
@@ -144,7 +146,7 @@ def tampered(monkeypatch):
         values.flat[0] += 0.01
         tensor.raw_data = values.tobytes()
 
-    monkeypatch.setattr(rewrite._Writer, "_fill", wrong_fill)
+    monkeypatch.setattr(writer._Writer, "_fill", wrong_fill)
 
 
 def test_folds_that_the_writer_spoils_are_left_out_until_none_is_left(monkeypatch):

@@ -11,8 +11,8 @@ from sketch import CONV_BN, conv_bn, normal, ops
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import rewrite
-from fastbn.graph.version import difference
+from fastbn.graph.rewrite import writer
+from fastbn.graph.rewrite.version import difference
 
 
 @pytest.fixture(name="here")
@@ -27,7 +27,7 @@ def _here(tmp_path, monkeypatch):
 @pytest.fixture(name="external")
 def _external(here, monkeypatch):
     """The same with a model whose weights stay in a data file: large.onnx, large.onnx.data."""
-    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
     make_models.large(here, layers=1, channels=8)
 
 

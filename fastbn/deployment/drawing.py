@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import onnx
 
-from fastbn.graph.lift import is_batch_norm
-from fastbn.graph.nesting import bodies
+from fastbn.graph.model.nesting import bodies
+from fastbn.graph.ops.lift import is_batch_norm
 
 __all__ = ["Drawing", "draw_model", "draw_site"]
 

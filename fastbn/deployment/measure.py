@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from fastbn.graph.model.storage import Source, external_tensors
 from fastbn.graph.runtime import runtime_errors, session
-from fastbn.graph.storage import Source, external_tensors
 
 __all__ = ["Kernels", "kernels_of", "load_times", "resident_mb", "size_of"]
 

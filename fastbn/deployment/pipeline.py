@@ -16,13 +16,13 @@ from fastbn.deployment.result import Deployment, Quantization, Stage
 from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.errors import ArgumentError, StorageError, expected
-from fastbn.graph import storage
 from fastbn.graph.bench import side_by_side
-from fastbn.graph.destination import is_stream, work_room
-from fastbn.graph.feeds import ModelNotRun
-from fastbn.graph.folding import checked_shapes, fold_watched
-from fastbn.graph.model import Index
-from fastbn.graph.report import first_few
+from fastbn.graph.job import checked_shapes, fold_watched
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.parity.feeds import ModelNotRun
+from fastbn.graph.reasons import first_few
+from fastbn.graph.rewrite.destination import is_stream, work_room
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]

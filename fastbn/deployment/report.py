@@ -7,7 +7,9 @@ from pathlib import Path
 
 from fastbn.deployment.drawing import draw_model, draw_site
 from fastbn.errors import FastbnError, expected
-from fastbn.graph.report import FORWARDS, REASONS, Fold, size_text
+from fastbn.graph.reasons import FORWARDS, REASONS
+from fastbn.graph.report import size_text
+from fastbn.graph.results import Fold
 
 __all__ = ["UNVERIFIED", "render", "template"]
 

@@ -12,9 +12,10 @@ from fastbn.deployment.compare import Agreement
 from fastbn.deployment.measure import Kernels
 from fastbn.deployment.report import render
 from fastbn.errors import ParityError, expected
-from fastbn.graph.destination import atomic
-from fastbn.graph.output import prepared_bytes
-from fastbn.graph.report import json_number, size_text, table
+from fastbn.graph.report import size_text, table
+from fastbn.graph.results import json_number
+from fastbn.graph.rewrite.destination import atomic
+from fastbn.graph.rewrite.output import prepared_bytes
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
 

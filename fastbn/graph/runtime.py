@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from fastbn.errors import FastbnError, StorageError, expected
-from fastbn.graph.storage import Source, serialize, utf8_path
+from fastbn.graph.model.storage import Source, serialize, utf8_path
 
 __all__ = ["UNIT", "Runnable", "Runner", "Session", "runtime_errors", "said", "says_invalid", "session"]
 

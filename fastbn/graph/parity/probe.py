@@ -1,0 +1,104 @@
+"""Inputs for the parity of one fold: small where sizes do not matter, in the sizes of the model where they may."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from fastbn.errors import ModelError
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.storage import serialize
+from fastbn.graph.parity.feeds import ModelNotRun, feeds_of
+from fastbn.graph.planner.search import row_of
+from fastbn.graph.planner.view import Site
+from fastbn.graph.runtime import runtime_errors, session
+
+__all__ = ["Probe", "probes"]
+
+# What these operators make of a value may depend on its sizes.
+SIZED = ("DepthToSpace", "Expand", "Flatten", "Gather", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Upsample")
+
+# Elements of one input that has the sizes of the model, unless nothing smaller can be run.
+LARGEST_STATED = 1 << 23
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of a segment by name, made when asked for. Where the sizes are not those of the model, a difference proves no fold wrong."""
+
+    make: Callable[[np.random.Generator, float], dict[str, NDArray]]
+    has_sizes_of_model: bool
+
+
+def probes(nodes: list[Node], site: Site, inside: set[Value]) -> Iterator[Probe]:
+    """Yield the probes of a segment, those to try first at first.
+
+    Parameters
+    ----------
+    nodes : list of model.Node
+        The segment.
+    site : site.Site
+    inside : set of model.Value
+        What the segment itself computes.
+    """
+    index = site.index
+    proposed, needed = {}, []
+    for node in nodes:
+        for slot, value in enumerate(node.inputs):
+            if value is None or value in inside or index.constant(value) is not None:
+                continue
+            needed.append(value)
+            shape = row_of(node, index).sample(node, site).get(slot)
+            if shape is not None:
+                proposed[value] = shape
+    complete = set(proposed) == set(needed)
+    stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
+    is_small = all(math.prod(shape) <= LARGEST_STATED for shape in stated.values())
+    if complete:
+        small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
+        sized = any(node.is_op(*SIZED) for node in nodes)
+        if stated == proposed:
+            yield full
+        else:
+            yield from (full, small) if sized and is_small else (small, full)
+    captured = _captured(index, needed)
+    if captured:
+        yield Probe(lambda rng, amplitude: captured, True)
+    for rank in (2, 3, 4, 5) if complete else ():
+        yield Probe(_normal({value: (*shape, 3, 3, 3)[:rank] for value, shape in proposed.items()}), False)
+
+
+def _normal(shapes: dict[Value, tuple[int, ...]]) -> Callable[[np.random.Generator, float], dict[str, NDArray]]:
+    return lambda rng, amplitude: {value.name: np.asarray(amplitude * rng.standard_normal(shape)) for value, shape in shapes.items()}
+
+
+def _stated(value: Value, proposed: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    """Return the sizes that the model says; what it leaves open is as proposed."""
+    shape = index.shape(value)
+    if shape is None:
+        return proposed
+    if len(shape) != len(proposed):
+        return tuple(2 if size is None else size for size in shape)
+    return tuple(other if size is None else size for size, other in zip(shape, proposed, strict=True))
+
+
+def _captured(index: Index, values: list[Value]) -> dict[str, NDArray] | None:
+    """Return what values of the main graph are when the original runs, by name; None where it does not."""
+    if any(value.scope is not index.main for value in values):
+        return None
+    proto = onnx.ModelProto()
+    proto.CopyFrom(index.proto)
+    names = list(dict.fromkeys(value.name for value in values))
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    folder = index.source.path.parent if index.source.path else None
+    try:
+        run = session(serialize(proto, index.source.name), folder)
+        found = run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0])
+        return {name: np.array(values) for name, values in zip(names, found, strict=True)}
+    except (*runtime_errors(), ModelNotRun, ModelError):
+        return None
