@@ -175,7 +175,7 @@ def test_a_branch_that_no_input_reaches_is_compared(case, monkeypatch, tmp_path)
     assert (result.parity.status, result.parity.notes) == ("ok", ())
 
     def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
-        return write(self, node, slot, constant.times(constant.view, np.full(3, 1.5)))
+        return write(self, node, slot, constant.times(constant.layout, np.full(3, 1.5)))
 
     monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
     spoiled = fastbn.fold(proto, verify=False).model

@@ -126,7 +126,7 @@ def spoil_writer(monkeypatch, home):
 
     def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
         if node.label == home and slot == 1:
-            constant = constant.times(constant.view, np.full(4, 1.5))
+            constant = constant.times(constant.layout, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
     monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
@@ -135,7 +135,7 @@ def spoil_writer(monkeypatch, home):
 @pytest.fixture
 def plans(monkeypatch):
     """How often the model is planned and a fold is run."""
-    counts = {"plan": 0, "check_site": 0}
+    counts = {"plan": 0, "check_fold": 0}
     for name in counts:
         monkeypatch.setattr(job, name, counted(name, getattr(job, name), counts))
     return counts
@@ -159,13 +159,13 @@ def test_the_wrong_link_of_a_long_chain_is_found_by_bisection(wrong, plans, monk
 
     proto = chain(200)
     assert len(fastbn.fold(proto).folded) == 1
-    assert plans == {"plan": 1, "check_site": 1}
+    assert plans == {"plan": 1, "check_fold": 1}
     monkeypatch.setattr(view, "lift", wrong_lift)
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == ["parity"]
     assert [kept.bn for kept in result.kept] == ["y" if wrong == 199 else f"n{wrong}"]
     assert plans["plan"] <= 1 + 4 + np.log2(200)
-    assert plans["check_site"] <= 1 + 6 + np.log2(200)
+    assert plans["check_fold"] <= 1 + 6 + np.log2(200)
 
 
 @pytest.mark.parametrize("wrong", [0, 15])
@@ -175,5 +175,5 @@ def test_the_fold_that_spoils_the_whole_model_is_found_by_bisection(wrong, plans
     assert [kept.bn for kept in result.kept] == [f"n{wrong}"]
     assert result.parity.ok
     assert plans["plan"] <= 4 + np.log2(16)
-    assert plans["check_site"] == 16
+    assert plans["check_fold"] == 16
     assert counts["runs"] <= 4 * MOST_RUNS * (2 + np.log2(16)), "a model that fails is looked at piece by piece"

@@ -19,7 +19,7 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.ops.absorb import ABSORBERS
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.carry import CARRIERS
-from fastbn.graph.parity.fold_parity import SiteParity
+from fastbn.graph.parity.fold_parity import FoldParity
 from fastbn.graph.planner.planning import plan
 
 # A wrong scale, and models in which each row is tried in each direction.
@@ -222,10 +222,10 @@ def assert_left_out(data, wrong, monkeypatch, by_model):
     said = []
     with monkeypatch.context() as patch:
         if by_model:
-            patch.setattr(job, "check_site", lambda *_: SiteParity(True))
+            patch.setattr(job, "check_fold", lambda *_: FoldParity(True))
             recorded(patch, job.Comparison, "check", said)
         else:
-            recorded(patch, job, "check_site", said)
+            recorded(patch, job, "check_fold", said)
         result = fastbn.fold(data)
     assert not all(each.ok for each in said), wrong
     assert result.to_bytes() != wrong.to_bytes()

@@ -9,7 +9,7 @@ import fastbn
 from fastbn.cli import main
 from fastbn.graph import job
 from fastbn.graph.model import expressions
-from fastbn.graph.parity.fold_parity import SiteParity
+from fastbn.graph.parity.fold_parity import FoldParity
 
 
 def unsqueezed(opset, axes, gain=1.0):
@@ -77,7 +77,7 @@ def test_a_constant_that_is_evaluated_wrongly_folds_nowhere(proved_by, monkeypat
     turned(monkeypatch)
     proto = unsqueezed(11, [-2, -1])
     if proved_by == "model":
-        monkeypatch.setattr(job, "check_site", lambda *_: SiteParity(True))
+        monkeypatch.setattr(job, "check_fold", lambda *_: FoldParity(True))
     result = fastbn.fold(proto)
     assert result.parity is None or result.parity.ok
     assert_same(proto, result.model)

@@ -119,7 +119,7 @@ def test_a_probe_is_small_where_sizes_do_not_matter(case, sizes):
     planning = plan(Index(storage.load(proto)))
     assert planning.plans
     for found in planning.plans:
-        result = fold_parity.check_site(found, planning.site)
+        result = fold_parity.check_fold(found, planning.view)
         assert result.ok
         assert result.error is not None, result.note
     assert sizes

@@ -217,13 +217,18 @@ def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
 
 
 def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
-    from fastbn.affine import View
+    from fastbn.affine import WeightLayout
     from fastbn.graph.model.constant import BLOCK, Scaled, Tensor
 
-    for view in (View(1, 1, 5, BLOCK // 2), View(1, 3, BLOCK + 7, 1), View(2, 3, 5, BLOCK // 4), View(3, 4, 5, 6)):
-        weight = normal(*view)
+    for layout in (
+        WeightLayout(1, 1, 5, BLOCK // 2),
+        WeightLayout(1, 3, BLOCK + 7, 1),
+        WeightLayout(2, 3, 5, BLOCK // 4),
+        WeightLayout(3, 4, 5, 6),
+    ):
+        weight = normal(*layout)
         tensor = Tensor(weight.dtype, weight.shape, lambda weight=weight: weight)
-        scaled = Scaled(tensor, view, normal(view.groups * view.channels, seed=2).astype(np.float64))
+        scaled = Scaled(tensor, layout, normal(layout.groups * layout.channels, seed=2).astype(np.float64))
         whole, pieces = scaled.array().ravel(), np.full(weight.size, np.nan, np.float32)
         for first, part in scaled.parts():
             assert np.isnan(pieces[first : first + part.size]).all(), "no element twice"
@@ -232,13 +237,15 @@ def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
 
 
 def test_bad_channels_are_found_block_by_block():
-    from fastbn.affine import View
+    from fastbn.affine import WeightLayout
     from fastbn.graph.model.constant import Scaled, Tensor
 
     weight = np.ones((2, 3, 4, 5), np.float32)
     weight[1, 2, 3, 4] = 3e38
     weight[0, 1, 2, 0] = 1e-45
-    scaled = Scaled(Tensor(weight.dtype, weight.shape, lambda: weight), View(2, 3, 4, 5), np.where(np.arange(8) % 4 == 3, 10.0, 0.1))
+    scaled = Scaled(
+        Tensor(weight.dtype, weight.shape, lambda: weight), WeightLayout(2, 3, 4, 5), np.where(np.arange(8) % 4 == 3, 10.0, 0.1)
+    )
     assert scaled.check() == (1, 1)
     assert scaled.bad_channels() == [2, 7]
 

@@ -40,8 +40,8 @@ def wrong(monkeypatch, op, change):
     """Make the row of one operator wrong: change(taken, affine) edits what it answers."""
     row = absorb.ABSORBERS[op]
 
-    def backward(node, affine, site):
-        taken = row.backward(node, affine, site)
+    def backward(node, affine, view):
+        taken = row.backward(node, affine, view)
         change(taken, affine)
         return taken
 
@@ -123,7 +123,7 @@ def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
 
     def wrong_write(self, node, slot, constant):
         if node.label == "d" and slot == 1:
-            constant = constant.times(constant.view, np.full(4, 1.5))
+            constant = constant.times(constant.layout, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
     monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)

@@ -15,7 +15,7 @@ from fastbn.graph.ops.lift import is_batch_norm
 
 __all__ = ["Drawing", "draw_model", "draw_site"]
 
-# Boxes that a drawing of a whole model, and one of a site, shows at most.
+# Boxes that a drawing of a whole model, and one of a view, shows at most.
 MODEL_BOXES, SITE_BOXES = 240, 24
 
 # Sizes in CSS pixels; a character of the heading and of the other lines is this wide at most on average.
@@ -94,10 +94,10 @@ def draw_model(result):
 
 def draw_site(plan, planning, opset):
     """Return (before, after): the Drawings of one plan's nodes and their neighbours."""
-    site = planning.site
-    removed, replaced = site.removed, site.replaced
+    view = planning.view
+    removed, replaced = view.removed, view.replaced
     inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.dissolved])
-    order = [node for node in site.index.order if node in inside]
+    order = [node for node in view.index.order if node in inside]
     kinds = _kinds(planning)
     before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:SITE_BOXES]}
 
@@ -122,7 +122,7 @@ def draw_site(plan, planning, opset):
         ("before", before, lambda value: value, {}, texts[0]),
         ("after", after, after_of, removed, texts[1]),
     ):
-        edges = _edges(boxes, source) + _context(boxes, source, gone, site.index)
+        edges = _edges(boxes, source) + _context(boxes, source, gone, view.index)
         drawings.append(_drawing(list(boxes.values()), edges, title, text, hidden))
     return drawings
 
@@ -134,7 +134,7 @@ def _kinds(planning):
         kinds.update(dict.fromkeys(plan.path, "passes"))
         kinds.update(dict.fromkeys((node for node, _ in plan.constants), "home"))
         kinds.update(dict.fromkeys((*plan.lifted, *plan.dissolved), "removed"))
-    for node in planning.site.index.order:
+    for node in planning.view.index.order:
         if is_batch_norm(node) and kinds.get(node) != "removed":
             kinds[node] = "kept"
     return kinds
@@ -156,7 +156,7 @@ def _edges(boxes, source):
 
 
 def _context(boxes, source, removed, index):
-    """Return edges to the neighbours of a site, which get boxes of their own."""
+    """Return edges to the neighbours of a view, which get boxes of their own."""
     edges, seen = [], {}
     for node, box in boxes.items():
         for value in node.inputs:

@@ -1,4 +1,4 @@
-"""The main job: load, plan, verify each site, write, verify the whole."""
+"""The main job: load, plan, verify each view, write, verify the whole."""
 
 import os
 from dataclasses import replace
@@ -12,7 +12,7 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standard
 from fastbn.graph.ops.lift import BATCH_NORM, is_batch_norm
-from fastbn.graph.parity.fold_parity import check_site
+from fastbn.graph.parity.fold_parity import check_fold
 from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.planner.planning import plan
@@ -107,7 +107,7 @@ class _Job:
         self.comparison = None
 
     def plan(self, without=()):
-        """Plan, run every site, and plan again without the folds that failed, until none does."""
+        """Plan, run every view, and plan again without the folds that failed, until none does."""
         while True:
             planning = plan(self.index, self.only, self.skip, {**self.excluded, **dict.fromkeys(without, "")})
             wrong = [found for found in planning.plans if self.verify and not self._check(found, planning).ok]
@@ -121,7 +121,7 @@ class _Job:
         if key not in self.checks:
             number = planning.plans.index(found) + 1
             self.progress(f"verifying fold {number} of {len(planning.plans)}: {found.lifted[0].label}")
-            self.checks[key] = check_site(found, planning.site, self.seed)
+            self.checks[key] = check_fold(found, planning.view, self.seed)
         return self.checks[key]
 
     def _exclude(self, found, planning):

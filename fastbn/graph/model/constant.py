@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastbn.affine import View, narrow, scale_weight
+from fastbn.affine import WeightLayout, narrow, scale_weight
 from fastbn.errors import ModelError, expected
 
 __all__ = ["BLOCK", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "float64_of", "spread_over"]
@@ -52,9 +52,9 @@ class Dequantised(Tensor):
     scale: "Dense"
     zero_point: Tensor | None
 
-    def times(self, view, factor):
+    def times(self, layout, factor):
         """Return the Requantised with one more scale, or None where that is not one positive number per step of the axis."""
-        full = spread_over(view, factor, self.shape)
+        full = spread_over(layout, factor, self.shape)
         axes = range(len(self.shape)) if self.axis is None else [self.axis]
         for axis in axes:
             first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
@@ -90,7 +90,7 @@ class Scaled:
     """A weight times a per-channel scale, rounded once from float64 when it is evaluated."""
 
     base: Tensor
-    view: View
+    layout: WeightLayout
     scale: np.ndarray
 
     @property
@@ -101,44 +101,44 @@ class Scaled:
     def shape(self):
         return self.base.shape
 
-    def times(self, view, scale):
+    def times(self, layout, scale):
         """Return this weight with one more scale, on the same axis or, at the price of holding it in float64, on another."""
-        if view == self.view:
+        if layout == self.layout:
             return replace(self, scale=self.scale * scale)
-        return Dense.of(self).times(spread_over(view, scale, self.shape))
+        return Dense.of(self).times(spread_over(layout, scale, self.shape))
 
     def check(self):
         """Return (nonfinite, flushed): how many elements the type cannot hold."""
-        return scale_weight(self.base.array(), self.scale, self.view, store=False)[1:]
+        return scale_weight(self.base.array(), self.scale, self.layout, store=False)[1:]
 
     def bad_channels(self):
         """Return the sorted channels that hold an element which check() counts."""
         bad = set()
         for (group, channels), _, block in self._blocks():
-            view = View(1, block.shape[0], block.shape[1], block.shape[2])
-            scale = self.scale.reshape(self.view.groups, -1)[group, channels]
-            result = scale_weight(np.ascontiguousarray(block), scale, view)[0]
+            layout = WeightLayout(1, block.shape[0], block.shape[1], block.shape[2])
+            scale = self.scale.reshape(self.layout.groups, -1)[group, channels]
+            result = scale_weight(np.ascontiguousarray(block), scale, layout)[0]
             with np.errstate(invalid="ignore"):
                 flushed = (result == 0) & (block != 0) & (scale[:, None] != 0)
             hit = (~np.isfinite(result.astype(np.float32)) | flushed).any(axis=(0, 2))
-            bad.update((group * self.view.channels + channels.start + np.flatnonzero(hit)).tolist())
+            bad.update((group * self.layout.channels + channels.start + np.flatnonzero(hit)).tolist())
         return sorted(bad)
 
     def array(self):
         """Return the folded weight as a new array."""
-        return scale_weight(self.base.array(), self.scale, self.view)[0]
+        return scale_weight(self.base.array(), self.scale, self.layout)[0]
 
     def parts(self):
         """Yield (first element, array) pieces of the folded weight, in order and small enough for a cache."""
         for (group, channels), start, block in self._blocks():
-            view = View(1, block.shape[0], block.shape[1], block.shape[2])
-            scale = self.scale.reshape(self.view.groups, -1)[group, channels]
-            yield start, scale_weight(block, scale, view)[0]
+            layout = WeightLayout(1, block.shape[0], block.shape[1], block.shape[2])
+            scale = self.scale.reshape(self.layout.groups, -1)[group, channels]
+            yield start, scale_weight(block, scale, layout)[0]
 
     def _blocks(self):
         """Yield ((group, slice of channels), first element, contiguous block of shape (rows, channels, inner))."""
-        groups, rows, channels, inner = self.view
-        weight = self.base.array().reshape(self.view)
+        groups, rows, channels, inner = self.layout
+        weight = self.base.array().reshape(self.layout)
         per_row = channels * inner
         for group in range(groups):
             if per_row <= BLOCK:
@@ -175,9 +175,9 @@ def float64_of(constant):
         return constant.array().astype(np.float64)
 
 
-def spread_over(view, scale, shape):
-    """Return a scale per (group, channel) of a view as an array that multiplies weights of this shape."""
-    return np.broadcast_to(np.reshape(scale, (view.groups, 1, view.channels, 1)), view).reshape(shape)
+def spread_over(layout, scale, shape):
+    """Return a scale per (group, channel) of a layout as an array that multiplies weights of this shape."""
+    return np.broadcast_to(np.reshape(scale, (layout.groups, 1, layout.channels, 1)), layout).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ class Dense:
             return constant
         if isinstance(constant, Scaled):
             base = cls.of(constant.base)
-            return base.times(spread_over(constant.view, constant.scale, constant.shape))
+            return base.times(spread_over(constant.layout, constant.scale, constant.shape))
         values = float64_of(constant)
         return cls(constant.dtype, values, np.abs(values))
 

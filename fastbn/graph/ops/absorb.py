@@ -14,22 +14,22 @@ __all__ = ["ABSORBERS"]
 
 # BatchNormalization, n its normalised input, s its scale:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T);  forward
 # s (S x + T - mean) + bias = s S (x - mean) + (bias + s (T - mean (1 - S))).
-def _batch_norm_backward(node, affine, site):
-    if site.affine(node) is None:
+def _batch_norm_backward(node, affine, view):
+    if view.affine(node) is None:
         raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which must stay as it is")
-    weight, bias = site.dense(node, 1), site.dense(node, 2)
-    require_axis(node, affine, axis_of(node, affine, node.outputs[0], site), 1, "output")
+    weight, bias = view.dense(node, 1), view.dense(node, 2)
+    require_axis(node, affine, axis_of(node, affine, node.outputs[0], view), 1, "output")
     require_channels(node, affine, weight.shape[0], "output")
     scale, shift, spread = affine.along(weight.shape[0])
     return Taken({1: weight.times(scale), 2: bias.affine(scale, shift, spread)})
 
 
-def _batch_norm_forward(node, slot, affine, site):
-    own = site.affine(node)
+def _batch_norm_forward(node, slot, affine, view):
+    own = view.affine(node)
     if slot != 0 or own is None:
         raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which must stay as it is")
-    weight, bias, mean = (site.dense(node, at) for at in (1, 2, 3))
-    require_axis(node, affine, axis_of(node, affine, node.inputs[0], site), 1, "input")
+    weight, bias, mean = (view.dense(node, at) for at in (1, 2, 3))
+    require_axis(node, affine, axis_of(node, affine, node.inputs[0], view), 1, "input")
     require_channels(node, affine, weight.shape[0], "input")
     scale, shift, spread = affine.along(weight.shape[0])
     moved = own.scale * (shift - mean.values * (1 - scale))
@@ -39,18 +39,18 @@ def _batch_norm_forward(node, slot, affine, site):
 
 # Add, Sub with a constant c:  backward S*(x + c) + T = S*x + (S*c + T), S*(x - c) + T = S*x - (S*c - T), S*(c - x) + T = (S*c + T) - S*x,
 # and the scale goes on to x;  forward (S*x + T) + c = S*(x + c/S) + T, or x + (c + T) where S is 1.
-def _add_backward(node, affine, site):
-    slot, constant = _operand(node, site)
-    scale, shift, spread = _shaped(node, affine, 1 - slot, constant, site)
+def _add_backward(node, affine, view):
+    slot, constant = _operand(node, view)
+    scale, shift, spread = _shaped(node, affine, 1 - slot, constant, view)
     sign = -1.0 if node.op == "Sub" and slot == 1 else 1.0
     new = constant.affine(scale, sign * shift, spread)
     _refuse_growth(node, constant, new)
     return Taken({slot: new}, onward=[(1 - slot, affine.scale_only())] if affine.scales else [])
 
 
-def _add_forward(node, at, affine, site):
-    slot, constant = _operand(node, site)
-    scale, shift, spread = _shaped(node, affine, at, constant, site)
+def _add_forward(node, at, affine, view):
+    slot, constant = _operand(node, view)
+    scale, shift, spread = _shaped(node, affine, at, constant, view)
     minus = node.op == "Sub" and slot == 0
     if not affine.scales:
         # x + T + c, x + T - c, c - (x + T): the constant takes the shift and nothing goes on.
@@ -68,9 +68,9 @@ def _add_forward(node, at, affine, site):
 
 # Mul, Div with a constant c:  backward S*(x * c) = x * (S*c), S*(x / c) = x / (c/S), and T finds no place;  forward (S*x + T) * c =
 # (S*c) * x + T*c: the constant takes the scale, and T*c goes on.
-def _mul_backward(node, affine, site):
-    slot, constant = _operand(node, site)
-    scale, _, _ = _shaped(node, affine, 1 - slot, constant, site)
+def _mul_backward(node, affine, view):
+    slot, constant = _operand(node, view)
+    scale, _, _ = _shaped(node, affine, 1 - slot, constant, view)
     if affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no constant to take the shift")
     new = constant.times(_into_factor(node, slot, scale))
@@ -78,11 +78,11 @@ def _mul_backward(node, affine, site):
     return Taken({slot: new})
 
 
-def _mul_forward(node, at, affine, site):
-    slot, constant = _operand(node, site)
+def _mul_forward(node, at, affine, view):
+    slot, constant = _operand(node, view)
     if node.op == "Div" and slot == 0:
         raise Refusal("no-absorber", f"it is the divisor of Div '{node.label}'")
-    scale, shift, spread = _shaped(node, affine, at, constant, site)
+    scale, shift, spread = _shaped(node, affine, at, constant, view)
     new = constant.times(_into_factor(node, slot, scale)) if affine.scales else constant
     _refuse_growth(node, constant, new)
     taken = Taken({slot: new} if affine.scales else {})
@@ -105,16 +105,16 @@ def _into_factor(node, slot, scale):
     return 1 / scale
 
 
-def _operand(node, site):
-    slot = constant_slot(node, site.index)
+def _operand(node, view):
+    slot = constant_slot(node, view.index)
     if slot is None:
         raise Refusal("no-absorber", f"it meets {node.op} '{node.label}' of two values that are no constants")
-    return slot, site.dense(node, slot)
+    return slot, view.dense(node, slot)
 
 
-def _shaped(node, affine, data_slot, constant, site):
+def _shaped(node, affine, data_slot, constant, view):
     """Return the affine in the shape that meets the node's constant; Refusal where the node widens its data along the axis."""
-    rank = site.rank(node.outputs[0])
+    rank = view.rank(node.outputs[0])
     if rank is None and affine.axis is not None and affine.axis >= 0:
         raise Refusal(
             "axis-unknown", f"the rank of the output of {node.op} '{node.label}' is not known, so axis {affine.axis} cannot be placed"
@@ -123,7 +123,7 @@ def _shaped(node, affine, data_slot, constant, site):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at {node.op} '{node.label}'")
     if rank is not None:
         axis_in(node, affine, rank)
-    data = site.shape(node.inputs[data_slot])
+    data = view.shape(node.inputs[data_slot])
     if affine.axis is not None and data is not None and rank is not None:
         at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)
         if len(data) < -at or len(data) != rank or data[at] not in (None, affine.channels):

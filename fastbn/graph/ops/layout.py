@@ -13,27 +13,27 @@ __all__ = ["LAYOUT"]
 
 
 # Transpose moves the axis: axis j of the output is axis perm[j] of the input.
-def _transpose(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _transpose(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     if axis is None:
         return affine
     perm = node.attribute("perm")
     if perm is None:
-        rank = site.rank(came)
+        rank = view.rank(came)
         if rank is None:
             raise Refusal("axis-unknown", f"the rank of '{came.name}' at Transpose '{node.label}' is not known")
         perm = list(range(rank))[::-1]
-    if sorted(perm) != list(range(site.rank(node.inputs[0]) or len(perm))) or axis >= len(perm):
+    if sorted(perm) != list(range(view.rank(node.inputs[0]) or len(perm))) or axis >= len(perm):
         raise ModelError(expected("a permutation of all axes", str(perm), node.label))
     return affine.at(perm[axis] if came is node.outputs[0] else perm.index(axis))
 
 
 # Reshape, Flatten, Squeeze, Unsqueeze renumber the elements: the channel of element e is (e / inner) % channels; the new axis must tell it.
-def _reshape(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _reshape(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     if axis is None:
         return affine
-    before, after = site.shape(came), site.shape(goes)
+    before, after = view.shape(came), view.shape(goes)
     if before is None or after is None or None in before[axis:] or 0 in (*before, *after):
         raise Refusal("axis-unknown", f"the shapes at {node.op} '{node.label}' are not known well enough to place axis {axis}")
     inner, channels = math.prod(before[axis + 1 :]), before[axis]
@@ -58,15 +58,15 @@ def _sizes(shape):
 
 
 # Concat:  along another axis every input carries the whole affine, along its own each input carries its part.
-def _concat_backward(node, affine, site):
-    axis, sizes = _concat_axis(node, affine, node.outputs[0], site)
+def _concat_backward(node, affine, view):
+    axis, sizes = _concat_axis(node, affine, node.outputs[0], view)
     if axis is None:
         return Taken(onward=[(slot, affine) for slot in range(len(node.inputs))])
     return Taken(onward=_parts(node, affine, sizes, axis))
 
 
-def _concat_forward(node, slot, affine, site):
-    axis, sizes = _concat_axis(node, affine, node.inputs[slot], site)
+def _concat_forward(node, slot, affine, view):
+    axis, sizes = _concat_axis(node, affine, node.inputs[slot], view)
     if axis is None:
         raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
     return Taken(onward=[(0, _extended(affine, sizes, slot, axis))])
@@ -91,10 +91,10 @@ def _extended(affine, sizes, part, axis):
     return Affine(scale, shift, axis, 0, spread)
 
 
-def _concat_axis(node, affine, value, site):
+def _concat_axis(node, affine, value, view):
     """Return (axis, sizes of the inputs along it) where the affine runs along the axis of joining, else (None, None)."""
-    axis = axis_of(node, affine, value, site)
-    rank = site.rank(value)
+    axis = axis_of(node, affine, value, view)
+    rank = view.rank(value)
     joined = node.attribute("axis", 1)
     if joined < 0 and rank is None:
         raise Refusal("axis-unknown", f"the rank of '{value.name}' at Concat '{node.label}' is not known")
@@ -102,7 +102,7 @@ def _concat_axis(node, affine, value, site):
     forward_scalar = axis is None and value is not node.outputs[0]
     if axis != joined and not forward_scalar:
         return None, None
-    shapes = [site.shape(value) for value in node.inputs]
+    shapes = [view.shape(value) for value in node.inputs]
     sizes = [None if shape is None or len(shape) <= joined else shape[joined] for shape in shapes]
     if None in sizes:
         raise Refusal("axis-unknown", f"the sizes that Concat '{node.label}' joins are not all known")
@@ -111,29 +111,29 @@ def _concat_axis(node, affine, value, site):
 
 # Split:  along another axis every output carries the whole affine, along its own each output carries its part; there one part may be asked
 # for alone, and the others stay as they are.
-def _split_forward(node, slot, affine, site):
+def _split_forward(node, slot, affine, view):
     only_data(node, slot)
-    axis, sizes = _split_axis(node, affine, node.inputs[0], site)
+    axis, sizes = _split_axis(node, affine, node.inputs[0], view)
     outputs = [at for at, value in enumerate(node.outputs) if value is not None]
     if axis is None:
         return Taken(onward=[(at, affine) for at in outputs])
     return Taken(onward=[part for part in _parts(node, affine, sizes, axis) if part[0] in outputs])
 
 
-def _split_backward(node, affine, site):
-    axis, sizes = _split_axis(node, affine, site.asked, site)
+def _split_backward(node, affine, view):
+    axis, sizes = _split_axis(node, affine, view.asked, view)
     if axis is None:
         raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
-    return Taken(onward=[(0, _extended(affine, sizes, site.asked.slot, axis))])
+    return Taken(onward=[(0, _extended(affine, sizes, view.asked.slot, axis))])
 
 
-def _split_axis(node, affine, value, site):
-    axis = axis_of(node, affine, value, site)
-    rank = site.rank(value)
+def _split_axis(node, affine, value, view):
+    axis = axis_of(node, affine, value, view)
+    rank = view.rank(value)
     split = node.attribute("axis", 0)
     if axis is None or (rank is not None and axis != own_axis(node, split, rank)):
         return None, None
-    shapes = [site.shape(output) for output in node.outputs]
+    shapes = [view.shape(output) for output in node.outputs]
     sizes = [None if shape is None or len(shape) != rank else shape[axis] for shape in shapes]
     if rank is None or None in sizes:
         raise Refusal("axis-unknown", f"the sizes of the outputs of Split '{node.label}' are not known")
@@ -142,29 +142,29 @@ def _split_axis(node, affine, value, site):
 
 # Slice, Gather by constants choose channels: forward those that were chosen; backward the others are of no account. A Gather along another
 # axis moves whole rows, whatever the indices: its one axis becomes as many as the indices have.
-def _choose(node, affine, came, goes, site):
+def _choose(node, affine, came, goes, view):
     data = node.inputs[0]
     forward = came is data
-    axis = axis_of(node, affine, data if forward else node.outputs[0], site)
+    axis = axis_of(node, affine, data if forward else node.outputs[0], view)
     if axis is None:
         return affine
-    shape = site.shape(data)
+    shape = view.shape(data)
     if shape is None:
         raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
     if node.op == "Gather":
-        moved, axis = _gathered(node, axis, shape, forward, site)
+        moved, axis = _gathered(node, axis, shape, forward, view)
         if moved is not None:
             return affine.at(moved)
     if shape[axis] is None:
         raise Refusal("axis-unknown", f"the shape before {node.op} '{node.label}' is not known")
-    chosen = _chosen(node, len(shape), axis, countable(shape[axis]), site)
+    chosen = _chosen(node, len(shape), axis, countable(shape[axis]), view)
     if chosen is None:
         return affine
     if affine.channels != (shape[axis] if forward else chosen.size):
         raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of {node.op} '{node.label}'")
     if forward:
         # A Gather by one index that is no list takes the axis away.
-        is_taken_away = node.op == "Gather" and site.rank(node.input(1)) == 0
+        is_taken_away = node.op == "Gather" and view.rank(node.input(1)) == 0
         return affine.picked(chosen, None if is_taken_away else axis)
     if len(set(chosen.tolist())) != chosen.size:
         raise Refusal("axis", f"{node.op} '{node.label}' gives one channel out twice")
@@ -174,10 +174,10 @@ def _choose(node, affine, came, goes, site):
     return Affine(parts[0], parts[1], axis, 0, parts[2])
 
 
-def _gathered(node, axis, shape, forward, site):
+def _gathered(node, axis, shape, forward, view):
     """Return (the axis on the other side of a Gather, None where it is the one that is chosen from, that axis)."""
     chosen = own_axis(node, node.attribute("axis", 0), len(shape))
-    rank = site.rank(node.input(1))
+    rank = view.rank(node.input(1))
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of the indices of Gather '{node.label}' is not known")
     grown = rank - 1
@@ -188,19 +188,19 @@ def _gathered(node, axis, shape, forward, site):
     return (None if axis <= chosen + grown else axis - grown), chosen
 
 
-def _chosen(node, rank, axis, size, site):
+def _chosen(node, rank, axis, size, view):
     """Return the indices that a Slice or Gather takes along an axis, None where it leaves the axis alone."""
     if node.op == "Gather":
-        many = site.rank(node.input(1))
+        many = view.rank(node.input(1))
         if many is not None and many > 1:
             raise Refusal("axis", f"Gather '{node.label}' spreads its channels over {many} axes")
-        indices = site.index.constant(node.input(1))
+        indices = view.index.constant(node.input(1))
         if indices is None or len(indices.shape) > 1:
             raise Refusal("dynamic-index", f"the indices of Gather '{node.label}' are no constant list")
         if not indices.shape:
             return np.array([own_axis(node, int(indices.array()), size)])
         return np.array([own_axis(node, index, size) for index in own_list(node, indices)], int)
-    starts, ends, axes, steps = _bounds(node, site)
+    starts, ends, axes, steps = _bounds(node, view)
     if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
         raise ModelError(expected("a start, an end and a step for each axis", f"{starts}, {ends}, {axes}, {steps}", node.label))
     for start, end, at, step in zip(starts, ends, axes, steps, strict=True):
@@ -210,12 +210,12 @@ def _chosen(node, rank, axis, size, site):
     return None
 
 
-def _bounds(node, site):
+def _bounds(node, view):
     """Return the lists (starts, ends, axes, steps) of a Slice."""
-    if site.index.opset < 10:
+    if view.index.opset < 10:
         starts, ends = node.attribute("starts", []), node.attribute("ends", [])
         return starts, ends, node.attribute("axes", []) or list(range(len(starts))), [1] * len(starts)
-    found = [site.index.constant(node.input(at)) for at in range(1, 5)]
+    found = [view.index.constant(node.input(at)) for at in range(1, 5)]
     if any(constant is None and node.input(at + 1) is not None for at, constant in enumerate(found)):
         raise Refusal("dynamic-index", f"the bounds of Slice '{node.label}' are no constants")
     starts, ends, axes, steps = (None if constant is None else own_list(node, constant) for constant in found)
@@ -224,8 +224,8 @@ def _bounds(node, site):
 
 # DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
 # channels that meet in one must agree.
-def _depth_to_space(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _depth_to_space(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     if axis is None:
         return affine
     if axis != 1:
@@ -246,29 +246,29 @@ def _depth_to_space(node, affine, came, goes, site):
 
 
 # Expand repeats elements; along the affine's axis it must not.
-def _expand(node, affine, came, goes, site):
-    before, after = site.shape(node.inputs[0]), site.shape(node.outputs[0])
+def _expand(node, affine, came, goes, view):
+    before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
     if affine.axis is None:
         return affine
     if before is None or after is None:
         raise Refusal("axis-unknown", f"the shapes at Expand '{node.label}' are not known")
-    axis = axis_of(node, affine, came, site) - len(site.shape(came))
+    axis = axis_of(node, affine, came, view) - len(view.shape(came))
     if -axis > min(len(before), len(after)) or before[axis] is None or before[axis] != after[axis]:
         raise Refusal("axis", f"Expand '{node.label}' makes the channels by repeating")
-    return affine.at(axis + len(site.shape(goes)))
+    return affine.at(axis + len(view.shape(goes)))
 
 
 # Pad: copies of elements carry the affine; a constant does so only where it is 0 and nothing is shifted.
-def _pad(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _pad(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     mode = node.attribute("mode", b"constant")
-    constant = site.index.constant(node.input(1)) if site.index.opset >= 11 else None
+    constant = view.index.constant(node.input(1)) if view.index.opset >= 11 else None
     pads = node.attribute("pads") or node.attribute("paddings") or (None if constant is None else own_list(node, constant))
-    axes = None if node.input(3) is None else site.index.constant(node.input(3))
+    axes = None if node.input(3) is None else view.index.constant(node.input(3))
     if pads is None or (node.input(3) is not None and axes is None):
         raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
     listed = range(len(pads) // 2) if axes is None else own_list(node, axes)
-    rank = site.rank(came)
+    rank = view.rank(came)
     if len(pads) != 2 * len(listed) or (axes is None and rank not in (None, len(listed))):
         raise ModelError(expected("two sizes of padding for each axis", f"{len(pads)}", node.label))
     if axis is not None and rank is None and min(listed, default=0) < 0:
@@ -280,7 +280,7 @@ def _pad(node, affine, came, goes, site):
     if mode == b"constant":
         value = node.attribute("value", 0.0)
         if node.input(2) is not None:
-            found = site.index.constant(node.input(2))
+            found = view.index.constant(node.input(2))
             if found is not None and found.size != 1:
                 raise ModelError(expected("one number to pad with", f"{found.size}", node.label))
             value = None if found is None else found.array().reshape(-1)[0]

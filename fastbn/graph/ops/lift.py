@@ -36,15 +36,15 @@ def is_batch_norm(node):
     return node.is_op(BATCH_NORM)
 
 
-def lift(node, site):
+def lift(node, view):
     """Return the Affine of a node, or None for one that is no affine; a BatchNormalization that must stay raises Refusal.
 
-    `site` is the planner's view (plan.Site): a constant that an earlier plan has changed counts as changed.
+    `view` is the planner's view (view.GraphView): a constant that an earlier plan has changed counts as changed.
     """
     if is_batch_norm(node):
-        return _batch_norm(node, site)
+        return _batch_norm(node, view)
     if node.is_op(*ELEMENTWISE):
-        return _elementwise(node, site)
+        return _elementwise(node, view)
     return None
 
 
@@ -59,8 +59,8 @@ def constant_slot(node, index):
     return slot if dtype_name(found[slot].dtype) in DTYPES else None
 
 
-def _batch_norm(node, site):
-    index = site.index
+def _batch_norm(node, view):
+    index = view.index
     _refuse_training(node, index)
     if node.attribute("spatial", 1) == 0:
         raise Refusal("per-element", "spatial=0: its parameters are per element, not per channel")
@@ -69,7 +69,7 @@ def _batch_norm(node, site):
     arrays = {}
     for slot, name in PARAMETERS.items():
         value = node.inputs[slot]
-        found = site.tensor(node, slot)
+        found = view.tensor(node, slot)
         if found is None:
             if index.is_overridable(value):
                 sentence = (
@@ -92,7 +92,7 @@ def _batch_norm(node, site):
         bad = np.flatnonzero(~good)
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {_channels(bad)}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
-    spread = np.abs(arrays["mean"] * scale) + Dense.of(site.tensor(node, 2)).spread
+    spread = np.abs(arrays["mean"] * scale) + Dense.of(view.tensor(node, 2)).spread
     return Affine(scale, shift, 1, 2, spread)
 
 
@@ -109,11 +109,11 @@ def _refuse_training(node, index):
         raise Refusal("training", f"opset {index.opset} without is_test=1 means training")
 
 
-def _elementwise(node, site):
-    slot = constant_slot(node, site.index)
+def _elementwise(node, view):
+    slot = constant_slot(node, view.index)
     if slot is None:
         return None
-    constant = site.tensor(node, slot)
+    constant = view.tensor(node, slot)
     wide = [axis - len(constant.shape) for axis, size in enumerate(constant.shape) if size != 1]
     if len(wide) > 1 or 0 in constant.shape:
         return None

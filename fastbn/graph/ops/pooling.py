@@ -10,20 +10,20 @@ from fastbn.graph.reasons import Refusal, first_few
 __all__ = ["POOLING", "require_sign"]
 
 
-def _spatial(node, affine, value, site):
+def _spatial(node, affine, value, view):
     """Refuse unless the affine runs along the batch or the channels, not along an axis that the operator pools."""
-    axis = axis_of(node, affine, value, site)
+    axis = axis_of(node, affine, value, view)
     if axis not in (None, 0, 1):
         raise Refusal("axis", f"{node.op} '{node.label}' mixes the elements of axis {axis}")
 
 
 # AveragePool:  an average of S x + T is S average + T, unless zeros of padding are counted, which T does not reach. With ceil_mode a
 # window may hang over the border, and runtimes disagree on what they count there.
-def _average_pool(node, affine, came, goes, site):
-    _spatial(node, affine, came, site)
+def _average_pool(node, affine, came, goes, view):
+    _spatial(node, affine, came, view)
     padded = _is_padded(node) or node.attribute("ceil_mode", 0)
     if affine.shifts:
-        _refuse_empty_windows(node, site)
+        _refuse_empty_windows(node, view)
     if affine.shifts and padded and node.attribute("count_include_pad", 0):
         raise Refusal("padding", f"AveragePool '{node.label}' counts zeros of padding, which a shift would have to change")
     return affine
@@ -33,24 +33,24 @@ def _is_padded(node):
     return any(node.attribute("pads", [])) or node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
 
 
-def _refuse_empty_windows(node, site):
+def _refuse_empty_windows(node, view):
     """Refuse where a window may lie in the padding alone: its elements are further apart than the data is long, and it gives 0 or -Inf."""
-    shape = site.shape(node.inputs[0])
+    shape = view.shape(node.inputs[0])
     for at, step in enumerate(node.attribute("dilations", []) if _is_padded(node) else [], start=2):
         if step > 1 and (shape is None or len(shape) <= at or shape[at] is None or shape[at] < step):
             raise Refusal("padding", f"a window of {node.op} '{node.label}' may hold no element but padding")
 
 
-def _global_average_pool(node, affine, came, goes, site):
-    _spatial(node, affine, came, site)
+def _global_average_pool(node, affine, came, goes, view):
+    _spatial(node, affine, came, view)
     return affine
 
 
 # MaxPool, GlobalMaxPool:  the largest of S x + T is S largest + T where S >= 0.
-def _max_pool(node, affine, came, goes, site):
-    _spatial(node, affine, came, site)
+def _max_pool(node, affine, came, goes, view):
+    _spatial(node, affine, came, view)
     require_sign(node, affine, 0)
-    _refuse_empty_windows(node, site)
+    _refuse_empty_windows(node, view)
     if came is node.inputs[0] and any(other is not None and (other.readers or other.is_output) for other in node.outputs[1:]):
         raise Refusal("other-outputs", f"{node.op} '{node.label}' gives the indices too, which rounding may change")
     return affine
@@ -72,8 +72,8 @@ SIGNS = {
 
 
 # ReduceMean over other axes:  as an average. ReduceSum: the scale only. ReduceMax: as MaxPool; ReduceMin too.
-def _reduce(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _reduce(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     if node.op in ("ReduceMax", "ReduceMin"):
         require_sign(node, affine, 0)
     if node.op in ("ReduceSum", "ReduceL1", "ReduceL2") and affine.shifts:
@@ -82,10 +82,10 @@ def _reduce(node, affine, came, goes, site):
         require_sign(node, affine, 0)
     if axis is None:
         return affine
-    rank = site.rank(node.inputs[0])
+    rank = view.rank(node.inputs[0])
     axes = node.attribute("axes")
     if axes is None and node.input(1) is not None:
-        constant = site.index.constant(node.input(1))
+        constant = view.index.constant(node.input(1))
         axes = None if constant is None else own_list(node, constant)
     if rank is None or not axes:  # an empty list means all
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}, or axes that are not known")
@@ -105,18 +105,18 @@ def _reduce(node, affine, came, goes, site):
 
 
 # Resize, Upsample:  interpolation weights sum to 1; a constant beyond the border would not carry the affine.
-def _resize(node, affine, came, goes, site):
-    axis = axis_of(node, affine, came, site)
+def _resize(node, affine, came, goes, view):
+    axis = axis_of(node, affine, came, view)
     mode = node.attribute("mode", b"nearest")
     if mode not in (b"nearest", b"linear", b"bilinear") or node.attribute("coordinate_transformation_mode") == b"tf_crop_and_resize":
         raise Refusal("interpolation", f"{node.op} '{node.label}' interpolates in a way that need not keep a shift")
-    shapes = site.shape(node.inputs[0]), site.shape(node.outputs[0])
-    if axis is not None and not _keeps_axis(node, axis, shapes, site):
+    shapes = view.shape(node.inputs[0]), view.shape(node.outputs[0])
+    if axis is not None and not _keeps_axis(node, axis, shapes, view):
         raise Refusal("axis", f"{node.op} '{node.label}' resizes axis {axis}, or may do so")
     return affine
 
 
-def _keeps_axis(node, axis, shapes, site):
+def _keeps_axis(node, axis, shapes, view):
     listed = node.attribute("axes")
     if listed:  # from opset 18 on, the axes that the factors are of
         rank = None if shapes[0] is None else len(shapes[0])
@@ -124,8 +124,8 @@ def _keeps_axis(node, axis, shapes, site):
             return axis not in [at % rank if rank else at for at in listed]
         return False
     for slot in (1, 2):
-        factors = site.index.constant(node.input(slot))
-        if slot == 1 and node.op == "Resize" and site.index.opset >= 11:
+        factors = view.index.constant(node.input(slot))
+        if slot == 1 and node.op == "Resize" and view.index.opset >= 11:
             continue  # the region of interest, which only tf_crop_and_resize reads
         if factors is not None and factors.dtype.kind == "f" and len(factors.shape) == 1 and factors.shape[0] > axis:
             return float(factors.array()[axis]) == 1.0
@@ -135,12 +135,12 @@ def _keeps_axis(node, axis, shapes, site):
     return None not in shapes and shapes[0][axis] is not None and shapes[0][axis] == shapes[1][axis]
 
 
-def _pool_terms(node, site):
+def _pool_terms(node, view):
     return math.prod(node.attribute("kernel_shape", [1]))
 
 
-def _reduce_terms(node, site):
-    before, after = site.shape(node.inputs[0]), site.shape(node.outputs[0])
+def _reduce_terms(node, view):
+    before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
     known = before is not None and after is not None and None not in (*before, *after)
     return math.prod(before) // max(math.prod(after), 1) if known else 64
 
@@ -156,6 +156,6 @@ POOLING = {
     "ReduceMin": symmetric(_reduce),
     "ReduceL1": symmetric(_reduce, _reduce_terms),
     "ReduceL2": symmetric(_reduce, _reduce_terms),
-    "Resize": symmetric(_resize, lambda node, site: 8),
-    "Upsample": symmetric(_resize, lambda node, site: 8),
+    "Resize": symmetric(_resize, lambda node, view: 8),
+    "Upsample": symmetric(_resize, lambda node, view: 8),
 }

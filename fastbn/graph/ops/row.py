@@ -6,7 +6,7 @@ A row answers two questions about a node and an affine S, T:
 * forward: an input of the node is S * input + T no more but plain `input`; which of its constants make up for it, and what remains to be
   made up for behind its outputs?
 
-Both return Taken, or raise Refusal. Rows only read; `site` is the planner's view of the graph (site.Site), in which earlier folds have
+Both return Taken, or raise Refusal. Rows only read; `view` is the planner's view of the graph (view.GraphView), in which earlier folds have
 already happened.
 """
 
@@ -62,8 +62,8 @@ class Taken:
 class Row:
     """One operator.
 
-    backward(node, affine, site) and forward(node, slot, affine, site) return Taken, or an iterable of Taken to try in order; None where
-    the operator has no such fold. With parts, the operator hands out parts of its input, and one of them (site.asked) may change alone.
+    backward(node, affine, view) and forward(node, slot, affine, view) return Taken, or an iterable of Taken to try in order; None where
+    the operator has no such fold. With parts, the operator hands out parts of its input, and one of them (view.asked) may change alone.
     For terms, sample and outputs see weights.py.
     """
 
@@ -75,9 +75,9 @@ class Row:
     parts: bool = False
 
 
-def axis_of(node, affine, value, site):
+def axis_of(node, affine, value, view):
     """Return the affine's axis in a value counted from the front, None for one number for every element; Refusal where it is unknown."""
-    rank = site.rank(value)
+    rank = view.rank(value)
     if rank is None:
         if affine.axis is not None and affine.axis >= 0 and affine.rank == 0:
             return affine.axis
@@ -131,21 +131,21 @@ def only_data(node, slot):
 
 
 def symmetric(transfer, terms=None):
-    """Return a Row of one function: transfer(node, affine, came from value, goes to value, site) -> affine."""
+    """Return a Row of one function: transfer(node, affine, came from value, goes to value, view) -> affine."""
 
-    def backward(node, affine, site):
-        return Taken(onward=[(0, transfer(node, affine, node.outputs[0], node.inputs[0], site))])
+    def backward(node, affine, view):
+        return Taken(onward=[(0, transfer(node, affine, node.outputs[0], node.inputs[0], view))])
 
-    def forward(node, slot, affine, site):
+    def forward(node, slot, affine, view):
         only_data(node, slot)
-        return Taken(onward=[(0, transfer(node, affine, node.inputs[0], node.outputs[0], site))])
+        return Taken(onward=[(0, transfer(node, affine, node.inputs[0], node.outputs[0], view))])
 
     return Row(backward, forward, terms or no_terms, data_sample)
 
 
-def no_terms(node, site):
+def no_terms(node, view):
     return 0
 
 
-def data_sample(node, site):
-    return {slot: site.small_shape(value) for slot, value in enumerate(node.inputs) if value is not None}
+def data_sample(node, view):
+    return {slot: view.small_shape(value) for slot, value in enumerate(node.inputs) if value is not None}

@@ -19,11 +19,11 @@ from fastbn.graph.planner.view import SHAPE_READERS
 from fastbn.graph.rewrite.writer import edited
 from fastbn.graph.runtime import UNIT, runtime_errors, said, session
 
-__all__ = ["SiteParity", "check_site"]
+__all__ = ["FoldParity", "check_fold"]
 
 
 @dataclass(frozen=True)
-class SiteParity:
+class FoldParity:
     """What running one site said: worst error and what is allowed there; both None where it was not run, for the reason in note."""
 
     ok: bool
@@ -32,26 +32,26 @@ class SiteParity:
     note: str | None = None
 
 
-def check_site(plan, site, seed=0):
+def check_fold(plan, view, seed=0):
     """Run the nodes of one plan before and after folding.
 
     Parameters
     ----------
     plan : plan.Plan
-    site : plan.Site
+    view : view.GraphView
         The planner's view with the plan in it.
     seed : int
         Of the random input.
 
     Returns
     -------
-    SiteParity
+    FoldParity
     """
-    segment = _Segment(plan, site)
+    segment = _Segment(plan, view)
     if not segment.results:
-        return SiteParity(True, note="not run: nothing reads what comes out of it")
+        return FoldParity(True, note="not run: nothing reads what comes out of it")
     found, complaint = None, None
-    for probe in probes(segment.before, site, segment.inside):
+    for probe in probes(segment.before, view, segment.inside):
         try:
             result = _check(segment, probe, seed)
         except _NotRun as reason:
@@ -61,7 +61,7 @@ def check_site(plan, site, seed=0):
             return result
         # The sizes are not those of the model: what a Reshape makes of them may be something else.
         found = found or result
-    return found or SiteParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+    return found or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
 
 
 def _check(segment, probe, seed):
@@ -70,7 +70,7 @@ def _check(segment, probe, seed):
         if np.isfinite(before).all():
             break
     else:
-        return SiteParity(True, note="not run: the original overflows on every input tried")
+        return FoldParity(True, note="not run: the original overflows on every input tried")
     note = "run in float32: onnxruntime has no bfloat16 kernels" if segment.promoted else None
     allowed = segment.units() * size
     error = np.abs(after - before)
@@ -78,7 +78,7 @@ def _check(segment, probe, seed):
         part = np.where(error == 0, 0.0, error / allowed)
     part = np.where(np.isfinite(after), part, np.inf)
     worst = int(np.argmax(part))
-    return SiteParity(bool(part.flat[worst] <= 1), float(error.flat[worst]), float(allowed.flat[worst]), note)
+    return FoldParity(bool(part.flat[worst] <= 1), float(error.flat[worst]), float(allowed.flat[worst]), note)
 
 
 class _NotRun(Exception):
@@ -88,10 +88,10 @@ class _NotRun(Exception):
 class _Segment:
     """The nodes of one plan as two tiny models whose constants are inputs: nothing is copied, and nothing can be optimised away."""
 
-    def __init__(self, plan, site):
+    def __init__(self, plan, view):
         self.plan = plan
-        self.site = site
-        self.index = site.index
+        self.view = view
+        self.index = view.index
         self.rank = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
         self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=self.rank.get)
@@ -119,7 +119,7 @@ class _Segment:
     def units(self):
         """Return how many times the size of the terms the difference may be."""
         unit = UNIT[self.dtype.name]
-        terms = sum(row_of(node, self.index).terms(node, self.site) for node in self.before if node not in self.lifted)
+        terms = sum(row_of(node, self.index).terms(node, self.view) for node in self.before if node not in self.lifted)
         return 8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"])
 
     def run(self, inputs):
@@ -171,7 +171,7 @@ class _Segment:
         feeds = {name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" else values for name, values in feeds.items()}
         protos = []
         for node in self.before:
-            if node in self.site.removed:
+            if node in self.view.removed:
                 continue
             node = self.plan.replaced.get(node, node)
             proto = _modern(node.proto, self.index.opset)
@@ -198,9 +198,9 @@ class _Segment:
         return protos, feeds, [self._name(value) for value in self.results]
 
     def _name(self, value):
-        while value.producer in self.site.removed and value.producer in self.before:
+        while value.producer in self.view.removed and value.producer in self.before:
             node = value.producer
-            value = self.plan.dissolved.get(node) or node.inputs[self.site.data_slot(node)]
+            value = self.plan.dissolved.get(node) or node.inputs[self.view.data_slot(node)]
         return value.name
 
 

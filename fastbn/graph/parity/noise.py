@@ -19,7 +19,7 @@ from fastbn.graph.ops.pooling import POOLING
 from fastbn.graph.ops.products import PRODUCTS
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.planner.search import row_of
-from fastbn.graph.planner.view import Site
+from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
 from fastbn.graph.runtime import UNIT
 
@@ -66,7 +66,7 @@ class Noise:
         self.proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
         self._graphs = scopes_of(self.proto.graph)
         self._parameters: dict[str, _Parameter] = {}
-        self._site = Site(index)
+        self._site = GraphView(index)
         self._units: dict[Node, float] = {}
         units = []
         for node in () if inputs_only else index.order:
@@ -163,12 +163,12 @@ def _neighbors(node: Node, ahead: bool) -> list[Node]:
     return list(found)
 
 
-def _units(node: Node, site: Site) -> float:
+def _units(node: Node, view: GraphView) -> float:
     """Return by how many units a sum may err, a MARGIN-th of it: 2 sqrt(n) where its terms are like random ones (Higham & Mary 2019), n / 2
     where they are equal, as in a pool over an image that is the same everywhere."""
-    row = row_of(node, site.index)
+    row = row_of(node, view.index)
     try:
-        terms = 0 if row is None else row.terms(node, site)
+        terms = 0 if row is None else row.terms(node, view)
     except (FastbnError, Refusal):  # its weight is no constant: nothing goes into it
         return 0.0
     return terms / 8 if node.op in POOLING else math.sqrt(terms) / 2

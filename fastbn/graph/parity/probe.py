@@ -14,7 +14,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import serialize
 from fastbn.graph.parity.feeds import ModelNotRun, feeds_of
 from fastbn.graph.planner.search import row_of
-from fastbn.graph.planner.view import Site
+from fastbn.graph.planner.view import GraphView
 from fastbn.graph.runtime import runtime_errors, session
 
 __all__ = ["Probe", "probes"]
@@ -34,25 +34,25 @@ class Probe:
     has_sizes_of_model: bool
 
 
-def probes(nodes: list[Node], site: Site, inside: set[Value]) -> Iterator[Probe]:
+def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[Probe]:
     """Yield the probes of a segment, those to try first at first.
 
     Parameters
     ----------
     nodes : list of model.Node
         The segment.
-    site : site.Site
+    view : view.GraphView
     inside : set of model.Value
         What the segment itself computes.
     """
-    index = site.index
+    index = view.index
     proposed, needed = {}, []
     for node in nodes:
         for slot, value in enumerate(node.inputs):
             if value is None or value in inside or index.constant(value) is not None:
                 continue
             needed.append(value)
-            shape = row_of(node, index).sample(node, site).get(slot)
+            shape = row_of(node, index).sample(node, view).get(slot)
             if shape is not None:
                 proposed[value] = shape
     complete = set(proposed) == set(needed)

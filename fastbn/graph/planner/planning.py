@@ -20,7 +20,7 @@ from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.lift import BATCH_NORM, ELEMENTWISE, is_batch_norm
 from fastbn.graph.planner.search import Search, row_of
 from fastbn.graph.planner.underflow import lost_channels
-from fastbn.graph.planner.view import EFFORTS, Plan, Site
+from fastbn.graph.planner.view import EFFORTS, GraphView, Plan
 from fastbn.graph.reasons import FORWARDS, Refusal, first_few
 from fastbn.graph.results import Kept
 
@@ -36,7 +36,7 @@ class Planning:
 
     plans: list
     kept: list
-    site: Site
+    view: GraphView
 
 
 def plan(index, only=None, skip=None, excluded=None):
@@ -54,19 +54,19 @@ def plan(index, only=None, skip=None, excluded=None):
     -------
     Planning
     """
-    site = Site(index)
+    view = GraphView(index)
     plans, reasons, effort = {}, {}, 0
     candidates = waiting = _by_level(index)
     while effort < len(EFFORTS):
-        site.effort = EFFORTS[effort]
+        view.effort = EFFORTS[effort]
         refused, placed = {}, set()
         for node in waiting if effort == 0 else [node for node in candidates if node in reasons and is_batch_norm(node)]:
             try:
-                affine = site.lifted(node)
+                affine = view.lifted(node)
                 if affine is None:
                     continue
                 _refuse_unselected(node, only, skip, excluded or {})
-                _place(node, affine, site, plans)
+                _place(node, affine, view, plans)
                 placed.add(node)
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
@@ -75,10 +75,10 @@ def plan(index, only=None, skip=None, excluded=None):
         # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
         waiting = [node for node in reasons if node not in placed][::-1]
         effort = 0 if placed else effort + 1
-    site.removed = {node: site.source(node.outputs[0]) for node in index.order if node in site.removed}
+    view.removed = {node: view.source(node.outputs[0]) for node in index.order if node in view.removed}
     place = {node: number for number, node in enumerate(index.order)}
     found = sorted(plans, key=lambda each: min(place[node] for node in each.lifted))
-    return Planning(found, _kept(index, site, reasons), site)
+    return Planning(found, _kept(index, view, reasons), view)
 
 
 def _by_level(index):
@@ -101,19 +101,19 @@ def _refuse_unselected(node, only, skip, excluded):
         raise Refusal("not-selected", "--skip names it")
 
 
-def _place(node, affine, site, plans):
-    """Find a home for a node's affine and record the plan in `site` and `plans`; raises Refusal where there is none."""
-    _refuse_widening(node, affine, site)
-    value = site.source(node.inputs[site.data_slot(node)])
-    site.lifting = node, value
-    found, forward, stays = _find_home(node, value, affine, site)
-    _refuse_bad_constants(found, site)
+def _place(node, affine, view, plans):
+    """Find a home for a node's affine and record the plan in `view` and `plans`; raises Refusal where there is none."""
+    _refuse_widening(node, affine, view)
+    value = view.source(node.inputs[view.data_slot(node)])
+    view.lifting = node, value
+    found, forward, stays = _find_home(node, value, affine, view)
+    _refuse_bad_constants(found, view)
     if not found.homes:  # constants that a carrier on the way moves
         found.homes = dict.fromkeys(reader for reader, _ in found.constants)
     leaving = [node, *found.dissolved]
-    before = node.inputs[site.data_slot(node)].producer
-    owners = dict.fromkeys(filter(None, map(site.owned, (*found.path, *found.through, *leaving, *({before} & site.removed.keys())))))
-    target = min(owners, key=lambda plan: plan.number, default=None) or Plan(number=len(site.owner))
+    before = node.inputs[view.data_slot(node)].producer
+    owners = dict.fromkeys(filter(None, map(view.owned, (*found.path, *found.through, *leaving, *({before} & view.removed.keys())))))
+    target = min(owners, key=lambda plan: plan.number, default=None) or Plan(number=len(view.owner))
     plans[target] = None
     for other in owners:
         if other is not target:
@@ -125,100 +125,100 @@ def _place(node, affine, site, plans):
     found.lifted.append(node)
     found.channels = affine.channels
     if stays is None:
-        site.remove(node, value)
+        view.remove(node, value)
         if forward:
-            site.forwarded.add(node)
+            view.forwarded.add(node)
     else:
         add, constant = stays
         found.replaced[node] = add
         found.constants[add, 1] = constant
-        site.replaced[node] = add
+        view.replaced[node] = add
     for gone, kept in found.dissolved.items():
-        site.remove(gone, kept)
+        view.remove(gone, kept)
     target.join(found)
-    site.apply(found)
-    site.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
+    view.apply(found)
+    view.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
 
 
-def _refuse_widening(node, affine, site):
+def _refuse_widening(node, affine, view):
     """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
-    data, out = site.shape(node.inputs[site.data_slot(node)]), site.shape(node.outputs[0])
+    data, out = view.shape(node.inputs[view.data_slot(node)]), view.shape(node.outputs[0])
     if is_batch_norm(node) or data is None or out is None:
         return
     if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
-        raise Refusal("axis", f"its constant widens the value '{node.inputs[site.data_slot(node)].name}'")
+        raise Refusal("axis", f"its constant widens the value '{node.inputs[view.data_slot(node)].name}'")
 
 
-def _refuse_unknown_width(node, affine, site, found):
+def _refuse_unknown_width(node, affine, view, found):
     """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
-    value = node.inputs[site.data_slot(node)]
-    data = site.shape(value)
+    value = node.inputs[view.data_slot(node)]
+    data = view.shape(value)
     narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
     if is_batch_norm(node) or affine.rank == 0 or not narrow:
         return
-    for reader, slot in site.readers(node.outputs[0]):
-        constant = (found.constants.get((reader, 1 - slot)) or site.tensor(reader, 1 - slot)) if reader.is_op(*ELEMENTWISE) else None
+    for reader, slot in view.readers(node.outputs[0]):
+        constant = (found.constants.get((reader, 1 - slot)) or view.tensor(reader, 1 - slot)) if reader.is_op(*ELEMENTWISE) else None
         shape = () if constant is None else constant.shape
         if len(shape) < affine.rank or (affine.axis is not None and shape[affine.axis] != affine.channels):
             raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
 
 
-def _find_home(node, value, affine, site):
+def _find_home(node, value, affine, view):
     """Return (what changes, whether forward, what stays): backward first, then forward, last with the shift left in an Add."""
-    if site.effort == "split" and site.is_refused(node):
-        return _find_split(node, value, affine, site, Refusal("no-absorber", "nothing has changed since it was refused"))
+    if view.effort == "split" and view.is_refused(node):
+        return _find_split(node, value, affine, view, Refusal("no-absorber", "nothing has changed since it was refused"))
     try:
-        return Search(site).backward(value, affine, node, site.data_slot(node)), False, None
+        return Search(view).backward(value, affine, node, view.data_slot(node)), False, None
     except Refusal as refusal:
         behind = refusal.with_traceback(None)
     try:
-        found = Search(site).forward(node.outputs[0], affine)
-        _refuse_unknown_width(node, affine, site, found)
+        found = Search(view).forward(node.outputs[0], affine)
+        _refuse_unknown_width(node, affine, view, found)
         return found, True, None
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
-    site.note_refused(node)
+    view.note_refused(node)
     # A reason that only says "nothing there" gives way to one that names a condition.
     vague = ("reads-input", "reads-constant", "no-absorber", "unused")
     code = ahead.code if behind.code in vague and ahead.code not in vague else behind.code
     refusal = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
-    if site.effort == "split":
-        return _find_split(node, value, affine, site, refusal)
+    if view.effort == "split":
+        return _find_split(node, value, affine, view, refusal)
     raise refusal
 
 
-def _find_split(node, value, affine, site, refusal):
+def _find_split(node, value, affine, view, refusal):
     """Return what _find_home does, with the shift left in an Add; raises `refusal` where there is no such way."""
-    for way in (_keep_shift_backward, _keep_shift_forward) if site.has_matmul else ():
+    for way in (_keep_shift_backward, _keep_shift_forward) if view.has_matmul else ():
         try:
-            return way(node, value, affine, site)
+            return way(node, value, affine, view)
         except Refusal:
             pass  # what was said about both ways is the better reason
     raise refusal
 
 
-def _keep_shift_backward(node, value, affine, site):
+def _keep_shift_backward(node, value, affine, view):
     """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
-    found = Search(site).backward(value, affine.scale_only(), node, site.data_slot(node))
+    found = Search(view).backward(value, affine.scale_only(), node, view.data_slot(node))
     if not any(step.op == "MatMul" for step in found.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
-    return found, False, _shift_node(node, affine, site, found)
+    return found, False, _shift_node(node, affine, view, found)
 
 
-def _keep_shift_forward(node, value, affine, site):
+def _keep_shift_forward(node, value, affine, view):
     """MatMul(S x + T, W) = MatMul(x + T/S, S W): the scale goes into W, an Add of T/S stays."""
     if (affine.scale == 0).any():
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
-    found = Search(site).forward(node.outputs[0], affine.scale_only())
+    found = Search(view).forward(node.outputs[0], affine.scale_only())
     before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
     if any(home.op != "MatMul" for home in found.homes):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
-    return found, True, _shift_node(node, before_scale, site, found)
+    return found, True, _shift_node(node, before_scale, view, found)
 
 
-def _shift_node(node, affine, site, found):
+def _shift_node(node, affine, view, found):
     """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
-    rank = site.rank(node.inputs[0])
+    rank = view.rank(node.inputs[0])
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{node.inputs[0].name}' is not known, so the shift that would stay cannot be placed")
     _, shift, spread = affine.shaped(rank)
@@ -238,7 +238,7 @@ def _shift_node(node, affine, site, found):
     return add, vector
 
 
-def _refuse_bad_constants(found, site):
+def _refuse_bad_constants(found, view):
     for (node, slot), constant in found.constants.items():
         count, flushed = constant.check()
         fate = "Inf or NaN"
@@ -248,37 +248,37 @@ def _refuse_bad_constants(found, site):
             channels = constant.bad_channels()
         elif flushed or (isinstance(constant, Dense) and len(constant.shape) > 1):
             fate = "zero"
-            count, channels = _lost(node, slot, constant, found, site)
+            count, channels = _lost(node, slot, constant, found, view)
         if count:
             what = f"{count} values of input {slot} of {node.op} '{node.label}' would become {fate} in {constant.dtype}"
             raise Refusal("overflow" if fate != "zero" else "flush-to-zero", f"{what}, channels {first_few(channels)}")
 
 
-def _lost(node, slot, constant, found, site):
+def _lost(node, slot, constant, found, view):
     """Return (how many weights matter that become zero, the output channels of the node that hold them)."""
-    outputs = row_of(node, site.index).outputs
+    outputs = row_of(node, view.index).outputs
     if outputs is None or outputs(node, slot, constant.array()) is None:
         return 0, []
-    bias = found.constants.get((node, BIAS_SLOT)) or site.tensor(node, BIAS_SLOT) if node.is_op(*BIASED) else None
+    bias = found.constants.get((node, BIAS_SLOT)) or view.tensor(node, BIAS_SLOT) if node.is_op(*BIASED) else None
     size = 0.0
     if bias is not None:
-        folded = (node, BIAS_SLOT) in found.constants or (node, BIAS_SLOT) in site.constants
+        folded = (node, BIAS_SLOT) in found.constants or (node, BIAS_SLOT) in view.constants
         size = np.abs(float64_of(bias) * (1.0 if folded else node.attribute("beta", 1.0)))
         size = size.min(axis=0) if size.ndim == 2 else size
     return lost_channels(constant, lambda values: outputs(node, slot, values), size)
 
 
-def _kept(index, site, refusals):
+def _kept(index, view, refusals):
     kept = []
     for node in index.order:
-        if node in site.removed or node in site.replaced:
+        if node in view.removed or node in view.replaced:
             continue
         if is_batch_norm(node):
             refusal = refusals[node]
             kept.append(Kept(node.label, (node.op,), refusal.code, refusal.sentence))
-        elif node in refusals and _previous(node, site) is None:
-            chain = _chain(node, site, refusals)
-            if _is_decomposed(chain, site):
+        elif node in refusals and _previous(node, view) is None:
+            chain = _chain(node, view, refusals)
+            if _is_decomposed(chain, view):
                 ops = tuple(link.op for link in chain)
                 kept.append(Kept("+".join(link.label for link in chain), ops, refusals[node].code, refusals[node].sentence))
     for function in index.proto.functions:
@@ -289,16 +289,16 @@ def _kept(index, site, refusals):
     return kept
 
 
-def _previous(node, site):
+def _previous(node, view):
     """Return the elementwise affine right before a node, if the node is its only reader."""
-    value = site.source(node.inputs[site.data_slot(node)])
+    value = view.source(node.inputs[view.data_slot(node)])
     before = value.producer
-    if before is None or is_batch_norm(before) or site.affine(before) is None or len(value.readers) != 1 or value.is_output:
+    if before is None or is_batch_norm(before) or view.affine(before) is None or len(value.readers) != 1 or value.is_output:
         return None
     return before
 
 
-def _chain(node, site, refusals):
+def _chain(node, view, refusals):
     chain = [node]
     while True:
         readers = chain[-1].outputs[0].readers
@@ -307,7 +307,7 @@ def _chain(node, site, refusals):
         chain.append(readers[0][0])
 
 
-def _is_decomposed(chain, site):
+def _is_decomposed(chain, view):
     """Say whether a run of elementwise affines is a batch normalization: it scales, it shifts, and it does so per channel."""
-    affines = [site.affine(node) for node in chain]
+    affines = [view.affine(node) for node in chain]
     return any(a.scales for a in affines) and any(a.shifts for a in affines) and any(a.channels > 1 for a in affines)

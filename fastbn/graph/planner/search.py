@@ -34,8 +34,8 @@ def row_of(node, index):
 class Search:
     """One affine on its way: every branch must end in an absorber, and no node may be met twice."""
 
-    def __init__(self, site):
-        self.site = site
+    def __init__(self, view):
+        self.view = view
         self.refused = {}
         self.open = set()
         self.steps = 0
@@ -53,14 +53,14 @@ class Search:
             raise
 
     def _ask(self, value, affine, asker, slot, depth):
-        if depth and self.site.index.constant(value) is not None:
+        if depth and self.view.index.constant(value) is not None:
             return self._into_constant(asker, slot, affine)
-        through = {value.producer: None} if value.producer in self.site.removed else {}
-        value = self.site.source(value)
+        through = {value.producer: None} if value.producer in self.view.removed else {}
+        value = self.view.source(value)
         if value in self.open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
-        node = self.site.producer(value)
+        node = self.view.producer(value)
         if node is None:
             raise _refuse_source(value)
         if node.scope is not asker.scope:
@@ -70,9 +70,9 @@ class Search:
             raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
         if not row.parts and any(other is not None and (other.readers or other.is_output) for other in node.outputs if other is not value):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
-        self.site.asked = value
+        self.view.asked = value
         try:
-            choices = row.backward(node, affine, self.site)
+            choices = row.backward(node, affine, self.view)
         except Refusal as refusal:
             if refusal.code == "axis" and is_batch_norm(asker) and node.op in ("Conv", "ConvTranspose", "Gemm") and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
@@ -89,11 +89,11 @@ class Search:
 
     def _other_readers(self, value, affine, asker, slot):
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
-        others = self.site.other_readers(value, asker, slot, MOST_STEPS + 1)
+        others = self.view.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
             node = others[0][0]
             # What a constant becomes here, other readers would not see: they read it as the constant that it was.
-            fixed = not self.site.may_rearrange() or self.site.index.constant(value) is not None or (affine.scale == 0).any()
+            fixed = not self.view.may_rearrange() or self.view.index.constant(value) is not None or (affine.scale == 0).any()
             if fixed or len(others) > MOST_STEPS:
                 raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
         return others
@@ -107,7 +107,7 @@ class Search:
         raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
 
     def _into_constant(self, node, slot, affine):
-        constant = self.site.dense(node, slot)
+        constant = self.view.dense(node, slot)
         rank = len(constant.shape)
         if affine.rank > rank:
             raise Refusal(
@@ -121,10 +121,10 @@ class Search:
         """Return a Plan that makes every reader of `value` work on what lacks the affine."""
         if value is None:
             raise Refusal("unused", "nothing reads it")
-        readers = self.site.readers(value)
+        readers = self.view.readers(value)
         if not readers:
             raise Refusal("unused", f"nothing reads '{value.name}'")
-        root = self.site.source(value)
+        root = self.view.source(value)
         if root in self.open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         found = Plan()
@@ -143,7 +143,7 @@ class Search:
         row = self._row(node, depth)
         if row is None or row.forward is None:
             raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
-        choices = row.forward(node, slot, affine, self.site)
+        choices = row.forward(node, slot, affine, self.view)
         found = self._first(choices, node, lambda at, onward: self.forward(node.outputs[at], onward, depth + 1), depth)
         if node.inputs[slot] is not value:
             found.through[node.inputs[slot].producer] = None
@@ -153,13 +153,13 @@ class Search:
         self.steps += 1
         if self._is_exhausted():
             raise Refusal("too-far", f"more than {MOST_STEPS} nodes would have to change by {node.op} '{node.label}'")
-        if node is self.site.lifting[0]:
+        if node is self.view.lifting[0]:
             raise Refusal("reads-twice", f"the way comes back to {node.op} '{node.label}' itself")
         if depth > LONGEST_WAY:
             raise Refusal("too-far", f"the way is longer than {LONGEST_WAY} nodes at {node.op} '{node.label}'")
-        row = row_of(node, self.site.index)
+        row = row_of(node, self.view.index)
         if row is not None:
-            self.site.check(node)
+            self.view.check(node)
         return row
 
     def _first(self, choices, node, follow, depth):
@@ -175,7 +175,7 @@ class Search:
         raise Refusal(*refused)
 
     def _is_exhausted(self):
-        return self.steps > MOST_STEPS and self.site.may_rearrange()
+        return self.steps > MOST_STEPS and self.view.may_rearrange()
 
     def _taken(self, taken, node, follow, depth):
         absorbs = bool(taken.constants)

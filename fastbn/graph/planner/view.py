@@ -15,7 +15,7 @@ from fastbn.graph.ops.row import Taken
 from fastbn.graph.ops.weights import conv_weight
 from fastbn.graph.reasons import Refusal
 
-__all__ = ["EFFORTS", "SHAPE_READERS", "Plan", "Site"]
+__all__ = ["EFFORTS", "SHAPE_READERS", "GraphView", "Plan"]
 
 
 # Operators that read the shape of a value and nothing else: an affine before them changes nothing.
@@ -73,7 +73,7 @@ class Plan:
             entries.pop(node, None)
 
 
-class Site:
+class GraphView:
     """The planner's view of the graph, in which earlier plans have already happened. Rows of both tables ask it."""
 
     def __init__(self, index):

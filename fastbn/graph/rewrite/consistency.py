@@ -11,27 +11,27 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.ops.lift import is_batch_norm
-from fastbn.graph.planner.view import Site
+from fastbn.graph.planner.view import GraphView
 
 __all__ = ["check_written"]
 
 
-def check_written(index: Index, site: Site, plans: list, gone: set, proto: ModelProto) -> None:
+def check_written(index: Index, view: GraphView, plans: list, gone: set, proto: ModelProto) -> None:
     """Raise ModelError unless a written model is what its plans say.
 
     Parameters
     ----------
     index : model.Index
         The model as it was.
-    site : site.Site
+    view : view.GraphView
         The present graph after all plans.
-    plans : list of site.Plan
+    plans : list of view.Plan
     gone : set of model.Node
         The nodes that are not written: removed and replaced ones, and constants that nobody reads any more.
     proto : onnx.ModelProto
         What was written.
     """
-    check = _Check(index, site, plans, gone, proto)
+    check = _Check(index, view, plans, gone, proto)
     check.count()
     for number in range(len(check.graphs)):
         check.define(number)
@@ -41,12 +41,12 @@ def check_written(index: Index, site: Site, plans: list, gone: set, proto: Model
 
 
 class _Check:
-    def __init__(self, index, site, plans, gone, proto):
+    def __init__(self, index, view, plans, gone, proto):
         self.index = index
-        self.site = site
+        self.view = view
         self.plans = plans
         self.graphs = scopes_of(proto.graph)
-        replaced = site.replaced
+        replaced = view.replaced
         self.nodes = [[replaced.get(node, node) for node in each.nodes if node in replaced or node not in gone] for each in index.scopes]
         self.place = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
@@ -139,8 +139,8 @@ class _Check:
         """Return the meaning of what stands for a value of the original in the present graph."""
         if value is None:
             return None
-        root = self.site.source(value)
-        producer = self.site.producer(root)
+        root = self.view.source(value)
+        producer = self.view.producer(root)
         if producer is None:
             return root.scope.number, root.name
         return producer.scope.number, self.place.get(producer), root.slot

@@ -61,14 +61,14 @@ def rewrite(index, planning):
 class _Writer:
     def __init__(self, index, planning):
         self.index = index
-        self.site = planning.site
+        self.view = planning.view
         self.plans = planning.plans
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(index.proto)
         self.graphs = scopes_of(self.proto.graph)
         self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
-        self.gone = {*self.site.removed, *self.site.replaced}
+        self.gone = {*self.view.removed, *self.view.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
         self.duplicates = {}
         self.patches = []
@@ -90,7 +90,7 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        check_written(self.index, self.site, self.plans, self.gone, self.proto)
+        check_written(self.index, self.view, self.plans, self.gone, self.proto)
         changed = bool(self.plans) or self.index.freeze_inputs
         return Output(self.proto, self.patches, self.index.source, self.duplicates, changed)
 
@@ -103,22 +103,22 @@ class _Writer:
         Where the affine went forward, the value behind is gone and its readers read the one before.
         """
         names = {}
-        for node, value in self.site.removed.items():
+        for node, value in self.view.removed.items():
             # Where the node that had taken this affine in went forward itself, what stands before it may be seen from elsewhere.
             seen = value.producer is None or value.is_output or value.scope is not node.scope
-            if node not in self.site.forwarded and not seen:
+            if node not in self.view.forwarded and not seen:
                 names[value] = node.outputs[0].name
-        for node, value in self.site.removed.items():
+        for node, value in self.view.removed.items():
             names[node.outputs[0]] = names.get(value, value.name)
         for value, name in names.items():
             if value.name == name:
                 continue
             self.vanished[value.scope.number].add(value.name)
-            producer = self.site.producer(value)
+            producer = self.view.producer(value)
             if producer is not None and producer not in self.gone:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
-                present = self.site.replaced.get(reader, reader)
+                present = self.view.replaced.get(reader, reader)
                 if present not in self.gone:
                     self._proto(present).input[slot] = name
 
@@ -209,7 +209,7 @@ class _Writer:
                 self.gone.add(node)
                 self.vanished[node.scope.number].update(output.name for output in outputs)
                 read = [value for value in node.inputs if value is not None]
-                reads.subtract(map(self.site.source, read))
+                reads.subtract(map(self.view.source, read))
                 pending.extend(read)
 
     def _reads(self):
@@ -218,16 +218,16 @@ class _Writer:
         for node in self.index.order:
             present = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
             if node in self.gone:  # an Add in its place reads the data
-                present = [self.site.data_slot(node)] if node in self.site.replaced else []
-            reads.update(self.site.source(node.inputs[slot]) for slot in present if node.inputs[slot] is not None)
+                present = [self.view.data_slot(node)] if node in self.view.replaced else []
+            reads.update(self.view.source(node.inputs[slot]) for slot in present if node.inputs[slot] is not None)
         for scope in self.index.scopes:
-            reads.update(self.site.source(value) for value in scope.values.values() if value.is_output)
+            reads.update(self.view.source(value) for value in scope.values.values() if value.is_output)
         return reads
 
     def _rebuild_graphs(self):
         removed = defaultdict(dict)
         for node in self.gone:
-            removed[node.scope.number][node.position] = self.added.get(self.site.replaced.get(node))
+            removed[node.scope.number][node.position] = self.added.get(self.view.replaced.get(node))
         # Innermost first: a graph that is rebuilt holds copies of its nodes, and of the bodies in them.
         for number, graph in reversed([*enumerate(self.graphs)]):
             if number in removed:
