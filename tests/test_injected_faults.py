@@ -153,7 +153,7 @@ def spoiled(taken, change):
     """Return an answer of a row in which the first affine, or else the first constant, is wrong."""
     if taken.onward:
         slot, affine = taken.onward[0]
-        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.spread)
+        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.abs_terms)
         return replace(taken, onward=[(slot, wrong), *taken.onward[1:]])
     slot, constant = next(iter(taken.constants.items()), (None, None))
     if constant is None:

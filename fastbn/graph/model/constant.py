@@ -12,7 +12,7 @@ import numpy as np
 from fastbn.affine import WeightLayout, narrow, scale_weight
 from fastbn.errors import ModelError, expected
 
-__all__ = ["BLOCK", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "float64_of", "spread_over"]
+__all__ = ["BLOCK", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "broadcast_scale", "float64_of"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -54,7 +54,7 @@ class Dequantised(Tensor):
 
     def times(self, layout, factor):
         """Return the Requantised with one more scale, or None where that is not one positive number per step of the axis."""
-        full = spread_over(layout, factor, self.shape)
+        full = broadcast_scale(layout, factor, self.shape)
         axes = range(len(self.shape)) if self.axis is None else [self.axis]
         for axis in axes:
             first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
@@ -67,7 +67,7 @@ class Dequantised(Tensor):
         if zero is not None and zero.size == 1:
             values = np.broadcast_to(zero.array().reshape(-1), factor.shape).copy()
             zero = Tensor(zero.dtype, values.shape, lambda: values)
-        return Requantised(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.spread * factor), zero)
+        return Requantised(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.abs_terms * factor), zero)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class Scaled:
         """Return this weight with one more scale, on the same axis or, at the price of holding it in float64, on another."""
         if layout == self.layout:
             return replace(self, scale=self.scale * scale)
-        return Dense.of(self).times(spread_over(layout, scale, self.shape))
+        return Dense.of(self).times(broadcast_scale(layout, scale, self.shape))
 
     def check(self):
         """Return (nonfinite, flushed): how many elements the type cannot hold."""
@@ -175,18 +175,18 @@ def float64_of(constant):
         return constant.array().astype(np.float64)
 
 
-def spread_over(layout, scale, shape):
+def broadcast_scale(layout, scale, shape):
     """Return a scale per (group, channel) of a layout as an array that multiplies weights of this shape."""
     return np.broadcast_to(np.reshape(scale, (layout.groups, 1, layout.channels, 1)), layout).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A constant held in float64, rounded once when it is evaluated; spread is the size of the terms that it was summed from."""
+    """A constant held in float64, rounded once when it is evaluated; abs_terms is the summed size of the terms that made each value."""
 
     dtype: np.dtype
     values: np.ndarray
-    spread: np.ndarray
+    abs_terms: np.ndarray
 
     @property
     def shape(self):
@@ -199,7 +199,7 @@ class Dense:
             return constant
         if isinstance(constant, Scaled):
             base = cls.of(constant.base)
-            return base.times(spread_over(constant.layout, constant.scale, constant.shape))
+            return base.times(broadcast_scale(constant.layout, constant.scale, constant.shape))
         values = float64_of(constant)
         return cls(constant.dtype, values, np.abs(values))
 
@@ -212,7 +212,7 @@ class Dense:
         """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
-                return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+                return Dense(self.dtype, self.values * scale + shift, self.abs_terms * np.abs(scale) + spread)
         except ValueError as error:
             shapes = f"{self.shape} and {np.shape(scale)}"
             raise ModelError(expected("a constant that broadcasts with what it meets", shapes, "a constant")) from error
@@ -235,4 +235,4 @@ class Dense:
 
     def magnitude(self):
         """Return the size of the terms that the values were summed from."""
-        return narrow(np.maximum(self.spread, np.abs(self.values)), self.dtype)
+        return narrow(np.maximum(self.abs_terms, np.abs(self.values)), self.dtype)

@@ -257,7 +257,7 @@ class GraphView:
         if scale.shape != steps or (zero_point is not None and zero_point.shape != steps):
             raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
         step = Dense.of(scale)
-        flat = Dense(step.dtype, step.values.reshape(-1), step.spread.reshape(-1))
+        flat = Dense(step.dtype, step.values.reshape(-1), step.abs_terms.reshape(-1))
 
         def read():
             along = [-1 if at == axis and per_axis else 1 for at in range(len(quantised.shape))]
@@ -345,7 +345,7 @@ class GraphView:
         scale, shift, spread = affine.along(channels)
         tap = tuple(pads[i] // dilations[i] for i in range(count))
         dense = Dense.of(weight)
-        values, sizes = dense.values.copy(), dense.spread.copy()
+        values, sizes = dense.values.copy(), dense.abs_terms.copy()
         at = (np.arange(channels), np.arange(channels) % weight.shape[1], *tap)
         values[at] += scale
         sizes[at] += np.abs(scale)
