@@ -6,7 +6,7 @@ import numpy as np
 
 from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, Dequantised, Scaled, broadcast_scale
+from fastbn.graph.model.constant import Dense, Dequantized, Scaled, broadcast_scale
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.row import Row, Taken, axis_in, require_axis, require_channels
 from fastbn.graph.ops.weights import (
@@ -33,7 +33,7 @@ __all__ = ["PRODUCTS"]
 
 
 def _scaled(weight, layout, scale):
-    if isinstance(weight, Dequantised):
+    if isinstance(weight, Dequantized):
         found = weight.times(layout, scale)
         if found is None:
             raise Refusal("quantised", f"the scale is not one positive number per step of DequantizeLinear '{weight.node.label}'")

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, Dequantised
+from fastbn.graph.model.constant import Dense, Dequantized
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.lift import ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.ops.row import Taken
@@ -237,7 +237,7 @@ class GraphView:
         return found
 
     def _dequantised(self, node, slot):
-        """Return the Dequantised weight at a slot, None where there is no DequantizeLinear of constants behind it."""
+        """Return the Dequantized weight at a slot, None where there is no DequantizeLinear of constants behind it."""
         value = node.input(slot)
         source = None if value is None else value.producer
         if source is None or not source.is_op("DequantizeLinear") or slot != WEIGHT_SLOT or self.index.opset < FIRST_PER_AXIS_OPSET:
@@ -264,7 +264,7 @@ class GraphView:
             zero = 0 if zero_point is None else zero_point.array().reshape(along if zero_point.size > 1 else -1).astype(np.float64)
             return ((quantised.array().astype(np.float64) - zero) * flat.values.reshape(along)).astype(scale.dtype)
 
-        return Dequantised(scale.dtype, quantised.shape, read, source, axis if per_axis else None, flat, zero_point)
+        return Dequantized(scale.dtype, quantised.shape, read, source, axis if per_axis else None, flat, zero_point)
 
     def dense(self, node, slot):
         """Return the constant at a slot in float64."""
