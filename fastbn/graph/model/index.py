@@ -9,7 +9,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import DEEPEST, bodies, expanded_size, is_standard
-from fastbn.graph.model.node import Node, Scope, Shape, Value
+from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import check_node
 from fastbn.graph.model.shapes import Inference, shape_of
 from fastbn.graph.model.storage import Source
@@ -211,7 +211,7 @@ class Index:
         if constant is not None:
             return constant.shape
         declared = None if self.input_shapes else self.declared_shape(value)
-        if declared is not None and None not in declared:
+        if is_complete(declared):
             return declared
         inferred = self._inference().shapes.get((value.scope.number, value.name))
         if declared is None or inferred is None or len(declared) != len(inferred):

@@ -1,16 +1,22 @@
 """Values, nodes and scopes of a model, with their names resolved."""
 
-from typing import TypeAlias, overload
+from typing import TypeAlias, TypeGuard, overload
 
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.nesting import is_standard
 
-__all__ = ["Node", "Scope", "Shape", "Use", "Value"]
+__all__ = ["Node", "Scope", "Shape", "Use", "Value", "is_complete"]
 
 # Sizes of the axes of a value, None for one that is not known.
 Shape: TypeAlias = tuple[int | None, ...]
+
+
+def is_complete(shape: Shape | None) -> TypeGuard[tuple[int, ...]]:
+    """Say whether all sizes of a shape are known."""
+    return shape is not None and None not in shape
+
 
 # An input of a node: the node and the slot.
 Use: TypeAlias = tuple["Node", int]
@@ -92,6 +98,9 @@ class Node:
 
     @overload
     def attribute(self, name: str) -> object: ...
+    # First of those with a default: onnx's messages derive from a class without types, so they would match any of the others.
+    @overload
+    def attribute(self, name: str, default: TensorProto) -> TensorProto: ...
     @overload
     def attribute(self, name: str, default: int) -> int: ...
     @overload
@@ -102,8 +111,6 @@ class Node:
     def attribute(self, name: str, default: list[int]) -> list[int]: ...
     @overload
     def attribute(self, name: str, default: tuple[float, ...]) -> list[float]: ...
-    @overload
-    def attribute(self, name: str, default: TensorProto) -> TensorProto: ...
     def attribute(self, name: str, default: object = None) -> object:
         """Return the value of an attribute, or default where it is absent.
 
