@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
 __all__ = [
     "PROTOBUF_LIMIT",
+    "ModelLike",
     "Source",
     "external_tensors",
     "is_external",
@@ -354,3 +356,7 @@ def _opened(path):
         if isinstance(error, StorageError):
             raise
         raise os_error(error, str(path)) from error
+
+
+# What `load` reads.
+ModelLike: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | onnx.ModelProto | Source
