@@ -14,7 +14,7 @@ from test_carry import PASSES, W4, backward, forward, ints
 import fastbn
 from fastbn.graph import job
 from fastbn.graph.model import storage
-from fastbn.graph.model.constant import Dense, Requantised
+from fastbn.graph.model.constant import Dense, Requantized
 from fastbn.graph.model.index import Index
 from fastbn.graph.ops.absorb import ABSORBERS
 from fastbn.graph.ops.affine import Affine
@@ -153,7 +153,7 @@ def spoiled(taken, change):
     """Return an answer of a row in which the first affine, or else the first constant, is wrong."""
     if taken.onward:
         slot, affine = taken.onward[0]
-        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.spread)
+        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.abs_terms)
         return replace(taken, onward=[(slot, wrong), *taken.onward[1:]])
     slot, constant = next(iter(taken.constants.items()), (None, None))
     if constant is None:
@@ -209,7 +209,7 @@ def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
     def wrong(self):
         return {(self.node, 1): replace(self.scale, values=change(self.scale.values))}
 
-    monkeypatch.setattr(Requantised, "constants", wrong)
+    monkeypatch.setattr(Requantized, "constants", wrong)
     spoiled = fastbn.fold(data, verify=False)
     assert spoiled.folded
     assert spoiled.to_bytes() != right.to_bytes()

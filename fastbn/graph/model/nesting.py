@@ -4,7 +4,7 @@ from collections import Counter
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ModelError
 
 __all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "expanded_size", "is_standard", "scopes_of"]
 
@@ -58,7 +58,7 @@ def expanded_size(proto: ModelProto) -> int:
             key = pending[-1]
             waiting = [] if key in sizes else [called for called in calls[key] if called in calls and called not in sizes]
             if waiting and key in open_ones:
-                raise ModelError(expected("functions that do not call themselves", "one that does", key[1]))
+                raise ModelError(f"Cannot expand the function '{key[1]}': it calls itself, perhaps by way of others")
             if waiting:
                 open_ones.add(key)
                 pending.extend(waiting)

@@ -62,7 +62,7 @@ def _add_forward(node, at, affine, view):
     new = constant.times(1 / scale)
     _refuse_growth(node, constant, new)
     # c - (S x + T) = S (c/S - x) - T
-    onward = Affine(affine.scale, -affine.shift if minus else affine.shift, affine.axis, affine.rank, affine.spread)
+    onward = Affine(affine.scale, -affine.shift if minus else affine.shift, affine.axis, affine.rank, affine.abs_terms)
     return Taken({slot: new}, onward=[(0, onward)])
 
 

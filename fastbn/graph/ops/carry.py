@@ -40,7 +40,7 @@ def _cast(node, affine, came, goes, view):
 
 # Neg:  -(S x + T) = S (-x) - T.
 def _neg(node, affine, came, goes, view):
-    return Affine(affine.scale, -affine.shift, affine.axis, affine.rank, affine.spread)
+    return Affine(affine.scale, -affine.shift, affine.axis, affine.rank, affine.abs_terms)
 
 
 # Relu, LeakyRelu, PRelu:  f(S x) = S f(x) where S > 0; a shift moves the bend.
@@ -60,7 +60,7 @@ def _sum_backward(node, affine, view):
         return Taken(onward=[*enumerate(both)])
     scales = [part.scale_only() for part in both]
     if node.op == "Sub":
-        both[1] = Affine(both[1].scale, -both[1].shift, both[1].axis, both[1].rank, both[1].spread)
+        both[1] = Affine(both[1].scale, -both[1].shift, both[1].axis, both[1].rank, both[1].abs_terms)
     return (
         Taken(onward=[(slot, both[slot] if slot == taker else scales[slot]) for slot in range(len(both)) if slot == taker or affine.scales])
         for taker in range(len(both))
@@ -73,7 +73,7 @@ def _sum_forward(node, slot, affine, view):
         return sibling or _joined(node, slot, affine, view)
     onward = _narrowed(node, affine, node.inputs[slot], node.outputs[0], view)
     if node.op == "Sub" and slot == 1:
-        onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.spread)
+        onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.abs_terms)
     return Taken(onward=[(0, onward)])
 
 
@@ -86,7 +86,7 @@ def _joined(node, slot, affine, view):
     # As they are asked for: a sum of very many is given up after a few.
     back = ((at, _narrowed(node, undone, node.outputs[0], value, view)) for at, value in enumerate(node.inputs) if at != slot)
     if node.op == "Sub" and slot == 1:
-        onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.spread)
+        onward = Affine(onward.scale, -onward.shift, onward.axis, onward.rank, onward.abs_terms)
     return Taken(onward=[(0, onward)], back=back)
 
 

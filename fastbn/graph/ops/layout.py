@@ -169,7 +169,7 @@ def _choose(node, affine, came, goes, view):
     if len(set(chosen.tolist())) != chosen.size:
         raise Refusal("axis", f"{node.op} '{node.label}' gives one channel out twice")
     parts = [np.full(shape[axis], fill) for fill in (1.0, 0.0, 0.0)]
-    for part, values in zip(parts, (affine.scale, affine.shift, affine.spread), strict=True):
+    for part, values in zip(parts, (affine.scale, affine.shift, affine.abs_terms), strict=True):
         part[chosen] = values
     return Affine(parts[0], parts[1], axis, 0, parts[2])
 

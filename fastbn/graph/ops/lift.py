@@ -92,7 +92,7 @@ def _batch_norm(node, view):
         bad = np.flatnonzero(~good)
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {_channels(bad)}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
-    spread = np.abs(arrays["mean"] * scale) + Dense.of(view.tensor(node, 2)).spread
+    spread = np.abs(arrays["mean"] * scale) + Dense.of(view.tensor(node, 2)).abs_terms
     return Affine(scale, shift, 1, 2, spread)
 
 
@@ -129,7 +129,7 @@ def _elementwise(node, view):
         }[node.op]
     if scale is None or not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return None
-    spread = dense.spread.reshape(-1) if node.op in ("Add", "Sub") else zeros
+    spread = dense.abs_terms.reshape(-1) if node.op in ("Add", "Sub") else zeros
     return Affine(scale, shift, wide[0] if wide else None, len(constant.shape), spread)
 
 

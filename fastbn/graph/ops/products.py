@@ -6,7 +6,7 @@ import numpy as np
 
 from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, Dequantised, Scaled, spread_over
+from fastbn.graph.model.constant import Dense, Dequantized, Scaled, broadcast_scale
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.row import Row, Taken, axis_in, require_axis, require_channels
 from fastbn.graph.ops.weights import (
@@ -33,13 +33,13 @@ __all__ = ["PRODUCTS"]
 
 
 def _scaled(weight, layout, scale):
-    if isinstance(weight, Dequantised):
+    if isinstance(weight, Dequantized):
         found = weight.times(layout, scale)
         if found is None:
             raise Refusal("quantised", f"the scale is not one positive number per step of DequantizeLinear '{weight.node.label}'")
         return found
     if isinstance(weight, Dense):
-        return weight.times(spread_over(layout, scale, weight.shape))
+        return weight.times(broadcast_scale(layout, scale, weight.shape))
     return weight.times(layout, scale) if isinstance(weight, Scaled) else Scaled(weight, layout, np.array(scale))
 
 
@@ -47,7 +47,7 @@ def _summed(weight, layout, affine):
     """Return (sum, size of its terms) of weight * shift over the channels of a layout: what a shift of the input adds, per row."""
     dense = Dense.of(weight)
     shift = np.broadcast_to(affine.shift, (layout.groups * layout.channels,)).reshape(layout.groups, 1, layout.channels, 1)
-    spread = np.broadcast_to(affine.spread, (layout.groups * layout.channels,)).reshape(layout.groups, 1, layout.channels, 1)
+    spread = np.broadcast_to(affine.abs_terms, (layout.groups * layout.channels,)).reshape(layout.groups, 1, layout.channels, 1)
     added = (dense.values.reshape(layout) * shift).sum(axis=(2, 3)).reshape(-1)
     return added, (np.abs(dense.values.reshape(layout)) * spread).sum(axis=(2, 3)).reshape(-1)
 

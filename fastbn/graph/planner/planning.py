@@ -210,7 +210,7 @@ def _keep_shift_forward(node, value, affine, view):
     if (affine.scale == 0).any():
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
     found = Search(view).forward(node.outputs[0], affine.scale_only())
-    before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.spread / np.abs(affine.scale))
+    before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.abs_terms / np.abs(affine.scale))
     if any(home.op != "MatMul" for home in found.homes):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
     return found, True, _shift_node(node, before_scale, view, found)

@@ -1,7 +1,7 @@
 """The search: one affine on its way through the present graph, until every branch of it has found a home."""
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Requantised
+from fastbn.graph.model.constant import Requantized
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.ops.absorb import ABSORBERS
 from fastbn.graph.ops.carry import CARRIERS
@@ -183,7 +183,7 @@ class Search:
             path={node: None}, homes={node: None} if absorbs else {}, attributes={node: taken.attributes} if taken.attributes else {}
         )
         for slot, constant in taken.constants.items():
-            if isinstance(constant, Requantised):
+            if isinstance(constant, Requantized):
                 found.path[constant.node] = None
                 found.constants.update(constant.constants())
                 found.attributes[constant.node] = {"axis": constant.axis}

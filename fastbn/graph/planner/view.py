@@ -8,7 +8,7 @@ import numpy as np
 
 from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, Dequantised
+from fastbn.graph.model.constant import Dense, Dequantized
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.lift import ELEMENTWISE, constant_slot, is_batch_norm, lift
 from fastbn.graph.ops.row import Taken
@@ -237,7 +237,7 @@ class GraphView:
         return found
 
     def _dequantised(self, node, slot):
-        """Return the Dequantised weight at a slot, None where there is no DequantizeLinear of constants behind it."""
+        """Return the Dequantized weight at a slot, None where there is no DequantizeLinear of constants behind it."""
         value = node.input(slot)
         source = None if value is None else value.producer
         if source is None or not source.is_op("DequantizeLinear") or slot != WEIGHT_SLOT or self.index.opset < FIRST_PER_AXIS_OPSET:
@@ -257,14 +257,14 @@ class GraphView:
         if scale.shape != steps or (zero_point is not None and zero_point.shape != steps):
             raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
         step = Dense.of(scale)
-        flat = Dense(step.dtype, step.values.reshape(-1), step.spread.reshape(-1))
+        flat = Dense(step.dtype, step.values.reshape(-1), step.abs_terms.reshape(-1))
 
         def read():
             along = [-1 if at == axis and per_axis else 1 for at in range(len(quantised.shape))]
             zero = 0 if zero_point is None else zero_point.array().reshape(along if zero_point.size > 1 else -1).astype(np.float64)
             return ((quantised.array().astype(np.float64) - zero) * flat.values.reshape(along)).astype(scale.dtype)
 
-        return Dequantised(scale.dtype, quantised.shape, read, source, axis if per_axis else None, flat, zero_point)
+        return Dequantized(scale.dtype, quantised.shape, read, source, axis if per_axis else None, flat, zero_point)
 
     def dense(self, node, slot):
         """Return the constant at a slot in float64."""
@@ -345,7 +345,7 @@ class GraphView:
         scale, shift, spread = affine.along(channels)
         tap = tuple(pads[i] // dilations[i] for i in range(count))
         dense = Dense.of(weight)
-        values, sizes = dense.values.copy(), dense.spread.copy()
+        values, sizes = dense.values.copy(), dense.abs_terms.copy()
         at = (np.arange(channels), np.arange(channels) % weight.shape[1], *tap)
         values[at] += scale
         sizes[at] += np.abs(scale)

@@ -45,7 +45,7 @@ class Patch:
 
     @property
     def size(self):
-        return self.constant.base.size * self.constant.dtype.itemsize
+        return self.constant.size * self.constant.dtype.itemsize
 
 
 @dataclass
@@ -318,7 +318,7 @@ def _copy_range(into, out_of, start, stop):
 
 
 def _write_constant_at(into, offset, constant):
-    for first, part in constant.parts():
+    for first, part in constant.pieces():
         _write_at(into, memoryview(part.reshape(-1).view(np.uint8)), offset + first * part.dtype.itemsize)
 
 

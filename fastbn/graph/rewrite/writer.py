@@ -164,7 +164,7 @@ class _Writer:
         return name
 
     def _fill(self, scope, tensor, constant):
-        if is_external(tensor) and isinstance(constant, Scaled) and constant.base.size * constant.dtype.itemsize > LARGEST_INLINE:
+        if is_external(tensor) and isinstance(constant, Scaled) and constant.size * constant.dtype.itemsize > LARGEST_INLINE:
             self._patch(scope, tensor, constant)
             return
         for values in ("float_data", "double_data", "int32_data", "raw_data", "external_data", "data_location"):
@@ -176,7 +176,7 @@ class _Writer:
     def _patch(self, scope, tensor, constant):
         """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
         location, offset = location_of(tensor), self.index.source.location(tensor)[1]
-        stop = offset + constant.base.size * constant.dtype.itemsize
+        stop = offset + constant.size * constant.dtype.itemsize
         users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
         taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
         self.patches.append(Patch(scope, tensor, constant, location, None if users > 1 or taken else offset))
