@@ -214,7 +214,7 @@ def test_verify_of_equal_and_of_folded_models_is_ok():
 def test_the_optimiser_is_off_unless_it_is_asked_for():
     data = mixed().SerializeToString()
     for optimise, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
-        assert session(data, optimise=optimise).get_session_options().graph_optimization_level.name == level
+        assert session(data, optimize=optimise).get_session_options().graph_optimization_level.name == level
 
 
 def test_outputs_that_differ_in_name_or_shape():

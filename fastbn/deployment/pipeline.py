@@ -307,7 +307,7 @@ class _Pipeline:
         began = time.monotonic()
         made.quantization.notes = quantizer.quantize(made.stage("folded").path, target, recipe=recipe, progress=self._tell)
         limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
-        session(str(target), optimise=True)
+        session(str(target), optimize=True)
         kernels = kernels_of(target, feed, self.folder)
         if kernels is not None and not kernels.other:
             raise QuantizerRefused("onnxruntime's quantiser refuses the model: none of what it made runs in integers")
@@ -331,7 +331,7 @@ class _Pipeline:
         sessions = {}
         for stage in made.stages:
             try:
-                sessions[stage.name] = session(str(stage.path), optimise=True)
+                sessions[stage.name] = session(str(stage.path), optimize=True)
             except runtime_errors() as error:  # its optimiser may fail where the plain model loads
                 stage.refused = f"onnxruntime cannot load it: {said(error)}"
         found = compare(reference, sessions, made.samples.feeds, scores, self._tell)

@@ -175,7 +175,7 @@ class _Writer:
 
     def _patch(self, scope, tensor, constant):
         """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
-        location, offset = location_of(tensor), self.index.source.location(tensor)[1]
+        location, offset = location_of(tensor), self.index.source.place(tensor).offset
         stop = offset + constant.size * constant.dtype.itemsize
         users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
         taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
@@ -186,7 +186,7 @@ class _Writer:
         if self.extents is None:
             self.extents = defaultdict(list)
             for tensor in external_tensors(self.index.proto):
-                offset = self.index.source.location(tensor)[1]
+                offset = self.index.source.place(tensor).offset
                 self.extents[location_of(tensor)].append((offset, offset + self.index.source.external(tensor).size))
         return self.extents
 
