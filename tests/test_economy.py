@@ -10,7 +10,7 @@ from sketch import CONV_BN, classifier, codes, conv_bn, model, norm, normal
 import fastbn
 from fastbn.graph import job, runtime
 from fastbn.graph.ops import lift
-from fastbn.graph.planner import view
+from fastbn.graph.planner import planning, view
 from fastbn.graph.rewrite import writer
 
 # Runs of whole models, folded, disturbed or as they came, for a model whose parity is plain.
@@ -136,8 +136,8 @@ def spoil_writer(monkeypatch, home):
 def plans(monkeypatch):
     """How often the model is planned and a fold is run."""
     counts = {"plan": 0, "check_fold": 0}
-    for name in counts:
-        monkeypatch.setattr(job, name, counted(name, getattr(job, name), counts))
+    for module, name in ((planning, "plan"), (job, "check_fold")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name), counts))
     return counts
 
 

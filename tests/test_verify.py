@@ -11,7 +11,6 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, nor
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph.job import fold_watched
 from fastbn.graph.ops import absorb
 from fastbn.graph.planner import view
 from fastbn.graph.rewrite import writer
@@ -320,7 +319,7 @@ def test_the_seed_decides_the_inputs():
 
 def test_progress_is_told():
     said = []
-    fold_watched(mixed(), None, None, True, None, False, progress=said.append)
+    fastbn.fold(mixed(), progress=said.append)
     assert said[0].startswith("verifying fold 1 of 3: first")
     assert any("input 3 of 3" in text for text in said)
 
@@ -355,7 +354,7 @@ def test_external_outputs_are_verified_from_their_files(tmp_path):
     proto = mixed()
     path = tmp_path / "m.onnx"
     onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
-    result = fold_watched(path, None, None, True, None, False, stage=tmp_path)
+    result = fastbn.fold(path, workdir=tmp_path)
     assert result.parity.status == "ok"
     result.save(tmp_path / "out.onnx")
     del result

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import onnx
 
+from fastbn.graph.fold_result import planning_of
 from fastbn.graph.model.nesting import bodies
 from fastbn.graph.ops.lift import is_batch_norm
 
@@ -68,7 +69,8 @@ class Drawing:
 
 def draw_model(result):
     """Return the Drawing of a model's main graph as it came: what was taken out, what took it in, what stayed."""
-    index, kinds = result.index, _kinds(result.planning)
+    planning = planning_of(result)
+    index, kinds = planning.view.index, _kinds(planning)
     nodes = [node for node in index.main.nodes if not _is_constant(node, index)]
     groups = [[node] for node in nodes]
     if len(nodes) > MODEL_BOXES:

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from fastbn.graph.parity.feeds import KINDS, MORE_KINDS, Feed, Feeds, ModelNotRu
 from fastbn.graph.parity.noise import Noise
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, says_invalid
 
-__all__ = ["Reference", "feeds_for", "kept", "reference_of"]
+__all__ = ["Progress", "Reference", "feeds_for", "kept", "reference_of", "silent"]
 
 # Draws of the noise where the first one does not explain what is found.
 MORE_DRAWS = 5
@@ -25,7 +26,11 @@ MORE_DRAWS = 5
 # An output of more bytes is kept in a temporary file.
 LARGEST_KEPT = 1 << 24
 
-Progress = Callable[[str], None]
+Progress: TypeAlias = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Tell nobody: the Progress where the caller gives none."""
 
 
 def reference_of(
