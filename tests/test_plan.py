@@ -40,7 +40,7 @@ def test_planning_only_reads():
 
 def test_each_norm_is_a_plan_with_its_home():
     found = planned(two())
-    assert [([node.label for node in each.lifted], [home.label for home in each.homes], each.channels) for each in found.plans] == [
+    assert [([node.label for node in each.lifted], [node.label for node in each.absorbers], each.channels) for each in found.plans] == [
         (["first"], ["a"], 4),
         (["second"], ["c"], 4),
     ]

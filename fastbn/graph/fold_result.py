@@ -11,7 +11,7 @@ from fastbn.graph import report
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.storage import Source, external_tensors
-from fastbn.graph.ops.lift import BATCH_NORM
+from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.results import SCHEMA, Fold, FoldReport, Kept, Parity
 from fastbn.graph.rewrite.output import Output, Prepared

@@ -14,7 +14,7 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standard
 from fastbn.graph.model.storage import ModelLike, Source
-from fastbn.graph.ops.lift import BATCH_NORM, is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.parity.fold_parity import FoldParity, check_fold
 from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
@@ -152,7 +152,7 @@ class _Job:
     def _exclude(self, plan: Plan, planning: Planning) -> None:
         """Exclude the one node without which a failed plan holds, or all nodes of the plan."""
         check = self._check(plan, planning)
-        absorbers = ", ".join(f"{node.op} '{node.label}'" for node in plan.homes)
+        absorbers = ", ".join(f"{node.op} '{node.label}'" for node in plan.absorbers)
         sentence = f"folded into {absorbers} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
         key = _key(plan)
         if len(key) > 1:
@@ -314,8 +314,8 @@ def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bo
     return Fold(
         bn="+".join(node.label for node in plan.lifted),
         ops=tuple(node.op for node in plan.lifted),
-        into="+".join(node.label for node in plan.homes),
-        op="+".join(node.op for node in plan.homes),
+        into="+".join(node.label for node in plan.absorbers),
+        op="+".join(node.op for node in plan.absorbers),
         channels=plan.channels,
         error=check.error if check else None,
         bound=check.bound if check else None,

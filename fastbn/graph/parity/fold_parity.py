@@ -12,10 +12,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from fastbn.graph.ops.lift import is_batch_norm
+from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.parity.probe import probes
-from fastbn.graph.planner.search import row_of
-from fastbn.graph.planner.view import SHAPE_READERS
 from fastbn.graph.rewrite.writer import edited
 from fastbn.graph.runtime import UNIT, runtime_errors, said, session
 
@@ -94,7 +93,7 @@ class _Segment:
         self.index = view.index
         self.rank = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
-        self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=self.rank.get)
+        self.before = sorted({*plan.path, *plan.lifted, *plan.bypassed} - set(plan.replaced.values()), key=self.rank.get)
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.dtype = self._data_type()
@@ -114,12 +113,12 @@ class _Segment:
         """Say whether anything outside reads a value of the site that both sides have."""
         if value.is_output:
             return True
-        return any(node not in self.before and not node.is_op(*SHAPE_READERS) for node, _ in value.readers)
+        return any(node not in self.before and not ignores_elements(node, slot) for node, slot in value.readers)
 
     def units(self):
         """Return how many times the size of the terms the difference may be."""
         unit = UNIT[self.dtype.name]
-        terms = sum(row_of(node, self.index).terms(node, self.view) for node in self.before if node not in self.lifted)
+        terms = sum(row_of(node, self.view).terms(node, self.view) for node in self.before if node not in self.lifted)
         return 8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"])
 
     def run(self, inputs):
@@ -134,9 +133,8 @@ class _Segment:
         sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
         if not sides[0].size:
             raise _NotRun("what comes out of the site is empty on every input tried")
-        if any(node.is_op("GRU") for node in self.before):
-            # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
-            sides[2] = np.maximum(sides[2], 1.0)
+        least = max(operator_row(node).least_magnitude for node in self.before)
+        sides[2] = np.maximum(sides[2], least)
         return sides
 
     def _run_original(self, feeds):
@@ -194,13 +192,13 @@ class _Segment:
             edited(proto, {}, self.plan.attributes.get(node, {}))
             protos.append(proto)
             if magnitudes:
-                protos.extend(_bounding(proto))
+                protos.extend(operator_row(node).bound(proto))
         return protos, feeds, [self._name(value) for value in self.results]
 
     def _name(self, value):
         while value.producer in self.view.removed and value.producer in self.before:
             node = value.producer
-            value = self.plan.dissolved.get(node) or node.inputs[self.view.data_slot(node)]
+            value = self.plan.bypassed.get(node) or node.inputs[self.view.data_slot(node)]
         return value.name
 
 
@@ -210,27 +208,8 @@ def _is_computed(node, index):
 
 
 def _magnitude(node, slot, array):
-    """Return a constant for the run that bounds: |x| - mean must not cancel, so the mean is taken as -|mean|; a variance is one already."""
-    if array.dtype.kind not in "fV" or (is_batch_norm(node) and slot == 4):
-        return array
-    return np.asarray(-np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array))
-
-
-# What bounds the size of a result whose operator takes signs into account.
-UNSIGNED = {"Sub": "Add", "Neg": "Identity", "ReduceMin": "ReduceMax"}
-
-
-def _bounding(proto):
-    """Make a node bound the size of its terms; return what must follow it."""
-    if proto.op_type == "DequantizeLinear":
-        absolute = helper.make_node("Abs", [f"{proto.output[0]}/signed"], [proto.output[0]])
-        proto.output[0] = absolute.input[0]
-        return [absolute]
-    proto.op_type = UNSIGNED.get(proto.op_type, proto.op_type)
-    for attribute in proto.attribute:
-        if proto.op_type == "Gemm" and attribute.name == "alpha":
-            attribute.f = abs(attribute.f)
-    return []
+    """Return a constant for the run that bounds."""
+    return operator_row(node).magnitude(slot, array) if array.dtype.kind in "fV" else array
 
 
 def _modern(proto, opset):

@@ -12,13 +12,10 @@ from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node
-from fastbn.graph.ops.absorb import ABSORBERS
-from fastbn.graph.ops.carry import CARRIERS
-from fastbn.graph.ops.lift import ELEMENTWISE, EPSILON, constant_slot, is_batch_norm
-from fastbn.graph.ops.pooling import POOLING
-from fastbn.graph.ops.products import PRODUCTS
+from fastbn.graph.ops.normalization import EPSILON, is_batch_norm
+from fastbn.graph.ops.placing import constant_slot
+from fastbn.graph.ops.registry import can_be_affine, operator_row, row_of
 from fastbn.graph.parity.feeds import Feed
-from fastbn.graph.planner.search import row_of
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
 from fastbn.graph.runtime import UNIT
@@ -72,7 +69,7 @@ class Noise:
         for node in () if inputs_only else index.order:
             if is_batch_norm(node) and len(node.inputs) == 5:
                 units += self._disturb_batch_norm(node)
-            elif node.is_op(*ELEMENTWISE):
+            elif is_standard(node.domain) and can_be_affine(node.op):
                 units += self._disturb_elementwise(node)
         self.unit = max(units, default=UNIT["float32"])
 
@@ -92,7 +89,7 @@ class Noise:
         return [unit]
 
     def _disturb_elementwise(self, node: Node) -> list[float]:
-        slot = constant_slot(node, self.index)
+        slot = constant_slot(node, self._site)
         found = None if slot is None else self.index.constant(node.inputs[slot])
         if slot is None or found is None or found.size > LARGEST_DISTURBED:
             return []
@@ -157,18 +154,19 @@ def _neighbors(node: Node, ahead: bool) -> list[Node]:
         else:
             near = [value.producer for value in current.inputs if value is not None and value.producer is not None]
         for each in near:
-            if each not in found and is_standard(each.domain) and (each.op in PRODUCTS or each.op in CARRIERS or each.op in ABSORBERS):
+            row = operator_row(each)
+            if each not in found and row.transfers:
                 found[each] = None
-                pending.extend([] if each.op in PRODUCTS else [each])
+                pending.extend([] if row.weight_matrix is not None else [each])
     return list(found)
 
 
 def _units(node: Node, view: GraphView) -> float:
     """Return by how many units a sum may err, a MARGIN-th of it: 2 sqrt(n) where its terms are like random ones (Higham & Mary 2019), n / 2
     where they are equal, as in a pool over an image that is the same everywhere."""
-    row = row_of(node, view.index)
+    row = row_of(node, view)
     try:
-        terms = 0 if row is None else row.terms(node, view)
+        terms = row.terms(node, view)
     except (FastbnError, Refusal):  # its weight is no constant: nothing goes into it
         return 0.0
-    return terms / 8 if node.op in POOLING else math.sqrt(terms) / 2
+    return terms / 8 if row.equal_terms else math.sqrt(terms) / 2

@@ -12,15 +12,12 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import serialize
+from fastbn.graph.ops.registry import operator_row, row_of
 from fastbn.graph.parity.feeds import ModelNotRun, feeds_of
-from fastbn.graph.planner.search import row_of
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.runtime import runtime_errors, session
 
 __all__ = ["Probe", "probes"]
-
-# What these operators make of a value may depend on its sizes.
-SIZED = ("DepthToSpace", "Expand", "Flatten", "Gather", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Upsample")
 
 # Elements of one input that has the sizes of the model, unless nothing smaller can be run.
 LARGEST_STATED = 1 << 23
@@ -52,7 +49,7 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
             if value is None or value in inside or index.constant(value) is not None:
                 continue
             needed.append(value)
-            shape = row_of(node, index).sample(node, view).get(slot)
+            shape = row_of(node, view).probe_shapes(node, view).get(slot)
             if shape is not None:
                 proposed[value] = shape
     complete = set(proposed) == set(needed)
@@ -60,7 +57,7 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
     is_small = all(math.prod(shape) <= LARGEST_STATED for shape in stated.values())
     if complete:
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
-        sized = any(node.is_op(*SIZED) for node in nodes)
+        sized = any(operator_row(node).sized for node in nodes)
         if stated == proposed:
             yield full
         else:

@@ -7,8 +7,9 @@ from onnx import NodeProto
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import bodies
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.registry import ignores_elements
+from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.planner.view import SHAPE_READERS, Plan
 
 __all__ = ["unreached"]
 
@@ -61,14 +62,10 @@ def _reaches(plan: Plan, index: Index, owners: dict[int, tuple[Node, str]], name
         value = pending.pop()
         if value.scope is index.main and value.name in names:
             return True
-        following = [node for node, slot in value.readers if not _ignores_elements(node, slot)]
+        following = [node for node, slot in value.readers if not ignores_elements(node, slot)]
         if value.is_output and value.scope.number in owners:
             following.append(owners[value.scope.number][0])
         fresh = {output for node in following for output in node.outputs if output is not None} - seen
         seen |= fresh
         pending.extend(fresh)
     return False
-
-
-def _ignores_elements(node: Node, slot: int) -> bool:
-    return node.is_op(*SHAPE_READERS, "RandomNormalLike", "RandomUniformLike") or (node.is_op("CastLike") and slot == 1)

@@ -8,6 +8,7 @@ from onnx import helper
 from fastbn.graph.model.constant import Scaled
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import external_tensors, is_external, location_of
+from fastbn.graph.ops.registry import operator_row
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.output import Output, Patch
 
@@ -18,9 +19,6 @@ LARGEST_INLINE = 1 << 20
 
 # From this IR version on an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
-
-# What a new constant is called, where it is neither a weight nor a bias.
-ROLES = {("DequantizeLinear", 1): "scale", ("DequantizeLinear", 2): "zero_point"}
 
 
 def edited(proto, constants, attributes):
@@ -137,7 +135,7 @@ class _Writer:
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
-            role = ROLES.get((node.op, slot)) or ("weight" if isinstance(constant, Scaled) else "bias")
+            role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
