@@ -153,7 +153,7 @@ def _sized(info: onnx.ValueInfoProto, first: int, other: int) -> tuple[int, ...]
 def _feed(inputs: list[onnx.ValueInfoProto], shapes: Shapes, kind: InputKind, rng: np.random.Generator) -> Feed:
     kinds: list[InputKind] = [kind] * len(inputs)
     if kind == "first":
-        kinds = ["normal", *(["zero"] * len(inputs))]
+        kinds = ["zero" if number else "normal" for number in range(len(inputs))]
     return {info.name: _values(info, shapes[info.name], each, rng) for info, each in zip(inputs, kinds, strict=False)}
 
 
