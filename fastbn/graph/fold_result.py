@@ -37,19 +37,19 @@ class FoldResult:
     Examples
     --------
     >>> import fastbn, onnx
-    >>> text = '''<ir_version: 8, opset_import: ["" : 17]>
-    ... tiny (float[1, 1, 3] x) => (float[1, 1, 3] y) <
-    ...   float[1, 1, 1] w = {2}, float[1] one = {1}, float[1] mean = {3}, float[1] var = {4} > {
-    ...   c = Conv (x, w)
-    ...   y = BatchNormalization <epsilon: float = 0.0> (c, one, one, mean, var)
-    ... }'''
-    >>> result = fastbn.fold(onnx.parser.parse_model(text).SerializeToString())
+    >>> nodes = "{ c = Conv (x, w) y = BatchNormalization <epsilon: float = 0.0> (c, s, s, m, v) }"
+    >>> weights = "<float[1, 1, 1] w = {2}, float[1] s = {1}, float[1] m = {3}, float[1] v = {4}>"
+    >>> head = '<ir_version: 8, opset_import: ["" : 17]>'
+    >>> model = onnx.parser.parse_model(f"{head} tiny (float[1, 1, 3] x) => (float[1, 1, 3] y) {weights} {nodes}")
+    >>> result = fastbn.fold(model)
     >>> result
     <FoldResult 'model': 1 of 1 BatchNormalization folded, parity ok>
-    >>> result.folded[0].into, result.folded[0].channels, result.kept
-    ('y', 1, [])
+    >>> result.folded[0].bn, result.folded[0].into, result.kept
+    ('y', 'c', [])
     >>> [node.op_type for node in result.model.graph.node]
     ['Conv']
+    >>> result.to_dict()["batch_normalizations"]
+    {'before': 1, 'after': 0}
     """
 
     def __init__(self, source: Source, index: Index, output: Output, planning: Planning, folded: list[Fold], parity: Parity | None) -> None:

@@ -77,7 +77,6 @@ def fold(
     Returns
     -------
     FoldResult
-        With examples.
 
     Raises
     ------
@@ -85,6 +84,15 @@ def fold(
         A file cannot be read; the model is malformed.
     ArgumentError, ArgumentTypeError
         An option cannot be used.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> nodes = "{ c = Conv (x, w) y = BatchNormalization (c, s, s, s, s) }"
+    >>> tiny = f"(float[1, 1, 3] x) => (float[1, 1, 3] y) <float[1, 1, 1] w = {{2}}, float[1] s = {{1}}> {nodes}"
+    >>> result = fastbn.fold(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> tiny {tiny}'))
+    >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
+    ('c', True, 1)
     """
     shapes = checked_shapes(input_shapes)
     options = _Options(_globs(only, "only"), _globs(skip, "skip"), verify, shapes, freeze_inputs, seed, progress or silent, workdir)
@@ -291,6 +299,14 @@ def verify(
     ------
     StorageError, ModelError
         As in `fold`.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> text = '<ir_version: 8, opset_import: ["" : 17]> tiny (float[1, 2] x) => (float[1, 2] y) { y = %s (x, x) }'
+    >>> add, mul = (onnx.parser.parse_model(text % op) for op in ("Add", "Mul"))
+    >>> fastbn.verify(add, add).ok, fastbn.verify(add, mul).status
+    (True, 'failed')
     """
     shapes = checked_shapes(input_shapes)
     index = Index(storage.load(original), False, shapes)

@@ -11,7 +11,7 @@ from fastbn.graph.parity.difference import WorstElement, compare, quantile_error
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["MARGIN", "Verdict", "judged"]
+__all__ = ["MARGIN", "ModelsDiffer", "Verdict", "judged"]
 
 # The bound is this many times the measured effect of the noise, plus this many units of round-off of the largest value.
 MARGIN, FLOOR = 4, 16
@@ -97,3 +97,11 @@ def judged(name: str, before: Array, after: Array, noise: float, unit: float, no
         if quantile_error(before, after) <= quantile_bound <= CONCLUSIVE * worst.magnitude:
             allowed = bound
     return Verdict(name, worst, bound, allowed, noise if before.dtype.kind == "f" else math.inf)
+
+
+class ModelsDiffer(Exception):
+    """A difference that no noise can explain, in a sentence, and the Verdict about it; None where no arrays could be compared."""
+
+    def __init__(self, sentence: str, verdict: Verdict | None = None) -> None:
+        super().__init__(sentence)
+        self.verdict = verdict
