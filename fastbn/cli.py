@@ -240,7 +240,8 @@ def _deliver(arguments, run, made, target, where, lines, page=None):
     leaves nothing behind.
     """
     from fastbn.graph.report import size_text
-    from fastbn.graph.rewrite.destination import atomic, is_stream
+    from fastbn.graph.rewrite.destination import is_stream
+    from fastbn.graph.rewrite.replacement import atomic
 
     stream = _stream(arguments, target)
     # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
@@ -319,7 +320,7 @@ def _write_json(path, data):
 
 def _write_report(where, data):
     """Write the report of a command that makes no model."""
-    from fastbn.graph.rewrite.destination import atomic
+    from fastbn.graph.rewrite.replacement import atomic
 
     if where == STREAM:
         _write_json(None, data)

@@ -460,7 +460,7 @@ def interrupted(moment, folder, before, environment):
     deadline = time.monotonic() + 30
     while moment != "reading" and sorted(path.name for path in folder.iterdir()) == before and process.poll() is None:
         assert time.monotonic() < deadline
-    while moment == "verifying" and not list(folder.glob(".fastbn-*/staged.onnx")) and process.poll() is None:
+    while moment == "verifying" and not list(folder.glob(".fastbn-*/model.onnx")) and process.poll() is None:
         assert time.monotonic() < deadline
     if moment == "reading":
         time.sleep(0.15)

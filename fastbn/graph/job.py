@@ -187,7 +187,7 @@ class _Job:
             return output, None
         if output.is_external:
             self.progress("writing the folded model for its verification")
-            path = output.stage(self.stage)
+            path = output.save_in_workdir(self.stage)
             folded = Runnable(os.fspath(path), path.parent)
         else:
             folded = Runnable(output.to_bytes())
