@@ -208,7 +208,7 @@ def _check_data_files(sources, paths):
     read = {path for source in sources for path in source.data_files()}
     for path in paths:
         if path not in (None, STREAM) and os.path.realpath(path) in read:
-            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+            raise StorageError(f"Cannot write '{path}': it is a data file of the input")
 
 
 def _report_path(where, inputs, outputs, run):

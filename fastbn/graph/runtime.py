@@ -91,7 +91,7 @@ def says_invalid(error: Exception) -> bool:
 def _utf8(path: str | os.PathLike[str]) -> str:
     text = utf8_path(path)
     if text is None:
-        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", str(path)))
+        raise StorageError(f"Cannot open {str(path)!r} in onnxruntime: its name is not UTF-8")
     return text
 
 

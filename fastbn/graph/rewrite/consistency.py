@@ -25,7 +25,7 @@ __all__ = ["check_written"]
 Meaning: TypeAlias = tuple[int, int | None, int] | tuple[int, str]
 
 
-def check_written(index: Index, view: GraphView, plans: Sequence[Plan], gone: Set[Node], proto: ModelProto) -> None:
+def check_written(index: Index, view: GraphView, plans: Sequence[Plan], unwritten: Set[Node], proto: ModelProto) -> None:
     """Raise ModelError unless a written model is what its plans say.
 
     Parameters
@@ -35,7 +35,7 @@ def check_written(index: Index, view: GraphView, plans: Sequence[Plan], gone: Se
     view : view.GraphView
         The present graph after all plans.
     plans : list of view.Plan
-    gone : set of model.Node
+    unwritten : set of model.Node
         The nodes that are not written: removed and replaced ones, and constants that no node reads any more.
     proto : onnx.ModelProto
         The written model.
@@ -45,7 +45,7 @@ def check_written(index: Index, view: GraphView, plans: Sequence[Plan], gone: Se
     ModelError
         They differ.
     """
-    check = _Check(index, view, plans, gone, proto)
+    check = _Check(index, view, plans, unwritten, proto)
     check.count()
     for number in range(len(check.graphs)):
         check.define(number)
@@ -57,13 +57,15 @@ def check_written(index: Index, view: GraphView, plans: Sequence[Plan], gone: Se
 class _Check:
     """The comparison of one written model: first `count`, then `define` and `compare` for each graph by its number, then `finish`."""
 
-    def __init__(self, index: Index, view: GraphView, plans: Sequence[Plan], gone: Set[Node], proto: ModelProto) -> None:
+    def __init__(self, index: Index, view: GraphView, plans: Sequence[Plan], unwritten: Set[Node], proto: ModelProto) -> None:
         self.index = index
         self.view = view
         self.plans = plans
         self.graphs = scopes_of(proto.graph)
         replaced = view.replaced
-        self.nodes = [[replaced.get(node, node) for node in scope.nodes if node in replaced or node not in gone] for scope in index.scopes]
+        self.nodes = [
+            [replaced.get(node, node) for node in scope.nodes if node in replaced or node not in unwritten] for scope in index.scopes
+        ]
         self.positions = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.constants = {use: constant for plan in plans for use, constant in plan.constants.items()}

@@ -91,7 +91,7 @@ def check_destination(path: PathLike) -> None:
         return
     if mode is not None and (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
         if not os.access(name, os.W_OK):
-            raise StorageError(expected("a device or pipe that may be written to", "one that may not", name))
+            raise StorageError(f"Cannot write to the device or pipe '{name}': permission denied")
         return
     if mode is not None and not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a disk", stat.S_IFSOCK: "a socket"}
@@ -109,13 +109,13 @@ def _check_descriptor(number: int, name: str) -> None:
 def _check_folder(path: Path) -> None:
     folder = path.parent
     if not os.path.isdir(folder):
-        raise StorageError(expected("an existing output folder", "none", str(folder)))
+        raise StorageError(f"Cannot write '{path}': there is no folder '{folder}'")
     if not os.access(folder, os.W_OK):
-        raise StorageError(expected("a writable output folder", "one that is not", str(folder)))
+        raise StorageError(f"Cannot write '{path}': no file can be made in the folder '{folder}'")
     if os.path.lexists(path):
         its_folder, old = os.stat(folder), os.lstat(path)
         if its_folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, its_folder.st_uid, old.st_uid):
-            raise StorageError(expected("a file that may be replaced", "another user's, in a folder where only its owner may", str(path)))
+            raise StorageError(f"Cannot replace '{path}': it is another user's, and in this folder only the owner may replace a file")
 
 
 def write_through(path: PathLike, data: bytes) -> None:

@@ -223,7 +223,7 @@ def prepared_bytes(path: PathLike, data: bytes, source: Source) -> Iterator[Prep
 @contextlib.contextmanager
 def _prepared(path: PathLike, write_into: Callable[[Replacement], DataPaths], source: Source) -> Iterator[Prepared]:
     if os.path.realpath(path) in source.data_files():
-        raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+        raise StorageError(f"Cannot write '{path}': it is a data file of the input")
     with contextlib.closing(Replacement(path)) as replacement:
         with storage_errors(path):
             data = write_into(replacement)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-from fastbn.errors import StorageError, expected
+from fastbn.errors import StorageError
 from fastbn.graph.model.storage import utf8_path
 from fastbn.graph.rewrite.destination import PathLike, storage_errors
 
@@ -74,7 +74,7 @@ class Workdir:
                 if self._locked():
                     return
                 self.close()
-        raise StorageError(expected("a folder for what is being written", "one that others remove", str(parent)))
+        raise StorageError(f"Cannot make a working folder in '{parent}': another process removes it")
 
     def _locked(self) -> bool:
         """Lock the folder; say whether it is still there: another run may have removed it before it was locked."""

@@ -74,8 +74,8 @@ def rewrite(index: Index, planning: Planning) -> Output:
 class _Writer:
     """The edits of one model.
 
-    gone holds the nodes that are not written, unused_constants and unused_values the names, by scope number, of initializers and of values
-    that no node reads or gives any more.
+    unwritten holds the nodes that are not written; unused_constants and unused_values hold, by scope number, the names of initializers and
+    of values that no node reads or gives any more.
     """
 
     def __init__(self, index: Index, planning: Planning) -> None:
@@ -87,7 +87,7 @@ class _Writer:
         self.graphs = scopes_of(self.proto.graph)
         self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
-        self.gone = {*self.view.removed, *self.view.replaced}
+        self.unwritten = {*self.view.removed, *self.view.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
         self.duplicates: dict[Node, str] = {}
         self.patches = Patches(index.source)
@@ -108,7 +108,7 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        check_written(self.index, self.view, self.plans, self.gone, self.proto)
+        check_written(self.index, self.view, self.plans, self.unwritten, self.proto)
         changed = bool(self.plans) or self.index.freeze_inputs
         return Output(self.proto, self.patches.entries, self.index.source, self.duplicates, changed)
 
@@ -133,11 +133,11 @@ class _Writer:
                 continue
             self.unused_values[value.scope.number].add(value.name)
             producer = self.view.producer(value)
-            if producer is not None and producer not in self.gone:
+            if producer is not None and producer not in self.unwritten:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
                 present = self.view.replaced.get(reader, reader)
-                if present not in self.gone:
+                if present not in self.unwritten:
                     self._proto(present).input[slot] = name
 
     def _write_constant(self, node: Node, slot: int, constant: Constant) -> str:
@@ -195,11 +195,11 @@ class _Writer:
     def _find_unused(self) -> None:
         """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
         reads = self._reads()
-        pending = [value for node in self.gone for value in node.inputs if value is not None]
+        pending = [value for node in self.unwritten for value in node.inputs if value is not None]
         pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
         while pending:
             value = pending.pop()
-            if value.producer in self.gone or reads[value]:
+            if value.producer in self.unwritten or reads[value]:
                 continue
             node = value.producer
             if value.initializer is not None:
@@ -208,7 +208,7 @@ class _Writer:
                 outputs = [output for output in node.outputs if output is not None]
                 if any(reads[output] for output in outputs):
                     continue
-                self.gone.add(node)
+                self.unwritten.add(node)
                 self.unused_values[node.scope.number].update(output.name for output in outputs)
                 inputs = [value for value in node.inputs if value is not None]
                 reads.subtract(map(self.view.source, inputs))
@@ -219,7 +219,7 @@ class _Writer:
         reads: Counter[Value] = Counter()
         for node in self.index.order:
             slots = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
-            if node in self.gone:  # the Add that replaces a node reads its data input
+            if node in self.unwritten:  # the Add that replaces a node reads its data input
                 slots = [self.view.data_slot(node)] if node in self.view.replaced else []
             reads.update(self.view.source(value) for slot in slots if (value := node.inputs[slot]) is not None)
         for scope in self.index.scopes:
@@ -230,7 +230,7 @@ class _Writer:
         """Remove the nodes, constants and declarations that are not needed any more, and put the nodes in that replace others."""
         # Scope number -> position of a node that is not written -> the node in its place, or None.
         changed: defaultdict[int, dict[int, NodeProto | None]] = defaultdict(dict)
-        for node in self.gone:
+        for node in self.unwritten:
             replacement = self.view.replaced.get(node)
             changed[node.scope.number][node.position] = None if replacement is None else self.added[replacement]
         # Innermost first: a graph that is rebuilt holds copies of its nodes, and of the bodies in them.
