@@ -98,6 +98,7 @@ class _Writer:
         self.infos: dict[int, defaultdict[str, list[ValueInfoProto]]] = {}
 
     def output(self) -> Output:
+        """Make all edits, in this order: they read what the ones before have noted."""
         self._take_over_names()
         self._find_unused()
         for plan in self.plans:
