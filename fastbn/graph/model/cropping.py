@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from onnx import FunctionProto
 
-from fastbn.graph.model.expressions import ELEMENTWISE, NO_LARGER
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Value
-from fastbn.graph.model.sizes import SAME_SHAPE
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -23,10 +21,17 @@ __all__ = ["crop_levels", "scopes_within"]
 
 # Operators whose outputs have a negative size only where an input has one.
 # fmt: off
-HARMLESS = SAME_SHAPE | ELEMENTWISE | (NO_LARGER - {"Split"}) | {
-    "ArgMax", "ArgMin", "Concat", "Constant", "CumSum", "DepthToSpace", "GRU", "Gather", "GatherElements", "Gemm", "GlobalAveragePool",
-    "GlobalMaxPool", "LSTM", "MatMul", "NonZero", "RNN", "ScatterElements", "ScatterND", "Shape", "Slice", "SpaceToDepth", "Tile", "Trilu",
-}
+HARMLESS = frozenset([
+    "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Asin", "Atan", "BatchNormalization", "Cast", "CastLike", "Ceil", "Clip", "Concat",
+    "Constant", "Cos", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Elu", "Equal", "Erf", "Exp", "Flatten", "Floor",
+    "GRU", "Gather", "GatherElements", "Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid",
+    "HardSwish", "Identity", "InstanceNormalization", "LRN", "LSTM", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log",
+    "LogSoftmax", "MatMul", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "NonZero", "Not", "Or", "PRelu", "Pow", "QuantizeLinear",
+    "RNN", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
+    "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Selu", "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax",
+    "Softplus", "Softsign", "SpaceToDepth", "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze",
+    "Where", "Xor",
+])
 # fmt: on
 
 # Operator -> the slots of lists: its outputs have a negative size only where an input has one or an element of such a list is negative.

@@ -16,6 +16,7 @@ from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.storage import Source, tensor_dtype
+from fastbn.graph.ops.registry import operator_row
 from fastbn.graph.runtime import session
 
 if TYPE_CHECKING:
@@ -31,20 +32,6 @@ LARGEST_TOTAL = 1 << 26
 
 # The session of an operator is kept for the next node like it where the inputs have no more bytes than this.
 KEPT_SESSION = 1 << 20
-
-# Standard operators whose result on constants is a constant: deterministic, without bodies. Each kind tells how large the result is.
-# fmt: off
-ELEMENTWISE = frozenset([
-    "Abs", "Acos", "Add", "And", "Asin", "Atan", "Cast", "CastLike", "Ceil", "Clip", "Cos", "Div", "Equal", "Erf", "Exp", "Floor",
-    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow",
-    "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "Where", "Xor",
-])
-NO_LARGER = frozenset([
-    "Flatten", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape",
-    "Size", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-])
-# fmt: on
-LARGER = frozenset(["Concat", "ConstantOfShape", "Expand", "Gather", "Range", "Tile"])
 
 # Attribute of a Constant node -> the type of the attribute, the dtype of the constant.
 LITERALS: dict[str, tuple[type, type[np.generic]]] = {
@@ -65,9 +52,9 @@ Inputs: TypeAlias = "Sequence[Array | None]"
 Key: TypeAlias = tuple[bytes, tuple[int | None, ...]]
 
 
-def is_expression(op: str) -> bool:
-    """Say whether the result of a standard operator on constants is a constant."""
-    return op in ELEMENTWISE or op in NO_LARGER or op in LARGER
+def is_expression(node: Node) -> bool:
+    """Say whether the result of a node on constants is a constant: its operator is deterministic and has no bodies."""
+    return operator_row(node).result_size is not None
 
 
 class Constants:
@@ -217,7 +204,7 @@ def _candidates(nodes: Iterable[Node]) -> set[Value]:
         if not is_standard(node.domain):
             continue
         constants_only = all(value is None or value in candidates or value.initializer is not None for value in node.inputs)
-        if node.op in ("Constant", "Shape") or (constants_only and any(node.inputs) and (is_expression(node.op) or node.is_op("Identity"))):
+        if node.op in ("Constant", "Shape") or (constants_only and any(node.inputs) and (is_expression(node) or node.is_op("Identity"))):
             candidates.update(value for value in node.outputs if value is not None)
     return candidates
 
@@ -234,61 +221,16 @@ def _literal(array: Array) -> Tensor:
     return Tensor(array.dtype, array.shape, lambda: array)
 
 
-def _result_size(node: object, arrays: list) -> float | None:
+def _result_size(node: Node, arrays: Inputs) -> float | None:
     """Return how many elements a node gives in all, math.inf where it is sure to be too many, None where it cannot run."""
     given = [array for array in arrays if array is not None]
-    if not given or not all(map(_is_numeric, given)):
+    result_size = operator_row(node).result_size
+    if not given or result_size is None or not all(map(_is_numeric, given)):
         return None
     try:
-        if node.op in ("Cast", "CastLike", "Clip") or node.op in NO_LARGER:
-            return given[0].size
-        if node.op in ELEMENTWISE:
-            return None if _traps(node, given) else math.prod(np.broadcast_shapes(*(array.shape for array in given)))
-        return _LARGER[node.op](node, *given)
+        return result_size(node, given)
     except (ValueError, IndexError, TypeError, OverflowError):
         return None
-
-
-def _traps(node: object, arrays: list) -> bool:
-    """Say whether an integer division has no result: some processors stop the process there."""
-    divides = node.op in ("Div", "Mod") and len(arrays) == 2 and arrays[1].dtype.kind in "iu"
-    return divides and bool((arrays[1] == 0).any() or ((arrays[1] == -1).any() and (arrays[0] == np.iinfo(arrays[0].dtype).min).any()))
-
-
-def _gathered(node: object, data: np.ndarray, indices: np.ndarray) -> int:
-    axis = node.attribute("axis", 0)
-    return data.size // max(data.shape[axis], 1) * indices.size
-
-
-def _steps(node: object, start: np.ndarray, limit: np.ndarray, delta: np.ndarray) -> float:
-    return max(0, math.ceil((limit.item() - start.item()) / delta.item())) if delta.item() else math.inf
-
-
-def _sizes(array: np.ndarray) -> list:
-    """Return the elements of a list of sizes; more of them than an array has axes are none."""
-    sizes = array.reshape(-1).tolist()
-    if len(sizes) > 64 or any(size < 0 for size in sizes):
-        raise ValueError
-    return sizes
-
-
-def _expanded(node: object, data: np.ndarray, sizes: np.ndarray) -> int:
-    # Not by np.broadcast_shapes, which takes no sizes beyond the address space.
-    wanted, shape = _sizes(sizes), list(data.shape)
-    rank = max(len(wanted), len(shape))
-    columns = zip([1] * (rank - len(wanted)) + wanted, [1] * (rank - len(shape)) + shape, strict=True)
-    return math.prod(wide if narrow == 1 else narrow for wide, narrow in columns)
-
-
-# Operator -> how many elements it gives.
-_LARGER: dict[str, Callable[..., float]] = {
-    "Concat": lambda node, *arrays: sum(array.size for array in arrays),
-    "ConstantOfShape": lambda node, sizes: math.prod(_sizes(sizes)),
-    "Expand": _expanded,
-    "Gather": _gathered,
-    "Range": _steps,
-    "Tile": lambda node, data, *repeats: data.size * math.prod(_sizes(repeats[0])),
-}
 
 
 def _run(node: Node, arrays: Inputs, opset: int, keys: dict[tuple[object, ...], Key]) -> list[Array] | None:
@@ -377,7 +319,6 @@ def _reference(proto: NodeProto, model: onnx.ModelProto) -> Run:
 
     def run(feeds: Mapping[str, Array]) -> list[Array]:
         with np.errstate(all="ignore"):
-            results = evaluator.run(None, dict(feeds))
-        return list(results)
+            return [np.asarray(result) for result in evaluator.run(None, dict(feeds))]
 
     return run

@@ -17,7 +17,7 @@ from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import LARGEST_INLINED, bodies, is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import checker_context, is_function, is_inferable, propagates
-from fastbn.graph.model.sizes import LARGEST_LIST, Sizes
+from fastbn.graph.model.sizes import LARGEST_LIST, SizeInference
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -101,7 +101,7 @@ class Inference:
         self._context = checker_context(proto, opset)
         self._opset = opset
         self._has_functions = expanded <= LARGEST_INLINED
-        # What Sizes has computed: shapes, and the elements of lists.
+        # What SizeInference has computed: shapes, and the elements of lists.
         self._computed_shapes: dict[Value, Shape] = {}
         self._computed_lists: dict[Value, Array] = {}
         # Small constants; nodes as inference sees them (None: not at all); the copies of cropping nodes in the skeleton.
@@ -120,7 +120,7 @@ class Inference:
             if not self._pass():
                 break
             is_changing = bool(self._left_out) and before != self.shapes
-            sizes = Sizes(self._main.ordered, self.shapes, self._constants)
+            sizes = SizeInference(self._main.ordered, self.shapes, self._constants)
             if not any(sizes.is_open(node) for scope in scopes_within(self._main) for node in scope.ordered):
                 break
             if not self._follows_lists:  # ranks first: they tell which lists are short enough to be followed
@@ -139,6 +139,7 @@ class Inference:
         levels = crop_levels(self._main, self._proto.functions, self._number, self._is_known)
         self._crops = {node: [] for node in levels}
         skeleton, scopes = self._skeleton()
+        graph = skeleton.graph
         last = max((level for level in levels.values() if level <= MOST_LEVELS), default=0)
         for level in range(last + 1):
             for node, added in self._crops.items():

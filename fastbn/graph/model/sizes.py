@@ -8,67 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto
 
 from fastbn.graph.model.expressions import Constants, is_expression
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
+from fastbn.graph.ops.registry import operator_row
+from fastbn.graph.ops.shape_rules import Dim, Size, Sizes
 
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["LARGEST_LIST", "Sizes"]
+__all__ = ["LARGEST_LIST", "SizeInference"]
 
 # Integer constants up to this many elements are read for their values.
 LARGEST_LIST = 1 << 10
 
-# The output has the shape of the first input.
-# fmt: off
-SAME_SHAPE = frozenset([
-    "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "InstanceNormalization", "LRN", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "PRelu",
-    "QuantizeLinear", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Sqrt", "Tanh",
-])
-# fmt: on
 
-# Axis 0 of the output is that of the first input, whatever becomes of the others.
-SAME_BATCH = ("AveragePool", "Conv", "ConvTranspose", "DepthToSpace", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "SpaceToDepth")
-
-# Each dimension is the one of its operands that is not 1.
-BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum")
-
-# Operators that move the elements of a list.
-MOVING = ("Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze")
-
-# Operator -> the slots in which it reads sizes, factors or axes by value; a Flatten is a Reshape to sizes that it does not read.
-# fmt: off
-VALUE_SLOTS = {
-    "CenterCropPad": (1,), "ConstantOfShape": (0,), "Expand": (1,), "Flatten": (1,), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2),
-    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Tile": (1, 2), "TopK": (1,),
-    "Unsqueeze": (1,), "Upsample": (1,),
-}
-# fmt: on
-
-# A Cast to one of these types leaves a size as it is.
-INTEGERS = (TensorProto.INT32, TensorProto.INT64)
-
-
-@dataclass(frozen=True)
-class Dim:
-    """The size of one axis of one value, which depends on the inputs of a run."""
-
-    value: Value
-    axis: int
-
-
-Size: TypeAlias = int | Dim | None
-
-
-class Sizes:
+class SizeInference:
     """One pass over the nodes of a graph, in the order of the data flow.
 
     Parameters
@@ -99,7 +58,7 @@ class Sizes:
         nodes = [(node, node.outputs[0]) for node in self.nodes if node.outputs]
         open_nodes = {node: None for node, _ in nodes if self.is_open(node)}
         shapes: dict[Value, Shape] = {}
-        targets = [value for node in open_nodes for slot in _value_slots(node) if (value := node.input(slot)) is not None]
+        targets = [value for node in open_nodes for slot in operator_row(node).size_slots if (value := node.input(slot)) is not None]
         lists = self._computed(targets)
         for node, output in nodes if open_nodes else ():
             if output is None:
@@ -108,7 +67,7 @@ class Sizes:
                 if value is not None and value in lists:
                     self._lists[value] = self._list(node, value.slot)
             sizes = self._combine(node, output)
-            if node in open_nodes and sizes is not None and node.is_op("Reshape", "Flatten"):
+            if node in open_nodes and sizes is not None and operator_row(node).reshape_target is not None:
                 numbers = tuple(size if isinstance(size, int) else None for size in sizes)
                 if numbers != self.known(output):
                     shapes[output] = numbers
@@ -122,7 +81,7 @@ class Sizes:
     def is_open(self, node: Node) -> bool:
         """Say whether a node reads sizes by value and gives unknown ones."""
         value = node.outputs[0] if node.outputs else None
-        if value is None or not _value_slots(node):
+        if value is None or not operator_row(node).size_slots:
             return False
         # Inference keeps what a graph output declares, so another pass would find nothing new for it.
         shape = self.known(value)
@@ -141,41 +100,24 @@ class Sizes:
 
     def _combine(self, node: Node, value: Value) -> tuple[Size, ...] | None:
         """Return the sizes of a node's first output: those that inference knows, completed by those that follow from its inputs."""
-        computed, known = self._told(node), self.known(value)
+        computed, known = self._from_inputs(node), self.known(value)
         sizes: Sequence[Size] | None = computed if known is None else known
         if known is not None and computed is not None and len(computed) == len(known):
             sizes = [other if size is None else size for size, other in zip(known, computed, strict=True)]
         self._sizes[value] = _named(sizes, value)
         return self._sizes[value]
 
-    def _told(self, node):
-        first = self._of(node.input(0))
-        if node.is_op("Reshape", "Flatten"):
-            return self._reshaped(node, first)
-        if first is None:
-            return None
-        if node.is_op(*SAME_SHAPE):
-            return first
-        if node.is_op(*SAME_BATCH):
-            return (*first[:1], *[None] * (len(first) - 1))
-        if node.is_op("Transpose"):
-            perm = node.attribute("perm") or list(range(len(first)))[::-1]
-            return tuple(first[at] for at in perm) if sorted(perm) == list(range(len(first))) else None
-        if node.is_op("Concat"):
-            joined = node.attribute("axis", 1) % max(len(first), 1)
-            return tuple(None if at == joined else size for at, size in enumerate(first))
-        if node.is_op("Gemm"):
-            return (None if node.attribute("transA", 0) else first[0], None) if len(first) == 2 else None
-        if node.is_op("MatMul"):
-            second = self._of(node.input(1))
-            return (*first[:-1], None) if second is not None and len(second) == 2 else None
-        if node.is_op(*BROADCASTING):
-            return _broadcast([self._of(value) for value in node.inputs])
-        return None
+    def _from_inputs(self, node: Node) -> Sizes | None:
+        """Return the sizes of a node's first output as far as its row tells them."""
+        row = operator_row(node)
+        if row.reshape_target is not None:
+            first = self._of(node.input(0))
+            return self._reshaped(node, first, row.reshape_target(node, first, self._integers))
+        inputs = [self._of(value) for value in node.inputs] if row.sizes is not None else []
+        return row.sizes(node, inputs) if row.sizes is not None and inputs and inputs[0] is not None else None
 
-    def _reshaped(self, node: Node, first: Sequence[Size] | None) -> Sequence[Size] | None:
-        """Return the sizes that a Reshape or Flatten gives; first are those of its data."""
-        target = self._target(node, first)
+    def _reshaped(self, node: Node, first: Sizes | None, target: list[Size] | None) -> Sizes | None:
+        """Return the sizes that a list of sizes makes of a value by Reshape's rules; first are those of the value."""
         if target is None:
             return None
         keeps_zero = node.attribute("allowzero", 0)
@@ -194,20 +136,18 @@ class Sizes:
             sizes[-1] = self._rows_demanded(node.required_output(), sizes[-1])
         return sizes
 
-    def _target(self, node: Node, first: Sequence[Size] | None) -> list[Size] | None:
-        """Return the list that a Reshape reads, or that makes a Reshape of a Flatten."""
-        if node.is_op("Flatten"):
-            return [0, -1] if node.attribute("axis", 1) == 1 and first else None
-        elements = self._elements(node.input(1))
+    def _integers(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers."""
+        elements = self._elements(value)
         return None if elements is None or elements.ndim != 1 or elements.dtype != object else list(elements.tolist())
 
     def _rows_demanded(self, value: Value, size: Size) -> Size:
         """Return the size of the last axis that a matrix product of this value demands, or `size` where there is none."""
         for node, slot in value.readers:
-            weight = self._of(node.input(1)) if slot == 0 and node.is_op("MatMul", "Gemm") and node.scope is value.scope else None
-            if weight is not None and len(weight) == 2 and not node.attribute("transA", 0):
-                rows = weight[1 if node.attribute("transB", 0) else 0]
-                size = rows if isinstance(rows, int) else size
+            data_width = operator_row(node).data_width
+            weight = self._of(node.input(1)) if data_width is not None and slot == 0 and node.scope is value.scope else None
+            demanded = data_width(node, weight) if data_width is not None and weight is not None else None
+            size = demanded if isinstance(demanded, int) else size
         return size
 
     # ---- lists of integers ----
@@ -220,9 +160,11 @@ class Sizes:
             node = value.producer
             if node is None or value in computed or not is_standard(node.domain):
                 continue
-            if node.op in ("Identity", "Shape") or is_expression(node.op):
+            row = operator_row(node)
+            if row.list_elements is not None or is_expression(node):
                 computed.add(value)
-                pending.extend(read for read in node.inputs if read is not None and not node.is_op("Shape"))
+                by_shape = row.list_elements is not None and row.reads.get(0) == "shape"
+                pending.extend(read for read in node.inputs if read is not None and not by_shape)
         return computed
 
     def _elements(self, value: Value | None) -> Array | None:
@@ -245,17 +187,17 @@ class Sizes:
 
     def _list(self, node: Node, slot: int) -> Array | None:
         """Return the elements that an operator on lists gives, None where they are not known."""
-        if node.is_op("Shape"):
-            sizes = self._of(node.input(0))
-            return None if sizes is None else _objects(sizes[node.attribute("start", 0) : node.attribute("end", len(sizes))])
+        row = operator_row(node)
+        if row.list_elements is not None and row.reads.get(0) == "shape":
+            return row.list_elements(node, self._of(node.input(0)), ())
         inputs = [self._elements(value) for value in node.inputs]
         if not inputs or any(each is None and value is not None for each, value in zip(inputs, node.inputs, strict=True)):
             return None
+        elements = None if row.list_elements is None else row.list_elements(node, None, inputs)
+        if elements is not None:
+            return elements
         first = inputs[0]
-        is_integer = first is not None and first.dtype == object
-        if node.is_op("Identity") or (node.is_op("Cast") and node.attribute("to", 0) in INTEGERS and is_integer):
-            return first
-        if node.is_op(*MOVING) and is_integer:
+        if row.moved_inputs is not None and first is not None and first.dtype == object:
             return self._moved(node, slot, inputs)
         arrays = [None if each is None else _numbers(each) for each in inputs]
         if any(array is None and each is not None for array, each in zip(arrays, inputs, strict=True)):
@@ -265,12 +207,13 @@ class Sizes:
 
     def _moved(self, node: Node, slot: int, inputs: Sequence[Array | None]) -> Array | None:
         """Return the elements that an operator which only moves them gives: it is run on their positions in a list of all elements."""
+        moves_all = operator_row(node).moved_inputs == "all"
         elements: list[Size] = []
         arrays: list[Array | None] = []
         for at, each in enumerate(inputs):
             if each is None:
                 arrays.append(None)
-            elif at == 0 or node.is_op("Concat"):
+            elif at == 0 or moves_all:
                 arrays.append(np.arange(len(elements), len(elements) + each.size).reshape(each.shape))
                 elements.extend(each.flat)
             elif all(isinstance(size, int) for size in each.flat):
@@ -300,13 +243,6 @@ def _fits(size: Size) -> bool:
     return isinstance(size, int) and abs(size) < 1 << 63
 
 
-def _value_slots(node):
-    """Return the slots in which an operator reads sizes by value."""
-    if not is_standard(node.domain):
-        return ()
-    return (1,) if node.op.startswith("Reduce") else VALUE_SLOTS.get(node.op, ())
-
-
 def _objects(elements: Sequence[Size]) -> Array:
     array = np.empty(len(elements), object)
     array[:] = elements
@@ -316,16 +252,6 @@ def _objects(elements: Sequence[Size]) -> Array:
 def _named(sizes: Sequence[Size] | None, value: Value) -> tuple[Size, ...] | None:
     """Return the sizes of a value with its Dim for each one that is not known."""
     return None if sizes is None else tuple(Dim(value, at) if size is None else size for at, size in enumerate(sizes))
-
-
-def _broadcast(operands: Sequence[Sequence[Size] | None]) -> tuple[Size, ...] | None:
-    known = [sizes for sizes in operands if sizes is not None]
-    if len(known) < len(operands):
-        return None
-    rank = max(map(len, known))
-    columns = zip(*((*[1] * (rank - len(sizes)), *sizes) for sizes in known), strict=True)
-    choices = [{size for size in column if size != 1} for column in columns]
-    return tuple((choice or {1}).pop() if len(choice) < 2 else None for choice in choices)
 
 
 def _quotient(sizes: Sequence[Size], others: Sequence[Size]) -> Size:

@@ -15,8 +15,9 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Use, Value
-from fastbn.graph.ops.lift import is_batch_norm
-from fastbn.graph.planner.view import GraphView, Plan
+from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.view import GraphView
 
 __all__ = ["check_written"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from onnx import ModelProto, NodeProto
 
 from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
-from fastbn.graph.ops.lift import BATCH_NORM, ELEMENTWISE
+from fastbn.graph.ops.registry import can_be_affine
 
 if TYPE_CHECKING:
     from onnx.onnx_ml_pb2 import TypeProto
@@ -107,4 +107,4 @@ def _of_nodes(nodes: Iterable[NodeProto], constants: set[str]) -> Iterator[tuple
 
 
 def _is_lasting(node: NodeProto) -> bool:
-    return not (is_standard(node.domain) and node.op_type in (BATCH_NORM, *ELEMENTWISE))
+    return not (is_standard(node.domain) and can_be_affine(node.op_type))

@@ -13,6 +13,7 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import is_external
+from fastbn.graph.ops.registry import operator_row
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.data_files import Patches
@@ -25,9 +26,6 @@ LARGEST_INLINE = 1 << 20
 
 # From this IR version on, an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
-
-# The last part of the name of a new constant that is neither a weight nor a bias.
-ROLES = {("DequantizeLinear", 1): "scale", ("DequantizeLinear", 2): "zero_point"}
 
 
 MessageT = TypeVar("MessageT")
@@ -156,7 +154,7 @@ class _Writer:
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
-            role = ROLES.get((node.op, slot)) or ("weight" if isinstance(constant, Scaled) else "bias")
+            role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
@@ -197,7 +195,8 @@ class _Writer:
         """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
         reads = self._reads()
         pending = [value for node in self.unwritten for value in node.inputs if value is not None]
-        pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
+        freed = [node.input(slot) for node, slot in self.freed if node not in self.added]
+        pending += [value for value in freed if value is not None]
         while pending:
             value = pending.pop()
             if value.producer in self.unwritten or reads[value]:
