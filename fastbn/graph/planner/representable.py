@@ -66,9 +66,9 @@ def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphV
         return 0, []
 
     def matrix(values: NDArray[np.generic]) -> NDArray[np.generic]:
-        found = weight_matrix(node, slot, values)
-        assert found is not None, "asked before"
-        return found
+        rows = weight_matrix(node, slot, values)
+        assert rows is not None, "asked before"
+        return rows
 
     at = row.bias_slot
     bias = None if at is None else plan.constants.get((node, at)) or view.tensor(node, at)
