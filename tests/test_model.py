@@ -1,4 +1,4 @@
-"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and graphs that are none."""
+"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and malformed graphs."""
 
 import numpy as np
 import onnx
