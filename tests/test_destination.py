@@ -420,7 +420,7 @@ def test_a_sticky_folder_keeps_other_peoples_files(here, monkeypatch):
     destination.check_destination(here / "in.onnx")
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     destination.check_destination(here / "new.onnx")
-    with pytest.raises(fastbn.StorageError, match="another user's, in a folder where only its owner may"):
+    with pytest.raises(fastbn.StorageError, match="it is another user's, and in this folder only the owner may replace a file"):
         destination.check_destination(here / "in.onnx")
 
 
