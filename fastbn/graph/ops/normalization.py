@@ -22,6 +22,9 @@ BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
 PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
 
+# Why an affine does not pass the other normalizations along the data flow.
+NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
+
 # ONNX's default: an attribute is a float32, which a float64 model feels.
 EPSILON = float(np.float32(1e-5))
 
@@ -171,11 +174,6 @@ def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> 
     return transfer
 
 
-def _nothing_passes(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
-    sentence = "takes out what is common to all that it normalizes, exactly but for its eps, and nothing else passes it"
-    raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which {sentence}")
-
-
 def _last_axes_bound(proto: NodeProto) -> list[NodeProto]:
     """4 |scale| + |bias|: a normalized number is seldom larger than 4. The output is made of zeros like the data."""
     data, scale, output = proto.input[0], proto.input[1], proto.output[0]
@@ -212,8 +210,8 @@ def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
     proto.CopyFrom(helper.make_node(op, inputs, [output]))
 
 
-_CHANNELS = Row(_channels_backward, _nothing_passes, terms=_terms, bound=_channels_bound, sizes=same_sizes)
-_LAST_AXES = Row(_last_axes_backward, _nothing_passes, terms=_terms, bound=_last_axes_bound, sizes=same_sizes)
+_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes)
+_LAST_AXES = Row(_last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes)
 
 NORMALIZATION = {
     BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),

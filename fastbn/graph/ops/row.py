@@ -219,6 +219,8 @@ class Row:
     ----------
     backward, forward : Rule or None
         What it does with an affine in each direction; None where it has no such fold.
+    forward_refusal : str
+        What a sentence about the node goes on with where forward is None.
     with_constant : Row or None
         The row that counts instead where one of its two operands is a constant (Add of a value and a constant, for example).
     lift : callable or None
@@ -283,6 +285,7 @@ class Row:
 
     backward: Rule | None = None
     forward: Rule | None = None
+    forward_refusal: str = "which cannot take or pass it"
     with_constant: "Row | None" = None
     lift: Callable[[Node, PresentGraph], Affine | None] | None = None
     data_slot: Callable[[Node, PresentGraph], int] = _first_slot

@@ -176,7 +176,7 @@ class Search:
             raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
         row = self._row(node, depth)
         if row.forward is None:
-            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
+            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, {row.forward_refusal}")
         read = node.inputs[slot]
         assert read is not None, "a reader reads"
         transfers = row.forward(node, Traveler(affine, read, slot, self.strategy, self.origin), self.view)
