@@ -28,7 +28,7 @@ from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.writer import rewrite
 from fastbn.graph.runtime import Runnable
 
-# Folds that are excluded one by one because the whole model fails with them.
+# Folds that are excluded one by one because the whole model fails with them: docs/numerics.md, "Limits of effort".
 MOST_EXCLUDED = 8
 
 Globs: TypeAlias = str | list[str] | tuple[str, ...]

@@ -21,7 +21,7 @@ from fastbn.graph.runtime import runtime_errors, session
 
 __all__ = ["Probe", "probes"]
 
-# Elements of one input that has the sizes of the model, unless nothing smaller can be run.
+# Elements of one input that has the sizes of the model, unless nothing smaller can be run: docs/numerics.md, "Inputs".
 LARGEST_STATED = 1 << 23
 
 # The shape of each input of a segment.

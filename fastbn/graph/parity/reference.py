@@ -27,7 +27,7 @@ __all__ = ["Progress", "Reference", "copied", "feeds_for", "reference_of", "sile
 # Draws of the noise where the first one does not explain a difference: docs/numerics.md, "The bound of an output".
 MORE_DRAWS = 5
 
-# The copy of an output of more bytes is a temporary file.
+# The copy of an output of more bytes is a temporary file: docs/numerics.md, "Limits of effort".
 LARGEST_IN_MEMORY = 1 << 24
 
 Progress: TypeAlias = Callable[[str], None]
@@ -175,7 +175,7 @@ class Reference:
 
     def measure(self) -> None:
         """Measure how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""
-        kind = next((kind for kind in KINDS if kind in self.outputs), None)
+        kind: InputKind | None = next((kind for kind in KINDS if kind in self.outputs), None)
         if kind is None or self._relative:
             return
         self.progress("measuring the rounding noise")
