@@ -34,7 +34,7 @@ def body():
 
 def _rebuilt(self, order):
     ordered = order(list(enumerate(self.graphs)))
-    gone = {(node.scope.number, node.position) for node in self.gone}
+    gone = {(node.scope.number, node.position) for node in self.unwritten}
     for number, graph in ordered:
         nodes = [node for position, node in enumerate(graph.node) if (number, position) not in gone]
         del graph.node[:]

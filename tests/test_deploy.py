@@ -415,7 +415,7 @@ BAD = {
     "the same file": (["in.onnx", "in.onnx"], "an OUT that is not IN, got the same file - at `in.onnx`"),
     "missing model": (["none.onnx", "out.onnx"], "a file that can be used, got no such file or directory - at `none.onnx`"),
     "no model": (["data.npz", "out.onnx"], "an ONNX model, got"),
-    "missing folder": (["in.onnx", "none/out.onnx"], "an existing output folder, got none - at `none`"),
+    "missing folder": (["in.onnx", "none/out.onnx"], "there is no folder 'none'"),
     "missing data": (
         ["in.onnx", "out.onnx", "--data", "none.npz"],
         "a file that can be used, got no such file or directory - at `none.npz`",
@@ -486,7 +486,7 @@ def test_a_read_only_folder(here, capsys, monkeypatch):
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
     assert main(["deploy", "in.onnx", "locked/out.onnx"]) == 2
-    assert "Expected a writable output folder, got one that is not - at `locked`" in capsys.readouterr().err
+    assert "Cannot write 'locked/out.onnx': no file can be made in the folder 'locked'" in capsys.readouterr().err
     assert files(here / "locked") == []
 
 

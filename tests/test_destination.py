@@ -20,6 +20,7 @@ from sketch import assert_same, conv_bn, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.graph.rewrite import destination, writer
+from fastbn.graph.rewrite.workdir import Workdir
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root may give files away and make devices")
@@ -119,7 +120,7 @@ def test_leftovers_are_removed_and_what_lives_is_not(here):
         (here / name).mkdir()
     (here / ".fastbn-00000000000000ff").symlink_to(others[0])
     (here / ".fastbn-00000000000000fe").write_text("a file")
-    with destination.Room(here) as alive:
+    with Workdir(here) as alive:
         (alive.path / "file").write_text("at work")
         fastbn.fold("in.onnx").save("out.onnx")
         assert (alive.path / "file").read_text() == "at work"
@@ -127,27 +128,27 @@ def test_leftovers_are_removed_and_what_lives_is_not(here):
     assert files(here) == sorted([*others, ".fastbn-00000000000000fe", ".fastbn-00000000000000ff", "in.onnx", "out.onnx"])
 
 
-def test_the_room_of_another_process_is_left_alone(here, environment):
-    code = "from fastbn.graph.rewrite.destination import Room; room = Room(); print(room.path, flush=True); input()"
+def test_the_workdir_of_another_process_is_left_alone(here, environment):
+    code = "from fastbn.graph.rewrite.workdir import Workdir; workdir = Workdir(); print(workdir.path, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**environment, "TMPDIR": str(here)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        room = Path(process.stdout.readline().strip())
-        assert room.parent == here
-        destination.Room(here).close()
-        assert room.exists()
+        workdir = Path(process.stdout.readline().strip())
+        assert workdir.parent == here
+        Workdir(here).close()
+        assert workdir.exists()
         process.send_signal(signal.SIGKILL)
-    destination.Room(here).close()
-    assert not room.exists()
+    Workdir(here).close()
+    assert not workdir.exists()
 
 
 @needs_root
 def test_leftovers_of_another_user_stay(here):
-    room = here / ".fastbn-0123456789abcdef"
-    room.mkdir()
-    os.chown(room, 1234, 1234)
-    destination.Room(here).close()
-    assert room.exists()
+    workdir = here / ".fastbn-0123456789abcdef"
+    workdir.mkdir()
+    os.chown(workdir, 1234, 1234)
+    Workdir(here).close()
+    assert workdir.exists()
 
 
 @needs_root
