@@ -20,8 +20,8 @@ from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.planner.view import Plan
 from fastbn.graph.reasons import first_few
 from fastbn.graph.results import Fold, Parity
 from fastbn.graph.rewrite.output import Output

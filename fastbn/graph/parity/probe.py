@@ -107,7 +107,7 @@ def _captured(index: Index, values: list[Value]) -> Feed | None:
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     folder = index.source.path.parent if index.source.path else None
-    failures = (*runtime_errors(), ModelNotRun, ModelError)
+    failures: tuple[type[Exception], ...] = (*runtime_errors(), ModelNotRun, ModelError)
     try:
         run = session(serialize(proto, index.source.name), folder)
         outputs = run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0])
