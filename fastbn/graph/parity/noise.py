@@ -124,11 +124,11 @@ class Noise:
         """
         noisy: Feed = {}
         for name, each in self._parameters.items():
-            size = NOISE * each.unit * each.abs_terms
+            change = NOISE * each.unit * each.abs_terms
             if sums:
-                size = size + self._sum_units(each.node) * min(each.unit, UNIT["float32"]) * each.abs_terms
+                change = change + self._sum_units(each.node) * min(each.unit, UNIT["float32"]) * each.abs_terms
             with np.errstate(over="ignore"):
-                noisy[name] = np.asarray(each.values + size * rng.choice([-1.0, 1.0], each.values.shape)).astype(each.dtype)
+                noisy[name] = np.asarray(each.values + change * rng.choice([-1.0, 1.0], each.values.shape)).astype(each.dtype)
         for name, values in feed.items():
             noisy[name] = values
             if values.dtype.kind == "f":

@@ -22,7 +22,7 @@ from fastbn.graph.runtime import runtime_errors, session
 __all__ = ["Probe", "probes"]
 
 # Elements of one input that has the sizes of the model, unless nothing smaller can be run: docs/numerics.md, "Inputs".
-LARGEST_STATED = 1 << 23
+LARGEST_PROBE = 1 << 23
 
 # The shape of each input of a segment.
 ProbeShapes: TypeAlias = dict[Value, tuple[int, ...]]
@@ -68,7 +68,7 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
                 proposed[value] = shape
     complete = set(proposed) == set(needed)
     stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
-    is_small = all(math.prod(shape) <= LARGEST_STATED for shape in stated.values())
+    is_small = all(math.prod(shape) <= LARGEST_PROBE for shape in stated.values())
     if complete:
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
         sized = any(operator_row(node).sized for node in nodes)
