@@ -2,7 +2,7 @@
 
 The segment is the nodes that the plan names. What is allowed follows from rounding theory: the folded segment evaluated with absolute
 values, |W'| |x| + |b'|, bounds element by element the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that,
-u the unit round-off and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
+u the unit roundoff and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
 """
 
 from __future__ import annotations
