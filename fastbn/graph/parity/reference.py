@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from onnx import ModelProto
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.parity.comparable import comparable, is_random
@@ -72,7 +72,7 @@ def feeds_for(model: Runnable, index: Index, input_shapes: Shapes | None = None,
             _load(runner, index)
             return feeds_of(runner, index, input_shapes or {}, seed)
         except ModelNotRun as reason:
-            raise ModelError(expected("a model that onnxruntime runs", str(reason), index.source.name)) from reason
+            raise ModelError(f"Cannot run '{index.source.name}': {reason}") from reason
 
 
 def _load(runner: Runner, index: Index) -> None:
@@ -81,7 +81,7 @@ def _load(runner: Runner, index: Index) -> None:
         runner.session()
     except runtime_errors() as error:
         if says_invalid(error) and not index.proto.functions and all(is_standard(node.domain) for node in index.order):
-            raise ModelError(expected("a valid model", f"one of which onnxruntime says: {said(error)}", index.source.name)) from error
+            raise ModelError(f"Cannot load '{index.source.name}', which onnxruntime finds invalid: {said(error)}") from error
         raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
 
 
