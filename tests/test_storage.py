@@ -31,7 +31,7 @@ def loaded(path):
 
 @pytest.fixture(name="big", scope="module")
 def _big():
-    """Weights above the size that a fold writes into the model file."""
+    """A model with a weight above LARGEST_INLINE."""
     text = """(float[N,512,2,2] x) => (float[N,600,2,2] y) {
         c = Conv(x, w)
         y = BatchNormalization(c, s, t, m, v)
