@@ -2,7 +2,7 @@
 
 The segment is the nodes that the plan names. What is allowed follows from rounding theory: the folded segment evaluated with absolute
 values, |W'| |x| + |b'|, bounds element by element the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that,
-u the unit round-off and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
+u the unit roundoff and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
     for amplitude in AMPLITUDES:
-        before, after, size = segment.run(probe.make(np.random.default_rng(seed), amplitude))
+        before, after, abs_terms = segment.run(probe.make(np.random.default_rng(seed), amplitude))
         if np.isfinite(before).all():
             break
     else:
         return FoldParity(True, note="not run: the original overflows on every input tried")
     note = "run in float32: onnxruntime has no bfloat16 kernels" if segment.promoted else None
-    allowed = segment.units() * size
+    allowed = segment.units() * abs_terms
     error = np.abs(after - before)
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.where(error == 0, 0.0, error / allowed)
@@ -152,24 +152,24 @@ class _Segment:
         return any(node not in self.before and not ignores_elements(node, slot) for node, slot in value.readers)
 
     def units(self) -> float:
-        """Return the bound of an error as a multiple of the size of the terms."""
+        """Return the bound of an error as a multiple of the absolute size of the terms."""
         unit = UNIT[self.dtype.name]
         terms = sum(row_of(node, self.view).terms(node, self.view) for node in self.before if node not in self.lifted)
         return float(8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"]))
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return (before, after, size of the terms), all results of the segment as one vector; raises _NotRun."""
+        """Return (before, after, absolute size of the terms), each with all results of the segment as one vector; raises _NotRun."""
         feed = {name: self._typed(np.asarray(values)) for name, values in inputs.items()}
         try:
             before = _joined(self._run_original(feed))
             after = _joined(self._run(self._folded(feed, magnitudes=False)))
-            size = _joined(self._run(self._folded(feed, magnitudes=True)))
+            abs_terms = _joined(self._run(self._folded(feed, magnitudes=True)))
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
             raise _NotRun("what comes out of the site is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
-        return before, after, np.maximum(size, least)
+        return before, after, np.maximum(abs_terms, least)
 
     def _run_original(self, feed: Feed) -> list[Array]:
         """Run the original nodes, with the nodes that compute their constants where onnxruntime has kernels for them."""
