@@ -13,6 +13,9 @@ MOST_DIGITS = 19
 # Characters of an argument that an error shows.
 MOST_SHOWN = 200
 
+# What --rewrite-left makes of a batch normalization that stays, as planner/substitute.py has it; importing that would load onnx.
+REWRITE_FORMS = ("conv", "affine")
+
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
 
@@ -47,7 +50,7 @@ def _add_fold(fold):
     fold.add_argument("--json", metavar="FILE", help=JSON)
     _add_selection(fold)
     fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
-    fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left")
+    fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left, neither folded nor rewritten")
     fold.add_argument("--in-place", action="store_true", help="replace IN")
     fold.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
     fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
@@ -111,6 +114,12 @@ def _add_selection(each):
     each.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
     each.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
     each.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
+    each.add_argument(
+        "--as-inference", action="store_true", help="make inference nodes of batch normalizations and Dropout in training mode"
+    )
+    each.add_argument(
+        "--rewrite-left", choices=REWRITE_FORMS, help="make of each BN that stays a depthwise 1x1 Conv, or a Mul and an Add (affine)"
+    )
 
 
 def _add_input_shape(each):

@@ -100,6 +100,8 @@ def _fold(arguments, run):
             verify=not (arguments.no_verify or arguments.dry_run),
             input_shapes=input_shapes(arguments),
             freeze_inputs=arguments.freeze_inputs,
+            as_inference=arguments.as_inference,
+            rewrite_left=arguments.rewrite_left,
             progress=bar,
             workdir=_stage(target),
         )
@@ -345,6 +347,8 @@ def _deploy(arguments, run):
         skip=names(arguments.skip),
         input_shapes=input_shapes(arguments),
         freeze_inputs=arguments.freeze_inputs,
+        as_inference=arguments.as_inference,
+        rewrite_left=arguments.rewrite_left,
         seed=arguments.seed,
         runs=arguments.runs,
         most_samples=arguments.samples,

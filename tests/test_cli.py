@@ -111,7 +111,7 @@ def test_json_to_stdout_replaces_the_table(here, capsys):
     assert main(["fold", "stuck.onnx", "--dry-run", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     (kept,) = report["kept"]
-    assert set(kept) == {"bn", "ops", "code", "reason"}
+    assert set(kept) == {"bn", "ops", "code", "reason", "not_rewritten"}
     assert kept["code"] in REASONS
     assert (report["written"], report["parity"]) == ([], None)
 

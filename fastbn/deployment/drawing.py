@@ -97,8 +97,8 @@ def draw_model(result):
 def draw_site(plan, planning, opset):
     """Return (before, after): the Drawings of one plan's nodes and their neighbours."""
     view = planning.view
-    removed, replaced = view.removed, view.replaced
-    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.bypassed])
+    removed = view.removed
+    inside = dict.fromkeys([*plan.path, *plan.leaving, *plan.bypassed])
     order = [node for node in view.index.order if node in inside]
     kinds = _kinds(planning)
     before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:SITE_BOXES]}
@@ -112,10 +112,10 @@ def draw_site(plan, planning, opset):
     for node in order:
         if len(after) == SITE_BOXES or node in removed:
             continue
-        stays = replaced.get(node, node)
-        changed = [_slot_name(stays, slot, opset) for step, slot in plan.constants if step is stays]
-        lines = [*_lines(stays), f"new {_joined(changed)}"] if changed else _lines(stays)
-        after[node] = Box("home" if changed else "passes", lines, _title(stays))
+        stays = view.present(node)
+        changed = [_slot_name(step, slot, opset) for step, slot in plan.constants if step in stays]
+        lines = ["+".join(step.op for step in stays), *_lines(stays[-1])[1:], *([f"new {_joined(changed)}"] if changed else [])]
+        after[node] = Box("home" if changed else "passes", lines, _title(stays[-1]))
     names = ", ".join(node.label for node in plan.lifted)
     hidden = len(order) - len(before)
     texts = [f"{_sequence(before)}; {names} is taken out", f"{_sequence(after)}; {names} is gone"]

@@ -28,6 +28,8 @@ class Options:
     skip: object = None
     input_shapes: Mapping | None = None
     freeze_inputs: bool = False
+    as_inference: bool = False
+    rewrite_left: str | None = None
     seed: int = 0
     runs: int = 50
     most_samples: int = MOST_FEEDS

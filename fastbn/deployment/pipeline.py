@@ -18,12 +18,13 @@ from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph.bench import side_by_side
 from fastbn.graph.fold_result import planning_of
-from fastbn.graph.job import checked_shapes, fold
+from fastbn.graph.job import checked_shapes, fold, inference_form
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.reasons import first_few
 from fastbn.graph.rewrite.destination import is_stream
+from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
@@ -61,6 +62,8 @@ def deploy(
     skip=None,
     input_shapes=None,
     freeze_inputs=False,
+    as_inference=False,
+    rewrite_left=None,
     seed=0,
     runs=50,
     most_samples=MOST_FEEDS,
@@ -90,8 +93,8 @@ def deploy(
     metric : str
         "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier (it ends in Softmax, or its width and
         name allow it).
-    only, skip, input_shapes, freeze_inputs, seed
-        As in `fold`.
+    only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed
+        As in `fold`; with as_inference, the original that is compared and measured is its inference form.
     runs : int
         Timed runs of each stage, fewer where those of all stages would take longer than a second.
     most_samples, min_samples : int
@@ -118,7 +121,21 @@ def deploy(
     'quantized'
     """
     options = Options(
-        data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples, quantize_timeout
+        data=data,
+        quantize=quantize,
+        max_drop=max_drop,
+        metric=metric,
+        only=only,
+        skip=skip,
+        input_shapes=input_shapes,
+        freeze_inputs=freeze_inputs,
+        as_inference=as_inference,
+        rewrite_left=rewrite_left,
+        seed=seed,
+        runs=runs,
+        most_samples=most_samples,
+        min_samples=min_samples,
+        quantize_timeout=quantize_timeout,
     )
     check_paths(model, output, report, force)
     folder = Path(output).parent if output is not None else None
@@ -195,8 +212,8 @@ class _Pipeline:
         """Return the Deployment."""
         began = time.perf_counter()
         self._start("reading")
-        source = storage.load(self.model)
         self.shapes = checked_shapes(self.options.input_shapes)
+        self.model = source = self._source()
         index = Index(source, self.options.freeze_inputs, self.shapes)
         samples = None
         if self.options.data is not None:
@@ -232,6 +249,11 @@ class _Pipeline:
         made.seconds = time.perf_counter() - began
         return made
 
+    def _source(self):
+        """Return the model that is folded, compared and measured: the one that was given, or its inference form."""
+        source = storage.load(self.model)
+        return inference_form(source, self.options.freeze_inputs, self.shapes) if self.options.as_inference else source
+
     def _check_enough(self, samples):
         if self.options.quantize and samples.rows < self.options.min_samples:
             where = "data" if not isinstance(self.options.data, (str, os.PathLike)) else str(self.options.data)
@@ -256,6 +278,7 @@ class _Pipeline:
             skip=options.skip,
             input_shapes=options.input_shapes,
             freeze_inputs=options.freeze_inputs,
+            rewrite_left=options.rewrite_left,
             seed=options.seed,
             progress=self._tell,
             workdir=self.folder,
@@ -280,9 +303,9 @@ class _Pipeline:
     def _stages(self, made, source):
         """Write the files of the stages that there are so far."""
         original = source.path
-        if original is None or (storage.utf8_path(original) is None and not source.data_files()):
+        if original is None or source.is_edited or (storage.utf8_path(original) is None and not source.data_files()):
             original = self.folder / "original.onnx"
-            original.write_bytes(source.to_bytes())
+            Output(source.proto, [], source, {}, source.is_edited).save(original)
         folded = self.folder / "folded.onnx"
         made.fold.save(folded)
         made.stages = [Stage("original", original), Stage("folded", folded)]

@@ -45,7 +45,7 @@ def render(deployment):
     page = template()
     fold = deployment.fold
     planning = planning_of(fold)
-    pairs = zip(fold.folded, planning.plans, strict=True)
+    pairs = zip(fold.folded, planning.folds, strict=True)
     sites = [(each, *draw_site(plan, planning, planning.view.index.opset)) for each, plan in list(pairs)[:MOST_DRAWN]]
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -57,6 +57,7 @@ def render(deployment):
         sites=sites,
         folds=fold.folded[:MOST_ROWS],
         kept=[(each, each.reason.split(FORWARDS)) for each in fold.kept[:MOST_ROWS]],
+        rewritten=[(each, each.reason.split(FORWARDS)) for each in fold.rewritten[:MOST_ROWS]],
         reasons=REASONS,
         model=draw_model(fold),
         threads=sorted({row["threads"] for row in deployment.latency}),

@@ -13,7 +13,7 @@ from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.storage import Source, external_tensors
 from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.results import SCHEMA, Fold, FoldReport, Kept, Parity
+from fastbn.graph.results import SCHEMA, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
 from fastbn.graph.rewrite.output import Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
 
@@ -28,7 +28,9 @@ class FoldResult:
     folded : list of Fold
         bn, ops, into, op, channels, error, bound, note; in the order of the graph.
     kept : list of Kept
-        bn, ops, code, reason; in the order of the graph.
+        bn, ops, code, reason, not_rewritten; in the order of the graph.
+    rewritten : list of Rewritten
+        What was not folded and has become another operator (rewrite_left): bn, op, channels, error, bound, note, code, reason.
     parity : Parity or None
         The whole model compared with its original; None with verify=False or when nothing was folded.
     notes : tuple of str
@@ -52,13 +54,23 @@ class FoldResult:
     {'before': 1, 'after': 0}
     """
 
-    def __init__(self, source: Source, index: Index, output: Output, planning: Planning, folded: list[Fold], parity: Parity | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        index: Index,
+        output: Output,
+        planning: Planning,
+        folded: list[Fold],
+        rewritten: list[Rewritten],
+        parity: Parity | None,
+    ) -> None:
         self._source = source
         self._index = index
         self._output = output
         self._planning = planning
         self.folded: list[Fold] = folded
         self.kept: list[Kept] = planning.kept
+        self.rewritten: list[Rewritten] = rewritten
         self.parity: Parity | None = parity
         raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
         self.notes: tuple[str, ...] = (*index.source.notes, *raised)
@@ -104,9 +116,17 @@ class FoldResult:
             "batch_normalizations": {"before": before[1], "after": after[1]},
             "folded": [fold.to_dict() for fold in self.folded],
             "kept": [kept.to_dict() for kept in self.kept],
+            "rewritten": [each.to_dict() for each in self.rewritten],
+            "inference": self._inference(),
             "notes": list(self.notes),
             "parity": None if self.parity is None else self.parity.to_dict(),
         }
+
+    def _inference(self) -> InferenceDict | None:
+        form = self._source.inference
+        if form is None:
+            return None
+        return {"changed": form.changed, "left": [{"node": name, "reason": reason} for name, reason in form.left]}
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, the first about the original."""
@@ -114,9 +134,10 @@ class FoldResult:
         source = self._source
         size = report.size_text(source.size(external_tensors(source.proto)))
         head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
-        lines = [head, *report.result_rows(self.folded, self.kept)]
+        lines = [head, *report.result_rows(self.folded, self.kept, self.rewritten)]
         lines.extend(f"  note    {note}" for note in self.notes)
-        lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
+        rewritten = f" ({len(self.rewritten)} rewritten)" if self.rewritten else ""
+        lines.append(f"BatchNormalization {before[1]} -> {after[1]}{rewritten}, nodes {before[0]} -> {after[0]}")
         if self.parity is not None:
             lines.append(f"parity  {self.parity}")
             lines.extend(f"        {note}" for note in self.parity.notes)
@@ -129,11 +150,13 @@ class FoldResult:
         folded, kept = (sum(each.ops.count(BATCH_NORM) for each in entries) for entries in (self.folded, self.kept))
         verified = "not verified" if self.parity is None else f"parity {self.parity.status}"
         name = Path(self._source.name).name
-        return f"<FoldResult {name!r}: {folded} of {folded + kept} BatchNormalization folded, {verified}>"
+        rewritten = f", {len(self.rewritten)} rewritten" if self.rewritten else ""
+        count = folded + kept + len(self.rewritten)
+        return f"<FoldResult {name!r}: {folded} of {count} BatchNormalization folded{rewritten}, {verified}>"
 
 
 def planning_of(result: FoldResult) -> Planning:
-    """Return the plans of a result, one for each of `folded` in the same order: for the rest of the package, not for users."""
+    """Return the planning of a result, whose `folds` are one for each of `folded` in the same order: for the package, not for users."""
     return result._planning
 
 

@@ -1,5 +1,6 @@
 """The main job: load, plan, verify each fold, write, verify the whole model."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from fastbn.graph.fold_result import FoldResult
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standard
+from fastbn.graph.model.node import Node
 from fastbn.graph.model.storage import ModelLike, Source
+from fastbn.graph.ops.identity import DROPOUT
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.parity.fold_parity import FoldParity, check_fold
 from fastbn.graph.parity.model_parity import Comparison
@@ -21,9 +24,11 @@ from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
 from fastbn.graph.planner.plan import Plan
-from fastbn.graph.planner.planning import Planning
-from fastbn.graph.reasons import first_few
-from fastbn.graph.results import Fold, Parity
+from fastbn.graph.planner.planning import NodeKey, Planning, key_of
+from fastbn.graph.planner.substitute import REWRITE_FORMS, RewriteForm
+from fastbn.graph.reasons import Refusal, first_few
+from fastbn.graph.results import Fold, Parity, Rewritten
+from fastbn.graph.rewrite.inference import as_inference as converted
 from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.writer import rewrite
 from fastbn.graph.runtime import Runnable
@@ -34,8 +39,7 @@ MOST_EXCLUDED = 8
 Globs: TypeAlias = str | list[str] | tuple[str, ...]
 InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
 
-# A node by the number of its scope and its position there, as `planner.plan` excludes it; the nodes that a plan lifts.
-NodeKey: TypeAlias = tuple[int, int]
+# The nodes that a plan lifts, or those that it rewrites.
 PlanKey: TypeAlias = tuple[NodeKey, ...]
 
 __all__ = ["Globs", "InputShapes", "checked_shapes", "fold", "verify"]
@@ -49,6 +53,8 @@ def fold(
     verify: bool = True,
     input_shapes: InputShapes | None = None,
     freeze_inputs: bool = False,
+    as_inference: bool = False,
+    rewrite_left: RewriteForm | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     workdir: str | os.PathLike[str] | None = None,
@@ -67,6 +73,10 @@ def fold(
         Sizes of graph inputs that the model leaves open.
     freeze_inputs : bool
         Make constants of initializers that are also graph inputs; they leave the model's inputs.
+    as_inference : bool
+        Make inference nodes of BatchNormalization (by running statistics) and Dropout in training mode; what is compared is that form.
+    rewrite_left : str, optional
+        What a BatchNormalization becomes that cannot be folded: "conv", a depthwise Conv with a kernel of 1, or "affine", Mul and Add.
     seed : int
         Of the random inputs of the verification.
     progress : callable of str, optional
@@ -95,8 +105,17 @@ def fold(
     ('c', True, 1)
     """
     shapes = checked_shapes(input_shapes)
-    options = _Options(_globs(only, "only"), _globs(skip, "skip"), verify, shapes, freeze_inputs, seed, progress or silent, workdir)
-    return _folded(storage.load(model), options)
+    if rewrite_left not in (None, *REWRITE_FORMS):
+        raise ArgumentError(expected(" or ".join(REWRITE_FORMS), repr(rewrite_left), "rewrite_left"))
+    globs = _globs(only, "only"), _globs(skip, "skip")
+    options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
+    source = storage.load(model)
+    return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
+
+
+def inference_form(source: Source, freeze_inputs: bool, input_shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """Return the form of a model in which no node is in training mode, its functions with such nodes inlined."""
+    return converted(_inlined(source, (BATCH_NORM, DROPOUT)) or source, freeze_inputs, input_shapes)
 
 
 @dataclass(frozen=True)
@@ -108,13 +127,14 @@ class _Options:
     verify: bool
     input_shapes: dict[str, tuple[int, ...]]
     freeze_inputs: bool
+    rewrite_left: RewriteForm | None
     seed: int
     progress: Progress
     workdir: str | os.PathLike[str] | None
 
 
 def _folded(source: Source, options: _Options) -> FoldResult:
-    inlined = _inlined(source)
+    inlined = _inlined(source, (BATCH_NORM,))
     job = _Job(source, source if inlined is None else inlined, options)
     planning = job.plan()
     if inlined is not None and not planning.plans:
@@ -133,7 +153,9 @@ class _Job:
         _check_globs(self.index, options.only, options.skip)
         # Node -> why it is not folded: verification found its fold wrong.
         self.excluded: dict[NodeKey, str] = {}
-        self.checks: dict[PlanKey, FoldParity] = {}
+        # Node -> why it is not rewritten: verification found that wrong.
+        self.unrewritten: dict[NodeKey, str] = {}
+        self.checks: dict[tuple[PlanKey, PlanKey], FoldParity] = {}
         self.comparison: Comparison | None = None
 
     def plan(self, without: Iterable[NodeKey] = ()) -> Planning:
@@ -147,22 +169,27 @@ class _Job:
                 self._exclude(plan, planning)
 
     def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
-        return planner.plan(self.index, self.options.only, self.options.skip, {**self.excluded, **without})
+        options, excluded, unrewritten = self.options, {**self.excluded, **without}, {**self.unrewritten, **without}
+        return planner.plan(self.index, options.only, options.skip, excluded, options.rewrite_left, unrewritten)
 
     def _check(self, plan: Plan, planning: Planning) -> FoldParity:
-        key = _key(plan)
+        key = _key(plan.lifted), _key(plan.rewritten)
         if key not in self.checks:
             number = planning.plans.index(plan) + 1
-            self.options.progress(f"verifying fold {number} of {len(planning.plans)}: {plan.lifted[0].label}")
+            self.options.progress(f"verifying fold {number} of {len(planning.plans)}: {plan.leaving[0].label}")
             self.checks[key] = check_fold(plan, planning.view, self.options.seed)
         return self.checks[key]
 
     def _exclude(self, plan: Plan, planning: Planning) -> None:
         """Exclude the one node without which a failed plan holds, or all nodes of the plan."""
         check = self._check(plan, planning)
+        if plan.rewritten:
+            sentence = f"written in another way it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+            self.unrewritten.update(dict.fromkeys(_key(plan.rewritten), sentence))
+            return
         absorbers = ", ".join(f"{node.op} '{node.label}'" for node in plan.absorbers)
         sentence = f"folded into {absorbers} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
-        key = _key(plan)
+        key = _key(plan.lifted)
         if len(key) > 1:
             # The first node with which a plan of the nodes up to it fails.
             first = key[_shortest_failing(len(key), lambda length: self._holds(key, dict.fromkeys(key[length:], sentence))) - 1]
@@ -174,7 +201,7 @@ class _Job:
     def _holds(self, key: PlanKey, without: Mapping[NodeKey, str]) -> bool:
         """Say whether some of these nodes fold, and all such folds hold, when others are excluded."""
         planning = self._planned(without)
-        plans = [plan for plan in planning.plans if set(_key(plan)) & set(key)]
+        plans = [plan for plan in planning.plans if set(_key(plan.lifted)) & set(key)]
         return bool(plans) and all(self._check(plan, planning).ok for plan in plans)
 
     def result(self, planning: Planning) -> FoldResult:
@@ -184,11 +211,17 @@ class _Job:
         if parity is not None and parity.status in ("ok", "inconclusive"):
             missed = unreached(self.index, planning, parity.compared, parity.missed)
             if missed and parity.ok:
-                names = first_few([plan.lifted[0].label for plan in missed])
+                names = first_few([plan.leaving[0].label for plan in missed])
                 reason = f"no output that could be compared depends on the fold of {names}"
                 parity = replace(parity, status="inconclusive", reason=reason)
-        folded = [_fold_of(plan, self.checks.get(_key(plan)), output, plan in missed) for plan in planning.plans]
-        return FoldResult(self.original, self.index, output, planning, folded, parity)
+        checks = {plan: self.checks.get((_key(plan.lifted), _key(plan.rewritten))) for plan in planning.plans}
+        folded = [_fold_of(plan, checks[plan], output, plan in missed) for plan in planning.folds]
+        plans = {node: plan for plan in planning.plans for node in plan.rewritten}
+        rewritten = [
+            _rewritten_of(node, refusal, plans[node], checks[plans[node]], output, plans[node] in missed)
+            for node, refusal in planning.rewritten.items()
+        ]
+        return FoldResult(self.original, self.index, output, planning, folded, rewritten, parity)
 
     def _finish(self, planning: Planning) -> tuple[Planning, Output, Parity | None]:
         """Return (planning, output, parity): without the folds with which the whole model fails although each of them holds alone."""
@@ -197,14 +230,16 @@ class _Job:
             if parity is None or parity.status != "failed":
                 break
             sentence = f"with it the whole model differs: {parity}"
-            self.excluded.update(dict.fromkeys(self._first_failing(planning), sentence))
+            failing = self._first_failing(planning)
+            self.excluded.update(dict.fromkeys(_key(failing.lifted), sentence))
+            self.unrewritten.update(dict.fromkeys(_key(failing.rewritten), sentence))
             planning = self.plan()
             output, parity = self._whole(planning)
         return planning, output, parity
 
-    def _first_failing(self, planning: Planning) -> PlanKey:
-        """Return the key of the first plan with which the whole model fails."""
-        keys = [_key(plan) for plan in planning.plans]
+    def _first_failing(self, planning: Planning) -> Plan:
+        """Return the first plan with which the whole model fails."""
+        keys = [_key(plan.leaving) for plan in planning.plans]
 
         def holds(length: int) -> bool:
             parity = self._whole(self.plan(without=[node for key in keys[length:] for node in key]))[1]
@@ -213,7 +248,7 @@ class _Job:
         def tell(left: int) -> None:
             self.options.progress(f"looking for the fold that fails: {left} left")
 
-        return keys[_shortest_failing(len(keys), holds, tell) - 1]
+        return planning.plans[_shortest_failing(len(keys), holds, tell) - 1]
 
     def _whole(self, planning: Planning) -> tuple[Output, Parity | None]:
         """Return (output, parity of the whole model)."""
@@ -251,15 +286,15 @@ def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[
     return shortest
 
 
-def _inlined(source: Source) -> Source | None:
-    """Return the model with those model-local functions inlined that hold a batch normalization; None where that is not possible.
+def _inlined(source: Source, ops: tuple[str, ...]) -> Source | None:
+    """Return the model with those model-local functions inlined that hold one of some operators; None where that is not possible.
 
     A function that several calls share can only be folded where it is inlined.
     """
     holders = [
         (function.domain, function.name)
         for function in source.proto.functions
-        if any(node.op_type == BATCH_NORM and is_standard(node.domain) for node in function.node)
+        if any(node.op_type in ops and is_standard(node.domain) for node in function.node)
     ]
     if not holders or expanded_size(source.proto) > LARGEST_INLINED:
         return None
@@ -267,8 +302,8 @@ def _inlined(source: Source) -> Source | None:
         proto = inline_selected_functions(source.proto, holders)
     except Exception:  # the inliner raises many kinds on odd models: then the functions stay, with their reason
         return None
-    inlined = Source(proto, source.path, source.name)
-    inlined.notes = tuple(f"model-local function '{name}' inlined" for _, name in holders)
+    inlined = source.derived(proto)
+    inlined.notes += tuple(f"model-local function '{name}' inlined" for _, name in holders)
     return inlined
 
 
@@ -314,19 +349,39 @@ def verify(
     return Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress).check(other)
 
 
-def _key(plan: Plan) -> PlanKey:
-    return tuple((node.scope.number, node.position) for node in plan.lifted)
+def _key(nodes: Iterable[Node]) -> PlanKey:
+    return tuple(map(key_of, nodes))
 
 
-def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
-    """Return a plan as the result reports it; is_missed says that the comparison of the whole model does not depend on it."""
-    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in plan.path if node in output.duplicates]
-    if plan.replaced:
+def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | None, output: Output, is_missed: bool) -> str | None:
+    """Return what a result says of a plan; is_missed: the comparison of the whole model does not depend on it."""
+    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in changed if node in output.duplicates]
+    if keeps_shift:
         notes.append("an Add keeps the shift")
     if check and check.note:
         notes.append(check.note)
     if is_missed:
         notes.append("not reached by the comparison of the whole model")
+    return "; ".join(notes) or None
+
+
+def _rewritten_of(node: Node, refusal: Refusal, plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Rewritten:
+    substitutes = plan.replaced[node]
+    return Rewritten(
+        bn=node.label,
+        op="+".join(each.op for each in substitutes),
+        channels=math.prod(plan.constants[substitutes[0], 1].shape),
+        error=check.error if check else None,
+        bound=check.bound if check else None,
+        note=_notes_of(substitutes, False, check, output, is_missed),
+        code=refusal.code,
+        reason=refusal.sentence,
+    )
+
+
+def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
+    """Return a plan as the result reports it."""
+    keeps_shift = any(node in plan.replaced for node in plan.lifted)
     return Fold(
         bn="+".join(node.label for node in plan.lifted),
         ops=tuple(node.op for node in plan.lifted),
@@ -335,7 +390,7 @@ def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bo
         channels=plan.channels,
         error=check.error if check else None,
         bound=check.bound if check else None,
-        note="; ".join(notes) or None,
+        note=_notes_of(plan.path, keeps_shift, check, output, is_missed),
     )
 
 

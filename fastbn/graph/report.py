@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from fastbn.graph.reasons import FORWARDS
-from fastbn.graph.results import Fold, Kept
+from fastbn.graph.results import Fold, Kept, Rewritten
 
 __all__ = ["result_rows", "size_text", "table", "wrapped"]
 
@@ -16,24 +16,49 @@ WIDTH, LONGEST_NAMES = 160, 72
 HANGING = re.compile(r" {2}\S{1,8} +|\S{1,8} {2,}| +")
 
 
-def result_rows(folded: Sequence[Fold], kept: Sequence[Kept]) -> list[str]:
+def result_rows(folded: Sequence[Fold], kept: Sequence[Kept], rewritten: Sequence[Rewritten]) -> list[str]:
     """Return the lines of a report, one for each fold and each node that stayed, and a line more where its names are long."""
+    return [*_fold_rows(folded), *_rewritten_rows(rewritten), *_kept_rows(kept)]
+
+
+def _fold_rows(folded: Sequence[Fold]) -> list[str]:
     rows, below = [], []
     for fold in folded:
         bn, bn_names = _counted(fold.bn, len(fold.ops))
         into, into_names = _counted(fold.into, fold.op.count("+") + 1)
-        measured = f"error {fold.error:.1e} of {fold.bound:.1e} allowed" if fold.error is not None else ""
-        channels = f"{fold.channels} channel{'s' if fold.channels > 1 else ''}"
-        note = f"[{'; '.join(dict.fromkeys(fold.note.split('; ')))}]" if fold.note else ""  # one weight may be duplicated many times
-        rows.append(["  folded", bn, f"into {into}", channels, "  ".join(filter(None, [measured, note]))])
+        rows.append(["  folded", bn, f"into {into}", *_measured(fold)])
         below.append([f"          {bn_names}"] * bool(bn_names) + [f"          into {into_names}"] * bool(into_names))
-    lines = [line for row, names in zip(table(rows), below, strict=True) for line in (row, *names)]
+    return [line for row, names in zip(table(rows), below, strict=True) for line in (row, *names)]
+
+
+def _rewritten_rows(rewritten: Sequence[Rewritten]) -> list[str]:
+    labels = [_counted(each.bn, 1) for each in rewritten]
+    rows = [["  rewrote", bn, f"as {each.op}", *_measured(each)] for each, (bn, _) in zip(rewritten, labels, strict=True)]
+    lines = []
+    for row, each, (_, names) in zip(table(rows), rewritten, labels, strict=True):
+        lines += [row, *[f"           {names}"] * bool(names)]
+        first, *rest = each.reason.split(FORWARDS)
+        lines += [f"           {first}   [{each.code}]", *(f"           {FORWARDS[2:]}{sentence}" for sentence in rest)]
+    return lines
+
+
+def _measured(entry: Fold | Rewritten) -> list[str]:
+    """Return the last cells of a row: the number of channels, and what its verification gave."""
+    measured = f"error {entry.error:.1e} of {entry.bound:.1e} allowed" if entry.error is not None else ""
+    note = f"[{'; '.join(dict.fromkeys(entry.note.split('; ')))}]" if entry.note else ""  # one weight may be duplicated many times
+    return [f"{entry.channels} channel{'s' if entry.channels > 1 else ''}", "  ".join(filter(None, [measured, note]))]
+
+
+def _kept_rows(kept: Sequence[Kept]) -> list[str]:
+    lines = []
     labels = [_counted(entry.bn, len(entry.ops)) for entry in kept]
     width = max((len(label) for label, _ in labels), default=0)
     for entry, (label, names) in zip(kept, labels, strict=True):
         first, *rest = entry.reason.split(FORWARDS)
         lines.append(f"  kept    {label:<{width}}  {first}   [{entry.code}]")
         lines.extend(f"          {'':<{width}}  {FORWARDS[2:]}{sentence}" for sentence in rest)
+        if entry.not_rewritten not in (None, entry.reason):
+            lines.append(f"          {'':<{width}}  not rewritten: {entry.not_rewritten}")
         lines.extend([f"          {names}"] * bool(names))
     return lines
 

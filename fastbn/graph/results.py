@@ -5,7 +5,22 @@ from typing import Literal, TypeAlias, TypedDict
 
 from fastbn.graph.reasons import ReasonCode
 
-__all__ = ["SCHEMA", "Change", "Fold", "FoldDict", "FoldReport", "Kept", "KeptDict", "Parity", "ParityDict", "ParityStatus", "json_number"]
+__all__ = [
+    "SCHEMA",
+    "Change",
+    "Fold",
+    "FoldDict",
+    "FoldReport",
+    "InferenceDict",
+    "Kept",
+    "KeptDict",
+    "Parity",
+    "ParityDict",
+    "ParityStatus",
+    "Rewritten",
+    "RewrittenDict",
+    "json_number",
+]
 
 # Version of the JSON report: it is raised when a field changes its meaning or is removed, not when one is added.
 SCHEMA = 1
@@ -36,6 +51,34 @@ class KeptDict(TypedDict):
     ops: tuple[str, ...]
     code: ReasonCode
     reason: str
+    not_rewritten: str | None
+
+
+class RewrittenDict(TypedDict):
+    """A Rewritten in the JSON report."""
+
+    bn: str
+    op: str
+    channels: int
+    error: JsonNumber
+    bound: JsonNumber
+    note: str | None
+    code: ReasonCode
+    reason: str
+
+
+class LeftDict(TypedDict):
+    """A node that stays in training mode, in the JSON report."""
+
+    node: str
+    reason: str
+
+
+class InferenceDict(TypedDict):
+    """What as_inference made of the nodes in training mode, in the JSON report."""
+
+    changed: list[str]
+    left: list[LeftDict]
 
 
 class ParityDict(TypedDict):
@@ -72,6 +115,8 @@ class FoldReport(TypedDict):
     batch_normalizations: Change
     folded: list[FoldDict]
     kept: list[KeptDict]
+    rewritten: list[RewrittenDict]
+    inference: InferenceDict | None
     notes: list[str]
     parity: ParityDict | None
 
@@ -132,16 +177,59 @@ class Kept:
         A key of `reasons.REASONS`.
     reason : str
         The reason as a sentence.
+    not_rewritten : str or None
+        Why it has not become another operator either, where rewrite_left asks for that.
     """
 
     bn: str
     ops: tuple[str, ...]
     code: ReasonCode
     reason: str
+    not_rewritten: str | None = None
 
     def to_dict(self) -> KeptDict:
         """Return the fields as JSON holds them."""
-        return {"bn": self.bn, "ops": self.ops, "code": self.code, "reason": self.reason}
+        return {"bn": self.bn, "ops": self.ops, "code": self.code, "reason": self.reason, "not_rewritten": self.not_rewritten}
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """One BatchNormalization that was not folded and has become another operator (rewrite_left).
+
+    Attributes
+    ----------
+    bn : str
+        Label of the node.
+    op : str
+        What stands in its place: "Conv", or "Mul+Add".
+    channels : int
+    error, bound, note
+        As those of a Fold.
+    code, reason : str
+        Why it was not folded, as those of a Kept.
+    """
+
+    bn: str
+    op: str
+    channels: int
+    error: float | None
+    bound: float | None
+    note: str | None
+    code: ReasonCode
+    reason: str
+
+    def to_dict(self) -> RewrittenDict:
+        """Return the fields as JSON holds them."""
+        return {
+            "bn": self.bn,
+            "op": self.op,
+            "channels": self.channels,
+            "error": json_number(self.error),
+            "bound": json_number(self.bound),
+            "note": self.note,
+            "code": self.code,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True, repr=False)

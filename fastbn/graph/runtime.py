@@ -160,7 +160,7 @@ class Runnable:
         """Return the Runnable of a storage.Source."""
         if source.path is None:
             return cls(serialize(source.proto, source.name))
-        if utf8_path(source.path) is not None:
+        if utf8_path(source.path) is not None and not source.is_edited:
             return cls(str(source.path), source.path.parent)
         return cls(source.to_bytes(), _utf8(source.path.parent) if source.data_files() else None)
 

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROTOBUF_LIMIT",
+    "InferenceForm",
     "ModelLike",
     "Place",
     "Source",
@@ -216,6 +218,25 @@ class Place(NamedTuple):
     length: int
 
 
+@dataclass(frozen=True)
+class InferenceForm:
+    """What was made of the nodes of a model that were in training mode.
+
+    Attributes
+    ----------
+    is_changed : bool
+        Whether the model is another one than that of its file.
+    changed : list of str
+        Labels of the nodes that are inference ones now.
+    left : list of (str, str)
+        Labels of those that stay in training mode, and why.
+    """
+
+    is_changed: bool
+    changed: list[str]
+    left: list[tuple[str, str]]
+
+
 class Source:
     """A model as it was given, and the values of its tensors.
 
@@ -233,6 +254,8 @@ class Source:
     ----------
     notes : tuple of str
         What a report says about the way in which the model was read.
+    inference : InferenceForm or None
+        Where the model was to become an inference one.
     """
 
     def __init__(self, proto: ModelProto, path: Path | None, name: str, data: bytes | None = None) -> None:
@@ -241,11 +264,23 @@ class Source:
         self.path = path
         self.name = name
         self.notes: tuple[str, ...] = ()
+        self.inference: InferenceForm | None = None
         self._files: dict[Path, npt.NDArray[np.uint8]] = {}
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the model is another one than that of its file."""
+        return self.inference is not None and self.inference.is_changed
+
+    def derived(self, proto: ModelProto | None = None) -> Source:
+        """Return the same model, or another one that is made of it, with the same name, data files, and notes."""
+        other = Source(self.proto if proto is None else proto, self.path, self.name, self._data if proto is None else None)
+        other.notes, other.inference = self.notes, self.inference
+        return other
 
     def to_bytes(self) -> bytes:
         """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
-        if self.path is None:
+        if self.path is None or self.is_edited:
             return serialize(self.proto, self.name) if self._data is None else self._data
         try:
             return self.path.read_bytes()
@@ -255,7 +290,7 @@ class Source:
     def size(self, external: Iterable[TensorProto]) -> int:
         """Return the bytes of the model and of the data files of these external tensors."""
         try:
-            own = self.path.stat().st_size if self.path else self.proto.ByteSize()
+            own = self.path.stat().st_size if self.path and not self.is_edited else self.proto.ByteSize()
             return own + sum(path.stat().st_size for path in {self.place(tensor).path for tensor in external})
         except OSError as error:
             raise os_error(error, error.filename or self.name) from error

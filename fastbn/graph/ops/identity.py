@@ -1,7 +1,7 @@
 """What hands out its input as it is, or in another type: Identity, Dropout in inference, Cast."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -13,7 +13,12 @@ from fastbn.graph.ops.row import PresentGraph, Row
 from fastbn.graph.ops.shape_rules import Sizes, first_size, same_sizes
 from fastbn.graph.reasons import Refusal
 
-__all__ = ["IDENTITY"]
+__all__ = ["DROPOUT", "IDENTITY", "TRAINING_MODE", "dropout_training"]
+
+DROPOUT: Final = "Dropout"
+
+# The input slot by which a Dropout is told to drop, from opset 12 on.
+TRAINING_MODE = 2
 
 # A Cast to one of these types leaves a size as it is.
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
@@ -34,13 +39,23 @@ def _identity(node: Node, affine: Affine, source: Value, target: Value, graph: P
 
 # Dropout in inference is Identity; the ways to say "inference" changed with the opset.
 def _dropout(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
-    mode = node.input(2)
-    training = None if mode is None else graph.constant(mode)
-    if graph.opset < 7 and not node.attribute("is_test", 0):
-        raise Refusal("training-dropout", f"Dropout '{node.label}' drops at random (opset {graph.opset} without is_test=1)")
-    if mode is not None and (training is None or training.array().any()):
-        raise Refusal("training-dropout", f"Dropout '{node.label}' may drop at random: its training_mode is not a constant false")
+    training = dropout_training(node, graph)
+    if training is not None:
+        raise Refusal("training-dropout", f"Dropout '{node.label}' {training}")
     return affine
+
+
+def dropout_training(node: Node, graph: PresentGraph) -> str | None:
+    """Return how a sentence about a Dropout goes on that may drop at random, None for one that does not."""
+    mode = node.input(TRAINING_MODE)
+    if graph.opset < 7 and not node.attribute("is_test", 0):
+        return f"drops at random (opset {graph.opset} without is_test=1): --as-inference makes it pass its data"
+    if mode is None:
+        return None
+    training = graph.constant(mode)
+    if training is None:
+        return f"may drop at random: its training_mode '{mode.name}' is no constant"
+    return "drops at random (training_mode=1): --as-inference makes it pass its data" if training.array().any() else None
 
 
 # Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may go to the
@@ -64,7 +79,7 @@ def _cast_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any
 
 IDENTITY = {
     "Identity": Row(*both_ways(_identity), sizes=same_sizes, list_elements=_same_elements),
-    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes),
+    DROPOUT: Row(*both_ways(_dropout), sizes=same_sizes),
     "Cast": Row(*both_ways(_cast), sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
     "CastLike": Row(reads={1: "type"}, result_size=first_size),
 }

@@ -16,7 +16,7 @@ from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
-__all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
+__all__ = ["BATCH_NORM", "BIAS", "EPSILON", "NORMALIZATION", "SCALE", "batch_norm_training", "is_batch_norm"]
 
 BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
@@ -85,16 +85,23 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatAr
 
 
 def _refuse_training(node: Node, opset: int) -> None:
-    """Training means: training_mode=1; opset 7 to 13 with a second output; opset 1 and 6 without is_test; opset 14 with outputs in use."""
+    training = batch_norm_training(node, opset)
+    if training is not None:
+        raise Refusal("training", f"{training}; --as-inference makes it use the running ones")
+    if any(value is not None for value in node.outputs[1:]):
+        raise Refusal("training", "it hands out running statistics")
+
+
+def batch_norm_training(node: Node, opset: int) -> str | None:
+    """Return what makes a batch normalization use the statistics of the batch, None for an inference one: training_mode=1; opset 7 to 13
+    with a second output; opset 1 and 6 without is_test."""
     if opset >= 14:
-        if node.attribute("training_mode", 0):
-            raise Refusal("training", "training_mode=1: it normalises with the statistics of the batch")
-        if any(value is not None for value in node.outputs[1:]):
-            raise Refusal("training", "it hands out running statistics")
-    elif len(node.outputs) > 1:
-        raise Refusal("training", f"it has {len(node.outputs)} outputs, which before opset 14 means training")
-    elif opset < 7 and not node.attribute("is_test", 0):
-        raise Refusal("training", f"opset {opset} without is_test=1 means training")
+        return "training_mode=1: it normalises with the statistics of the batch" if node.attribute("training_mode", 0) else None
+    if len(node.outputs) > 1:
+        return f"it has {len(node.outputs)} outputs, which before opset 14 means training, with the statistics of the batch"
+    if opset < 7 and not node.attribute("is_test", 0):
+        return f"opset {opset} without is_test=1 means training, with the statistics of the batch"
+    return None
 
 
 # n its normalized input, s its scale:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T);  forward

@@ -126,7 +126,7 @@ class _Segment:
         self.index: Index = view.index
         self.order = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
-        self.before = self._sorted({*plan.path, *plan.lifted, *plan.bypassed} - set(plan.replaced.values()))
+        self.before = self._sorted({*plan.path, *plan.leaving, *plan.bypassed} - set(plan.added))
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.dtype = self._data_type()
@@ -143,6 +143,7 @@ class _Segment:
             for constant in map(self.index.constant, node.inputs)
             if constant is not None and constant.dtype.name in UNIT
         ]
+        constants += [(True, UNIT[self.plan.constants[node, 1].dtype.name], self.plan.constants[node, 1].dtype) for node in self.plan.added]
         return max(constants, key=lambda entry: entry[:2])[2]
 
     def _type_of(self, value: Value) -> DType:
@@ -229,13 +230,13 @@ class _Segment:
         for node in self.before:
             if node in self.view.removed:
                 continue
-            node = self.plan.replaced.get(node, node)
-            proto = self._runnable(node)
-            self._connect(node, proto, feed, magnitudes)
-            edited(proto, {}, self.plan.attributes.get(node, {}))
-            nodes.append(proto)
-            if magnitudes:
-                nodes.extend(operator_row(node).bound(proto))
+            for present in self.plan.replaced.get(node, (node,)):
+                proto = self._runnable(present)
+                self._connect(present, proto, feed, magnitudes)
+                edited(proto, {}, self.plan.attributes.get(present, {}))
+                nodes.append(proto)
+                if magnitudes:
+                    nodes.extend(operator_row(present).bound(proto))
         return _Model(nodes, feed, [self._name(value) for value in self.results])
 
     def _connect(self, node: Node, proto: NodeProto, feed: Feed, magnitudes: bool) -> None:

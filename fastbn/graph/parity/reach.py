@@ -54,7 +54,7 @@ def _owners(index: Index) -> Owners:
 def _is_missed(plan: Plan, owners: Owners, missed: Sequence[str]) -> bool:
     """Say whether nothing was compared in any choice that takes the branches around a plan."""
     path: list[str] = []
-    scope, may_not_run = plan.lifted[0].scope, False
+    scope, may_not_run = plan.leaving[0].scope, False
     while scope.number in owners:
         owner, attribute = owners[scope.number]
         may_not_run = may_not_run or owner.is_op("If", "Loop")
@@ -68,7 +68,7 @@ def _is_missed(plan: Plan, owners: Owners, missed: Sequence[str]) -> bool:
 
 def _reaches(plan: Plan, index: Index, owners: Owners, names: set[str]) -> bool:
     """Say whether one of these values of the main graph depends on the elements of what a plan changes."""
-    pending: list[Value] = [value for node in plan.lifted for value in node.outputs if value is not None]
+    pending: list[Value] = [value for node in plan.leaving for value in node.outputs if value is not None]
     seen = set(pending)
     while pending:
         value = pending.pop()

@@ -1,6 +1,7 @@
 """What stays of the batch normalizations of a model, and why; those that were decomposed into Mul and Add count too."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
@@ -13,7 +14,7 @@ from fastbn.graph.results import Kept
 __all__ = ["kept_nodes"]
 
 
-def kept_nodes(index: Index, view: GraphView, refusals: Mapping[Node, Refusal]) -> list[Kept]:
+def kept_nodes(index: Index, view: GraphView, refusals: Mapping[Node, Refusal], unrewritten: Mapping[Node, str]) -> list[Kept]:
     """Return what stays, in the order of the data flow.
 
     Parameters
@@ -23,13 +24,15 @@ def kept_nodes(index: Index, view: GraphView, refusals: Mapping[Node, Refusal]) 
         After all plans.
     refusals : mapping of node -> Refusal
         Of every node that could be lifted and has found no place.
+    unrewritten : mapping of node -> str
+        Why a batch normalization is not rewritten either, where that was asked for.
     """
     kept = []
     for node in index.order:
         if node in view.removed or node in view.replaced:
             continue
         if is_batch_norm(node):
-            kept.append(_kept([node], refusals[node]))
+            kept.append(replace(_kept([node], refusals[node]), not_rewritten=unrewritten.get(node)))
         elif node in refusals and _previous(node, view) is None:
             chain = _chain(node, refusals)
             if _is_decomposed(chain, view):

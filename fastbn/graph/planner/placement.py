@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 
-from fastbn.graph.model.constant import Dense
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.constant import Dense, DType
+from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Strategy
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.search import Search
+from fastbn.graph.planner.substitute import kept_shift
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import FORWARDS, Refusal
 
@@ -85,7 +85,7 @@ def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, strate
     plan = Search(view, origin, strategy).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
     if not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
-    return Placement(plan, False, _shift_node(node, affine, view, plan))
+    return Placement(plan, False, kept_shift(node, affine, view, _weight_type(plan)))
 
 
 def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
@@ -96,27 +96,9 @@ def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strateg
     before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.abs_terms / np.abs(affine.scale))
     if not all(row_of(absorber, view).has_no_place_for_shift for absorber in plan.absorbers):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
-    return Placement(plan, True, _shift_node(origin.node, before_scale, view, plan))
+    return Placement(plan, True, kept_shift(origin.node, before_scale, view, _weight_type(plan)))
 
 
-def _shift_node(node: Node, affine: Affine, view: GraphView, plan: Plan) -> tuple[Node, Dense]:
-    """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
-    data, bias = node.required_input(0), node.required_input(2)
-    rank = view.rank(data)
-    if rank is None:
-        raise Refusal("axis-unknown", f"the rank of '{data.name}' is not known, so the shift that would stay cannot be placed")
-    _, shift, abs_terms = affine.shaped(rank)
-    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-    vector = Dense(next(iter(plan.constants.values())).dtype, shift, abs_terms)
-    proto = onnx.NodeProto(op_type="Add")
-    for text in ("name", "doc_string"):
-        if node.proto.HasField(text):
-            setattr(proto, text, getattr(node.proto, text))
-    proto.input.extend([node.proto.input[0], node.proto.input[2]])
-    proto.output.append(node.proto.output[0])
-    add = Node(proto, node.scope, node.position)
-    constant = Value(bias.name, node.scope)
-    constant.initializer = onnx.numpy_helper.from_array(vector.array(), constant.name)
-    add.inputs = [data, constant]
-    add.outputs = node.outputs[:1]
-    return add, vector
+def _weight_type(plan: Plan) -> DType:
+    """Return the type of the weights: the parameters may be float32 beside float16 data; what stays has the type of the data."""
+    return next(iter(plan.constants.values())).dtype

@@ -28,8 +28,11 @@ class Plan:
         The nodes whose affines were taken, in order.
     bypassed : dict of node -> value
         Nodes that leave with them, and the operand that takes the place of what they gave.
-    replaced : dict of node -> node
-        Lifted nodes, and the Add that stays in their place.
+    rewritten : list of Node
+        Batch normalizations that no constant takes in, which leave as other operators; no member of `lifted`.
+    replaced : dict of node -> tuple of node
+        Lifted nodes with the Add that stays in their place, and rewritten ones with what they become, in the order of the data flow: the
+        first reads the data, each other one what the one before gives, and the last gives the output.
     path : dict of node -> None
         The nodes that absorb an affine or let it pass, in the order of travel.
     absorbers : dict of node -> None
@@ -49,7 +52,8 @@ class Plan:
     attributes: dict[Node, dict[str, object]] = field(default_factory=dict)
     lifted: list[Node] = field(default_factory=list)
     bypassed: dict[Node, Value] = field(default_factory=dict)
-    replaced: dict[Node, Node] = field(default_factory=dict)
+    rewritten: list[Node] = field(default_factory=list)
+    replaced: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
     path: dict[Node, None] = field(default_factory=dict)
     absorbers: dict[Node, None] = field(default_factory=dict)
     crossed: dict[Node, None] = field(default_factory=dict)
@@ -69,7 +73,18 @@ class Plan:
         self.crossed.update(other.crossed)
         self.alike.update(other.alike)
         self.lifted.extend(other.lifted)
+        self.rewritten.extend(other.rewritten)
         self.channels = max(self.channels, other.channels)
+
+    @property
+    def leaving(self) -> list[Node]:
+        """The nodes whose affines it moves or writes in another way."""
+        return [*self.lifted, *self.rewritten]
+
+    @property
+    def added(self) -> list[Node]:
+        """The nodes that stand in the place of others."""
+        return [node for nodes in self.replaced.values() for node in nodes]
 
     def forget(self, node: Node) -> None:
         """Leave out what was to change of a node that is removed now."""

@@ -7,7 +7,7 @@ Nodes are taken in the order of the data flow, and a node whose affine went into
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from fastbn.graph.model.index import Index
@@ -21,6 +21,7 @@ from fastbn.graph.planner.kept import kept_nodes
 from fastbn.graph.planner.placement import Placement, place
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.representable import refuse_unrepresentable
+from fastbn.graph.planner.substitute import RewriteForm, Rewriter
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
 from fastbn.graph.results import Kept
@@ -38,11 +39,17 @@ def key_of(node: Node) -> NodeKey:
 
 @dataclass
 class Planning:
-    """What the planner decided: plans, kept nodes, and the view of the graph after all plans."""
+    """What the planner decided: plans, kept nodes, the view of the graph after all plans, and why what is rewritten was not folded."""
 
     plans: list[Plan]
     kept: list[Kept]
     view: GraphView
+    rewritten: dict[Node, Refusal] = field(default_factory=dict)
+
+    @property
+    def folds(self) -> list[Plan]:
+        """The plans that fold something, without those that only write a batch normalization in another way."""
+        return [plan for plan in self.plans if plan.lifted]
 
 
 def plan(
@@ -50,6 +57,8 @@ def plan(
     only: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     excluded: Mapping[NodeKey, str] | None = None,
+    rewrite_left: RewriteForm | None = None,
+    unrewritten: Mapping[NodeKey, str] | None = None,
 ) -> Planning:
     """Plan every fold of a model.
 
@@ -60,12 +69,17 @@ def plan(
         Globs over node names: fold only these, never those.
     excluded : mapping of (scope number, position) -> str
         Nodes whose folds verification has found wrong, and the sentence to report.
+    rewrite_left : str, optional
+        What batch normalizations become that would stay: "conv" or "affine".
+    unrewritten : mapping of (scope number, position) -> str
+        As excluded, of those that are not to be rewritten.
 
     Returns
     -------
     Planning
     """
-    return _Planner(index, only, skip, excluded or {}).run()
+    planner = _Planner(index, only, skip, excluded or {})
+    return planner.run(rewrite_left, unrewritten or {})
 
 
 class _Planner:
@@ -77,7 +91,7 @@ class _Planner:
         self.view = GraphView(index)
         self.plans: dict[Plan, None] = {}
 
-    def run(self) -> Planning:
+    def run(self, rewrite_left: RewriteForm | None, excluded_rewrites: Mapping[NodeKey, str]) -> Planning:
         refusals: dict[Node, Refusal] = {}
         candidates = waiting = _candidates(self.index)
         step = 0
@@ -92,9 +106,11 @@ class _Planner:
             step = 0 if placed else step + 1
         view = self.view
         view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
+        rewritten: dict[Node, Refusal] = {}
+        unrewritten = {} if rewrite_left is None else self._rewrite(Rewriter(view, rewrite_left), refusals, excluded_rewrites, rewritten)
         order = {node: number for number, node in enumerate(self.index.order)}
-        plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.lifted))
-        return Planning(plans, kept_nodes(self.index, view, refusals), view)
+        plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.leaving))
+        return Planning(plans, kept_nodes(self.index, view, refusals, unrewritten), view, rewritten)
 
     def _pass(self, nodes: Sequence[Node], strategy: Strategy) -> tuple[dict[Node, Refusal], set[Node]]:
         """Try each of some nodes once; return (refusals, the nodes that found a place)."""
@@ -117,6 +133,36 @@ class _Planner:
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
         return refused, placed
+
+    def _rewrite(
+        self, rewriter: Rewriter, refusals: Mapping[Node, Refusal], excluded: Mapping[NodeKey, str], rewritten: dict[Node, Refusal]
+    ) -> dict[Node, str]:
+        """Plan the batch normalizations that stay as other operators, note them in `rewritten`; return why each other one cannot be."""
+        obstacles, view = {}, self.view
+        for node in self.index.order:
+            if not is_batch_norm(node) or node in view.removed or node in view.replaced:
+                continue
+            try:
+                if refusals[node].code == "not-selected":
+                    raise refusals[node]
+                if key_of(node) in excluded:
+                    raise Refusal("parity", excluded[key_of(node)])
+                affine = view.lifted(node)
+                assert affine is not None, "a batch normalization is an affine, or a Refusal"
+                new = rewriter.plan(node, affine)
+            except Refusal as refusal:
+                obstacles[node] = refusal.sentence
+                continue
+            rewritten[node] = refusals[node]
+            target = view.owned(node)  # the plan of what this node has taken in, if any
+            if target is None:
+                self.plans[new] = None
+            else:
+                target.forget(node)
+                new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
+                target.join(new)
+            view.replaced.update(new.replaced)
+        return obstacles
 
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:
@@ -144,9 +190,9 @@ class _Planner:
                 view.forwarded.add(node)
         else:
             add, constant = placement.kept_shift
-            new.replaced[node] = add
+            new.replaced[node] = (add,)
             new.constants[add, 1] = constant
-            view.replaced[node] = add
+            view.replaced[node] = (add,)
         for other in new.alike:
             view.remove(other, view.source(view.data(other)))
             if placement.forward:
@@ -155,7 +201,7 @@ class _Planner:
             view.remove(gone, operand)
         target.join(new)
         view.apply(new)
-        view.owner.update(dict.fromkeys([*new.path, *new.replaced.values(), *leaving], target))
+        view.owner.update(dict.fromkeys([*new.path, *new.added, *leaving], target))
 
     def _joined_plan(self, node: Node, new: Plan, leaving: list[Node]) -> Plan:
         """Return the oldest plan that a new one touches, with all others that it touches joined to it, or a fresh one."""

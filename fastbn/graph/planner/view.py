@@ -49,8 +49,8 @@ class GraphView:
         Nodes that are gone, and the value that stands where their output stood.
     forwarded : set of node
         Removed nodes whose affine went along the data flow.
-    replaced : dict of node -> node
-        Nodes in whose place another one stands: the Add that keeps a shift.
+    replaced : dict of node -> tuple of node
+        Nodes in whose place others stand: the Add that keeps a shift, or what a batch normalization is rewritten as.
     owner : dict of node -> Plan
         The plan that first changed a node or let an affine pass it; `owned` follows it to the present one.
     """
@@ -60,7 +60,7 @@ class GraphView:
         self.constants: dict[tuple[Node, int], Constant] = {}
         self.removed: dict[Node, Value] = {}
         self.forwarded: set[Node] = set()
-        self.replaced: dict[Node, Node] = {}
+        self.replaced: dict[Node, tuple[Node, ...]] = {}
         self.owner: dict[Node, Plan] = {}
         self._affines: dict[Node, Affine | Refusal | None] = {}
         self._checked: set[Node] = set()
@@ -180,15 +180,19 @@ class GraphView:
 
     def producer(self, value: Value) -> Node | None:
         """Return the node that gives a value in the present graph."""
-        return None if value.producer is None else self.replaced.get(value.producer, value.producer)
+        return None if value.producer is None else self.present(value.producer)[-1]
+
+    def present(self, node: Node) -> tuple[Node, ...]:
+        """Return the nodes that stand in the place of a node now: itself, where nothing has replaced it."""
+        return self.replaced.get(node, (node,))
 
     def readers(self, value: Value) -> list[tuple[Node, int]]:
         """Return (node, slot) of everything in the present graph that sees the elements of a value; Refusal where the caller does."""
-        return [(self.replaced.get(node, node), slot) for node, slot in self._readers(value)]
+        return [(self.present(node)[0], slot) for node, slot in self._readers(value)]
 
     def other_readers(self, value: Value, asker: Node, slot: int, most: int) -> list[tuple[Node, int]]:
         """Return the first `most` readers of a value besides this slot of `asker`; Refusal where the caller of the model sees it."""
-        present = ((self.replaced.get(node, node), at) for node, at in self._readers(value))
+        present = ((self.present(node)[0], at) for node, at in self._readers(value))
         return list(islice((use for use in present if use != (asker, slot)), most))
 
     def _readers(self, value: Value) -> dict[tuple[Node, int], None]:

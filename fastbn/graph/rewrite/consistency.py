@@ -63,14 +63,15 @@ class _Check:
         self.view = view
         self.plans = plans
         self.graphs = scopes_of(proto.graph)
-        replaced = view.replaced
         self.nodes = [
-            [replaced.get(node, node) for node in scope.nodes if node in replaced or node not in unwritten] for scope in index.scopes
+            [present for node in scope.nodes if node in view.replaced or node not in unwritten for present in view.present(node)]
+            for scope in index.scopes
         ]
         self.positions = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.constants = {use: constant for plan in plans for use, constant in plan.constants.items()}
         self.attributes = {node: attributes for plan in plans for node, attributes in plan.attributes.items()}
+        self.added = {node for plan in plans for node in plan.added}
         self.meanings: list[dict[str, Meaning]] = []
         self.reads: Counter[Meaning | None] = Counter()
         self.constants_met: dict[Use, Meaning | None] = {}
@@ -78,8 +79,8 @@ class _Check:
     def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
         written = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
-        lifted = sum(is_batch_norm(node) for plan in self.plans for node in plan.lifted)
-        planned = sum(map(is_batch_norm, self.index.order)) - lifted
+        leaving = sum(is_batch_norm(node) for plan in self.plans for node in plan.leaving)
+        planned = sum(map(is_batch_norm, self.index.order)) - leaving
         if written != planned:
             _fail(f"it has {written} BatchNormalization, planned are {planned}")
         for nodes, graph in zip(self.nodes, self.graphs, strict=True):
@@ -109,6 +110,8 @@ class _Check:
             if node.op != written.op_type or node.proto.name != written.name:
                 _fail(f"{written.op_type} '{written.name}' is in the place of {node.op} '{node.label}'")
             self._compare_inputs(number, node, written)
+            if node in self.added and written.attribute != node.proto.attribute:
+                _fail(f"{node.op} '{node.label}' has other attributes than planned")
             attributes: dict[str, AttributeProto] = {attribute.name: attribute for attribute in written.attribute}
             for name, value in self.attributes.get(node, {}).items():
                 if name not in attributes or helper.get_attribute_value(attributes[name]) != value:

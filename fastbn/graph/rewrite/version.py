@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from onnx import ModelProto, NodeProto
 
 from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
+from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.ops.registry import can_be_affine
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def difference(proto: ModelProto, other: ModelProto) -> str | None:
     """Say why another model cannot be a version of this one; None where it can: it is the same, or its fold, or its quantized form.
 
-    A fold keeps inputs and outputs, and all nodes but affine ones and those that compute constants. Functions may have been inlined, and
-    quantization fuses and renames nodes around those that multiply.
+    A fold keeps inputs and outputs, and all nodes but affine ones and those that compute constants. Functions may have been inlined, batch
+    normalizations may have become convolutions, and quantization fuses and renames nodes around those that multiply.
     """
     if not _same_inputs(_inputs(proto), _inputs(other)):
         return "other inputs"
     if [info.name for info in proto.graph.output] != [info.name for info in other.graph.output]:
         return "other outputs"
-    mine, its = Counter(_lasting(proto)), Counter(_lasting(other))
+    mine, its = Counter(_lasting(proto)), Counter(_lasting(other)) - _rewritten(proto, other)
     if mine == its and _outputs_of_unnamed(other) <= _outputs(proto):
         return "weights of other sizes" if _shapes_differ(proto, other) else None
     if proto.functions and not other.functions:
@@ -74,6 +75,15 @@ def _outputs(proto: ModelProto) -> set[str]:
 def _outputs_of_unnamed(proto: ModelProto) -> set[str]:
     """Return the names of the first outputs of the lasting nodes without a name."""
     return {node.output[0] for node in proto.graph.node if not node.name and node.output and _is_lasting(node)}
+
+
+def _rewritten(proto: ModelProto, other: ModelProto) -> Counter[tuple[str, str]]:
+    """Return the (operator, name) of the convolutions of another model that stand where this one has batch normalizations."""
+    norms = [node for graph in scopes_of(proto.graph) for node in graph.node if node.op_type == BATCH_NORM and is_standard(node.domain)]
+    norms += [node for function in proto.functions for node in function.node if node.op_type == BATCH_NORM and is_standard(node.domain)]
+    names, outputs = {node.name for node in norms if node.name}, {node.output[0] for node in norms}
+    convs = (node for graph in scopes_of(other.graph) for node in graph.node if node.op_type == "Conv" and is_standard(node.domain))
+    return Counter((node.op_type, node.name) for node in convs if node.name in names or (not node.name and node.output[0] in outputs))
 
 
 def _shapes_differ(proto: ModelProto, other: ModelProto) -> bool:

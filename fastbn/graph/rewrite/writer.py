@@ -83,13 +83,13 @@ class _Writer:
         self.proto = ModelProto()
         self.proto.CopyFrom(index.proto)
         self.graphs = scopes_of(self.proto.graph)
-        self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
-        self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
+        self.added = {node: _copy(node.proto) for plan in self.plans for node in plan.added}
+        self.before = {new: node for plan in self.plans for node, news in plan.replaced.items() for new in news}
         self.unwritten = {*self.view.removed, *self.view.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
         self.duplicates: dict[Node, str] = {}
         self.patches = Patches(index.source)
-        self.names = {name for scope in index.scopes for name in scope.values}
+        self.names = {name for scope in index.scopes for name in scope.values} | {new.required_output().name for new in self.added}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.unused_constants: defaultdict[int, set[str]] = defaultdict(set)
         self.unused_values: defaultdict[int, set[str]] = defaultdict(set)
@@ -135,13 +135,13 @@ class _Writer:
             if producer is not None and producer not in self.unwritten:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
-                present = self.view.replaced.get(reader, reader)
+                present = self.view.present(reader)[0]
                 if present not in self.unwritten:
                     self._proto(present).input[slot] = name
 
     def _write_constant(self, node: Node, slot: int, constant: Constant) -> str:
         """Write a folded constant in the place of the old one if no other node reads that, else under a new name; return the name."""
-        old = self.before[node].inputs[2] if node in self.before else node.input(slot)
+        old = self._old_constant(node, slot)
         if old is not None and old.name in self.unused_constants[old.scope.number]:
             scope = old.scope
             tensor = self.tensors[scope.number][old.name]
@@ -154,13 +154,22 @@ class _Writer:
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
-            role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
+            is_weight = isinstance(constant, Scaled) or (node in self.before and node.op != "Add" and slot == 1)
+            role = operator_row(node).input_names.get(slot) or ("weight" if is_weight else "bias")
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
         self._fill(scope.number, tensor, constant)
         return str(tensor.name)
+
+    def _old_constant(self, node: Node, slot: int) -> Value | None:
+        """Return the value of the original whose place a constant takes: for a node that is added, the one that its own constant is named
+        after."""
+        own = node.input(slot)
+        if node not in self.before or own is None:
+            return own
+        return next(value for value in self.before[node].inputs if value is not None and value.name == own.name)
 
     def _declare(self, scope: int, name: str, constant: Constant) -> None:
         """Write the shape and type of a constant into its graph input and value_info, where it has these."""
@@ -219,7 +228,7 @@ class _Writer:
         reads: Counter[Value] = Counter()
         for node in self.index.order:
             slots = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
-            if node in self.unwritten:  # the Add that replaces a node reads its data input
+            if node in self.unwritten:  # what replaces a node reads its data input
                 slots = [self.view.data_slot(node)] if node in self.view.replaced else []
             reads.update(self.view.source(value) for slot in slots if (value := node.inputs[slot]) is not None)
         for scope in self.index.scopes:
@@ -228,17 +237,16 @@ class _Writer:
 
     def _rebuild_graphs(self) -> None:
         """Remove the nodes, constants and declarations that are not needed any more, and put the nodes in that replace others."""
-        # Scope number -> position of a node that is not written -> the node in its place, or None.
-        changed: defaultdict[int, dict[int, NodeProto | None]] = defaultdict(dict)
+        # Scope number -> position of a node that is not written -> the nodes in its place.
+        changed: defaultdict[int, dict[int, list[NodeProto]]] = defaultdict(dict)
         for node in self.unwritten:
-            replacement = self.view.replaced.get(node)
-            changed[node.scope.number][node.position] = None if replacement is None else self.added[replacement]
+            changed[node.scope.number][node.position] = [self.added[new] for new in self.view.replaced.get(node, ())]
         # Innermost first: a graph that is rebuilt holds copies of its nodes, and of the bodies in them.
         for number, graph in reversed([*enumerate(self.graphs)]):
             if number in changed:
-                nodes = [changed[number].get(position, node) for position, node in enumerate(graph.node)]
+                nodes = [new for position, node in enumerate(graph.node) for new in changed[number].get(position, [node])]
                 del graph.node[:]
-                graph.node.extend(node for node in nodes if node is not None)
+                graph.node.extend(nodes)
             constants = self.unused_constants[number]
             values = self.unused_values[number] | constants
             _remove(graph.initializer, [tensor.name in constants for tensor in graph.initializer])
