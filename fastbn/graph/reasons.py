@@ -51,7 +51,7 @@ ReasonCode: TypeAlias = Literal[
 # Code -> what it means.
 REASONS: dict[ReasonCode, str] = {
     # What the node itself is.
-    "training": "it normalises with the statistics of the batch, or hands them out",
+    "training": "it normalises with the statistics of the batch, or hands them out; --as-inference may help",
     "per-element": "spatial=0: its parameters are per element, not per channel",
     "dynamic-parameters": "a parameter is computed when the model runs",
     "overridable-parameters": "a parameter is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
@@ -82,7 +82,7 @@ REASONS: dict[ReasonCode, str] = {
     "mixed-sign-through-relu": "a scale that is not positive in every channel cannot pass a Relu",
     "mixed-sign-through-maxpool": "a scale that is negative in a channel cannot pass a maximum",
     "interpolation": "a node on the way interpolates in a way that need not keep a shift",
-    "training-dropout": "a Dropout on the way drops at random",
+    "training-dropout": "a Dropout on the way drops at random; --as-inference may help",
     "too-far": "the way is longer than the planner follows",
     # What the fold would do.
     "grows": "a folded constant would be larger than the node that it replaces",

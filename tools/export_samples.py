@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""Export the networks of make_models.py from PyTorch, Keras and Paddle, each in every form that their exporters write.
+
+    python tools/export_samples.py torch  [--out DIR] [NAME ...]     torch and onnxscript: both exporters
+    python tools/export_samples.py keras  [--out DIR] [NAME ...]     keras, with KERAS_BACKEND=tensorflow (and tf2onnx) or =torch
+    python tools/export_samples.py paddle [--out DIR] [NAME ...]     paddlepaddle and paddle2onnx
+
+writes NAME.FORM.onnx into DIR (tests/models/exporters). The networks are small, their weights random, their statistics as wide as those
+of trained networks, and each BatchNormalization without a positive scale has a negative one, as in make_models.py. What exporters note of
+their run (stack traces, paths, versions of the machine) is left out; nothing else of the files is touched.
+
+The forms of torch: `script` and `dynamo` are the exporters; `plain` is without the exporter's optimizer; `dynamic` has open sizes.
+"""
+
+import argparse
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+OUT = Path(__file__).resolve().parent.parent / "tests" / "models" / "exporters"
+
+
+def statistics(rng, channels, positive=False):
+    """Return (weight, bias, running_mean, running_var) of a batch normalization."""
+    weight = np.abs(rng.normal(1.0, 0.3, channels)) + 0.05
+    if not positive:
+        weight[rng.integers(channels)] *= -0.3
+    return [
+        array.astype(np.float32)
+        for array in (weight, rng.normal(0, 0.3, channels), rng.normal(0, 0.5, channels), rng.lognormal(0, 0.5, channels))
+    ]
+
+
+def write(proto, path):
+    """Write a model without what its exporter notes of the run."""
+    for graph in [proto.graph, *proto.functions]:
+        for entry in [graph, *graph.node, *getattr(graph, "value_info", ()), *getattr(graph, "input", ()), *getattr(graph, "output", ())]:
+            for field in ("metadata_props", "doc_string"):
+                if hasattr(entry, "ClearField") and field in entry.DESCRIPTOR.fields_by_name:
+                    entry.ClearField(field)
+    for tensor in proto.graph.initializer:
+        tensor.ClearField("metadata_props")
+    proto.ClearField("metadata_props")
+    onnx.checker.check_model(proto)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    print(f"{path.name:<44} {path.stat().st_size / 1e3:.1f} kB")
+
+
+# ---- PyTorch ----
+
+
+def torch_nets():
+    """Return name -> (network, its inputs, the axes of each input that may be open)."""
+    import torch
+    from torch import nn
+
+    def conv_norm(*sizes, **options):
+        return nn.Sequential(nn.Conv2d(*sizes, bias=False, **options), nn.BatchNorm2d(sizes[1]))
+
+    class Residual(nn.Module):
+        def __init__(self, *steps):
+            super().__init__()
+            self.steps = nn.Sequential(*steps)
+
+        def forward(self, x):
+            return x + self.steps(x)
+
+    small_cnn = nn.Sequential(
+        *(*conv_norm(3, 6, 3, stride=2, padding=1), nn.ReLU(), *conv_norm(6, 6, 3, padding=1, groups=6), nn.ReLU(), *conv_norm(6, 8, 1)),
+        *(Residual(*conv_norm(8, 8, 3, padding=1), nn.ReLU(), *conv_norm(8, 8, 3, padding=1)), nn.ReLU()),
+        Residual(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)),
+    )
+
+    class LinearNorm(nn.Module):
+        """Linear, then BN over tokens (LeViT)."""
+
+        def __init__(self, inner, out):
+            super().__init__()
+            self.c, self.bn = nn.Linear(inner, out, bias=False), nn.BatchNorm1d(out)
+
+        def forward(self, x):
+            x = self.c(x)
+            return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+    class Attention(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads, self.per_head = heads, width // heads
+            self.qkv, self.proj = LinearNorm(width, 3 * width), nn.Sequential(nn.Hardswish(), LinearNorm(width, width))
+
+        def forward(self, x):
+            batch, tokens, width = x.shape
+            qkv = self.qkv(x).view(batch, tokens, self.heads, -1)
+            q, k, v = (part.permute(0, 2, 1, 3) for part in qkv.split([self.per_head] * 3, dim=3))
+            weights = (q @ k.transpose(-2, -1) * self.per_head**-0.5).softmax(dim=-1)
+            return x + self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+    class Levit(nn.Module):
+        def __init__(self, width=8):
+            super().__init__()
+            sizes = {"stride": 2, "padding": 1}
+            self.embed = nn.Sequential(*conv_norm(3, 4, 3, **sizes), nn.Hardswish(), *conv_norm(4, width, 3, **sizes))
+            blocks = [(Attention(width, 2), LinearNorm(width, 2 * width), LinearNorm(2 * width, width)) for _ in range(3)]
+            self.blocks = nn.Sequential(*(step for a, up, down in blocks for step in (a, Residual(up, nn.Hardswish(), down))))
+            self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 4))
+
+        def forward(self, x):
+            return self.head(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+    class Tabular(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embeds = nn.ModuleList([nn.Embedding(5, 3), nn.Embedding(4, 2)])
+            self.bn_cont = nn.BatchNorm1d(6)
+            widths = [11, 8, 8, 6]
+            steps = [(nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Dropout(0.1)) for a, b in zip(widths, widths[1:], strict=False)]
+            self.layers = nn.Sequential(*(step for each in steps for step in each), nn.Linear(6, 2))
+
+        def forward(self, categories, numbers):
+            parts = [embed(categories[:, number]) for number, embed in enumerate(self.embeds)]
+            return self.layers(torch.cat([*parts, self.bn_cont(numbers)], 1))
+
+    class Tdnn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            convs = [(6, 5, 1), (8, 3, 2), (8, 3, 3), (8, 1, 1)]
+            steps = [(nn.Conv1d(a, 8, kernel, dilation=dilation), nn.ReLU(), nn.BatchNorm1d(8)) for a, kernel, dilation in convs]
+            self.steps, self.embedding = nn.Sequential(*(step for each in steps for step in each)), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.steps(x)
+            mean = x.mean(2)
+            deviation = ((x * x).mean(2) - mean * mean).clamp(min=1e-4).sqrt()
+            return self.embedding(torch.cat([mean, deviation], 1))
+
+    class RepVGG(nn.Module):
+        def __init__(self, width=4):
+            super().__init__()
+            self.dense, self.point = conv_norm(width, width, 3, padding=1), conv_norm(width, width, 1)
+            self.identity = nn.BatchNorm2d(width)
+
+        def forward(self, x):
+            return torch.relu(self.dense(x) + self.point(x) + self.identity(x))
+
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    repvgg = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *(RepVGG() for _ in range(4)), *pooled, nn.Linear(4, 4))
+
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down1, self.down2, self.down3 = (
+                nn.Sequential(*conv_norm(a, b, 3, padding=1), nn.ReLU()) for a, b in [(3, 4), (4, 8), (8, 8)]
+            )
+            self.up2 = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2, groups=4, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            self.up1 = nn.Sequential(nn.ConvTranspose2d(16, 4, 2, 2, groups=2, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+            self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            one = self.down1(x)
+            two = self.down2(self.pool(one))
+            x = torch.cat([self.up2(self.down3(self.pool(two))), two], 1)
+            return self.head(torch.cat([self.up1(x), one], 1))
+
+    def pre_activation(*sizes, **options):
+        return [nn.BatchNorm2d(sizes[0]), nn.ReLU(), nn.Conv2d(*sizes, bias=False, **options)]
+
+    blocks = [Residual(*pre_activation(4, 4, 3, padding=1), *pre_activation(4, 4, 3, padding=1)) for _ in range(6)]
+    resnet_v2 = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(4), nn.ReLU(), *pooled, nn.Linear(4, 4))
+
+    class Dense(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.steps = nn.Sequential(*pre_activation(width, 4, 1), *pre_activation(4, 2, 3, padding=1))
+
+        def forward(self, x):
+            return torch.cat([x, self.steps(x)], 1)
+
+    width, steps = 4, [*conv_norm(3, 4, 3, stride=2, padding=1), nn.ReLU()]
+    for block in range(3):
+        steps += [Dense(width + 2 * layer) for layer in range(4)]
+        width += 8
+        if block < 2:
+            steps += [*pre_activation(width, width // 2, 1), nn.AvgPool2d(2)]
+            width //= 2
+    densenet = nn.Sequential(*steps, nn.BatchNorm2d(width), nn.ReLU(), *pooled, nn.Linear(width, 4))
+
+    image, open_image = (torch.randn(2, 3, 16, 16),), [{0: "batch", 2: "height", 3: "width"}]
+    return {
+        "small_cnn": (small_cnn, image, open_image),
+        "levit_like": (Levit(), image, [{0: "batch"}]),
+        "tabular_mlp": (Tabular(), (torch.zeros(2, 2, dtype=torch.int64), torch.randn(2, 6)), [{0: "batch"}, {0: "batch"}]),
+        "tdnn": (Tdnn(), (torch.randn(2, 6, 20),), [{0: "batch", 2: "time"}]),
+        "repvgg": (repvgg, image, open_image),
+        "unet": (UNet(), image, [{0: "batch"}]),
+        "resnet_v2": (resnet_v2, image, open_image),
+        "densenet_like": (densenet, image, open_image),
+    }
+
+
+def export_torch(folder, names):
+    """Write the networks by both exporters, with and without what they optimize, with sizes given and open."""
+    import torch
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it would warn of packages that nothing here needs
+    torch.manual_seed(0)
+    for name, (net, inputs, axes) in torch_nets().items():
+        if names and name not in names:
+            continue
+        rng = np.random.default_rng(0)
+        for module in net.modules():
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                tensors = (module.weight.data, module.bias.data, module.running_mean, module.running_var)
+                for tensor, values in zip(tensors, statistics(rng, module.num_features), strict=True):
+                    tensor.copy_(torch.from_numpy(values))
+        net.eval()
+        input_names = [f"input{number}" for number in range(len(inputs))]
+        for is_open in (False, True):
+            for is_plain in (False, True):
+                form = ("_plain" if is_plain else "") + ("_dynamic" if is_open else "")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    write(_by_script(net, inputs, input_names, axes if is_open else None, is_plain), folder / f"{name}.script{form}.onnx")
+                    write(_by_dynamo(net, inputs, input_names, axes if is_open else None, is_plain), folder / f"{name}.dynamo{form}.onnx")
+
+
+def _by_script(net, inputs, input_names, axes, is_plain):
+    """The exporter over TorchScript; in evaluation mode it folds a batch normalization behind a convolution itself."""
+    import io
+
+    import torch
+
+    file = io.BytesIO()
+    mode = torch.onnx.TrainingMode.PRESERVE if is_plain else torch.onnx.TrainingMode.EVAL
+    options = {"dynamic_axes": dict(zip(input_names, axes, strict=True))} if axes else {}
+    options |= {"training": mode, "do_constant_folding": not is_plain, "input_names": input_names, "output_names": ["output"]}
+    torch.onnx.export(net, inputs, file, dynamo=False, **options)
+    return onnx.load_from_string(file.getvalue())
+
+
+def _by_dynamo(net, inputs, input_names, axes, is_plain):
+    import torch
+
+    options = {"input_names": input_names, "output_names": ["output"], "optimize": not is_plain}
+    if axes:
+        options["dynamic_shapes"] = tuple({axis: torch.export.Dim.DYNAMIC for axis in each} for each in axes)
+    return torch.onnx.export(net, inputs, dynamo=True, verbose=False, **options).model_proto
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("framework", choices=["torch"])
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only these networks")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the models go")
+    arguments = parser.parse_intermixed_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    {"torch": export_torch}[arguments.framework](arguments.out, arguments.names)
+
+
+if __name__ == "__main__":
+    main()
