@@ -153,8 +153,9 @@ def test_an_overridable_mode_is_a_constant_once_it_is_frozen():
 
 
 def test_nodes_in_a_branch_and_in_a_function():
-    branch = "{ k = If(yes) <then_branch = a () => (p) { p, q, r = BatchNormalization<training_mode=1>(c, s, t, m, v) },"
-    text = f"(float[2,3,8,8] x, bool yes) => (float[2,4,6,6] k) {{ c = Conv(x, w, b) {branch[2:]} else_branch = e () => (o) {{ o = Neg(c) }}> }}"
+    branches = """then_branch = a () => (p) { p, q, r = BatchNormalization<training_mode=1>(c, s, t, m, v) },
+        else_branch = e () => (o) { o = Neg(c) }"""
+    text = f"(float[2,3,8,8] x, bool yes) => (float[2,4,6,6] k) {{ c = Conv(x, w, b) k = If(yes) <{branches}> }}"
     result = fastbn.fold(model(text, **FOUR), as_inference=True)
     assert result.to_dict()["inference"]["changed"] == ["p"]
     assert codes(result) == {"other-readers": 1}

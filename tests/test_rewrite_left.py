@@ -177,8 +177,9 @@ def test_a_node_without_a_name(form):
 
 @pytest.mark.parametrize("form", REWRITE_FORMS)
 def test_in_a_branch(form):
-    branch = "then_branch = a () => (p) { d = Tanh(x) p = BatchNormalization(d, s, t, m, v) }"
-    text = f"(float[2,4,5] x, bool yes) => (float[2,4,5] y) {{ k = If(yes) <{branch}, else_branch = e () => (q) {{ q = Neg(x) }}> y = Tanh(k) }}"
+    branches = """then_branch = a () => (p) { d = Tanh(x) p = BatchNormalization(d, s, t, m, v) },
+        else_branch = e () => (q) { q = Neg(x) }"""
+    text = f"(float[2,4,5] x, bool yes) => (float[2,4,5] y) {{ k = If(yes) <{branches}> y = Tanh(k) }}"
     result = fastbn.fold(model(text, **norm(4)), rewrite_left=form)
     assert (len(result.rewritten), result.parity.status) == (1, "ok")
     (inner,) = (attribute.g for attribute in result.model.graph.node[0].attribute if attribute.name == "then_branch")

@@ -14,8 +14,8 @@ The forms of torch: `script` and `dynamo` are the exporters; `plain` is without 
 
 import argparse
 import logging
-import os
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +61,9 @@ def torch_nets():
     def conv_norm(*sizes, **options):
         return nn.Sequential(nn.Conv2d(*sizes, bias=False, **options), nn.BatchNorm2d(sizes[1]))
 
-    class Residual(nn.Module):
-        def __init__(self, *steps):
-            super().__init__()
-            self.steps = nn.Sequential(*steps)
-
+    class Residual(nn.Sequential):
         def forward(self, x):
-            return x + self.steps(x)
+            return x + super().forward(x)
 
     small_cnn = nn.Sequential(
         *(*conv_norm(3, 6, 3, stride=2, padding=1), nn.ReLU(), *conv_norm(6, 6, 3, padding=1, groups=6), nn.ReLU(), *conv_norm(6, 8, 1)),
@@ -118,7 +114,7 @@ def torch_nets():
             self.embeds = nn.ModuleList([nn.Embedding(5, 3), nn.Embedding(4, 2)])
             self.bn_cont = nn.BatchNorm1d(6)
             widths = [11, 8, 8, 6]
-            steps = [(nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Dropout(0.1)) for a, b in zip(widths, widths[1:], strict=False)]
+            steps = [(nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Dropout(0.1)) for a, b in pairwise(widths)]
             self.layers = nn.Sequential(*(step for each in steps for step in each), nn.Linear(6, 2))
 
         def forward(self, categories, numbers):
@@ -172,17 +168,13 @@ def torch_nets():
     blocks = [Residual(*pre_activation(4, 4, 3, padding=1), *pre_activation(4, 4, 3, padding=1)) for _ in range(6)]
     resnet_v2 = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(4), nn.ReLU(), *pooled, nn.Linear(4, 4))
 
-    class Dense(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.steps = nn.Sequential(*pre_activation(width, 4, 1), *pre_activation(4, 2, 3, padding=1))
-
+    class Dense(nn.Sequential):
         def forward(self, x):
-            return torch.cat([x, self.steps(x)], 1)
+            return torch.cat([x, super().forward(x)], 1)
 
     width, steps = 4, [*conv_norm(3, 4, 3, stride=2, padding=1), nn.ReLU()]
     for block in range(3):
-        steps += [Dense(width + 2 * layer) for layer in range(4)]
+        steps += [Dense(*pre_activation(width + 2 * at, 4, 1), *pre_activation(4, 2, 3, padding=1)) for at in range(4)]
         width += 8
         if block < 2:
             steps += [*pre_activation(width, width // 2, 1), nn.AvgPool2d(2)]
