@@ -17,17 +17,19 @@ static void call(const fbn_run *run, fbn_op op, fbn_layout layout, const fbn_pie
 /* ---- by planes ---- */
 
 static void reduce_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
+    fbn_piece piece;
     for (int64_t c = first; c < first + channels; c++) {
-        const fbn_piece piece = fbn_piece_of_planes(&run->plan, c, 1, tile);
+        fbn_piece_of_planes(&piece, &run->plan, c, 1, tile);
         call(run, run->reduce_op, FBN_NCS, &piece);
     }
 }
 
 /* The channels of a group lie side by side, or are visited one by one. */
 static void map_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
+    fbn_piece piece;
     const int64_t together = run->plan.memory.adjacent && run->plan.job->S <= FBN_PLANE_TILE ? channels : 1;
     for (int64_t c = first; c < first + channels; c += together) {
-        const fbn_piece piece = fbn_piece_of_planes(&run->plan, c, together, tile);
+        fbn_piece_of_planes(&piece, &run->plan, c, together, tile);
         call(run, run->map_op, FBN_NCS, &piece);
     }
 }
@@ -35,9 +37,10 @@ static void map_planes(const fbn_run *run, int64_t first, int64_t channels, int6
 /* One kernel reduces a channel from `first` on and maps one from `mapped` on, for each channel of a group. */
 static void reduce_and_map(const fbn_run *run, int64_t first, int64_t mapped, int64_t channels, int64_t tile) {
     const fbn_op op = run->reduce_op == FBN_STATS ? FBN_STATS_APPLY : FBN_GRAD_BOTH;
+    fbn_piece pieces[2];
     for (int64_t i = 0; i < channels; i++) {
-        const fbn_piece pieces[2] = {fbn_piece_of_planes(&run->plan, first + i, 1, tile),
-                                     fbn_piece_of_planes(&run->plan, mapped + i, 1, tile)};
+        fbn_piece_of_planes(&pieces[0], &run->plan, first + i, 1, tile);
+        fbn_piece_of_planes(&pieces[1], &run->plan, mapped + i, 1, tile);
         call(run, op, FBN_NCS, pieces);
     }
 }
@@ -115,7 +118,8 @@ static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int 
     int64_t count;
     const int64_t sample = fbn_tile_samples(plan, tile, &count);
     const int64_t row_samples = count < plan->reduction.row_samples ? count : plan->reduction.row_samples;
-    fbn_piece piece = fbn_piece_of_columns(plan, sample, count, row_samples, first, channels);
+    fbn_piece piece;
+    fbn_piece_of_columns(&piece, plan, sample, count, row_samples, first, channels);
     double *const sums = scratch->sums + 2 * tile * job->C + first;
     if (!scratch->area_columns) {
         piece.sum = sums;
@@ -142,7 +146,8 @@ static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int 
 /* ---- maps in the order of memory ---- */
 
 static void map_block(const fbn_run *run, int64_t sample, int64_t count, int64_t c, int64_t channels, int64_t s, int64_t cols) {
-    const fbn_piece piece = fbn_piece_of_map(&run->plan, sample, count, c, channels, s, cols);
+    fbn_piece piece;
+    fbn_piece_of_map(&piece, &run->plan, sample, count, c, channels, s, cols);
     call(run, run->map_op, run->plan.map.layout, &piece);
 }
 
