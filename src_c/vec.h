@@ -1,7 +1,7 @@
 /* The vector vocabulary, defined once per ISA: vf holds VF_LANES float32, vd holds VD_LANES float64. Private to src_c.
  *
  *   set1 add sub mul          one rounding per operation, never fused
- *   add_fma(a, b)             a + b as fma(a, 1, b): the same bits as add, on other execution units; docs/numerics.md: no fused products
+ *   add_fma(a, b)             a + b as fma(a, 1, b): the same bits as add, on other execution units. docs/numerics.md: no fused products.
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b selects y; le likewise
  *   keep(v, k)                lanes 0..k-1 of v, zeros behind them
  *   join(k, a, b)             lanes 0..k-1 of a, the others of b

@@ -1,6 +1,8 @@
 """The bounds that docs/numerics.md derives, held by the kernels, on both sides of each threshold."""
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import fastbn
 from fastbn import _native
 
+ROOT = Path(__file__).resolve().parent.parent
 U = 2.0**-24
 RECOMPUTED = 1e-13  # relative errors of m2 below this come from float64, those of one float32 pass are above
 
@@ -112,3 +115,13 @@ def test_every_16_bit_number_and_every_middle_between_two_rounds_as_it_should(dt
     assert (scaled(one, middle).view(np.uint16) == bits + bits % 2).all()
     assert (scaled(one, np.nextafter(middle, 0)).view(np.uint16) == bits).all()
     assert (scaled(one, np.nextafter(middle, np.inf)).view(np.uint16) == bits + 1).all()
+
+
+def test_every_pointer_of_the_kernels_names_a_section():
+    sections = set(re.findall(r"^## (.+)$", (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set()
+    for path in sorted((ROOT / "src_c").iterdir()):
+        text = re.sub(r"\s+(\* )?", " ", path.read_text(encoding="utf-8"))
+        for pointer in re.findall(r"docs/numerics\.md: ([^.:*/]+)", text):
+            named |= {name.strip() for name in pointer.split(";")}
+    assert named == sections
