@@ -22,7 +22,7 @@ from fastbn.stats import BatchStats, merge_stats
 if TYPE_CHECKING:  # what `__getattr__` finds
     from fastbn.deployment import Deployment, deploy
     from fastbn.graph import Fold, FoldResult, Kept, Parity
-    from fastbn.graph.folding import fold, verify
+    from fastbn.graph.job import fold, verify
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fastbn._types import Array, FloatArray, ScalarT
 
-__all__ = ["DTYPES", "View", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
+__all__ = ["DTYPES", "WeightLayout", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
 
 # dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
 DTYPES: dict[str, int] = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -33,7 +33,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-class View(NamedTuple):
+class WeightLayout(NamedTuple):
     """Weights seen as (groups, rows, channels, inner): the third axis takes one scale per (group, channel)."""
 
     groups: int
@@ -66,22 +66,27 @@ def batch_norm_affine(
 
 @overload
 def scale_weight(
-    weight: npt.NDArray[ScalarT], scale: npt.ArrayLike, view: View, out: npt.NDArray[ScalarT] | None = None, *, store: Literal[True] = True
+    weight: npt.NDArray[ScalarT],
+    scale: npt.ArrayLike,
+    layout: WeightLayout,
+    out: npt.NDArray[ScalarT] | None = None,
+    *,
+    store: Literal[True] = True,
 ) -> tuple[npt.NDArray[ScalarT], int, int]: ...
 @overload
 def scale_weight(
-    weight: npt.NDArray[ScalarT], scale: npt.ArrayLike, view: View, out: npt.NDArray[ScalarT] | None = None, *, store: bool
+    weight: npt.NDArray[ScalarT], scale: npt.ArrayLike, layout: WeightLayout, out: npt.NDArray[ScalarT] | None = None, *, store: bool
 ) -> tuple[npt.NDArray[ScalarT] | None, int, int]: ...
 def scale_weight(
-    weight: Array, scale: npt.ArrayLike, view: View, out: Array | None = None, *, store: bool = True
+    weight: Array, scale: npt.ArrayLike, layout: WeightLayout, out: Array | None = None, *, store: bool = True
 ) -> tuple[Array | None, int, int]:
     """Multiply weights by a per-channel scale in float64 and round once, to nearest even, to the weights' type.
 
     Parameters
     ----------
     weight : C-contiguous array, float32, float64, float16 or bfloat16
-    scale : float64 array of view.groups * view.channels values
-    view : View
+    scale : float64 array of layout.groups * layout.channels values
+    layout : WeightLayout
         How the axes of weight are grouped; its sizes multiply to weight.size.
     out : C-contiguous array of weight's dtype and size, optional
         Receives the result; it may be weight itself.
@@ -98,7 +103,7 @@ def scale_weight(
     if store:
         out = np.empty(weight.shape, weight.dtype) if out is None else out
         address = out.ctypes.data
-    nonfinite, flushed = _native.scale_weight(address, weight.ctypes.data, factors.ctypes.data, *view, DTYPES[dtype_name(weight.dtype)])
+    nonfinite, flushed = _native.scale_weight(address, weight.ctypes.data, factors.ctypes.data, *layout, DTYPES[dtype_name(weight.dtype)])
     return out, nonfinite, flushed
 
 

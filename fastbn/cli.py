@@ -83,7 +83,7 @@ def _stop(reason, code):
 def _fold(arguments, run):
     """Fold every inference BatchNormalization that can be folded exactly into its neighbours' weights; verify each fold and the whole model
     in onnxruntime, its optimiser off; say why each other one stays."""
-    from fastbn.graph.folding import fold_watched
+    from fastbn.graph.job import fold
 
     name = _input(arguments.input)
     target = None if arguments.dry_run else _target(arguments, name)
@@ -93,7 +93,7 @@ def _fold(arguments, run):
     _check_data_files([source], [where])
     bar = Progress(arguments.quiet)
     with bar:
-        result = fold_watched(
+        result = fold(
             source,
             only=names(arguments.only),
             skip=names(arguments.skip),
@@ -101,7 +101,7 @@ def _fold(arguments, run):
             input_shapes=input_shapes(arguments),
             freeze_inputs=arguments.freeze_inputs,
             progress=bar,
-            stage=_stage(target),
+            workdir=_stage(target),
         )
     status = None if result.parity is None else result.parity.status
     lines = result.lines()
@@ -130,7 +130,7 @@ def _is_unverified(parity):
 
 def _input(name):
     """Return what IN means: a name, or "-"."""
-    from fastbn.graph.destination import descriptor_of
+    from fastbn.graph.rewrite.destination import descriptor_of
 
     if not name:
         raise ArgumentError(expected("a model", "an empty name", "IN"))
@@ -138,7 +138,7 @@ def _input(name):
 
 
 def _source(name):
-    from fastbn.graph import storage
+    from fastbn.graph.model import storage
 
     return storage.load(storage.read_pipe(sys.stdin.buffer) if name == STREAM else name)
 
@@ -162,7 +162,7 @@ def _target(arguments, name):
 
 def _checked_target(output, name):
     """Return OUT as a Path or "-", checked as far as that is possible without the model."""
-    from fastbn.graph.destination import check_destination, descriptor_of
+    from fastbn.graph.rewrite.destination import check_destination, descriptor_of
 
     if output == STREAM or descriptor_of(output) == 1:
         return STREAM
@@ -180,15 +180,15 @@ def _is_same(path, other):
 
 def _stage(target):
     """Return the folder in which the files of a verification may lie, or None."""
-    from fastbn.graph.destination import is_stream
+    from fastbn.graph.rewrite.destination import is_stream
 
     return None if target in (None, STREAM) or is_stream(target) else target.parent
 
 
 def _check_version(source, target, force):
     """Refuse to replace what is no version of the model, and a data file that it reads."""
-    from fastbn.graph.storage import model_in
-    from fastbn.graph.version import difference
+    from fastbn.graph.model.storage import model_in
+    from fastbn.graph.rewrite.version import difference
 
     folder = _stage(target)
     if folder is None:
@@ -208,14 +208,14 @@ def _check_data_files(sources, paths):
     read = {path for source in sources for path in source.data_files()}
     for path in paths:
         if path not in (None, STREAM) and os.path.realpath(path) in read:
-            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+            raise StorageError(f"Cannot write '{path}': it is a data file of the input")
 
 
 def _report_path(where, inputs, outputs, run):
     """Return where the JSON report goes, None, "-" or a name; refuse, before any work is done, one that could not be written or would
     replace a model."""
-    from fastbn.graph.destination import check_destination, descriptor_of, is_stream
-    from fastbn.graph.storage import model_in
+    from fastbn.graph.model.storage import model_in
+    from fastbn.graph.rewrite.destination import check_destination, descriptor_of, is_stream
 
     if where is not None and (where == STREAM or descriptor_of(where) == 1):
         where = STREAM
@@ -239,8 +239,9 @@ def _deliver(arguments, run, made, target, where, lines, page=None):
     All files are written under other names first, then comes the table, and only then does everything take its place: what fails before
     leaves nothing behind.
     """
-    from fastbn.graph.destination import atomic, is_stream
     from fastbn.graph.report import size_text
+    from fastbn.graph.rewrite.destination import is_stream
+    from fastbn.graph.rewrite.replacement import atomic
 
     stream = _stream(arguments, target)
     # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
@@ -268,7 +269,7 @@ def _deliver(arguments, run, made, target, where, lines, page=None):
 
 def _stream(arguments, target):
     """Return where the table goes: when the model or the page goes to stdout, to stderr."""
-    from fastbn.graph.destination import descriptor_of
+    from fastbn.graph.rewrite.destination import descriptor_of
 
     page = getattr(arguments, "report", None)
     return sys.stderr if target == STREAM or (page is not None and descriptor_of(page) == 1) else sys.stdout
@@ -319,7 +320,7 @@ def _write_json(path, data):
 
 def _write_report(where, data):
     """Write the report of a command that makes no model."""
-    from fastbn.graph.destination import atomic
+    from fastbn.graph.rewrite.replacement import atomic
 
     if where == STREAM:
         _write_json(None, data)
@@ -333,7 +334,7 @@ def _deploy(arguments, run):
     latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
     from fastbn.deployment.pipeline import WRITING, Options, check_paths, deploy_watched
     from fastbn.deployment.report import render
-    from fastbn.graph.destination import check_destination, descriptor_of
+    from fastbn.graph.rewrite.destination import check_destination, descriptor_of
 
     options = Options(
         data=arguments.data,
@@ -378,14 +379,14 @@ def _deploy(arguments, run):
 def _verify(arguments, run):
     """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared, 5 when what was compared proves nothing."""
-    from fastbn.graph.folding import verify_watched
+    from fastbn.graph.job import verify
 
     sources = [_source(_input(name)) for name in (arguments.original, arguments.folded)]
     where = _report_path(arguments.json, [arguments.original, arguments.folded], [], run)
     _check_data_files(sources, [where])
     bar = Progress(arguments.quiet)
     with bar:
-        parity = verify_watched(*sources, input_shapes(arguments), progress=bar)
+        parity = verify(*sources, input_shapes=input_shapes(arguments), progress=bar)
     if parity.status == "failed" and parity.error is None:
         # No element differs: the second model cannot be run, or has other outputs.
         parity = dataclasses.replace(parity, status="not-run")
@@ -400,7 +401,7 @@ def _verify(arguments, run):
 
 
 def _schema():
-    from fastbn.graph.report import SCHEMA
+    from fastbn.graph.results import SCHEMA
 
     return SCHEMA
 

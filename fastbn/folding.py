@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, SupportsFloat, overload
 import numpy as np
 
 from fastbn import _check
-from fastbn.affine import View, batch_norm_affine, narrow, scale_weight
+from fastbn.affine import WeightLayout, batch_norm_affine, narrow, scale_weight
 from fastbn.errors import ArgumentError, ArgumentTypeError, FoldError, expected
 
 if TYPE_CHECKING:
@@ -104,10 +104,10 @@ def fold_conv(
         raise ArgumentError(expected(f"a first axis that {groups} groups divide", f"shape {weight.shape}", "weight"))
     inner = int(np.prod(weight.shape[2:]))
     if transposed:
-        view = View(groups, weight.shape[0] // groups, weight.shape[1], inner)
+        layout = WeightLayout(groups, weight.shape[0] // groups, weight.shape[1], inner)
     else:
-        view = View(1, 1, weight.shape[0], weight.shape[1] * inner)
-    return _fold(weight, bias, mean, var, gamma, beta, eps, view)
+        layout = WeightLayout(1, 1, weight.shape[0], weight.shape[1] * inner)
+    return _fold(weight, bias, mean, var, gamma, beta, eps, layout)
 
 
 @overload
@@ -180,8 +180,8 @@ def fold_linear(
     weight = _check.fold_weight(weight, "weight", 2)
     if weight.ndim != 2:
         raise ArgumentError(expected("2 axes", f"shape {weight.shape}", "weight"))
-    view = View(1, weight.shape[0], weight.shape[1], 1) if transposed else View(1, 1, *weight.shape)
-    return _fold(weight, bias, mean, var, gamma, beta, eps, view)
+    layout = WeightLayout(1, weight.shape[0], weight.shape[1], 1) if transposed else WeightLayout(1, 1, *weight.shape)
+    return _fold(weight, bias, mean, var, gamma, beta, eps, layout)
 
 
 def _fold(
@@ -192,9 +192,9 @@ def _fold(
     gamma: npt.ArrayLike | None,
     beta: npt.ArrayLike | None,
     eps: SupportsFloat,
-    view: View,
+    layout: WeightLayout,
 ) -> tuple[Array, Array]:
-    channels = view.groups * view.channels
+    channels = layout.groups * layout.channels
     eps = _check.eps_of(eps)
     bias = _check.vector(bias, "bias", channels)
     gamma = _check.vector(gamma, "gamma", channels)
@@ -204,7 +204,7 @@ def _fold(
         raise ArgumentTypeError(expected("an array", "None", "mean"))
     var = _check.variance(var, "var", channels, eps)
     scale, shift = batch_norm_affine(gamma, beta, mean, var, eps)
-    new_weight, nonfinite, flushed = scale_weight(weight, scale, view)
+    new_weight, nonfinite, flushed = scale_weight(weight, scale, layout)
     if nonfinite:
         raise FoldError(expected(f"finite folded weights in {weight.dtype}", f"{nonfinite} that are Inf or NaN", "weight"))
     if flushed:

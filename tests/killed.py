@@ -16,7 +16,7 @@ import make_models
 import onnx
 
 import fastbn
-from fastbn.graph import rewrite
+from fastbn.graph.rewrite import writer
 
 CALLS = ("open", "mkdir", "rmdir", "link", "unlink", "rename", "replace", "fsync", "chmod", "chown", "pwrite", "close")
 
@@ -86,7 +86,7 @@ def check(folder, job, out, stays):
 
 def main():
     os.fsync = lambda descriptor: None  # a kill loses nothing that the system has
-    rewrite.LARGEST_INLINE = 0
+    writer.LARGEST_INLINE = 0
     here = Path.cwd()
     for name in ("in", "old", "fresh", "same", "own"):
         (here / name).mkdir()

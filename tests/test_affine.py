@@ -1,4 +1,4 @@
-"""scale_weight and narrow against NumPy and exact arithmetic: every dtype, one rounding, every view, the reports."""
+"""scale_weight and narrow against NumPy and exact arithmetic: every dtype, one rounding, every layout, the reports."""
 
 from fractions import Fraction
 
@@ -6,20 +6,27 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastbn.affine import DTYPES, View, batch_norm_affine, narrow, scale_weight
+from fastbn.affine import DTYPES, WeightLayout, batch_norm_affine, narrow, scale_weight
 
 DTYPE = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPES}
-VIEWS = [View(1, 1, 5, 7), View(1, 6, 5, 1), View(3, 4, 2, 9), View(2, 1, 3, 1), View(1, 1, 1, 1), View(1, 2, 3, 0)]
+LAYOUTS = [
+    WeightLayout(1, 1, 5, 7),
+    WeightLayout(1, 6, 5, 1),
+    WeightLayout(3, 4, 2, 9),
+    WeightLayout(2, 1, 3, 1),
+    WeightLayout(1, 1, 1, 1),
+    WeightLayout(1, 2, 3, 0),
+]
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("view", VIEWS, ids=str)
-def test_scale_weight_is_one_rounding_of_the_float64_product(name, view):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_scale_weight_is_one_rounding_of_the_float64_product(name, layout):
     rng = np.random.default_rng(5)
-    weight = rng.standard_normal(view).astype(DTYPE[name])
-    scale = rng.standard_normal(view.groups * view.channels)
-    expected = narrow(weight.astype(np.float64) * scale.reshape(view.groups, 1, view.channels, 1), DTYPE[name])
-    result, nonfinite, flushed = scale_weight(weight, scale, view)
+    weight = rng.standard_normal(layout).astype(DTYPE[name])
+    scale = rng.standard_normal(layout.groups * layout.channels)
+    expected = narrow(weight.astype(np.float64) * scale.reshape(layout.groups, 1, layout.channels, 1), DTYPE[name])
+    result, nonfinite, flushed = scale_weight(weight, scale, layout)
     assert result.dtype == DTYPE[name]
     assert result.tobytes() == expected.tobytes()
     assert (nonfinite, flushed) == (0, 0)
@@ -29,18 +36,18 @@ def test_scale_weight_is_one_rounding_of_the_float64_product(name, view):
 def test_scale_weight_in_place_and_looking_only(name):
     weight = np.arange(1, 13).reshape(3, 4).astype(DTYPE[name])
     copy, scale = weight.copy(), np.array([0.5, 2.0, -1.0])
-    expected = scale_weight(weight, scale, View(1, 1, 3, 4))[0]
+    expected = scale_weight(weight, scale, WeightLayout(1, 1, 3, 4))[0]
     assert weight.tobytes() == copy.tobytes()
-    assert scale_weight(weight, scale, View(1, 1, 3, 4), store=False) == (None, 0, 0)
+    assert scale_weight(weight, scale, WeightLayout(1, 1, 3, 4), store=False) == (None, 0, 0)
     assert weight.tobytes() == copy.tobytes()
-    assert scale_weight(weight, scale, View(1, 1, 3, 4), out=weight)[0] is weight
+    assert scale_weight(weight, scale, WeightLayout(1, 1, 3, 4), out=weight)[0] is weight
     assert weight.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_all_sixteen_bit_values_widen_and_narrow(name):
     weight = np.arange(1 << 16, dtype=np.uint16).view(DTYPE[name])
-    result, nonfinite, _ = scale_weight(weight, np.ones(1), View(1, 1, 1, weight.size))
+    result, nonfinite, _ = scale_weight(weight, np.ones(1), WeightLayout(1, 1, 1, weight.size))
     finite = np.isfinite(weight.astype(np.float32))
     assert result[finite].tobytes() == weight[finite].tobytes()
     assert (np.isnan(result.astype(np.float32)) == np.isnan(weight.astype(np.float32))).all()
@@ -73,25 +80,25 @@ def test_narrow_and_the_kernel_round_once_to_nearest_even(name, mant, bias):
     expected = np.array([_nearest_even(value, mant, bias) for value in values])
     assert (narrow(values, DTYPE[name]).astype(np.float64) == expected).all()
     ones = np.ones(values.size, DTYPE[name])
-    assert (scale_weight(ones, values, View(1, 1, values.size, 1))[0].astype(np.float64) == expected).all()
+    assert (scale_weight(ones, values, WeightLayout(1, 1, values.size, 1))[0].astype(np.float64) == expected).all()
 
 
 @pytest.mark.parametrize(("name", "big", "small"), [("float16", 6e4, 1e-7), ("bfloat16", 3e38, 1e-40), ("float32", 3e38, 1e-45)])
 def test_overflow_and_flush_are_counted(name, big, small):
     weight = np.array([[1, big, 0, big], [1, small, 0, small]]).astype(DTYPE[name])
-    assert scale_weight(weight, np.array([4.0, 0.2]), View(1, 1, 2, 4))[1:] == (2, 2)
-    assert scale_weight(weight, np.array([np.nan, 1.0]), View(1, 1, 2, 4))[1] == 4
-    assert scale_weight(weight, np.array([0.0, 0.0]), View(1, 1, 2, 4))[1:] == (0, 0), "a scale of zero flushes nothing"
+    assert scale_weight(weight, np.array([4.0, 0.2]), WeightLayout(1, 1, 2, 4))[1:] == (2, 2)
+    assert scale_weight(weight, np.array([np.nan, 1.0]), WeightLayout(1, 1, 2, 4))[1] == 4
+    assert scale_weight(weight, np.array([0.0, 0.0]), WeightLayout(1, 1, 2, 4))[1:] == (0, 0), "a scale of zero flushes nothing"
 
 
 def test_overflow_and_flush_of_float64():
     weight = np.array([1e308, 5e-324, 1.0])
-    assert scale_weight(weight, np.array([10.0, 0.1, 1.0]), View(1, 1, 3, 1))[1:] == (1, 1)
+    assert scale_weight(weight, np.array([10.0, 0.1, 1.0]), WeightLayout(1, 1, 3, 1))[1:] == (1, 1)
 
 
 def test_counts_are_right_above_one_block():
     weight = np.full(3 * 4096 + 5, 1e30, np.float32)
-    assert scale_weight(weight, np.array([1e30]), View(1, 1, 1, weight.size), store=False)[1] == weight.size
+    assert scale_weight(weight, np.array([1e30]), WeightLayout(1, 1, 1, weight.size), store=False)[1] == weight.size
 
 
 @pytest.mark.parametrize("name", DTYPES)

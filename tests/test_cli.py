@@ -16,7 +16,8 @@ from sketch import CONV_BN, assert_same, conv_bn, model, norm, ops
 import fastbn
 from fastbn import arguments, cli
 from fastbn.cli import main
-from fastbn.graph.report import REASONS, SCHEMA
+from fastbn.graph.reasons import REASONS
+from fastbn.graph.results import SCHEMA
 
 
 @pytest.fixture(name="here")

@@ -8,7 +8,7 @@ from sketch import conv_bn, initializers, model, norm, normal, ops
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import rewrite
+from fastbn.graph.rewrite import writer
 
 # ---- maps and strings: compared one node before ----
 
@@ -174,10 +174,10 @@ def test_a_branch_that_no_input_reaches_is_compared(case, monkeypatch, tmp_path)
     assert [fold.op for fold in result.folded] == ["MatMul"]
     assert (result.parity.status, result.parity.notes) == ("ok", ())
 
-    def wrong_write(self, node, slot, constant, write=rewrite._Writer._write_constant):
-        return write(self, node, slot, constant.times(constant.view, np.full(3, 1.5)))
+    def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
+        return write(self, node, slot, constant.times(constant.layout, np.full(3, 1.5)))
 
-    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
     spoiled = fastbn.fold(proto, verify=False).model
     parity = fastbn.verify(proto, spoiled)
     assert parity.status == "failed"

@@ -1,11 +1,11 @@
-"""The check of what is written: faults of the writer, each of which would make a wrong or invalid model, are said and not written."""
+"""The check of written models: a fault of the writer that makes a wrong or invalid model is an error, and nothing is written."""
 
 import pytest
 from onnx import helper
 from sketch import classifier, conv_bn, model, norm, normal
 
 import fastbn
-from fastbn.graph import rewrite
+from fastbn.graph.rewrite import writer
 
 RESIDUAL = """(float[N,4,8,8] x) => (float[N,4,8,8] y) {
     c = Conv(x, w)
@@ -34,7 +34,7 @@ def body():
 
 def _rebuilt(self, order):
     ordered = order(list(enumerate(self.graphs)))
-    gone = {(node.scope.number, node.position) for node in self.gone}
+    gone = {(node.scope.number, node.position) for node in self.unwritten}
     for number, graph in ordered:
         nodes = [node for position, node in enumerate(graph.node) if (number, position) not in gone]
         del graph.node[:]
@@ -42,11 +42,11 @@ def _rebuilt(self, order):
 
 
 def misnamed(self):
-    """Leave the names as they are: what read the norm reads nothing."""
+    """Leave the names as they are: the readers of the norm then read a value that no node gives."""
 
 
 def unwritten(self, node, slot, constant):
-    """Hand out the name of the old constant without writing the new one."""
+    """Return the name of the old constant without writing the new one."""
     return node.input(slot).name if node.input(slot) is not None else node.inputs[1].name
 
 
@@ -74,7 +74,7 @@ def misdirected(original):
 
 
 def dropped(original):
-    """Lose a node that is not to go."""
+    """Leave out a node that no plan removes."""
 
     def rebuild(self):
         original(self)
@@ -113,7 +113,7 @@ FAULTS = {
 def test_a_fault_of_the_writer_is_said(fault, monkeypatch, tmp_path):
     make, name, change, message = FAULTS[fault]
     assert fastbn.fold(make(), verify=False).folded
-    monkeypatch.setattr(rewrite._Writer, name, change(getattr(rewrite._Writer, name)))
+    monkeypatch.setattr(writer._Writer, name, change(getattr(writer._Writer, name)))
     with pytest.raises(fastbn.ModelError, match=message) as error:
         fastbn.fold(make(), verify=False).save(tmp_path / "out.onnx")
     assert str(error.value).startswith("Cannot write the model: ")
@@ -123,7 +123,7 @@ def test_a_fault_of_the_writer_is_said(fault, monkeypatch, tmp_path):
 def test_a_forgotten_attribute_is_said(monkeypatch):
     text = "(float[5,3] x) => (float[5,4] y) { c = Gemm<beta = 0.5>(x, w, b) y = BatchNormalization(c, s, t, m, v) }"
     proto = model(text, w=normal(3, 4), b=normal(4), **norm(4))
-    monkeypatch.setattr(rewrite, "edited", without_attributes(rewrite.edited))
+    monkeypatch.setattr(writer, "edited", without_attributes(writer.edited))
     with pytest.raises(fastbn.ModelError, match=r"attribute 'beta' of Gemm 'c' is not 1.0"):
         fastbn.fold(proto, verify=False)
 
@@ -136,7 +136,7 @@ def test_a_lost_norm_is_said(monkeypatch):
         self.proto.graph.node[1].output[0] = "y"
         self.proto.graph.node[0].output[0] = "c"
 
-    monkeypatch.setattr(rewrite._Writer, "_rebuild_graphs", kept)
+    monkeypatch.setattr(writer._Writer, "_rebuild_graphs", kept)
     with pytest.raises(fastbn.ModelError, match="it has 1 BatchNormalization, planned are 0"):
         fastbn.fold(proto, verify=False)
 

@@ -8,8 +8,8 @@ from sketch import CONV_BN, conv_bn, model, normal
 
 from fastbn import ArgumentError, ArgumentTypeError, StorageError
 from fastbn.deployment.samples import random_samples, read_samples
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 from fastbn.graph.runtime import Runnable
 
 X = normal(6, 3, 8, 8)

@@ -11,7 +11,7 @@ from sketch import classifier, model, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.deployment import pipeline, report
-from fastbn.graph.report import Parity
+from fastbn.graph.results import Parity
 
 
 @pytest.fixture(name="here")
@@ -35,14 +35,14 @@ def deploy(capsys, *options, code=5):
 @pytest.fixture(name="parity", params=["not-run", "inconclusive"])
 def _parity(request, monkeypatch):
     """The status of a whole model whose parity proves nothing."""
-    real = pipeline.fold_watched
+    real = pipeline.fold
 
-    def fold_watched(*arguments):
-        result = real(*arguments)
+    def fold(*arguments, **options):
+        result = real(*arguments, **options)
         result.parity = Parity(request.param, reason="on purpose")
         return result
 
-    monkeypatch.setattr(pipeline, "fold_watched", fold_watched)
+    monkeypatch.setattr(pipeline, "fold", fold)
     return request.param
 
 
@@ -162,12 +162,12 @@ def test_where_no_stage_loads_nothing_is_shipped(here, capsys, monkeypatch):
     real = pipeline.session
 
     def session(path, **options):
-        if options.get("optimise"):
-            raise RuntimeError("the optimiser broke")
+        if options.get("optimize"):
+            raise RuntimeError("the optimizer broke")
         return real(path, **options)
 
     monkeypatch.setattr(pipeline, "session", session)
     found, _, err = deploy(capsys, "--data", "data.npz", code=1)
-    assert found["decision"] == "folded: onnxruntime cannot load it: the optimiser broke"
+    assert found["decision"] == "folded: onnxruntime cannot load it: the optimizer broke"
     assert found["latency"] == []
     assert "Traceback" not in err

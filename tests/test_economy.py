@@ -8,9 +8,12 @@ import pytest
 from sketch import CONV_BN, classifier, codes, conv_bn, model, norm, normal
 
 import fastbn
-from fastbn.graph import folding, lift, rewrite, runtime, site
+from fastbn.graph import job, runtime
+from fastbn.graph.ops.registry import OPERATORS
+from fastbn.graph.planner import planning
+from fastbn.graph.rewrite import writer
 
-# Runs of whole models, folded, disturbed or as they came, for a model whose parity is plain.
+# Runs of whole models (original, perturbed or folded) for a model that needs no comparison piece by piece.
 MOST_RUNS = 8
 
 
@@ -118,23 +121,23 @@ def chain(count):
     return model(f"(float[1,4,3,3] x) => (float[1,4,3,3] y) {{ {' '.join(steps)} }}", w=normal(4, 4, 1, 1), **constants)
 
 
-def spoil_writer(monkeypatch, home):
+def spoil_writer(monkeypatch, absorber):
     """Write the weight of one convolution wrongly."""
 
-    def wrong_write(self, node, slot, constant, write=rewrite._Writer._write_constant):
-        if node.label == home and slot == 1:
-            constant = constant.times(constant.view, np.full(4, 1.5))
+    def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
+        if node.label == absorber and slot == 1:
+            constant = constant.times(constant.layout, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
-    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
 
 
 @pytest.fixture
 def plans(monkeypatch):
     """How often the model is planned and a fold is run."""
-    counts = {"plan": 0, "check_site": 0}
-    for name in counts:
-        monkeypatch.setattr(folding, name, counted(name, getattr(folding, name), counts))
+    counts = {"plan": 0, "check_fold": 0}
+    for module, name in ((planning, "plan"), (job, "check_fold")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name), counts))
     return counts
 
 
@@ -148,21 +151,21 @@ def counted(name, function, counts):
 
 @pytest.mark.parametrize("wrong", [0, 199])
 def test_the_wrong_link_of_a_long_chain_is_found_by_bisection(wrong, plans, monkeypatch):
-    lifted = lift.lift
+    row = OPERATORS["BatchNormalization"]
 
-    def wrong_lift(node, view):
-        found = lifted(node, view)
-        return replace(found, scale=found.scale * 1.5) if node.label == ("y" if wrong == 199 else f"n{wrong}") else found
+    def wrong_lift(node, graph):
+        affine = row.lift(node, graph)
+        return replace(affine, scale=affine.scale * 1.5) if node.label == ("y" if wrong == 199 else f"n{wrong}") else affine
 
     proto = chain(200)
     assert len(fastbn.fold(proto).folded) == 1
-    assert plans == {"plan": 1, "check_site": 1}
-    monkeypatch.setattr(site, "lift", wrong_lift)
+    assert plans == {"plan": 1, "check_fold": 1}
+    monkeypatch.setitem(OPERATORS, "BatchNormalization", replace(row, lift=wrong_lift))
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == ["parity"]
     assert [kept.bn for kept in result.kept] == ["y" if wrong == 199 else f"n{wrong}"]
     assert plans["plan"] <= 1 + 4 + np.log2(200)
-    assert plans["check_site"] <= 1 + 6 + np.log2(200)
+    assert plans["check_fold"] <= 1 + 6 + np.log2(200)
 
 
 @pytest.mark.parametrize("wrong", [0, 15])
@@ -172,5 +175,5 @@ def test_the_fold_that_spoils_the_whole_model_is_found_by_bisection(wrong, plans
     assert [kept.bn for kept in result.kept] == [f"n{wrong}"]
     assert result.parity.ok
     assert plans["plan"] <= 4 + np.log2(16)
-    assert plans["check_site"] == 16
+    assert plans["check_fold"] == 16
     assert counts["runs"] <= 4 * MOST_RUNS * (2 + np.log2(16)), "a model that fails is looked at piece by piece"

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fastbn.graph import storage
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
-from fastbn.graph.search import Search
-from fastbn.graph.site import Site
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.planner.planning import plan
+from fastbn.graph.planner.search import Search
+from fastbn.graph.planner.view import GraphView
 
 CHANNELS = 4
 
@@ -91,7 +91,7 @@ def effort(kind, count, monkeypatch):
     """Return how many nodes and readers the planner looks at."""
     seen = []
     with monkeypatch.context() as patch:
-        row, others = Search._row, Site.other_readers
+        row, others = Search._row, GraphView.other_readers
         patch.setattr(Search, "_row", lambda self, node, depth: seen.append(1) or row(self, node, depth))
 
         def counted(self, value, asker, slot, most):
@@ -99,7 +99,7 @@ def effort(kind, count, monkeypatch):
             seen.extend(found)
             return found
 
-        patch.setattr(Site, "other_readers", counted)
+        patch.setattr(GraphView, "other_readers", counted)
         plan(Index(storage.load(Model(kind, count).proto)))
     return len(seen)
 

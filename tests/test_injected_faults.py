@@ -1,4 +1,4 @@
-"""Every row of both tables, made wrong in each direction: the proof of the fold must catch it, and where that proof is switched off the
+"""Every rule of every row, made wrong in each direction: the proof of the fold must catch it, and where that proof is switched off the
 comparison of the whole model must."""
 
 from collections.abc import Iterator
@@ -10,20 +10,21 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_normalization import BEHIND, behind, deformable
 
 import fastbn
-from fastbn.graph import folding, storage
-from fastbn.graph.absorb import ABSORBERS
-from fastbn.graph.carry import CARRIERS
-from fastbn.graph.constant import Affine, Dense, Requantised
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
-from fastbn.graph.segment import SiteParity
+from fastbn.graph import job
+from fastbn.graph.model import storage
+from fastbn.graph.model.constant import Dense, Requantized
+from fastbn.graph.model.index import Index
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.registry import OPERATORS
+from fastbn.graph.parity.fold_parity import FoldParity
+from fastbn.graph.planner.planning import plan
 
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
 
-TABLES = {"absorber": ABSORBERS, "carrier": CARRIERS}
 WAYS = ("backward", "forward")
 
 
@@ -50,7 +51,19 @@ CRD = """(float[2,8,3,3] x) => (float y) {
     d = DepthToSpace <blocksize = 2, mode = "CRD"> (n)
     y = Conv(d, w)
 }"""
+DEFORMABLE = "DeformConv <pads = [1,1,1,1]>"
+RMS = """(float[7,4] x) => (float y) {
+    c = RMSNormalization(x, g)
+    y = Mul(c, k)
+}"""
 MORE = {
+    **{f"a norm behind {op}": behind(op) for op in BEHIND},
+    "Mul behind an RMSNormalization": model(RMS, opset=23, ir_version=10, g=normal(4), k=normal(4, seed=1)),
+    "DeformConv": deformable(f"c = {DEFORMABLE} (x, w, o, b) y = BatchNormalization(c, s, t, m, v)", **norm(4)),
+    "DeformConv forward": deformable(f"r = Tanh(x) n = Mul(r, k) y = {DEFORMABLE} (n, w, o, b)", k=normal(1, 4, 1, 1)),
+    "Mean forward": model(
+        "(float[2,4,6,6] x) => (float y) { r = Tanh(x) f = Add(r, k) d = Mean(f, x) y = Conv(d, w) }", w=W4, k=normal(4, 1, 1)
+    ),
     "LSTM": recurrent("LSTM", 4),
     "GRU": recurrent("GRU", 3),
     "RNN": recurrent("RNN", 1),
@@ -102,20 +115,24 @@ def matmul(case):
 
 
 def rows():
-    """Return every (table, operator, direction) that there is a row for."""
-    return [(name, op, way) for name, table in TABLES.items() for op, row in table.items() for way in WAYS if getattr(row, way)]
+    """Return every (operands, operator, direction) that there is a rule for."""
+    plain = [("values", op, way) for op, row in OPERATORS.items() for way in WAYS if getattr(row, way)]
+    constant = [(op, row.with_constant) for op, row in OPERATORS.items() if row.with_constant is not None]
+    return plain + [("with a constant", op, way) for op, row in constant for way in WAYS if getattr(row, way)]
 
 
 def edited(monkeypatch, row, change):
     """Let `change` edit what a row answers."""
-    name, op, way = row
-    method = getattr(TABLES[name][op], way)
+    operands, op, way = row
+    whole = OPERATORS[op]
+    rule = getattr(whole if operands == "values" else whole.with_constant, way)
 
     def answer(*arguments):
-        taken = method(*arguments)
-        return map(change, taken) if isinstance(taken, (list, Iterator)) else change(taken)
+        transfer = rule(*arguments)
+        return map(change, transfer) if isinstance(transfer, (list, Iterator)) else change(transfer)
 
-    monkeypatch.setitem(TABLES[name], op, replace(TABLES[name][op], **{way: answer}))
+    changed = {way: answer} if operands == "values" else {"with_constant": replace(whole.with_constant, **{way: answer})}
+    monkeypatch.setitem(OPERATORS, op, replace(whole, **changed))
 
 
 def crossed(proto):
@@ -123,7 +140,7 @@ def crossed(proto):
     asked = set()
     with pytest.MonkeyPatch.context() as patch:
         for row in rows():
-            edited(patch, row, lambda taken, row=row: asked.add(row) or taken)
+            edited(patch, row, lambda transfer, row=row: asked.add(row) or transfer)
         plans = plan(Index(storage.load(proto))).plans
     ops = {node.op for found in plans for node in found.path}
     return {row for row in asked if row[1] in ops}
@@ -147,17 +164,17 @@ def permuted(values):
     return np.roll(values, 1)
 
 
-def spoiled(taken, change):
+def spoiled(transfer, change):
     """Return an answer of a row in which the first affine, or else the first constant, is wrong."""
-    if taken.onward:
-        slot, affine = taken.onward[0]
-        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.spread)
-        return replace(taken, onward=[(slot, wrong), *taken.onward[1:]])
-    slot, constant = next(iter(taken.constants.items()), (None, None))
+    if transfer.passed_on:
+        slot, affine = transfer.passed_on[0]
+        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.abs_terms)
+        return replace(transfer, passed_on=[(slot, wrong), *transfer.passed_on[1:]])
+    slot, constant = next(iter(transfer.constants.items()), (None, None))
     if constant is None:
-        return taken
+        return transfer
     dense = Dense.of(constant)
-    return replace(taken, constants={**taken.constants, slot: replace(dense, values=change(dense.values))})
+    return replace(transfer, constants={**transfer.constants, slot: replace(dense, values=change(dense.values))})
 
 
 def recorded(monkeypatch, owner, name, said):
@@ -175,12 +192,12 @@ def recorded(monkeypatch, owner, name, said):
 @pytest.mark.parametrize("row", rows(), ids="-".join)
 def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
     right = {proto.SerializeToString(): fastbn.fold(proto, verify=False) for proto in models[row]}
-    edited(monkeypatch, row, lambda taken: spoiled(taken, change))
+    edited(monkeypatch, row, lambda transfer: spoiled(transfer, change))
     caught = 0
     for data, expected in right.items():
         wrong = fastbn.fold(data, verify=False)
         if not wrong.folded or wrong.to_bytes() == expected.to_bytes():
-            continue  # one channel cannot be permuted; a wrong affine may find no home
+            continue  # one channel cannot be permuted; a wrong affine may find no absorber
         caught += 1
         assert expected.folded
         assert_left_out(data, wrong, monkeypatch, by_model=False)
@@ -191,7 +208,7 @@ def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [off, permuted])
-def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
+def test_a_wrong_scale_of_a_quantized_weight_is_caught(change, monkeypatch):
     """DequantizeLinear has no row of its own: the scale of a fold goes into its scale."""
     text = (
         "(float[2,3,6,6] x) => (float y) { w = DequantizeLinear <axis = 0> (q, sc) c = Conv(x, w) y = BatchNormalization(c, s, z, z, v) }"
@@ -207,7 +224,7 @@ def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
     def wrong(self):
         return {(self.node, 1): replace(self.scale, values=change(self.scale.values))}
 
-    monkeypatch.setattr(Requantised, "constants", wrong)
+    monkeypatch.setattr(Requantized, "constants", wrong)
     spoiled = fastbn.fold(data, verify=False)
     assert spoiled.folded
     assert spoiled.to_bytes() != right.to_bytes()
@@ -220,10 +237,10 @@ def assert_left_out(data, wrong, monkeypatch, by_model):
     said = []
     with monkeypatch.context() as patch:
         if by_model:
-            patch.setattr(folding, "check_site", lambda *_: SiteParity(True))
-            recorded(patch, folding.Comparison, "check", said)
+            patch.setattr(job, "check_fold", lambda *_: FoldParity(True))
+            recorded(patch, job.Comparison, "check", said)
         else:
-            recorded(patch, folding, "check_site", said)
+            recorded(patch, job, "check_fold", said)
         result = fastbn.fold(data)
     assert not all(each.ok for each in said), wrong
     assert result.to_bytes() != wrong.to_bytes()

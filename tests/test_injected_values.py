@@ -7,7 +7,8 @@ from sketch import model, normal
 from test_injected_faults import assert_left_out
 
 import fastbn
-from fastbn.graph import expressions
+from fastbn.graph.model import expressions
+from fastbn.graph.ops.registry import OPERATORS
 
 CONSTANTS = {
     "p": 1 + np.abs(normal(4, 1, 1)),
@@ -78,24 +79,24 @@ NODES = {
     "Range": "e = Range(start, stop, step) g = Cast <to = 1> (e) k = Reshape(g, s1)",
     "Tile": "k = Tile(half, repeats)",
 }
-EVALUATED = expressions.ELEMENTWISE | expressions.NO_LARGER | expressions.LARGER
+EVALUATED = {op for op, row in OPERATORS.items() if row.result_size is not None}
 
 
 def test_every_evaluated_operator_is_here():
     assert set(NODES) == EVALUATED
 
 
-def off(values):
-    """Return values that are not those: the negation, one more, or 5 %."""
+def wrong_values(values):
+    """Return other values: the negation, one more, or 5 % more."""
     if values.dtype.kind == "b":
         return ~values
     return values + 1 if values.dtype.kind in "iu" else (values * 1.05 + 0.01).astype(values.dtype)
 
 
-def last_off(values):
-    """Return values of which the last one is not that."""
+def last_wrong(values):
+    """Return the values with another last one."""
     wrong = values.copy()
-    wrong.reshape(-1)[-1:] = off(values.reshape(-1)[-1:])
+    wrong.reshape(-1)[-1:] = wrong_values(values.reshape(-1)[-1:])
     return wrong
 
 
@@ -109,7 +110,7 @@ def computed(nodes, place):
     return model(text, w=normal(4, 3, 2, 2), v=normal(4), **{name: values for name, values in CONSTANTS.items() if name in words})
 
 
-@pytest.mark.parametrize(("change", "place"), [(off, "factor"), (last_off, "norm")])
+@pytest.mark.parametrize(("change", "place"), [(wrong_values, "factor"), (last_wrong, "norm")])
 @pytest.mark.parametrize("op", sorted(EVALUATED))
 def test_a_wrong_value_is_caught(op, change, place, monkeypatch):
     data = computed(NODES[op], place).SerializeToString()

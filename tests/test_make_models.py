@@ -10,7 +10,7 @@ import pytest
 from sketch import codes, run
 
 import fastbn
-from fastbn.graph.report import REASONS
+from fastbn.graph.reasons import REASONS
 
 # net -> BatchNormalization before; after, which is the least that any exact fold leaves.
 NETS = {

@@ -1,4 +1,4 @@
-"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and graphs that are none."""
+"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and malformed graphs."""
 
 import numpy as np
 import onnx
@@ -7,8 +7,9 @@ from onnx import TensorProto, helper
 from sketch import assert_same, conv_bn, folds, model, norm, normal, ops, refuses
 
 import fastbn
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.node import Node
 
 # A bias of shape (4,), as exporters write it; z, four, two and one are initializers.
 BIASES = {
@@ -81,7 +82,7 @@ def test_the_limit_of_computed_constants(node, monkeypatch):
     everything = {"four": np.array([4]), "z": np.float32(0.5), "long": normal(4)}
     proto = conv_bn(text, b=None, **{name: value for name, value in everything.items() if name in node})
     assert ops(fastbn.fold(proto, verify=False).model) == "Conv"
-    monkeypatch.setattr("fastbn.graph.expressions.LARGEST_RESULT", 3)
+    monkeypatch.setattr("fastbn.graph.model.expressions.LARGEST_RESULT", 3)
     refuses(proto, "dynamic-weight", verify=False)
 
 
@@ -271,8 +272,8 @@ def _renamed(proto, old, new):
 
 
 BROKEN = {
-    "two sources": (lambda proto: _renamed(proto, "c", "x"), "Expected one source for each value, got two - at `x`"),
-    "cycle": (lambda proto: _cycle(proto), "Expected a graph without cycles, got a cycle"),
+    "two sources": (lambda proto: _renamed(proto, "c", "x"), "Cannot read the model: the value 'x' has two sources"),
+    "cycle": (lambda proto: _cycle(proto), "Cannot order the nodes: '[a-z]' is part of a cycle"),
     "no source": (lambda proto: _no_source(proto), "Expected a value that a node or an input gives, got 'nowhere' - at `c`"),
     "no output": (lambda proto: _no_output(proto), "Expected a value that a node or an input gives, got 'z' - at `graph output`"),
     "names in Latin-1": (lambda proto: _latin(proto), "Expected names in UTF-8"),
@@ -305,3 +306,24 @@ def test_a_graph_that_is_none_is_refused_in_one_line(case):
     with pytest.raises(fastbn.ModelError, match=message) as caught:
         fastbn.fold(change(conv_bn()))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, list[int]])
+def test_an_attribute_has_the_type_that_is_asked_for(kind):
+    proto = helper.make_node("Custom", ["x"], ["y"], domain="local", axes=[1, 2], scale=0.5)
+    node = Node(proto, Index(storage.load(conv_bn())).main, 0)
+    assert node.find_attribute("axes", kind) == node.attribute("axes", [0]) == node.attribute("axes") == [1, 2]
+    assert node.find_attribute("other", kind) is None
+    with pytest.raises(fastbn.ModelError, match="Expected an attribute 'scale' of type INTS, got FLOAT - at `y`"):
+        node.find_attribute("scale", kind)
+
+
+def test_an_input_or_output_that_must_be_there():
+    index = Index(storage.load(conv_bn()))
+    node = index.order[0]
+    assert node.required_input(0).name == "x"
+    assert node.required_output() is node.outputs[0]
+    with pytest.raises(fastbn.ModelError, match="Expected an input 9 of Conv, got none - at `c`"):
+        node.required_input(9)
+    with pytest.raises(fastbn.ModelError, match="Expected an output 1 of Conv, got none - at `c`"):
+        node.required_output(1)

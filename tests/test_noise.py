@@ -7,8 +7,9 @@ from sketch import assert_same, conv_bn, folds, initializers, model, norm, norma
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import expressions, folding
-from fastbn.graph.segment import SiteParity
+from fastbn.graph import job
+from fastbn.graph.model import expressions
+from fastbn.graph.parity.fold_parity import FoldParity
 
 
 def unsqueezed(opset, axes, gain=1.0):
@@ -76,7 +77,7 @@ def test_a_constant_that_is_evaluated_wrongly_folds_nowhere(proved_by, monkeypat
     turned(monkeypatch)
     proto = unsqueezed(11, [-2, -1])
     if proved_by == "model":
-        monkeypatch.setattr(folding, "check_site", lambda *_: SiteParity(True))
+        monkeypatch.setattr(job, "check_fold", lambda *_: FoldParity(True))
     result = fastbn.fold(proto)
     assert result.parity is None or result.parity.ok
     assert_same(proto, result.model)
@@ -360,9 +361,9 @@ def test_a_model_that_does_not_run_with_noise_has_none(monkeypatch):
     """Rounding may move an index out of range."""
 
     def impossible(self, feed, *_):
-        return {name: values[..., :-1] for name, values in self.still(feed).items()}
+        return {name: values[..., :-1] for name, values in self.unperturbed(feed).items()}
 
-    monkeypatch.setattr("fastbn.graph.noise.Noise.disturbed", impossible)
+    monkeypatch.setattr("fastbn.graph.parity.noise.Noise.perturbed", impossible)
     result = fastbn.fold(conv_bn())
     assert result.parity is None or result.parity.status in ("ok", "failed")
     assert_same(conv_bn(), result.model)

@@ -12,7 +12,7 @@ from sketch import assert_same, conv_bn, model, norm, normal
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import storage
+from fastbn.graph.model import storage
 
 # Tensors that no fold touches: in the graph, in a body, in a function, in attributes, sparse.
 VALUES = np.arange(1.0, 5.0, dtype=np.float32)

@@ -10,9 +10,10 @@ from sketch import conv_bn, folds, model, norm, normal
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import probe, segment, storage
-from fastbn.graph.model import Index
-from fastbn.graph.plan import plan
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.parity import fold_parity, probe
+from fastbn.graph.planner.planning import plan
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "cases" / "faults"
 
@@ -118,7 +119,7 @@ def test_a_probe_is_small_where_sizes_do_not_matter(case, sizes):
     planning = plan(Index(storage.load(proto)))
     assert planning.plans
     for found in planning.plans:
-        result = segment.check_site(found, planning.site)
+        result = fold_parity.check_fold(found, planning.view)
         assert result.ok
         assert result.error is not None, result.note
     assert sizes

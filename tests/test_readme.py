@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph.report import REASONS
+from fastbn.graph.reasons import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

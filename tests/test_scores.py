@@ -5,8 +5,8 @@ import pytest
 from sketch import CLASSIFIER, CONV_BN, model, norm, normal
 
 from fastbn.deployment.scores import row_outputs, score_outputs
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 
 SCORES = {
     "the last linear layer": (CLASSIFIER, {"w": normal(4, 3, 3, 3), "b": normal(4), "w2": normal(4, 5), **norm(4)}, ["y"]),

@@ -1,4 +1,4 @@
-"""What inference finds: the sizes behind constants, however they are written, and models that would end the process.
+"""Shape inference: the sizes behind constants, however they are written, and models that would end the process.
 
 The oracle of the shapes is a run in onnxruntime.
 """
@@ -14,8 +14,8 @@ import pytest
 from onnx import helper
 from sketch import folds, model, norm, normal, run
 
-from fastbn.graph import storage
-from fastbn.graph.model import Index
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
 
 
 def ints(*values):
@@ -161,7 +161,7 @@ def passes(monkeypatch):
     return seen
 
 
-# A Mul or Add of a value of unknown rank is left out while the elements of lists are followed: ranks are spread before that.
+# While inference follows the elements of lists, a Mul or Add of unknown rank is left out, so ranks must be inferred before that.
 @pytest.mark.parametrize("x", ["2,4,6", "N,4,6"])
 def test_a_long_chain_of_computed_reshapes_takes_few_passes(x, passes):
     blocks, value = "", "x"
@@ -209,8 +209,8 @@ DEADLY = """
     import numpy as np, onnx
     from onnx import TensorProto, helper
     from fastbn import FastbnError
-    from fastbn.graph import storage
-    from fastbn.graph.model import Index
+    from fastbn.graph.model import storage
+    from fastbn.graph.model.index import Index
 
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastbn
-from fastbn.graph.report import REASONS
+from fastbn.graph.reasons import REASONS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDER = Path(os.environ.get("FASTBN_MODELS") or SHARED / "models")

@@ -13,7 +13,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from sketch import assert_same, conv_bn, initializers, norm, normal, ops, random_feeds, run
 
 import fastbn
-from fastbn.graph import destination, output, rewrite
+from fastbn.graph.rewrite import data_files, replacement, writer
 
 
 def save_external(proto, folder, name="model.onnx", data="model.data", threshold=0):
@@ -31,7 +31,7 @@ def loaded(path):
 
 @pytest.fixture(name="big", scope="module")
 def _big():
-    """Weights above the size that a fold writes into the model file."""
+    """A model with a weight above LARGEST_INLINE."""
     text = """(float[N,512,2,2] x) => (float[N,600,2,2] y) {
         c = Conv(x, w)
         y = BatchNormalization(c, s, t, m, v)
@@ -205,7 +205,7 @@ def test_a_tensor_of_external_data_in_a_constant_node(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(output, "WRITERS", threads)
+    monkeypatch.setattr(data_files, "WRITERS", threads)
     path = make_models.large(tmp_path, layers=3, channels=640)
     result = fastbn.fold(path)
     assert (len(result.folded), result.parity.status) == (3, "ok")
@@ -217,28 +217,35 @@ def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
 
 
 def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
-    from fastbn.affine import View
-    from fastbn.graph.constant import BLOCK, Scaled, Tensor
+    from fastbn.affine import WeightLayout
+    from fastbn.graph.model.constant import BLOCK, Scaled, Tensor
 
-    for view in (View(1, 1, 5, BLOCK // 2), View(1, 3, BLOCK + 7, 1), View(2, 3, 5, BLOCK // 4), View(3, 4, 5, 6)):
-        weight = normal(*view)
+    for layout in (
+        WeightLayout(1, 1, 5, BLOCK // 2),
+        WeightLayout(1, 3, BLOCK + 7, 1),
+        WeightLayout(2, 3, 5, BLOCK // 4),
+        WeightLayout(3, 4, 5, 6),
+    ):
+        weight = normal(*layout)
         tensor = Tensor(weight.dtype, weight.shape, lambda weight=weight: weight)
-        scaled = Scaled(tensor, view, normal(view.groups * view.channels, seed=2).astype(np.float64))
+        scaled = Scaled(tensor, layout, normal(layout.groups * layout.channels, seed=2).astype(np.float64))
         whole, pieces = scaled.array().ravel(), np.full(weight.size, np.nan, np.float32)
-        for first, part in scaled.parts():
+        for first, part in scaled.pieces():
             assert np.isnan(pieces[first : first + part.size]).all(), "no element twice"
             pieces[first : first + part.size] = part.ravel()
         assert pieces.tobytes() == whole.tobytes()
 
 
 def test_bad_channels_are_found_block_by_block():
-    from fastbn.affine import View
-    from fastbn.graph.constant import Scaled, Tensor
+    from fastbn.affine import WeightLayout
+    from fastbn.graph.model.constant import Scaled, Tensor
 
     weight = np.ones((2, 3, 4, 5), np.float32)
     weight[1, 2, 3, 4] = 3e38
     weight[0, 1, 2, 0] = 1e-45
-    scaled = Scaled(Tensor(weight.dtype, weight.shape, lambda: weight), View(2, 3, 4, 5), np.where(np.arange(8) % 4 == 3, 10.0, 0.1))
+    scaled = Scaled(
+        Tensor(weight.dtype, weight.shape, lambda: weight), WeightLayout(2, 3, 4, 5), np.where(np.arange(8) % 4 == 3, 10.0, 0.1)
+    )
     assert scaled.check() == (1, 1)
     assert scaled.bad_channels() == [2, 7]
 
@@ -246,7 +253,7 @@ def test_bad_channels_are_found_block_by_block():
 def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), destination.atomic(path) as temporary:
+    with pytest.raises(ZeroDivisionError), replacement.atomic(path) as temporary:
         temporary.write_text(f"{1 / 0}")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
@@ -256,7 +263,7 @@ def test_atomic_replaces_and_keeps_the_mode(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(0o640)
-    with destination.atomic(path) as temporary:
+    with replacement.atomic(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         assert temporary.parent.parent == path.parent, "renamed, never copied"
@@ -306,7 +313,7 @@ def test_a_full_disk_leaves_the_old_model_and_its_old_data(call, tmp_path, big, 
 
 
 def test_one_name_in_two_branches_is_two_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
     text = """(float[N,3,8,8] x, bool flag) => (float[N,4,6,6] y) {
         y = If (flag) <
             then_branch = yes () => (a) { c = Conv(x, v1) a = BatchNormalization(c, s, t, m, v) },

@@ -15,8 +15,9 @@ from sketch import CONV_BN, conv_bn, model, norm, normal
 import fastbn
 from fastbn import cli
 from fastbn.cli import main
-from fastbn.graph import folding
-from fastbn.graph.report import Fold, Kept, Parity, result_rows, wrapped
+from fastbn.graph import job
+from fastbn.graph.report import result_rows, wrapped
+from fastbn.graph.results import Fold, Kept, Parity
 
 
 @pytest.fixture(name="here")
@@ -106,7 +107,7 @@ def test_names_that_the_locale_cannot_spell(name, locale, here, environment):
     done = shell(f"fastbn fold {word}/external.onnx", environment, **locale)
     if name == b"\xff":  # onnxruntime takes no such folder
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-        assert b"Expected a name that is UTF-8" in done.stderr
+        assert b"its name is not UTF-8" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
 
@@ -241,7 +242,7 @@ def test_arguments_of_a_deployment(arguments, message, here, capsys):
 
 @pytest.mark.parametrize("status", ["not-run", "inconclusive"])
 def test_done_and_not_verified_is_5(status, here, capsys, monkeypatch):
-    monkeypatch.setattr(folding.Comparison, "check", lambda *_, **__: Parity(status, reason="on purpose"))
+    monkeypatch.setattr(job.Comparison, "check", lambda *_, **__: Parity(status, reason="on purpose"))
     line = "fastbn: done, not verified: on purpose\n"
     for options in ([], ["-q"], ["--strict"]):
         assert main(["fold", "in.onnx", "out.onnx", *options]) == cli.UNVERIFIED == 5
@@ -255,7 +256,7 @@ def test_done_and_not_verified_is_5(status, here, capsys, monkeypatch):
 
 
 def test_more_serious_codes_go_before_5(here, capsys, monkeypatch):
-    monkeypatch.setattr(folding.Comparison, "check", lambda *_, **__: Parity("inconclusive", reason="on purpose"))
+    monkeypatch.setattr(job.Comparison, "check", lambda *_, **__: Parity("inconclusive", reason="on purpose"))
     monkeypatch.setattr("fastbn.deployment.pipeline.drop_of", lambda found, metric: next(losses))
     losses = iter([0.0, 0.9, 0.0, 0.9])
     assert main(["deploy", "in.onnx", "out.onnx", "--runs", "1", "-q"]) == 1
@@ -271,7 +272,7 @@ def test_an_unexpected_fault_is_70_in_one_line(command, here, capsys, monkeypatc
     def broken(*_, **__):
         raise TypeError("something\nunforeseen")
 
-    monkeypatch.setattr("fastbn.graph.storage.load", broken)
+    monkeypatch.setattr("fastbn.graph.model.storage.load", broken)
     assert main(command) == cli.FAULT == 70
     out, err = capsys.readouterr()
     assert out == ""

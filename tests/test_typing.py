@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted((ROOT / "tests" / "typing").glob("*.py"))
 TYPED = ["_check", "_types", "affine", "config", "errors", "folding", "functional", "geometry", "halves"]
 TYPED += ["layers", "memory", "reference", "stats", "sync"]
+TYPED += ["graph", *(f"graph.{name}" for name in ("fold_result", "job", "ranges", "reasons", "report", "results", "runtime"))]
+TYPED += ["graph.parity", *(f"graph.parity.{path.stem}" for path in (ROOT / "fastbn/graph/parity").glob("[a-z]*.py"))]
 REPORT = re.compile(r"(?P<path>[^:]+):(?P<line>\d+): error: .*\[(?P<code>[a-z-]+)\]$")
 PLANTED = re.compile(r"# error: ([a-z-]+)$")
 

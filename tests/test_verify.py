@@ -11,8 +11,8 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, nor
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import absorb, rewrite, site
-from fastbn.graph.folding import fold_watched
+from fastbn.graph.ops.registry import OPERATORS
+from fastbn.graph.rewrite import writer
 from fastbn.graph.runtime import session
 
 MIXED = """(float[N,3,8,8] x) => (float[N,4] y) {
@@ -35,33 +35,33 @@ def mixed():
 
 
 def wrong(monkeypatch, op, change):
-    """Make the row of one operator wrong: change(taken, affine) edits what it answers."""
-    row = absorb.ABSORBERS[op]
+    """Make the row of one operator wrong: change(transfer, affine) edits what it answers."""
+    row = OPERATORS[op]
 
-    def backward(node, affine, site):
-        taken = row.backward(node, affine, site)
-        change(taken, affine)
-        return taken
+    def backward(node, traveler, graph):
+        transfer = row.backward(node, traveler, graph)
+        change(transfer, traveler.affine)
+        return transfer
 
-    monkeypatch.setitem(absorb.ABSORBERS, op, replace(row, backward=backward))
-
-
-def forget_shift(taken, affine):
-    taken.constants[2] = taken.constants[2].affine(1.0, -affine.shift, 0.0)
+    monkeypatch.setitem(OPERATORS, op, replace(row, backward=backward))
 
 
-def permute_channels(taken, affine):
-    taken.constants[1] = replace(taken.constants[1], scale=np.roll(taken.constants[1].scale, 1))
+def forget_shift(transfer, affine):
+    transfer.constants[2] = transfer.constants[2].affine(1.0, -affine.shift, 0.0)
 
 
-def one_channel_off_by_a_thousandth(taken, affine):
-    scale = taken.constants[1].scale.copy()
+def permute_channels(transfer, affine):
+    transfer.constants[1] = replace(transfer.constants[1], scale=np.roll(transfer.constants[1].scale, 1))
+
+
+def one_channel_off_by_a_thousandth(transfer, affine):
+    scale = transfer.constants[1].scale.copy()
     scale[2] *= 1.001
-    taken.constants[1] = replace(taken.constants[1], scale=scale)
+    transfer.constants[1] = replace(transfer.constants[1], scale=scale)
 
 
-def one_bias_off(taken, affine):
-    taken.constants[2] = taken.constants[2].affine(1.0, np.where(np.arange(4) == 3, 1e-3, 0.0), 0.0)
+def one_bias_off(transfer, affine):
+    transfer.constants[2] = transfer.constants[2].affine(1.0, np.where(np.arange(4) == 3, 1e-3, 0.0), 0.0)
 
 
 @pytest.mark.parametrize("change", [forget_shift, permute_channels, one_channel_off_by_a_thousandth, one_bias_off])
@@ -78,7 +78,7 @@ def test_a_wrong_rule_is_caught_named_and_left_out_and_the_others_stay(change, m
 
 
 def test_without_verification_a_wrong_rule_goes_through(monkeypatch):
-    """The test above would pass with a rule that never folds: here the same wrong rule does fold."""
+    """The test above would pass if the rule folded nothing: this shows that the same wrong rule folds when nothing verifies it."""
     wrong(monkeypatch, "Gemm", permute_channels)
     result = fastbn.fold(mixed(), verify=False)
     assert len(result.folded) == 3
@@ -94,14 +94,14 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
 
 
 def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
-    """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
-    lift = site.lift
+    """Two nodes share an absorber, and one of them is lifted wrongly: the other one stays folded."""
+    row = OPERATORS["BatchNormalization"]
 
-    def wrong_lift(node, view):
-        found = lift(node, view)
-        return replace(found, scale=found.scale * 1.5) if node.label == "second" else found
+    def wrong_lift(node, graph):
+        affine = row.lift(node, graph)
+        return replace(affine, scale=affine.scale * 1.5) if node.label == "second" else affine
 
-    monkeypatch.setattr(site, "lift", wrong_lift)
+    monkeypatch.setitem(OPERATORS, "BatchNormalization", replace(row, lift=wrong_lift))
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = Conv(x, w, b)
         first = BatchNormalization(c, s, t, m, v)
@@ -116,15 +116,15 @@ def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
 
 
 def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
-    """Every site holds, and the writer spoils one node: bisection finds it, the other folds are written."""
-    write = rewrite._Writer._write_constant
+    """Every fold parity holds, and the writer writes one node wrongly: bisection finds it, the other folds are written."""
+    write = writer._Writer._write_constant
 
     def wrong_write(self, node, slot, constant):
         if node.label == "d" and slot == 1:
-            constant = constant.times(constant.view, np.full(4, 1.5))
+            constant = constant.times(constant.layout, np.full(4, 1.5))
         return write(self, node, slot, constant)
 
-    monkeypatch.setattr(rewrite._Writer, "_write_constant", wrong_write)
+    monkeypatch.setattr(writer._Writer, "_write_constant", wrong_write)
     result = fastbn.fold(mixed())
     assert [fold.bn for fold in result.folded] == ["first", "third"]
     (kept,) = result.kept
@@ -135,8 +135,8 @@ def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
 
 
 def tampered(monkeypatch):
-    """Make the writer wrong: every fold is right, the file is not."""
-    fill = rewrite._Writer._fill
+    """Let the writer change a weight: every fold is right, the file is not."""
+    fill = writer._Writer._fill
 
     def wrong_fill(self, scope, tensor, constant):
         fill(self, scope, tensor, constant)
@@ -144,7 +144,7 @@ def tampered(monkeypatch):
         values.flat[0] += 0.01
         tensor.raw_data = values.tobytes()
 
-    monkeypatch.setattr(rewrite._Writer, "_fill", wrong_fill)
+    monkeypatch.setattr(writer._Writer, "_fill", wrong_fill)
 
 
 def test_folds_that_the_writer_spoils_are_left_out_until_none_is_left(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_wrong_file_fails_whole_model_parity_and_is_not_written(monkeypatch, t
     result = fastbn.fold(deep(10))
     assert result.parity.status == "failed"
     assert result.parity.error > result.parity.allowed
-    with pytest.raises(ValueError, match="Expected parity with the original"):
+    with pytest.raises(ValueError, match="Cannot save the folded model: it differs from the original"):
         result.save(tmp_path / "out.onnx")
     (tmp_path / "in.onnx").write_bytes(deep(10).SerializeToString())
     assert main(["fold", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--json", str(tmp_path / "r.json"), "-q"]) == 1
@@ -206,14 +206,14 @@ def test_verify_of_equal_and_of_folded_models_is_ok():
     assert (same.status, same.error) == ("ok", 0.0)
     folded = fastbn.verify(proto, fastbn.fold(proto, verify=False).model)
     assert folded.status == "ok"
-    assert 0 < folded.error <= folded.allowed, "optimiser off on both sides: an exact zero would mean both were folded"
+    assert 0 < folded.error <= folded.allowed, "optimizer off on both sides: an exact zero would mean both were folded"
     assert folded.inputs == 3
 
 
-def test_the_optimiser_is_off_unless_it_is_asked_for():
+def test_the_optimizer_is_off_by_default():
     data = mixed().SerializeToString()
-    for optimise, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
-        assert session(data, optimise=optimise).get_session_options().graph_optimization_level.name == level
+    for optimize, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
+        assert session(data, optimize=optimize).get_session_options().graph_optimization_level.name == level
 
 
 def test_outputs_that_differ_in_name_or_shape():
@@ -318,7 +318,7 @@ def test_the_seed_decides_the_inputs():
 
 def test_progress_is_told():
     said = []
-    fold_watched(mixed(), None, None, True, None, False, progress=said.append)
+    fastbn.fold(mixed(), progress=said.append)
     assert said[0].startswith("verifying fold 1 of 3: first")
     assert any("input 3 of 3" in text for text in said)
 
@@ -353,7 +353,7 @@ def test_external_outputs_are_verified_from_their_files(tmp_path):
     proto = mixed()
     path = tmp_path / "m.onnx"
     onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
-    result = fold_watched(path, None, None, True, None, False, stage=tmp_path)
+    result = fastbn.fold(path, workdir=tmp_path)
     assert result.parity.status == "ok"
     result.save(tmp_path / "out.onnx")
     del result

@@ -1,4 +1,4 @@
-"""What stands where a model is to go: a version of it is replaced, anything else only with --force, and what is read never."""
+"""A file at the destination: a version of the model is replaced, another file only with --force, and a file that is read never."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from sketch import CONV_BN, conv_bn, normal, ops
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph import rewrite
-from fastbn.graph.version import difference
+from fastbn.graph.rewrite import writer
+from fastbn.graph.rewrite.version import difference
 
 
 @pytest.fixture(name="here")
@@ -27,7 +27,7 @@ def _here(tmp_path, monkeypatch):
 @pytest.fixture(name="external")
 def _external(here, monkeypatch):
     """The same with a model whose weights stay in a data file: large.onnx, large.onnx.data."""
-    monkeypatch.setattr(rewrite, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
     make_models.large(here, layers=1, channels=8)
 
 

@@ -112,7 +112,7 @@ def count(path):
     """Return how many nodes and BatchNormalization a model holds, subgraphs and functions included."""
     import onnx
 
-    from fastbn.graph.nesting import is_standard, scopes_of
+    from fastbn.graph.model.nesting import is_standard, scopes_of
 
     proto = onnx.load(path, load_external_data=False)
     nodes = [node for graph in (proto.graph, *proto.functions) for inner in scopes_of(graph) for node in inner.node]
@@ -123,17 +123,17 @@ def data_files(path):
     """Return the names of a model's data files."""
     import onnx
 
-    from fastbn.graph.rewrite import external_tensors, location_of
+    from fastbn.graph.model.storage import external_tensors, location_of
 
     return {"names": sorted({location_of(tensor) for tensor in external_tensors(onnx.load(path, load_external_data=False))})}
 
 
 def runs(path):
     """Fail where onnxruntime cannot run the original: then there is nothing to compare with."""
-    from fastbn.graph.model import Index
-    from fastbn.graph.reference import feeds_for
+    from fastbn.graph.model.index import Index
+    from fastbn.graph.model.storage import load
+    from fastbn.graph.parity.reference import feeds_for
     from fastbn.graph.runtime import Runnable
-    from fastbn.graph.storage import load
 
     index = Index(load(path))
     return {"inputs": len(feeds_for(Runnable.of(index.source), index))}
@@ -143,10 +143,10 @@ def compare(original, folded):
     """Return the worst error of any output as a part of that output's largest element, on fastbn's own inputs."""
     import numpy as np
 
-    from fastbn.graph.model import Index
-    from fastbn.graph.reference import feeds_for
+    from fastbn.graph.model.index import Index
+    from fastbn.graph.model.storage import load
+    from fastbn.graph.parity.reference import feeds_for
     from fastbn.graph.runtime import Runnable, session
-    from fastbn.graph.storage import load
 
     index = Index(load(original))
     worst = 0.0

@@ -36,10 +36,10 @@ def write_feed(model: str, target: str) -> dict:
     """Write the normal input of the verification as .npz; return its sizes."""
     import numpy as np
 
-    from fastbn.graph.model import Index
-    from fastbn.graph.reference import feeds_for
+    from fastbn.graph.model.index import Index
+    from fastbn.graph.model.storage import load
+    from fastbn.graph.parity.reference import feeds_for
     from fastbn.graph.runtime import Runnable
-    from fastbn.graph.storage import load
 
     index = Index(load(model))
     feed = feeds_for(Runnable.of(index.source), index)[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastbn.errors import ArgumentError, expected
-from fastbn.graph.report import json_number
+from fastbn.graph.results import json_number
 from fastbn.graph.runtime import runtime_errors, said
 
 __all__ = ["METRICS", "Agreement", "compare", "drop_of"]

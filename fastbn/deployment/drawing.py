@@ -10,12 +10,13 @@ from itertools import pairwise
 
 import onnx
 
-from fastbn.graph.lift import is_batch_norm
-from fastbn.graph.nesting import bodies
+from fastbn.graph.fold_result import planning_of
+from fastbn.graph.model.nesting import bodies
+from fastbn.graph.ops.normalization import is_batch_norm
 
 __all__ = ["Drawing", "draw_model", "draw_site"]
 
-# Boxes that a drawing of a whole model, and one of a site, shows at most.
+# Boxes that a drawing of a whole model, and one of a view, shows at most.
 MODEL_BOXES, SITE_BOXES = 240, 24
 
 # Sizes in CSS pixels; a character of the heading and of the other lines is this wide at most on average.
@@ -68,7 +69,8 @@ class Drawing:
 
 def draw_model(result):
     """Return the Drawing of a model's main graph as it came: what was taken out, what took it in, what stayed."""
-    index, kinds = result.index, _kinds(result.planning)
+    planning = planning_of(result)
+    index, kinds = planning.view.index, _kinds(planning)
     nodes = [node for node in index.main.nodes if not _is_constant(node, index)]
     groups = [[node] for node in nodes]
     if len(nodes) > MODEL_BOXES:
@@ -94,10 +96,10 @@ def draw_model(result):
 
 def draw_site(plan, planning, opset):
     """Return (before, after): the Drawings of one plan's nodes and their neighbours."""
-    site = planning.site
-    removed, replaced = site.removed, site.replaced
-    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.dissolved])
-    order = [node for node in site.index.order if node in inside]
+    view = planning.view
+    removed, replaced = view.removed, view.replaced
+    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.bypassed])
+    order = [node for node in view.index.order if node in inside]
     kinds = _kinds(planning)
     before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:SITE_BOXES]}
 
@@ -122,7 +124,7 @@ def draw_site(plan, planning, opset):
         ("before", before, lambda value: value, {}, texts[0]),
         ("after", after, after_of, removed, texts[1]),
     ):
-        edges = _edges(boxes, source) + _context(boxes, source, gone, site.index)
+        edges = _edges(boxes, source) + _context(boxes, source, gone, view.index)
         drawings.append(_drawing(list(boxes.values()), edges, title, text, hidden))
     return drawings
 
@@ -133,8 +135,8 @@ def _kinds(planning):
     for plan in planning.plans:
         kinds.update(dict.fromkeys(plan.path, "passes"))
         kinds.update(dict.fromkeys((node for node, _ in plan.constants), "home"))
-        kinds.update(dict.fromkeys((*plan.lifted, *plan.dissolved), "removed"))
-    for node in planning.site.index.order:
+        kinds.update(dict.fromkeys((*plan.lifted, *plan.bypassed), "removed"))
+    for node in planning.view.index.order:
         if is_batch_norm(node) and kinds.get(node) != "removed":
             kinds[node] = "kept"
     return kinds
@@ -156,7 +158,7 @@ def _edges(boxes, source):
 
 
 def _context(boxes, source, removed, index):
-    """Return edges to the neighbours of a site, which get boxes of their own."""
+    """Return edges to the neighbours of a view, which get boxes of their own."""
     edges, seen = [], {}
     for node, box in boxes.items():
         for value in node.inputs:

@@ -23,10 +23,10 @@ from pathlib import Path
 import onnx
 
 from fastbn.errors import FastbnError
-from fastbn.graph.nesting import scopes_of
-from fastbn.graph.report import first_few
+from fastbn.graph.model.nesting import scopes_of
+from fastbn.graph.model.storage import serialize
+from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import said
-from fastbn.graph.storage import serialize
 
 __all__ = ["MARK", "QuantizerRefused", "Recipe", "feed_path", "quantize_file", "quantized_already", "serve"]
 

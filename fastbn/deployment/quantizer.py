@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fastbn.deployment.quantize import MARK, QuantizerRefused, Recipe, feed_path
-from fastbn.graph.storage import os_error
+from fastbn.graph.model.storage import os_error
 
 __all__ = ["Quantizer"]
 

@@ -10,10 +10,10 @@ from google.protobuf.message import DecodeError
 from onnx import helper, numpy_helper
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
-from fastbn.graph.feeds import random_feeds
-from fastbn.graph.report import first_few
+from fastbn.graph.model.storage import os_error
+from fastbn.graph.parity.feeds import random_feeds
+from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import runtime_errors
-from fastbn.graph.storage import os_error
 
 __all__ = ["Samples", "random_samples", "read_samples"]
 

@@ -10,7 +10,8 @@ import re
 
 from onnx import TensorProto
 
-from fastbn.graph.model import Index, Node, Value
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.node import Node, Value
 
 __all__ = ["row_outputs", "score_outputs"]
 

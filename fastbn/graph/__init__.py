@@ -7,8 +7,8 @@ try:
 except ImportError as error:
     raise FastbnError(expected("onnx (pip install 'fastbn[onnx]')", "none installed", "fastbn.graph")) from error
 
-from fastbn.graph.folding import fold, verify
-from fastbn.graph.report import Fold, Kept, Parity
-from fastbn.graph.result import FoldResult
+from fastbn.graph.fold_result import FoldResult
+from fastbn.graph.job import fold, verify
+from fastbn.graph.results import Fold, Kept, Parity
 
 __all__ = ["Fold", "FoldResult", "Kept", "Parity", "fold", "verify"]

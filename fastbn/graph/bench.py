@@ -6,12 +6,12 @@ import time
 import numpy as np
 
 from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
-from fastbn.graph import storage
-from fastbn.graph.folding import checked_shapes, fold
-from fastbn.graph.model import Index
+from fastbn.graph.job import checked_shapes, fold
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.parity.reference import feeds_for
 from fastbn.graph.ranges import whole_number
-from fastbn.graph.reference import feeds_for
-from fastbn.graph.report import first_few
+from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["bench", "side_by_side"]
@@ -100,7 +100,7 @@ def side_by_side(models, feed, runs, limit=None, progress=None):
     """
     rows = []
     for threads in sorted({1, _cpus()}):
-        sessions = {name: session(model, threads=threads, optimise=True) for name, model in models.items()}
+        sessions = {name: session(model, threads=threads, optimize=True) for name, model in models.items()}
         times = {name: [] for name in sessions}
         names = list(sessions)
         start_of_all = time.perf_counter()

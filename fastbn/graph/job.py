@@ -1,0 +1,373 @@
+"""The main job: load, plan, verify each fold, write, verify the whole model."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from onnx.inliner import inline_selected_functions
+
+from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.graph.fold_result import FoldResult
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standard
+from fastbn.graph.model.storage import ModelLike, Source
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
+from fastbn.graph.parity.fold_parity import FoldParity, check_fold
+from fastbn.graph.parity.model_parity import Comparison
+from fastbn.graph.parity.reach import unreached
+from fastbn.graph.parity.reference import Progress, silent
+from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.planning import Planning
+from fastbn.graph.reasons import first_few
+from fastbn.graph.results import Fold, Parity
+from fastbn.graph.rewrite.output import Output
+from fastbn.graph.rewrite.writer import rewrite
+from fastbn.graph.runtime import Runnable
+
+# Folds that are excluded one by one because the whole model fails with them: docs/numerics.md, "Limits of effort".
+MOST_EXCLUDED = 8
+
+Globs: TypeAlias = str | list[str] | tuple[str, ...]
+InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
+
+# A node by the number of its scope and its position there, as `planner.plan` excludes it; the nodes that a plan lifts.
+NodeKey: TypeAlias = tuple[int, int]
+PlanKey: TypeAlias = tuple[NodeKey, ...]
+
+__all__ = ["Globs", "InputShapes", "checked_shapes", "fold", "verify"]
+
+
+def fold(
+    model: ModelLike,
+    *,
+    only: Globs | None = None,
+    skip: Globs | None = None,
+    verify: bool = True,
+    input_shapes: InputShapes | None = None,
+    freeze_inputs: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+) -> FoldResult:
+    """Fold every inference batch normalization that can be folded exactly into its neighbors' weights.
+
+    Parameters
+    ----------
+    model : str, os.PathLike, bytes or onnx.ModelProto
+        The model; it is not changed.
+    only, skip : str or sequence of str, optional
+        Globs over node names: fold only these, never those.
+    verify : bool
+        Run every fold and the whole model in onnxruntime, its optimizer off, against the original.
+    input_shapes : dict of name -> sequence of int, optional
+        Sizes of graph inputs that the model leaves open.
+    freeze_inputs : bool
+        Make constants of initializers that are also graph inputs; they leave the model's inputs.
+    seed : int
+        Of the random inputs of the verification.
+    progress : callable of str, optional
+        Called with a line of text before each step of the verification.
+    workdir : path, optional
+        Where a hidden folder holds the files of a model with external data while it is verified; the system's temporary one by default.
+
+    Returns
+    -------
+    FoldResult
+
+    Raises
+    ------
+    StorageError, ModelError
+        A file cannot be read; the model is malformed.
+    ArgumentError, ArgumentTypeError
+        An option cannot be used.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> nodes = "{ c = Conv (x, w) y = BatchNormalization (c, s, s, s, s) }"
+    >>> tiny = f"(float[1, 1, 3] x) => (float[1, 1, 3] y) <float[1, 1, 1] w = {{2}}, float[1] s = {{1}}> {nodes}"
+    >>> result = fastbn.fold(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> tiny {tiny}'))
+    >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
+    ('c', True, 1)
+    """
+    shapes = checked_shapes(input_shapes)
+    options = _Options(_globs(only, "only"), _globs(skip, "skip"), verify, shapes, freeze_inputs, seed, progress or silent, workdir)
+    return _folded(storage.load(model), options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `fold` beside the model, checked."""
+
+    only: list[str] | None
+    skip: list[str] | None
+    verify: bool
+    input_shapes: dict[str, tuple[int, ...]]
+    freeze_inputs: bool
+    seed: int
+    progress: Progress
+    workdir: str | os.PathLike[str] | None
+
+
+def _folded(source: Source, options: _Options) -> FoldResult:
+    inlined = _inlined(source)
+    job = _Job(source, source if inlined is None else inlined, options)
+    planning = job.plan()
+    if inlined is not None and not planning.plans:
+        job = _Job(source, source, options)
+        planning = job.plan()
+    return job.result(planning)
+
+
+class _Job:
+    """One call of `fold` on one form of the model: the original, or the original with functions inlined."""
+
+    def __init__(self, original: Source, form: Source, options: _Options) -> None:
+        self.original = original
+        self.options = options
+        self.index = Index(form, options.freeze_inputs, options.input_shapes)
+        _check_globs(self.index, options.only, options.skip)
+        # Node -> why it is not folded: verification found its fold wrong.
+        self.excluded: dict[NodeKey, str] = {}
+        self.checks: dict[PlanKey, FoldParity] = {}
+        self.comparison: Comparison | None = None
+
+    def plan(self, without: Iterable[NodeKey] = ()) -> Planning:
+        """Plan, verify every fold, and plan again without the folds that failed, until none does."""
+        while True:
+            planning = self._planned(dict.fromkeys(without, ""))
+            failed = [plan for plan in planning.plans if self.options.verify and not self._check(plan, planning).ok]
+            if not failed:
+                return planning
+            for plan in failed:
+                self._exclude(plan, planning)
+
+    def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
+        return planner.plan(self.index, self.options.only, self.options.skip, {**self.excluded, **without})
+
+    def _check(self, plan: Plan, planning: Planning) -> FoldParity:
+        key = _key(plan)
+        if key not in self.checks:
+            number = planning.plans.index(plan) + 1
+            self.options.progress(f"verifying fold {number} of {len(planning.plans)}: {plan.lifted[0].label}")
+            self.checks[key] = check_fold(plan, planning.view, self.options.seed)
+        return self.checks[key]
+
+    def _exclude(self, plan: Plan, planning: Planning) -> None:
+        """Exclude the one node without which a failed plan holds, or all nodes of the plan."""
+        check = self._check(plan, planning)
+        absorbers = ", ".join(f"{node.op} '{node.label}'" for node in plan.absorbers)
+        sentence = f"folded into {absorbers} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+        key = _key(plan)
+        if len(key) > 1:
+            # The first node with which a plan of the nodes up to it fails.
+            first = key[_shortest_failing(len(key), lambda length: self._holds(key, dict.fromkeys(key[length:], sentence))) - 1]
+            if self._holds(key, {first: sentence}):
+                self.excluded[first] = sentence
+                return
+        self.excluded.update(dict.fromkeys(key, sentence))
+
+    def _holds(self, key: PlanKey, without: Mapping[NodeKey, str]) -> bool:
+        """Say whether some of these nodes fold, and all such folds hold, when others are excluded."""
+        planning = self._planned(without)
+        plans = [plan for plan in planning.plans if set(_key(plan)) & set(key)]
+        return bool(plans) and all(self._check(plan, planning).ok for plan in plans)
+
+    def result(self, planning: Planning) -> FoldResult:
+        """Write and verify the whole model; return the FoldResult."""
+        planning, output, parity = self._finish(planning)
+        missed: list[Plan] = []
+        if parity is not None and parity.status in ("ok", "inconclusive"):
+            missed = unreached(self.index, planning, parity.compared, parity.missed)
+            if missed and parity.ok:
+                names = first_few([plan.lifted[0].label for plan in missed])
+                reason = f"no output that could be compared depends on the fold of {names}"
+                parity = replace(parity, status="inconclusive", reason=reason)
+        folded = [_fold_of(plan, self.checks.get(_key(plan)), output, plan in missed) for plan in planning.plans]
+        return FoldResult(self.original, self.index, output, planning, folded, parity)
+
+    def _finish(self, planning: Planning) -> tuple[Planning, Output, Parity | None]:
+        """Return (planning, output, parity): without the folds with which the whole model fails although each of them holds alone."""
+        output, parity = self._whole(planning)
+        for _ in range(MOST_EXCLUDED):
+            if parity is None or parity.status != "failed":
+                break
+            sentence = f"with it the whole model differs: {parity}"
+            self.excluded.update(dict.fromkeys(self._first_failing(planning), sentence))
+            planning = self.plan()
+            output, parity = self._whole(planning)
+        return planning, output, parity
+
+    def _first_failing(self, planning: Planning) -> PlanKey:
+        """Return the key of the first plan with which the whole model fails."""
+        keys = [_key(plan) for plan in planning.plans]
+
+        def holds(length: int) -> bool:
+            parity = self._whole(self.plan(without=[node for key in keys[length:] for node in key]))[1]
+            return parity is None or parity.status != "failed"
+
+        def tell(left: int) -> None:
+            self.options.progress(f"looking for the fold that fails: {left} left")
+
+        return keys[_shortest_failing(len(keys), holds, tell) - 1]
+
+    def _whole(self, planning: Planning) -> tuple[Output, Parity | None]:
+        """Return (output, parity of the whole model)."""
+        output = rewrite(self.index, planning)
+        if not self.options.verify or not planning.plans:
+            return output, None
+        if output.is_external:
+            self.options.progress("writing the folded model for its verification")
+            path = output.save_in_workdir(self.options.workdir)
+            folded = Runnable(os.fspath(path), path.parent)
+        else:
+            folded = Runnable(output.to_bytes())
+        if self.comparison is None:
+            self.comparison = Comparison(
+                Runnable.of(self.original),
+                self.index,
+                input_shapes=self.options.input_shapes,
+                seed=self.options.seed,
+                progress=self.options.progress,
+            )
+        return output, self.comparison.check(folded, lambda names: bool(names) and not unreached(self.index, planning, names))
+
+
+def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[int], None] | None = None) -> int:
+    """Return the length of the shortest prefix of `count` entries that fails, by bisection; all entries together are known to fail."""
+    longest, shortest = 0, count  # known to hold; known to fail
+    while shortest - longest > 1:
+        middle = (longest + shortest) // 2
+        if tell:
+            tell(shortest - longest)
+        if holds(middle):
+            longest = middle
+        else:
+            shortest = middle
+    return shortest
+
+
+def _inlined(source: Source) -> Source | None:
+    """Return the model with those model-local functions inlined that hold a batch normalization; None where that is not possible.
+
+    A function that several calls share can only be folded where it is inlined.
+    """
+    holders = [
+        (function.domain, function.name)
+        for function in source.proto.functions
+        if any(node.op_type == BATCH_NORM and is_standard(node.domain) for node in function.node)
+    ]
+    if not holders or expanded_size(source.proto) > LARGEST_INLINED:
+        return None
+    try:
+        proto = inline_selected_functions(source.proto, holders)
+    except Exception:  # the inliner raises many kinds on odd models: then the functions stay, with their reason
+        return None
+    inlined = Source(proto, source.path, source.name)
+    inlined.notes = tuple(f"model-local function '{name}' inlined" for _, name in holders)
+    return inlined
+
+
+def verify(
+    original: ModelLike,
+    folded: ModelLike,
+    *,
+    input_shapes: InputShapes | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compare two models on the same inputs, onnxruntime's optimizer off on both sides.
+
+    Parameters
+    ----------
+    original, folded : str, os.PathLike, bytes or onnx.ModelProto
+    input_shapes, seed
+        As in `fold`.
+    progress : callable of str, optional
+        Called with a line of text before each step.
+
+    Returns
+    -------
+    Parity
+        status is "ok", "failed", "inconclusive" or "not-run"; the worst element with its index, both values and what is allowed.
+
+    Raises
+    ------
+    StorageError, ModelError
+        As in `fold`.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> text = '<ir_version: 8, opset_import: ["" : 17]> tiny (float[1, 2] x) => (float[1, 2] y) { y = %s (x, x) }'
+    >>> add, mul = (onnx.parser.parse_model(text % op) for op in ("Add", "Mul"))
+    >>> fastbn.verify(add, add).ok, fastbn.verify(add, mul).status
+    (True, 'failed')
+    """
+    shapes = checked_shapes(input_shapes)
+    index = Index(storage.load(original), False, shapes)
+    other = Runnable.of(storage.load(folded))
+    return Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress).check(other)
+
+
+def _key(plan: Plan) -> PlanKey:
+    return tuple((node.scope.number, node.position) for node in plan.lifted)
+
+
+def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
+    """Return a plan as the result reports it; is_missed says that the comparison of the whole model does not depend on it."""
+    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in plan.path if node in output.duplicates]
+    if plan.replaced:
+        notes.append("an Add keeps the shift")
+    if check and check.note:
+        notes.append(check.note)
+    if is_missed:
+        notes.append("not reached by the comparison of the whole model")
+    return Fold(
+        bn="+".join(node.label for node in plan.lifted),
+        ops=tuple(node.op for node in plan.lifted),
+        into="+".join(node.label for node in plan.absorbers),
+        op="+".join(node.op for node in plan.absorbers),
+        channels=plan.channels,
+        error=check.error if check else None,
+        bound=check.bound if check else None,
+        note="; ".join(notes) or None,
+    )
+
+
+def _globs(value: Globs | None, where: str) -> list[str] | None:
+    if value is None:
+        return None
+    globs = [value] if isinstance(value, str) else value
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
+        raise ArgumentTypeError(expected("a glob or a list of globs", type(value).__name__, where))
+    return list(globs)
+
+
+def _check_globs(index: Index, only: list[str] | None, skip: list[str] | None) -> None:
+    labels = [node.label for node in index.order]
+    for where, globs in (("only", only), ("skip", skip)):
+        for glob in globs or ():
+            if not any(fnmatchcase(label, glob) for label in labels):
+                names = [node.label for node in index.order if is_batch_norm(node)]
+                some = first_few(names)
+                raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
+
+
+def checked_shapes(input_shapes: InputShapes | None) -> dict[str, tuple[int, ...]]:
+    """Return input_shapes as a dict of name -> tuple of int; raises ArgumentError or ArgumentTypeError where it is not that."""
+    shapes = {}
+    if input_shapes is not None and not isinstance(input_shapes, Mapping):
+        raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))
+    for name, sizes in (input_shapes or {}).items():
+        good = isinstance(sizes, (list, tuple)) and all(
+            isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 63 for size in sizes
+        )
+        if not good:
+            raise ArgumentError(expected("positive sizes", repr(sizes), f"input_shapes[{name!r}]"))
+        shapes[name] = tuple(sizes)
+    return shapes

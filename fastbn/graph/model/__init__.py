@@ -1,0 +1,1 @@
+"""The model that is read: its files, its index, constants and shapes."""

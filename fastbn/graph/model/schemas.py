@@ -1,0 +1,201 @@
+"""What ONNX's operator schemas demand of a node and let it have, and which nodes its shape inference can be trusted with."""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import onnx
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, checker, defs
+
+from fastbn.errors import ModelError, expected
+from fastbn.graph.model.nesting import is_standard, scopes_of
+from fastbn.graph.reasons import Refusal
+
+__all__ = ["check_node", "check_version", "checker_context", "is_function", "is_inferable", "propagates"]
+
+NAMES = AttributeProto.AttributeType
+BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+OPTION = defs.OpSchema.FormalParameterOption
+
+# No array that NumPy holds has more axes.
+HIGHEST_RANK = 64
+
+# An attribute of the first versions, a hint to memory planning: no result depends on it.
+LEGACY = "consumed_inputs"
+
+# onnx's checker accepts any attribute whose name begins with this.
+INTERNAL = "__"
+
+# Their shape inference reads the type of the input without a check that it is known, and ends the process where it is not.
+UNSAFE = ("EyeLike", "RegexFullMatch")
+
+# A well-formed equation of Einsum: on some malformed ones its shape inference does not end.
+EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)*(->[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)?")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the schema of an operator demands of a node.
+
+    inputs and outputs: slot -> name of those that must be there; is_variadic: whether any number of inputs may follow, none of them
+    empty; attributes: names of those that must be there; types: name -> type of all attributes that the operator has.
+    """
+
+    inputs: dict[int, str]
+    outputs: dict[int, str]
+    is_variadic: bool
+    attributes: tuple[str, ...]
+    types: dict[str, int]
+
+
+@lru_cache(maxsize=1024)
+def _demand(op: str, opset: int) -> Demand | None:
+    schema = _schema(op, opset)
+    if schema is None or schema.deprecated:
+        return None
+    inputs, outputs = (
+        {slot: parameter.name for slot, parameter in enumerate(parameters[:least]) if parameter.option != OPTION.Optional}
+        for parameters, least in ((schema.inputs, schema.min_input), (schema.outputs, schema.min_output))
+    )
+    variadic = bool(schema.inputs) and schema.inputs[-1].option == OPTION.Variadic and schema.inputs[-1].is_homogeneous
+    attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required and name != LEGACY)
+    return Demand(inputs, outputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
+
+
+@lru_cache(maxsize=1024)
+def _schema(op: str, opset: int) -> defs.OpSchema | None:
+    try:
+        return defs.get_schema(op, opset, "")
+    except Exception:  # the class of onnx's error has no public name
+        return None
+
+
+def _number(attribute: defs.OpSchema.Attribute) -> int:
+    return int(attribute.type.value)  # type: ignore[attr-defined]  # the stub of AttrType lacks `value`
+
+
+@lru_cache(maxsize=1024)
+def _types(op: str) -> dict[str, set[int]]:
+    """Return attribute -> its types in all versions of an operator."""
+    types: dict[str, set[int]] = {}
+    version = defs.onnx_opset_version()
+    while (schema := _schema(op, version) if version else None) is not None:
+        for name, attribute in schema.attributes.items():
+            types.setdefault(name, set()).add(_number(attribute))
+        version = schema.since_version - 1
+    return types
+
+
+def check_node(proto: NodeProto, label: str, opset: int) -> None:
+    """Raise ModelError where a node of a standard operator lacks an input, output or attribute, or an attribute has a wrong type.
+
+    An operator that the opset does not have, and an attribute that the operator does not have, are no error here: see check_version.
+    """
+    demand = _demand(proto.op_type, opset)
+    if demand is not None:
+        _check_names(demand, proto, label)
+    names = set()
+    for attribute in proto.attribute:
+        name, kind = attribute.name, attribute.type
+        if attribute.ref_attr_name:
+            raise ModelError(expected(f"a value of the attribute '{name}'", "a reference outside a function", label))
+        if name in names:
+            raise ModelError(expected(f"one attribute '{name}'", "two", label))
+        names.add(name)
+        if demand and demand.types.get(name) == kind:
+            continue
+        wanted = {demand.types[name]} if demand and name in demand.types else _types(proto.op_type).get(name, {kind})
+        if kind not in wanted:
+            shown = " or ".join(sorted(map(_shown, wanted)))
+            raise ModelError(expected(f"an attribute '{name}' of type {shown}", _shown(kind), label))
+        if demand and name not in demand.types and kind in BODIES:  # its body would leave with it
+            raise ModelError(expected(f"no graph in {proto.op_type}", f"the attribute '{name}'", label))
+    for name in demand.attributes if demand else ():
+        if name not in names:
+            raise ModelError(expected(f"an attribute '{name}' of {proto.op_type}", "none", label))
+
+
+def _check_names(demand: Demand, proto: NodeProto, label: str) -> None:
+    for what, wanted, names in (("an input", demand.inputs, proto.input), ("an output", demand.outputs, proto.output)):
+        for slot, name in wanted.items():
+            if slot >= len(names) or not names[slot]:
+                raise ModelError(expected(f"{what} {slot} ('{name}') of {proto.op_type}", "none", label))
+    if demand.is_variadic and not all(proto.input):
+        raise ModelError(expected(f"names for all inputs of {proto.op_type}", "an empty one", label))
+
+
+def check_version(proto: NodeProto, label: str, opset: int) -> None:
+    """Check that a node which passes check_node has no more than its operator takes at this opset: its meaning would be undefined.
+
+    Raises
+    ------
+    ModelError
+        It has more inputs, outputs or attributes.
+    Refusal
+        The opset does not have the operator.
+    """
+    op, schema = proto.op_type, _schema(proto.op_type, opset)
+    if schema is None or schema.deprecated:
+        raise Refusal("no-absorber", f"{op} '{label}' is no operator of opset {opset}")
+    for what, names, most in (("inputs", proto.input, schema.max_input), ("outputs", proto.output, schema.max_output)):
+        if len(names) > most:
+            raise ModelError(expected(f"at most {most} {what} of {op}", str(len(names)), label))
+    for attribute in proto.attribute:
+        if attribute.name not in schema.attributes and not attribute.name.startswith(INTERNAL):
+            raise ModelError(expected(f"a valid model: attributes that {op} has at opset {opset}", repr(attribute.name), label))
+
+
+def _shown(kind: int) -> str:
+    return NAMES.Name(kind) if kind in NAMES.values() else str(kind)
+
+
+def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
+    """Return what onnx's checker needs to know of the model around a node."""
+    context = checker.C.CheckerContext()
+    context.ir_version = min(max(proto.ir_version, 4), onnx.IR_VERSION)
+    context.opset_imports = {**{entry.domain: entry.version for entry in proto.opset_import}, "": opset, "ai.onnx": opset}
+    return context
+
+
+def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
+    """Say whether shape inference may see a node: some that onnx's checker refuses, and a few more, end the process or hang it."""
+    if proto.domain not in context.opset_imports:
+        return False
+    if not is_standard(proto.domain):
+        return True
+    try:
+        checker.check_node(proto, context)
+    except Exception:  # the checker raises many kinds; all say that the node is malformed
+        return False
+    return _is_sound(proto)
+
+
+def _is_sound(proto: NodeProto) -> bool:
+    """Say whether inference is safe on a node that the checker accepts."""
+    if proto.op_type in UNSAFE:
+        return False
+    if proto.op_type == "Split":
+        return all(attribute.i == len(proto.output) for attribute in proto.attribute if attribute.name == "num_outputs")
+    if proto.op_type == "GatherND":
+        return all(0 <= attribute.i < HIGHEST_RANK for attribute in proto.attribute if attribute.name == "batch_dims")
+    if proto.op_type == "Einsum":
+        equation = next((attribute.s for attribute in proto.attribute if attribute.name == "equation"), b"")
+        text = equation.decode("latin-1").replace(" ", "")
+        return EQUATION.fullmatch(text) is not None and text.partition("->")[0].count(",") + 1 == len(proto.input)
+    return True
+
+
+def is_function(proto: FunctionProto, context: checker.C.CheckerContext) -> bool:
+    """Say whether shape inference may see a model-local function."""
+    try:
+        checker.check_function(proto, context)
+    except Exception:  # the checker raises many kinds; all say that the function is malformed
+        return False
+    return all(_is_sound(node) for graph in scopes_of(proto) for node in graph.node)
+
+
+@lru_cache(maxsize=1024)
+def propagates(op: str, opset: int) -> bool:
+    """Say whether shape inference follows the elements of a list through an operator."""
+    schema = _schema(op, opset)
+    return schema is not None and schema.has_data_propagation_function

@@ -1,0 +1,1 @@
+"""What each operator does with an affine, one row per operator."""

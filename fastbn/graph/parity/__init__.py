@@ -1,0 +1,1 @@
+"""Verification: parity of one fold, and of a whole model."""

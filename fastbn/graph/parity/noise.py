@@ -1,0 +1,184 @@
+"""The rounding noise of a model: the original with the parameters of every affine as graph inputs, so that they can be perturbed by a few
+units of roundoff. What is perturbed, and by how much: docs/numerics.md, "The noise of a model".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import ModelProto, helper
+
+from fastbn.errors import FastbnError
+from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.nesting import is_standard, scopes_of
+from fastbn.graph.model.node import Node
+from fastbn.graph.ops.normalization import EPSILON, is_batch_norm
+from fastbn.graph.ops.placing import constant_slot
+from fastbn.graph.ops.registry import can_be_affine, operator_row, row_of
+from fastbn.graph.parity.feeds import Feed
+from fastbn.graph.planner.view import GraphView
+from fastbn.graph.reasons import Refusal
+from fastbn.graph.runtime import UNIT
+
+if TYPE_CHECKING:
+    from fastbn._types import FloatArray
+    from fastbn.graph.model.constant import Constant, DType
+
+__all__ = ["NOISE", "Noise"]
+
+# Noise of a parameter in units of roundoff: with 2, every parameter moves to a neighbor in its type.
+NOISE = 2
+
+# The signs of the noise of an input repeat after this many elements: a prime, so that no axis has it as its length in practice.
+PATTERN = 8191
+
+# Elements of a constant of an elementwise operator that is perturbed.
+LARGEST_PERTURBED = 1 << 16
+
+# Nodes on either side of an affine whose sums are considered.
+MOST_NEIGHBORS = 16
+
+
+class Noise:
+    """What is perturbed in a model, and by how much.
+
+    Parameters
+    ----------
+    index : model.Index
+        Of the original. The scale and bias of every batch normalization, in bodies too, and the constant of every Add, Sub, Mul and Div
+        become graph inputs of `proto`.
+    proto : onnx.ModelProto
+        The original, or a copy of it with the same nodes; it is not changed.
+    inputs_only : bool
+        Leave the parameters alone: the noise enters by the graph inputs.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+        The copy whose parameters are graph inputs.
+    unit : float
+        The largest unit of roundoff of the parameters.
+    """
+
+    def __init__(self, index: Index, proto: ModelProto, inputs_only: bool = False) -> None:
+        self.index = index
+        self.proto = ModelProto()
+        self.proto.CopyFrom(proto)
+        self.proto.ir_version = max(proto.ir_version, 4)  # before that, an initializer that nothing reads must be an input
+        self._graphs = scopes_of(self.proto.graph)
+        self._parameters: dict[str, _Parameter] = {}
+        self._view = GraphView(index)
+        self._units: dict[Node, float] = {}
+        units: list[float] = []
+        for node in () if inputs_only else index.order:
+            if is_batch_norm(node) and len(node.inputs) == 5:
+                units += self._perturb_batch_norm(node)
+            elif is_standard(node.domain) and can_be_affine(node.op):
+                units += self._perturb_elementwise(node)
+        self.unit = max(units, default=UNIT["float32"])
+
+    def _perturb_batch_norm(self, node: Node) -> list[float]:
+        parameters = [self.index.constant(value) for value in node.inputs[1:5]]
+        constants = [each for each in parameters if each is not None and each.dtype.name in UNIT]
+        if len(constants) < 4:
+            return []
+        scale, bias, mean, var = map(float64_of, constants)
+        # Parameters may be float32 beside float16 data: the type of the data decides the unit of roundoff.
+        kind = self.index.kind(node.required_output()) or self.index.kind(node.required_input(0))
+        name = np.dtype(helper.tensor_dtype_to_np_dtype(kind)).name if kind else ""
+        unit = UNIT.get(name, UNIT[constants[0].dtype.name])
+        with np.errstate(all="ignore"):
+            abs_terms = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))
+        self._perturb(node, 1, scale, np.abs(scale), unit, constants[0].dtype)
+        self._perturb(node, 2, bias, abs_terms, unit, constants[1].dtype)
+        return [unit]
+
+    def _perturb_elementwise(self, node: Node) -> list[float]:
+        slot = constant_slot(node, self._view)
+        constant: Constant | None = None if slot is None else self.index.constant(node.inputs[slot])
+        if slot is None or constant is None or math.prod(constant.shape) > LARGEST_PERTURBED:
+            return []
+        values, unit = float64_of(constant), UNIT[constant.dtype.name]
+        self._perturb(node, slot, values, np.abs(values), unit, constant.dtype)
+        return [unit]
+
+    def _perturb(self, node: Node, slot: int, values: FloatArray, abs_terms: FloatArray, unit: float, dtype: DType) -> None:
+        name = f"fastbn/noise/{node.scope.number}/{node.position}/{slot}"
+        self._graphs[node.scope.number].node[node.position].input[slot] = name
+        self.proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), values.shape))
+        self._parameters[name] = _Parameter(node, values, abs_terms, unit, dtype)
+
+    def unperturbed(self, feed: Feed) -> Feed:
+        """Return the inputs of `proto` with which it must give what the original gives, bit for bit."""
+        return {**feed, **{name: each.values.astype(each.dtype) for name, each in self._parameters.items()}}
+
+    def perturbed(self, feed: Feed, rng: np.random.Generator, sums: bool = False) -> Feed:
+        """Return the inputs of `proto` with noise of random sign.
+
+        Every element of a graph input moves to a neighbor in its type, every parameter by NOISE units of roundoff; with `sums`, also by
+        the rounding error of the sums before and after its affine.
+        """
+        noisy: Feed = {}
+        for name, each in self._parameters.items():
+            change = NOISE * each.unit * each.abs_terms
+            if sums:
+                change = change + self._sum_units(each.node) * min(each.unit, UNIT["float32"]) * each.abs_terms
+            with np.errstate(over="ignore"):
+                noisy[name] = np.asarray(each.values + change * rng.choice([-1.0, 1.0], each.values.shape)).astype(each.dtype)
+        for name, values in feed.items():
+            noisy[name] = values
+            if values.dtype.kind == "f":
+                towards = np.resize(rng.choice([-np.inf, np.inf], PATTERN).astype(values.dtype), values.shape)
+                with np.errstate(over="ignore"):
+                    noisy[name] = np.asarray(np.nextafter(values, towards))
+        return noisy
+
+    def _sum_units(self, node: Node) -> float:
+        """Return how many units of roundoff the sums may err from which or into which the affine of a node may go."""
+        if node not in self._units:
+            units = [_units(each, self._view) for forward in (False, True) for each in _neighbors(node, forward)]
+            self._units[node] = max(units, default=0.0)
+        return self._units[node]
+
+
+@dataclass(frozen=True, eq=False)
+class _Parameter:
+    """A parameter that is perturbed: the node that reads it, its values, the absolute size of its terms, and the unit of roundoff."""
+
+    node: Node
+    values: FloatArray
+    abs_terms: FloatArray
+    unit: float
+    dtype: DType
+
+
+def _neighbors(node: Node, forward: bool) -> list[Node]:
+    """Return the absorbers and carriers after a node (or before it), on every path up to the first that multiplies by a weight."""
+    neighbors: dict[Node, None] = {}
+    pending = [node]
+    while pending and len(neighbors) < MOST_NEIGHBORS:
+        current = pending.pop(0)
+        if forward:
+            near = [reader for value in current.outputs if value is not None for reader, _ in value.readers]
+        else:
+            near = [value.producer for value in current.inputs if value is not None and value.producer is not None]
+        for each in near:
+            row = operator_row(each)
+            if each not in neighbors and row.transfers:
+                neighbors[each] = None
+                pending.extend([] if row.weight_matrix is not None else [each])
+    return list(neighbors)
+
+
+def _units(node: Node, view: GraphView) -> float:
+    """Return how many units of roundoff the sum of a node may err, divided by MARGIN: docs/numerics.md, "The noise of a model"."""
+    row = row_of(node, view)
+    try:
+        terms = row.terms(node, view)
+    except (FastbnError, Refusal):  # its weight is no constant: no affine goes into it
+        return 0.0
+    return terms / 8 if row.equal_terms else math.sqrt(terms) / 2

@@ -1,0 +1,201 @@
+"""The planner: every BatchNormalization becomes part of a Plan or a Kept. It reads the model and writes nothing.
+
+The affine of a node is lifted out and travels against the data flow or along it: each node on the way takes it into its constants or lets
+it pass, as its row says (ops/), and nobody else may see a changed value who cannot undo the change (search.py). A plan is all or nothing.
+Nodes are taken in the order of the data flow, and a node whose affine went into a plan is from then on as good as removed, so that a chain
+(Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.nesting import is_standard
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.registry import can_be_affine
+from fastbn.graph.ops.row import STRATEGIES, Strategy
+from fastbn.graph.planner.kept import kept_nodes
+from fastbn.graph.planner.placement import Placement, place
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.representable import refuse_unrepresentable
+from fastbn.graph.planner.view import GraphView
+from fastbn.graph.reasons import Refusal
+from fastbn.graph.results import Kept
+
+__all__ = ["NodeKey", "Planning", "key_of", "plan"]
+
+# (number of the scope, position in it): the same node in every index of one model.
+NodeKey = tuple[int, int]
+
+
+def key_of(node: Node) -> NodeKey:
+    """Return the key of a node."""
+    return node.scope.number, node.position
+
+
+@dataclass
+class Planning:
+    """What the planner decided: plans, kept nodes, and the view of the graph after all plans."""
+
+    plans: list[Plan]
+    kept: list[Kept]
+    view: GraphView
+
+
+def plan(
+    index: Index,
+    only: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    excluded: Mapping[NodeKey, str] | None = None,
+) -> Planning:
+    """Plan every fold of a model.
+
+    Parameters
+    ----------
+    index : model.index.Index
+    only, skip : sequence of str, optional
+        Globs over node names: fold only these, never those.
+    excluded : mapping of (scope number, position) -> str
+        Nodes whose folds verification has found wrong, and the sentence to report.
+
+    Returns
+    -------
+    Planning
+    """
+    return _Planner(index, only, skip, excluded or {}).run()
+
+
+class _Planner:
+    """One planning on its way: the present graph, the plans so far, the refusals."""
+
+    def __init__(self, index: Index, only: Sequence[str] | None, skip: Sequence[str] | None, excluded: Mapping[NodeKey, str]) -> None:
+        self.index = index
+        self.only, self.skip, self.excluded = only, skip, excluded
+        self.view = GraphView(index)
+        self.plans: dict[Plan, None] = {}
+
+    def run(self) -> Planning:
+        refusals: dict[Node, Refusal] = {}
+        candidates = waiting = _candidates(self.index)
+        step = 0
+        while step < len(STRATEGIES):
+            if step > 0:
+                waiting = [node for node in candidates if node in refusals and is_batch_norm(node)]
+            refused, placed = self._pass(waiting, STRATEGIES[step])
+            if step == 0:
+                refusals = refused
+            # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+            waiting = [node for node in refusals if node not in placed][::-1]
+            step = 0 if placed else step + 1
+        view = self.view
+        view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
+        order = {node: number for number, node in enumerate(self.index.order)}
+        plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.lifted))
+        return Planning(plans, kept_nodes(self.index, view, refusals), view)
+
+    def _pass(self, nodes: Sequence[Node], strategy: Strategy) -> tuple[dict[Node, Refusal], set[Node]]:
+        """Try each of some nodes once; return (refusals, the nodes that found a place)."""
+        refused, placed = {}, set()
+        for node in nodes:
+            if node in placed:
+                continue
+            try:
+                affine = self.view.lifted(node)
+                if affine is None:
+                    continue
+                self._refuse_unselected(node)
+                _refuse_widening(node, self.view)
+                placement = place(node, affine, self.view, strategy)
+                for other in placement.plan.alike:
+                    self._refuse_unselected(other)
+                refuse_unrepresentable(placement.plan, self.view)
+                self._record(node, affine, placement)
+                placed.update([node, *placement.plan.alike])
+            except Refusal as refusal:
+                refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
+        return refused, placed
+
+    def _refuse_unselected(self, node: Node) -> None:
+        if key_of(node) in self.excluded:
+            raise Refusal("parity", self.excluded[key_of(node)])
+        if self.only and not any(fnmatchcase(node.label, glob) for glob in self.only):
+            raise Refusal("not-selected", "--only does not name it")
+        if self.skip and any(fnmatchcase(node.label, glob) for glob in self.skip):
+            raise Refusal("not-selected", "--skip names it")
+
+    def _record(self, node: Node, affine: Affine, placement: Placement) -> None:
+        """Make a placement part of the plans and of the present graph."""
+        view, new = self.view, placement.plan
+        if not new.absorbers:  # constants that a node on the way moves
+            new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
+        value = view.source(view.data(node))
+        leaving = [node, *new.alike, *new.bypassed]
+        target = self._joined_plan(node, new, leaving)
+        for gone in leaving:
+            target.forget(gone)
+        new.lifted.extend([node, *new.alike])
+        new.channels = affine.channels
+        if placement.kept_shift is None:
+            view.remove(node, value)
+            if placement.forward:
+                view.forwarded.add(node)
+        else:
+            add, constant = placement.kept_shift
+            new.replaced[node] = add
+            new.constants[add, 1] = constant
+            view.replaced[node] = add
+        for other in new.alike:
+            view.remove(other, view.source(view.data(other)))
+            if placement.forward:
+                view.forwarded.add(other)
+        for gone, operand in new.bypassed.items():
+            view.remove(gone, operand)
+        target.join(new)
+        view.apply(new)
+        view.owner.update(dict.fromkeys([*new.path, *new.replaced.values(), *leaving], target))
+
+    def _joined_plan(self, node: Node, new: Plan, leaving: list[Node]) -> Plan:
+        """Return the oldest plan that a new one touches, with all others that it touches joined to it, or a fresh one."""
+        view = self.view
+        before = view.data(node).producer
+        touched = [*new.path, *new.crossed, *leaving, *([before] if before is not None and before in view.removed else [])]
+        owners = dict.fromkeys(owner for owner in map(view.owned, touched) if owner is not None)
+        target = min(owners, key=lambda each: each.number, default=None) or Plan(number=len(view.owner))
+        self.plans[target] = None
+        for other in owners:
+            if other is not target:
+                del self.plans[other]
+                target.join(other)
+                other.joined = target
+        return target
+
+
+def _candidates(index: Index) -> list[Node]:
+    """Return the nodes that may be lifted by their distance from the inputs, then by name: the order of the file must not matter."""
+    level: dict[Node, int] = {}
+    candidates = []
+    for node in index.order:
+        producers = (value.producer for value in node.inputs if value is not None and value.producer is not None)
+        level[node] = 1 + max((level.get(producer, 0) for producer in producers), default=0)
+        if is_standard(node.domain) and can_be_affine(node.op):
+            candidates.append(node)
+    return sorted(candidates, key=lambda node: (node.scope.number, level[node], node.label))
+
+
+def _refuse_widening(node: Node, view: GraphView) -> None:
+    """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
+    value = view.data(node)
+    data, out = view.shape(value), view.shape(node.outputs[0])
+    if is_batch_norm(node) or data is None or out is None:
+        return
+    if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
+        raise Refusal("axis", f"its constant widens the value '{value.name}'")
+
+
+def _behind(node: Node, view: GraphView) -> Value:
+    output = node.outputs[0]
+    assert output is not None, "a lifted node gives its output"
+    return view.source(output)
