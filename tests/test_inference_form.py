@@ -111,7 +111,7 @@ def test_a_dropout_lets_the_affine_pass():
     assert "--as-inference makes it pass its data" in kept.reason
     result = fastbn.fold(proto, as_inference=True)
     assert (ops(result.model), result.parity.status) == ("Conv Dropout", "ok")
-    assert result.notes[0] == "as an inference model: 1 Dropout that drop nothing (d)"
+    assert result.notes[0] == "as an inference model: 1 Dropout without dropping (d)"
     assert list(result.model.graph.node[1].input) == ["c", "ratio"]
     assert "mode" not in initializers(result.model)
 

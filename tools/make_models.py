@@ -5,12 +5,11 @@
     python tools/make_models.py --large DIR                2.4 GB of external data: --layers x Conv 1x1 of --channels, each with its BN
     python tools/make_models.py --long DIR                 6000 nodes: 2000 x Conv, BatchNormalization, Relu
 
-Weights and statistics are random, the statistics as wide as those of trained networks. NAME_dynamo is NAME with the zero biases that
-PyTorch's dynamo exporter leaves to be computed when the model runs.
+Weights and statistics are random, the statistics as wide as those of trained networks. What the exporters themselves make of such networks
+lies in tests/models/exporters (tools/export_samples.py).
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ EPS = 1e-5
 class Net:
     """A graph under construction; names follow PyTorch's exporter: module `a.b` gives node /a/b/Op and parameters a.b.weight."""
 
-    def __init__(self, name, seed, computed_zeros=False):
+    def __init__(self, name, seed):
         self.name = name
         self.rng = np.random.default_rng(seed)
-        self.computed_zeros = computed_zeros
         self.graph = onnx.GraphProto(name=name)
         self.channels = {}
         self.used = set()
@@ -64,31 +62,20 @@ class Net:
         self.channels[value] = channels or self.channels.get(inputs[0])
         return value
 
-    def zeros(self, module, weight, channels):
-        """Add a zero bias as the dynamo exporter leaves it: ConstantOfShape for one module, Expand for the next."""
-        shape = self.constant(f"{module}.zeros_size", np.array([channels], np.int64))
-        if len(self.used) % 2:
-            return self.node("ConstantOfShape", [shape], module, channels)
-        zero = self.constant(f"{module}.zero", np.array(0, np.int64))
-        return self.node("Expand", [self.node("CastLike", [zero, weight], module), shape], module, channels)
-
     def conv(self, x, module, out, kernel=3, stride=1, pad=None, groups=1, bias=False, dilation=1, rank=2):
         pad = dilation * (kernel // 2) if pad is None else pad
         inner = self.channels[x] // groups
         inputs = [x, self.normal(f"{module}.weight", (out, inner, *[kernel] * rank), inner * kernel**rank)]
         if bias:
             inputs.append(self.constant(f"{module}.bias", (0.1 * self.rng.standard_normal(out)).astype(np.float32)))
-        elif self.computed_zeros:
-            inputs.append(self.zeros(module, inputs[1], out))
         sizes = {"kernel_shape": [kernel] * rank, "strides": [stride] * rank, "pads": [pad] * 2 * rank, "dilations": [dilation] * rank}
         return self.node("Conv", inputs, module, out, group=groups, **sizes)
 
     def conv_transpose(self, x, module, out, kernel=2, stride=2, groups=1):
         inner = self.channels[x]
         weight = self.normal(f"{module}.weight", (inner, out // groups, kernel, kernel), inner // groups)
-        inputs = [x, weight, *([self.zeros(module, weight, out)] if self.computed_zeros else [])]
         sizes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [0] * 4, "dilations": [1, 1]}
-        return self.node("ConvTranspose", inputs, module, out, group=groups, **sizes)
+        return self.node("ConvTranspose", [x, weight], module, out, group=groups, **sizes)
 
     def norm(self, x, module, positive=False):
         """Add a BatchNormalization; its weight is positive, or has a few negative channels as trained ones do."""
@@ -107,13 +94,10 @@ class Net:
     def linear(self, x, module, out, bias=True):
         """Add nn.Linear on a matrix: a Gemm, or a MatMul when it has no bias."""
         inner = self.channels[x]
-        if not bias and not self.computed_zeros:
+        if not bias:
             return self.node("MatMul", [x, self.normal(f"{module}.weight_t", (inner, out), inner)], module, out)
         weight = self.normal(f"{module}.weight", (out, inner), inner)
-        if bias:
-            c = self.constant(f"{module}.bias", (0.1 * self.rng.standard_normal(out)).astype(np.float32))
-        else:
-            c = self.zeros(module, weight, out)
+        c = self.constant(f"{module}.bias", (0.1 * self.rng.standard_normal(out)).astype(np.float32))
         return self.node("Gemm", [x, weight, c], module, out, alpha=1.0, beta=1.0, transB=1)
 
     def reshape(self, x, module, *shape, channels=None):
@@ -125,9 +109,9 @@ class Net:
         return model
 
 
-def small_cnn(**options):
+def small_cnn():
     """A residual CNN on 32 x 32 images. One BN stays whatever is known: it reads a Relu that the skip reads too, and a Relu reads it."""
-    net = Net("small_cnn", 1, **options)
+    net = Net("small_cnn", 1)
     x = net.relu(net.norm(net.conv(net.input("image", "batch", 3, 32, 32), "stem.conv", 16, stride=2), "stem.bn"), "stem.relu")
     x = net.relu(net.norm(net.conv(x, "block1.depthwise", 16, groups=16), "block1.bn1"), "block1.relu")
     x = net.norm(net.conv(x, "block1.pointwise", 24, kernel=1), "block1.bn2")
@@ -142,9 +126,9 @@ def small_cnn(**options):
     return net.model()
 
 
-def levit_like(**options):
+def levit_like():
     """Tokens through Linear, flatten, BN (LeViT): 2 convolutions, 3 blocks of attention and MLP with 4 BN each, a BN before the head."""
-    net = Net("levit_like", 2, **options)
+    net = Net("levit_like", 2)
     width, heads, tokens = 32, 2, 16
     per_head = width // heads
 
@@ -177,9 +161,9 @@ def levit_like(**options):
     return net.model()
 
 
-def tabular_mlp(**options):
+def tabular_mlp():
     """Categories through embeddings, numbers through a BN, then three times Linear, Relu, BN, Dropout (fastai's TabularModel)."""
-    net = Net("tabular_mlp", 3, **options)
+    net = Net("tabular_mlp", 3)
     categories = net.input("categories", "batch", 2, kind=TensorProto.INT64)
     parts = []
     for number, (count, width) in enumerate([(12, 4), (7, 3)]):
@@ -189,15 +173,15 @@ def tabular_mlp(**options):
     parts.append(net.norm(net.input("numbers", "batch", 6), "bn_cont"))
     x = net.node("Concat", parts, "", 13, axis=1)
     for number, width in enumerate([32, 24, 16]):
-        x = net.relu(net.linear(x, f"layers.{number}.0", width, bias=not number or not net.computed_zeros), f"layers.{number}.1")
+        x = net.relu(net.linear(x, f"layers.{number}.0", width), f"layers.{number}.1")
         x = net.node("Dropout", [net.norm(x, f"layers.{number}.2")], f"layers.{number}.3")
     net.output(net.linear(x, "layers.3.0", 2), "logits", "batch", 2)
     return net.model()
 
 
-def tdnn(**options):
+def tdnn():
     """Dilated Conv1d without padding, Relu, BN, four times (x-vector); the last BN feeds a mean and a standard deviation over time."""
-    net = Net("tdnn", 4, **options)
+    net = Net("tdnn", 4)
     x = net.input("features", "batch", 20, 40)
     for number, (kernel, dilation) in enumerate([(5, 1), (3, 2), (3, 3), (1, 1)]):
         x = net.relu(net.conv(x, f"tdnn{number}.conv", 24, kernel, pad=0, dilation=dilation, bias=number % 2 == 0, rank=1), f"tdnn{number}")
@@ -213,9 +197,9 @@ def tdnn(**options):
     return net.model()
 
 
-def repvgg(**options):
+def repvgg():
     """RepVGG as it is trained: 3x3 with BN, 1x1 with BN and a BN alone, added, four times."""
-    net = Net("repvgg", 5, **options)
+    net = Net("repvgg", 5)
     x = net.relu(net.conv(net.input("image", "batch", 3, 16, 16), "stem", 12, bias=True), "stem")
     for number in range(4):
         module = f"stage.{number}"
@@ -228,9 +212,9 @@ def repvgg(**options):
     return net.model()
 
 
-def unet(**options):
+def unet():
     """Three levels down, two up by grouped transposed convolutions, each with its BN; the skips are concatenated."""
-    net = Net("unet", 6, **options)
+    net = Net("unet", 6)
     x = net.relu(net.norm(net.conv(net.input("image", "batch", 3, 32, 32), "down1.conv", 8), "down1.bn"), "down1")
     skips = [x]
     for number, width in ((2, 16), (3, 24)):
@@ -244,9 +228,9 @@ def unet(**options):
     return net.model()
 
 
-def resnet_v2(**options):
+def resnet_v2():
     """Pre-activation blocks: BN, Relu, Conv, BN, Relu, Conv, Add; six of them, and a BN at the end."""
-    net = Net("resnet_v2", 7, **options)
+    net = Net("resnet_v2", 7)
     x = net.conv(net.input("image", "batch", 3, 16, 16), "conv1", 12)
     for number in range(6):
         module = f"layer.{number}"
@@ -258,9 +242,9 @@ def resnet_v2(**options):
     return net.model()
 
 
-def densenet_like(**options):
+def densenet_like():
     """Dense blocks of 4: BN, Relu, Conv 1x1, BN, Relu, Conv 3x3, Concat; three blocks, two transitions."""
-    net = Net("densenet_like", 8, **options)
+    net = Net("densenet_like", 8)
     x = net.relu(net.norm(net.conv(net.input("image", "batch", 3, 32, 32), "conv0", 12, stride=2), "norm0"), "relu0")
     for block in range(3):
         for layer in range(4):
@@ -277,9 +261,9 @@ def densenet_like(**options):
     return net.model()
 
 
-def keras_cnn(**options):
+def keras_cnn():
     """A Keras Sequential as tf2onnx writes it: NHWC outside, Conv with Relu, BN of positive scale, MaxPool, Flatten, Dense, Softmax."""
-    net = Net("keras_cnn", 9, **options)
+    net = Net("keras_cnn", 9)
     image = net.input("input_1", "batch", 12, 12, 3, channels=3)
     x = net.node("Transpose", [image], "sequential.conv2d", 3, perm=[0, 3, 1, 2])
     x = net.relu(net.conv(x, "sequential.conv2d", 8, pad=0, bias=True), "sequential.conv2d")
@@ -296,10 +280,7 @@ def keras_cnn(**options):
 _NETS = [small_cnn, levit_like, tabular_mlp, tdnn, repvgg, unet, resnet_v2, densenet_like, keras_cnn]
 
 # name -> function that returns the ModelProto
-MODELS = {
-    **{net.__name__: net for net in _NETS},
-    **{f"{net.__name__}_dynamo": partial(net, computed_zeros=True) for net in _NETS},
-}
+MODELS = {net.__name__: net for net in _NETS}
 
 
 def long(blocks=2000, channels=4):

@@ -128,7 +128,7 @@ class _Conversion:
         if norms:
             notes.append(f"as an inference model: {len(norms)} BatchNormalization by running statistics ({first_few(norms)})")
         if dropouts:
-            notes.append(f"as an inference model: {len(dropouts)} Dropout that drop nothing ({first_few(dropouts)})")
+            notes.append(f"as an inference model: {len(dropouts)} Dropout without dropping ({first_few(dropouts)})")
         notes += [f"not as an inference model: '{name}', for {reason}" for name, reason in self.left]
         if norms or dropouts:
             notes.append("compared with the inference form of the original: in training mode its outputs depend on the batch or on chance")
