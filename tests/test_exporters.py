@@ -35,17 +35,9 @@ FORMS = {
 # More stay than of the plain network. A Mul and an Add of Keras's do not ask other readers to undo a change, as a BatchNormalization does.
 MORE_LEFT = {"resnet_v2.keras_tensorflow": 7, "resnet_v2.keras_torch": 7}
 
-# Files of which more stays than should, and what is missing.
-COMPUTED_BIAS = "a bias Expand(CastLike(0, activation), Shape(weight)) is no constant yet"
-MISSING = {
-    **{
-        f"{net}.dynamo_plain{sizes}": COMPUTED_BIAS
-        for net in NETS
-        if net not in ("tabular_mlp", "tdnn", "keras_cnn")
-        for sizes in ("", "_dynamic")
-    },
-    **{f"levit_like.{form}": "ranks behind many Reshape to a Shape are not inferred yet" for form in TORCH if form.startswith("script")},
-}
+# Files of which more stays than should: a bias Expand(CastLike(0, activation), Shape(weight)) is no constant yet.
+COMPUTED_BIAS = [net for net in NETS if net not in ("tabular_mlp", "tdnn", "keras_cnn")]
+MISSING = {f"{net}.dynamo_plain{sizes}": "computed bias" for net in COMPUTED_BIAS for sizes in ("", "_dynamic")}
 
 
 def load(name):

@@ -123,10 +123,13 @@ class Inference:
             sizes = SizeInference(self._main.ordered, self.shapes, self._constants)
             if not any(sizes.is_open(node) for scope in scopes_within(self._main) for node in scope.ordered):
                 break
-            if not self._follows_lists:  # ranks first: they tell which lists are short enough to be followed
-                self._follows_lists = not is_changing
+            if not self._follows_lists and not is_changing:
+                self._follows_lists = True  # ranks first: they tell which lists are short enough to be followed
                 continue
             shapes, lists = sizes.infer()
+            if not self._follows_lists:  # a chain of nodes that are left out, each waiting for the rank of the one before
+                self._computed_shapes.update(shapes)
+                continue
             if not shapes and not is_changing and lists.keys() <= self._computed_lists.keys():
                 break
             self._computed_shapes.update(shapes)
