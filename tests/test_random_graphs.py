@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sketch import run
 
 import fastbn
+from fastbn.arguments import REWRITE_FORMS
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.ops.registry import OPERATORS
@@ -538,6 +539,20 @@ def test_verification_finds_no_fault_with_right_folds():
         result = fastbn.fold(graph.model)
         assert "parity" not in {kept.code for kept in result.kept}, said(seed, graph, result)
         assert result.parity is None or result.parity.status != "failed", said(seed, graph, result)
+
+
+@pytest.mark.parametrize("form", REWRITE_FORMS)
+def test_what_stays_is_rewritten_right(form):
+    count = 0
+    for seed in range(FIRST, FIRST + GRAPHS // 4):
+        graph = Graph(seed)
+        result = fastbn.fold(graph.model, rewrite_left=form, verify=seed % 8 == 0)
+        assert result.parity is None or result.parity.status != "failed", said(seed, graph, result)
+        difference = worst_difference(run(graph.model, graph.feed), run(result.model, graph.feed))
+        assert difference <= ALLOWED, said(seed, graph, result, difference)
+        assert not any("differs" in (kept.not_rewritten or "") for kept in result.kept), said(seed, graph, result)
+        count += len(result.rewritten)
+    assert count > GRAPHS / 32
 
 
 def shuffled(graph, rng, valid):
