@@ -18,7 +18,7 @@ SANITIZER ?= address
 sanitize:
 	FASTBN_CFLAGS="-O1 -g -fsanitize=$(SANITIZER)" $(PYTHON) setup.py build_ext --force --build-temp build/$(SANITIZER) --build-lib build/$(SANITIZER)/lib
 	cp fastbn/*.py build/$(SANITIZER)/lib/fastbn/
-	cp -r fastbn/graph fastbn/deployment build/$(SANITIZER)/lib/fastbn/
+	cp -r fastbn/_torch fastbn/graph fastbn/deployment build/$(SANITIZER)/lib/fastbn/
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD=$$($(CC) -print-file-name=lib$(patsubst address,a,$(patsubst undefined,ub,$(patsubst thread,t,$(SANITIZER))))san.so) \
 	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x -p no:cacheprovider

@@ -1,4 +1,4 @@
-"""The fact both wings live on: in inference, batch normalization is y = scale * x + shift per channel, in float64.
+"""The fact that both wings use: in inference, batch normalization is y = scale * x + shift per channel, in float64.
 
 With weight (gamma), bias (beta), mean, var of length C and eps (Ioffe & Szegedy 2015, algorithm 2):
 
@@ -9,28 +9,19 @@ Folding multiplies a producer's weights by scale; `scale_weight` does that in fl
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
 from fastbn import _native
+from fastbn.dtypes import DTYPES, dtype_name
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fastbn._types import Array, FloatArray, ScalarT
 
-__all__ = ["DTYPES", "WeightLayout", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
-
-# dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
-DTYPES: dict[str, int] = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-
-
-@cache
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """Return the name of a NumPy dtype, which NumPy builds anew each time that it is asked."""
-    return dtype.name
+__all__ = ["WeightLayout", "batch_norm_affine", "narrow", "scale_weight"]
 
 
 class WeightLayout(NamedTuple):

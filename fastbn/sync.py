@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastbn._types import Array, Exchange, FloatArray, FloatVector
 
-__all__ = ["add_up", "merge", "move_running"]
+__all__ = ["add_up", "merge", "update_running"]
 
 
 def merge(stats: BatchStats, exchange: Exchange) -> BatchStats:
@@ -34,7 +34,7 @@ def add_up(sums: FloatArray, exchange: Exchange) -> FloatArray:
     return total
 
 
-def move_running(
+def update_running(
     running_mean: FloatVector | None, running_var: FloatVector | None, stats: BatchStats, momentum: float, unbiased: bool = True
 ) -> None:
     """Move running statistics, in place, as `fastbn.batch_norm_train` does with those of one process; either may be None."""

@@ -387,7 +387,7 @@ def parts(array, axis=0):
 def in_halves(dys, xs, weight, bias, **options):
     """What processes with a part of the batch each compute: (y, dx) of the parts, and dweight, dbias of the whole."""
     stats = fastbn.merge_stats([fastbn.batch_stats(x, axis=options["axis"]) for x in xs])
-    ys = [functional.normalise_with(x, stats, weight, bias, **options) for x in xs]
+    ys = [functional.normalize_with(x, stats, weight, bias, **options) for x in xs]
     found = [halves.backward_sums(dy, x, stats, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
     sums = np.sum([half[0] for half in found], axis=0)
     dxs = [halves.backward_input(dy, x, stats, sums, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]

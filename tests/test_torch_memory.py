@@ -15,7 +15,8 @@ import torch.autograd.forward_ad as forward_ad  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
-from fastbn import _native, _torch  # noqa: E402
+from fastbn import _native  # noqa: E402
+from fastbn._torch import kernels  # noqa: E402
 from fastbn.torch import BatchNorm2d, SyncBatchNorm, batch_norm  # noqa: E402
 
 functional = torch.nn.functional
@@ -82,8 +83,8 @@ def close(got, want):
 def road(request, monkeypatch):
     """Both ways of plain tensors: the second is that of a torch without DLPack's exchange functions."""
     if request.param == "general":
-        exchange = _native.Exchange(None, torch.empty_like, torch.Tensor, torch.nn.Parameter)
-        monkeypatch.setattr(_torch, "plain", exchange)
+        exchange = _native.PlainTensors(None, torch.empty_like, torch.Tensor, torch.nn.Parameter)
+        monkeypatch.setattr(kernels, "plain", exchange)
 
 
 @pytest.mark.usefixtures("road")

@@ -12,7 +12,8 @@ c is a constant that broadcasts along one axis, on either side of the operator.
 
 import numpy as np
 
-from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
+from fastbn.affine import batch_norm_affine
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Dense, float64_of
 from fastbn.graph.ops.affine import Affine

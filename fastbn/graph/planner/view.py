@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Dense, Dequantised
 from fastbn.graph.model.schemas import check_version
