@@ -83,7 +83,7 @@ def _stop(reason, code):
 def _fold(arguments, run):
     """Fold every inference BatchNormalization that can be folded exactly into its neighbours' weights; verify each fold and the whole model
     in onnxruntime, its optimiser off; say why each other one stays."""
-    from fastbn.graph.job import fold_watched
+    from fastbn.graph.job import fold
 
     name = _input(arguments.input)
     target = None if arguments.dry_run else _target(arguments, name)
@@ -93,7 +93,7 @@ def _fold(arguments, run):
     _check_data_files([source], [where])
     bar = Progress(arguments.quiet)
     with bar:
-        result = fold_watched(
+        result = fold(
             source,
             only=names(arguments.only),
             skip=names(arguments.skip),
@@ -101,7 +101,7 @@ def _fold(arguments, run):
             input_shapes=input_shapes(arguments),
             freeze_inputs=arguments.freeze_inputs,
             progress=bar,
-            stage=_stage(target),
+            workdir=_stage(target),
         )
     status = None if result.parity is None else result.parity.status
     lines = result.lines()
@@ -378,14 +378,14 @@ def _deploy(arguments, run):
 def _verify(arguments, run):
     """Compare two models on the same inputs, onnxruntime's optimiser off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared, 5 when what was compared proves nothing."""
-    from fastbn.graph.job import verify_watched
+    from fastbn.graph.job import verify
 
     sources = [_source(_input(name)) for name in (arguments.original, arguments.folded)]
     where = _report_path(arguments.json, [arguments.original, arguments.folded], [], run)
     _check_data_files(sources, [where])
     bar = Progress(arguments.quiet)
     with bar:
-        parity = verify_watched(*sources, input_shapes(arguments), progress=bar)
+        parity = verify(*sources, input_shapes=input_shapes(arguments), progress=bar)
     if parity.status == "failed" and parity.error is None:
         # No element differs: the second model cannot be run, or has other outputs.
         parity = dataclasses.replace(parity, status="not-run")

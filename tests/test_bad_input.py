@@ -414,7 +414,7 @@ def test_memory_that_runs_out(fails, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("fastbn.graph.job.fold_watched", exhausted)
+    monkeypatch.setattr("fastbn.graph.job.fold", exhausted)
     assert "Expected enough memory" in fails("fold", "in.onnx", "out.onnx")
 
 

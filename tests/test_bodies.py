@@ -11,6 +11,7 @@ from sketch import conv_bn, normal, ops, run
 from test_random_graphs import ALLOWED, CHUNK, FIRST, GRAPHS, Graph, worst_difference
 
 import fastbn
+from fastbn.graph.fold_result import planning_of
 from fastbn.graph.model.nesting import scopes_of
 
 DEPTH = 2
@@ -113,7 +114,7 @@ def check(seed):
             except Exception as error:
                 raise AssertionError(f"{error}\n{where}") from error
             assert difference <= ALLOWED, f"{difference}\n{where}"
-    return {node.scope.number for each in result.planning.plans for node in each.lifted}
+    return {node.scope.number for each in planning_of(result).plans for node in each.lifted}
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + GRAPHS // 2, CHUNK))

@@ -115,7 +115,7 @@ def test_what_is_neither_is_said():
 def sessions(text, **constants):
     """Return two sessions of a model."""
     data = model(text, **constants).SerializeToString()
-    return session(data), session(data, optimise=True)
+    return session(data), session(data, optimize=True)
 
 
 def test_random_outputs_are_not_compared():

@@ -194,14 +194,14 @@ def test_nothing_is_shipped_when_nothing_is_good_enough(here, capsys, monkeypatc
 
 
 def test_a_failed_parity_ships_nothing_and_measures_nothing(here, capsys, monkeypatch):
-    fold = pipeline.fold_watched
+    fold = pipeline.fold
 
-    def fail(*arguments):
-        result = fold(*arguments)
+    def fail(*arguments, **options):
+        result = fold(*arguments, **options)
         result.parity = Parity("failed", reason="on purpose")
         return result
 
-    monkeypatch.setattr(pipeline, "fold_watched", fail)
+    monkeypatch.setattr(pipeline, "fold", fail)
     deploy(code=1)
     err = capsys.readouterr().err
     assert "fastbn: nothing shipped: the folded model differs from the original by more than rounding explains" in err

@@ -16,6 +16,7 @@ from sketch import classifier, conv_bn, model, norm, normal
 import fastbn
 from fastbn.cli import main
 from fastbn.deployment import drawing, pipeline, report
+from fastbn.graph.fold_result import planning_of
 
 jinja2 = pytest.importorskip("jinja2", reason="the HTML report needs jinja2")
 
@@ -237,8 +238,9 @@ def test_a_site_before_and_after():
     result = fastbn.fold(
         conv_bn("(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w) n = BatchNormalization(c, s, t, m, v) y = Relu(n) }")
     )
-    (plan,) = result.planning.plans
-    before, after = drawing.draw_site(plan, result.planning, result.index.opset)
+    planning = planning_of(result)
+    (plan,) = planning.plans
+    before, after = drawing.draw_site(plan, planning, planning.view.index.opset)
     assert boxes_of(before) == [("home", "Conv"), ("removed", "BatchNormalization"), ("near", "x"), ("near", "Relu")]
     assert boxes_of(after) == [("home", "Conv"), ("near", "x"), ("near", "Relu")]
     assert after.boxes[0].lines == ["Conv", "c", "new W and B"]
@@ -250,8 +252,9 @@ def test_a_site_before_and_after():
 def test_a_shift_that_stays_is_drawn_as_an_add():
     text = "(float[N,4] x) => (float[N,3] y) { r = Relu(x) m1 = MatMul(r, w) n = BatchNormalization(m1, s, t, m, v) y = Tanh(n) }"
     result = fastbn.fold(model(text, w=normal(4, 3), **norm(3)))
-    (plan,) = result.planning.plans
-    _, after = drawing.draw_site(plan, result.planning, result.index.opset)
+    planning = planning_of(result)
+    (plan,) = planning.plans
+    _, after = drawing.draw_site(plan, planning, planning.view.index.opset)
     assert [lines[0] for _, *lines in boxes_of(after)][:2] == ["MatMul", "Add"]
 
 

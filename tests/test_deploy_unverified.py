@@ -35,14 +35,14 @@ def deploy(capsys, *options, code=5):
 @pytest.fixture(name="parity", params=["not-run", "inconclusive"])
 def _parity(request, monkeypatch):
     """The status of a whole model whose parity proves nothing."""
-    real = pipeline.fold_watched
+    real = pipeline.fold
 
-    def fold_watched(*arguments):
-        result = real(*arguments)
+    def fold(*arguments, **options):
+        result = real(*arguments, **options)
         result.parity = Parity(request.param, reason="on purpose")
         return result
 
-    monkeypatch.setattr(pipeline, "fold_watched", fold_watched)
+    monkeypatch.setattr(pipeline, "fold", fold)
     return request.param
 
 

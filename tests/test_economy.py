@@ -9,8 +9,8 @@ from sketch import CONV_BN, classifier, codes, conv_bn, model, norm, normal
 
 import fastbn
 from fastbn.graph import job, runtime
-from fastbn.graph.ops import lift
-from fastbn.graph.planner import view
+from fastbn.graph.ops.registry import OPERATORS
+from fastbn.graph.planner import planning
 from fastbn.graph.rewrite import writer
 
 # Runs of whole models, folded, disturbed or as they came, for a model whose parity is plain.
@@ -136,8 +136,8 @@ def spoil_writer(monkeypatch, home):
 def plans(monkeypatch):
     """How often the model is planned and a fold is run."""
     counts = {"plan": 0, "check_fold": 0}
-    for name in counts:
-        monkeypatch.setattr(job, name, counted(name, getattr(job, name), counts))
+    for module, name in ((planning, "plan"), (job, "check_fold")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name), counts))
     return counts
 
 
@@ -151,16 +151,16 @@ def counted(name, function, counts):
 
 @pytest.mark.parametrize("wrong", [0, 199])
 def test_the_wrong_link_of_a_long_chain_is_found_by_bisection(wrong, plans, monkeypatch):
-    lifted = lift.lift
+    row = OPERATORS["BatchNormalization"]
 
-    def wrong_lift(node, view):
-        found = lifted(node, view)
-        return replace(found, scale=found.scale * 1.5) if node.label == ("y" if wrong == 199 else f"n{wrong}") else found
+    def wrong_lift(node, graph):
+        affine = row.lift(node, graph)
+        return replace(affine, scale=affine.scale * 1.5) if node.label == ("y" if wrong == 199 else f"n{wrong}") else affine
 
     proto = chain(200)
     assert len(fastbn.fold(proto).folded) == 1
     assert plans == {"plan": 1, "check_fold": 1}
-    monkeypatch.setattr(view, "lift", wrong_lift)
+    monkeypatch.setitem(OPERATORS, "BatchNormalization", replace(row, lift=wrong_lift))
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == ["parity"]
     assert [kept.bn for kept in result.kept] == ["y" if wrong == 199 else f"n{wrong}"]

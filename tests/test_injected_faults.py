@@ -1,4 +1,4 @@
-"""Every row of both tables, made wrong in each direction: the proof of the fold must catch it, and where that proof is switched off the
+"""Every rule of every row, made wrong in each direction: the proof of the fold must catch it, and where that proof is switched off the
 comparison of the whole model must."""
 
 from collections.abc import Iterator
@@ -14,18 +14,16 @@ from test_carry import PASSES, W4, backward, forward, ints
 import fastbn
 from fastbn.graph import job
 from fastbn.graph.model import storage
-from fastbn.graph.model.constant import Dense, Requantised
+from fastbn.graph.model.constant import Dense, Requantized
 from fastbn.graph.model.index import Index
-from fastbn.graph.ops.absorb import ABSORBERS
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.carry import CARRIERS
+from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.parity.fold_parity import FoldParity
 from fastbn.graph.planner.planning import plan
 
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
 
-TABLES = {"absorber": ABSORBERS, "carrier": CARRIERS}
 WAYS = ("backward", "forward")
 
 
@@ -104,20 +102,24 @@ def matmul(case):
 
 
 def rows():
-    """Return every (table, operator, direction) that there is a row for."""
-    return [(name, op, way) for name, table in TABLES.items() for op, row in table.items() for way in WAYS if getattr(row, way)]
+    """Return every (operands, operator, direction) that there is a rule for."""
+    plain = [("values", op, way) for op, row in OPERATORS.items() for way in WAYS if getattr(row, way)]
+    constant = [(op, row.with_constant) for op, row in OPERATORS.items() if row.with_constant is not None]
+    return plain + [("with a constant", op, way) for op, row in constant for way in WAYS if getattr(row, way)]
 
 
 def edited(monkeypatch, row, change):
     """Let `change` edit what a row answers."""
-    name, op, way = row
-    method = getattr(TABLES[name][op], way)
+    operands, op, way = row
+    whole = OPERATORS[op]
+    rule = getattr(whole if operands == "values" else whole.with_constant, way)
 
     def answer(*arguments):
-        taken = method(*arguments)
-        return map(change, taken) if isinstance(taken, (list, Iterator)) else change(taken)
+        transfer = rule(*arguments)
+        return map(change, transfer) if isinstance(transfer, (list, Iterator)) else change(transfer)
 
-    monkeypatch.setitem(TABLES[name], op, replace(TABLES[name][op], **{way: answer}))
+    changed = {way: answer} if operands == "values" else {"with_constant": replace(whole.with_constant, **{way: answer})}
+    monkeypatch.setitem(OPERATORS, op, replace(whole, **changed))
 
 
 def crossed(proto):
@@ -125,7 +127,7 @@ def crossed(proto):
     asked = set()
     with pytest.MonkeyPatch.context() as patch:
         for row in rows():
-            edited(patch, row, lambda taken, row=row: asked.add(row) or taken)
+            edited(patch, row, lambda transfer, row=row: asked.add(row) or transfer)
         plans = plan(Index(storage.load(proto))).plans
     ops = {node.op for found in plans for node in found.path}
     return {row for row in asked if row[1] in ops}
@@ -149,17 +151,17 @@ def permuted(values):
     return np.roll(values, 1)
 
 
-def spoiled(taken, change):
+def spoiled(transfer, change):
     """Return an answer of a row in which the first affine, or else the first constant, is wrong."""
-    if taken.onward:
-        slot, affine = taken.onward[0]
-        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.spread)
-        return replace(taken, onward=[(slot, wrong), *taken.onward[1:]])
-    slot, constant = next(iter(taken.constants.items()), (None, None))
+    if transfer.passed_on:
+        slot, affine = transfer.passed_on[0]
+        wrong = Affine(change(affine.scale), change(affine.shift), affine.axis, affine.rank, affine.abs_terms)
+        return replace(transfer, passed_on=[(slot, wrong), *transfer.passed_on[1:]])
+    slot, constant = next(iter(transfer.constants.items()), (None, None))
     if constant is None:
-        return taken
+        return transfer
     dense = Dense.of(constant)
-    return replace(taken, constants={**taken.constants, slot: replace(dense, values=change(dense.values))})
+    return replace(transfer, constants={**transfer.constants, slot: replace(dense, values=change(dense.values))})
 
 
 def recorded(monkeypatch, owner, name, said):
@@ -177,7 +179,7 @@ def recorded(monkeypatch, owner, name, said):
 @pytest.mark.parametrize("row", rows(), ids="-".join)
 def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
     right = {proto.SerializeToString(): fastbn.fold(proto, verify=False) for proto in models[row]}
-    edited(monkeypatch, row, lambda taken: spoiled(taken, change))
+    edited(monkeypatch, row, lambda transfer: spoiled(transfer, change))
     caught = 0
     for data, expected in right.items():
         wrong = fastbn.fold(data, verify=False)
@@ -209,7 +211,7 @@ def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
     def wrong(self):
         return {(self.node, 1): replace(self.scale, values=change(self.scale.values))}
 
-    monkeypatch.setattr(Requantised, "constants", wrong)
+    monkeypatch.setattr(Requantized, "constants", wrong)
     spoiled = fastbn.fold(data, verify=False)
     assert spoiled.folded
     assert spoiled.to_bytes() != right.to_bytes()

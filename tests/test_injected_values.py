@@ -8,6 +8,7 @@ from test_injected_faults import assert_left_out
 
 import fastbn
 from fastbn.graph.model import expressions
+from fastbn.graph.ops.registry import OPERATORS
 
 CONSTANTS = {
     "p": 1 + np.abs(normal(4, 1, 1)),
@@ -78,7 +79,7 @@ NODES = {
     "Range": "e = Range(start, stop, step) g = Cast <to = 1> (e) k = Reshape(g, s1)",
     "Tile": "k = Tile(half, repeats)",
 }
-EVALUATED = expressions.ELEMENTWISE | expressions.NO_LARGER | expressions.LARGER
+EVALUATED = {op for op, row in OPERATORS.items() if row.result_size is not None}
 
 
 def test_every_evaluated_operator_is_here():

@@ -7,7 +7,6 @@ from sketch import codes, conv_bn, folds, model, norm, normal, refuses
 import fastbn
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
-from fastbn.graph.ops.lift import lift
 from fastbn.graph.planner.view import GraphView
 
 PER_CHANNEL = normal(4, 1, 1)
@@ -16,7 +15,7 @@ PER_CHANNEL = normal(4, 1, 1)
 def lifted(proto, name="y"):
     """Return the Affine of the node that gives a value."""
     index = Index(storage.load(proto))
-    return lift(index.main.find(name).producer, GraphView(index))
+    return GraphView(index).lifted(index.main.find(name).producer)
 
 
 def test_a_batch_norm_is_its_affine():

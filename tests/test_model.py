@@ -271,8 +271,8 @@ def _renamed(proto, old, new):
 
 
 BROKEN = {
-    "two sources": (lambda proto: _renamed(proto, "c", "x"), "Expected one source for each value, got two - at `x`"),
-    "cycle": (lambda proto: _cycle(proto), "Expected a graph without cycles, got a cycle"),
+    "two sources": (lambda proto: _renamed(proto, "c", "x"), "Cannot read the model: the value 'x' has two sources"),
+    "cycle": (lambda proto: _cycle(proto), "Cannot order the nodes: '[a-z]' is part of a cycle"),
     "no source": (lambda proto: _no_source(proto), "Expected a value that a node or an input gives, got 'nowhere' - at `c`"),
     "no output": (lambda proto: _no_output(proto), "Expected a value that a node or an input gives, got 'z' - at `graph output`"),
     "names in Latin-1": (lambda proto: _latin(proto), "Expected names in UTF-8"),

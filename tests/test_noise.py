@@ -361,9 +361,9 @@ def test_a_model_that_does_not_run_with_noise_has_none(monkeypatch):
     """Rounding may move an index out of range."""
 
     def impossible(self, feed, *_):
-        return {name: values[..., :-1] for name, values in self.still(feed).items()}
+        return {name: values[..., :-1] for name, values in self.unperturbed(feed).items()}
 
-    monkeypatch.setattr("fastbn.graph.parity.noise.Noise.disturbed", impossible)
+    monkeypatch.setattr("fastbn.graph.parity.noise.Noise.perturbed", impossible)
     result = fastbn.fold(conv_bn())
     assert result.parity is None or result.parity.status in ("ok", "failed")
     assert_same(conv_bn(), result.model)

@@ -15,14 +15,13 @@ from sketch import model, norm, normal, run
 
 import fastbn
 from fastbn.errors import FastbnError
-from fastbn.graph.ops.absorb import ABSORBERS
-from fastbn.graph.ops.carry import CARRIERS
+from fastbn.graph.ops.registry import OPERATORS
 
 NODES = int(os.environ.get("FASTBN_NODES", "1200"))
 FIRST = int(os.environ.get("FASTBN_SEED", "0"))
 CHUNK = 200
 
-OPS = sorted({*ABSORBERS, *CARRIERS} - {"DequantizeLinear"})
+OPS = sorted(op for op, row in OPERATORS.items() if row.transfers)
 OPSETS = (1, 6, 7, 9, 10, 11, 12, 13, 17, 18, 21)
 SHAPES = [(2, 4, 6, 6), (2, 4, 8), (3, 4), (2, 4, 4, 4), (4,), (), (2, 4, 3, 3, 3), (1, 4, 1, 1), (0, 4, 2, 2), (2, 1, 4, 4)]
 

@@ -1,5 +1,7 @@
 """The planner: all or nothing, chains with one home, selection by name, reasons, independence of node order, and that it only reads."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from onnx import helper
@@ -9,7 +11,7 @@ import fastbn
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.planner.planning import plan
-from fastbn.graph.reasons import REASONS
+from fastbn.graph.reasons import REASONS, ReasonCode
 
 TWO = """(float[N,3,8,8] x) => (float[N,4,4,4] y) {
     a = Conv(x, w, b)
@@ -40,7 +42,7 @@ def test_planning_only_reads():
 
 def test_each_norm_is_a_plan_with_its_home():
     found = planned(two())
-    assert [([node.label for node in each.lifted], [home.label for home in each.homes], each.channels) for each in found.plans] == [
+    assert [([node.label for node in each.lifted], [node.label for node in each.absorbers], each.channels) for each in found.plans] == [
         (["first"], ["a"], 4),
         (["second"], ["c"], 4),
     ]
@@ -107,6 +109,7 @@ def test_the_result_does_not_depend_on_node_order(seed):
 
 
 def test_reasons_have_codes_and_sentences():
+    assert list(REASONS) == list(get_args(ReasonCode))
     assert all(code == code.lower() and " " not in code and sentence for code, sentence in REASONS.items())
 
 

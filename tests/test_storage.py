@@ -230,7 +230,7 @@ def test_a_weight_larger_than_a_block_is_streamed_like_the_kernel():
         tensor = Tensor(weight.dtype, weight.shape, lambda weight=weight: weight)
         scaled = Scaled(tensor, layout, normal(layout.groups * layout.channels, seed=2).astype(np.float64))
         whole, pieces = scaled.array().ravel(), np.full(weight.size, np.nan, np.float32)
-        for first, part in scaled.parts():
+        for first, part in scaled.pieces():
             assert np.isnan(pieces[first : first + part.size]).all(), "no element twice"
             pieces[first : first + part.size] = part.ravel()
         assert pieces.tobytes() == whole.tobytes()

@@ -6,7 +6,7 @@ from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
 from fastbn.graph.model.constant import Dense
-from fastbn.graph.planner.underflow import LARGEST_INPUT, lost_channels
+from fastbn.graph.planner.representable import LARGEST_INPUT, flushed_channels
 
 CONV = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
 BEFORE = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Conv(n, w, b) }}"
@@ -94,7 +94,7 @@ def test_what_is_lost_is_not_more_than_rounding(dtype):
     sizes = rng.integers(kind.minexp - 120, 4, (4000, 1)) - rng.integers(0, 12, (4000, 6))
     true = np.ldexp(rng.choice([-1.0, 1.0], sizes.shape), sizes)
     bias = np.ldexp(1.0, rng.integers(kind.minexp - 20, 6, 4000)) * (rng.random(4000) < 0.5)
-    count, channels = lost_channels(Dense(np.dtype(dtype), true, np.abs(true)), lambda values: values, bias)
+    count, channels = flushed_channels(Dense(np.dtype(dtype), true, np.abs(true)), lambda values: values, bias)
     passed = np.setdiff1d(np.arange(4000), channels)
     with np.errstate(under="ignore"):
         lost = np.where(true.astype(dtype) == 0, np.abs(true), 0)

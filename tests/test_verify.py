@@ -11,9 +11,7 @@ from sketch import CONV_BN, assert_same, codes, conv_bn, folds, model, norm, nor
 
 import fastbn
 from fastbn.cli import main
-from fastbn.graph.job import fold_watched
-from fastbn.graph.ops import absorb
-from fastbn.graph.planner import view
+from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.rewrite import writer
 from fastbn.graph.runtime import session
 
@@ -37,33 +35,33 @@ def mixed():
 
 
 def wrong(monkeypatch, op, change):
-    """Make the row of one operator wrong: change(taken, affine) edits what it answers."""
-    row = absorb.ABSORBERS[op]
+    """Make the row of one operator wrong: change(transfer, affine) edits what it answers."""
+    row = OPERATORS[op]
 
-    def backward(node, affine, view):
-        taken = row.backward(node, affine, view)
-        change(taken, affine)
-        return taken
+    def backward(node, traveler, graph):
+        transfer = row.backward(node, traveler, graph)
+        change(transfer, traveler.affine)
+        return transfer
 
-    monkeypatch.setitem(absorb.ABSORBERS, op, replace(row, backward=backward))
-
-
-def forget_shift(taken, affine):
-    taken.constants[2] = taken.constants[2].affine(1.0, -affine.shift, 0.0)
+    monkeypatch.setitem(OPERATORS, op, replace(row, backward=backward))
 
 
-def permute_channels(taken, affine):
-    taken.constants[1] = replace(taken.constants[1], scale=np.roll(taken.constants[1].scale, 1))
+def forget_shift(transfer, affine):
+    transfer.constants[2] = transfer.constants[2].affine(1.0, -affine.shift, 0.0)
 
 
-def one_channel_off_by_a_thousandth(taken, affine):
-    scale = taken.constants[1].scale.copy()
+def permute_channels(transfer, affine):
+    transfer.constants[1] = replace(transfer.constants[1], scale=np.roll(transfer.constants[1].scale, 1))
+
+
+def one_channel_off_by_a_thousandth(transfer, affine):
+    scale = transfer.constants[1].scale.copy()
     scale[2] *= 1.001
-    taken.constants[1] = replace(taken.constants[1], scale=scale)
+    transfer.constants[1] = replace(transfer.constants[1], scale=scale)
 
 
-def one_bias_off(taken, affine):
-    taken.constants[2] = taken.constants[2].affine(1.0, np.where(np.arange(4) == 3, 1e-3, 0.0), 0.0)
+def one_bias_off(transfer, affine):
+    transfer.constants[2] = transfer.constants[2].affine(1.0, np.where(np.arange(4) == 3, 1e-3, 0.0), 0.0)
 
 
 @pytest.mark.parametrize("change", [forget_shift, permute_channels, one_channel_off_by_a_thousandth, one_bias_off])
@@ -97,13 +95,13 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
 
 def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
     """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
-    lift = view.lift
+    row = OPERATORS["BatchNormalization"]
 
-    def wrong_lift(node, view):
-        found = lift(node, view)
-        return replace(found, scale=found.scale * 1.5) if node.label == "second" else found
+    def wrong_lift(node, graph):
+        affine = row.lift(node, graph)
+        return replace(affine, scale=affine.scale * 1.5) if node.label == "second" else affine
 
-    monkeypatch.setattr(view, "lift", wrong_lift)
+    monkeypatch.setitem(OPERATORS, "BatchNormalization", replace(row, lift=wrong_lift))
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = Conv(x, w, b)
         first = BatchNormalization(c, s, t, m, v)
@@ -215,7 +213,7 @@ def test_verify_of_equal_and_of_folded_models_is_ok():
 def test_the_optimiser_is_off_unless_it_is_asked_for():
     data = mixed().SerializeToString()
     for optimise, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
-        assert session(data, optimise=optimise).get_session_options().graph_optimization_level.name == level
+        assert session(data, optimize=optimise).get_session_options().graph_optimization_level.name == level
 
 
 def test_outputs_that_differ_in_name_or_shape():
@@ -320,7 +318,7 @@ def test_the_seed_decides_the_inputs():
 
 def test_progress_is_told():
     said = []
-    fold_watched(mixed(), None, None, True, None, False, progress=said.append)
+    fastbn.fold(mixed(), progress=said.append)
     assert said[0].startswith("verifying fold 1 of 3: first")
     assert any("input 3 of 3" in text for text in said)
 
@@ -355,7 +353,7 @@ def test_external_outputs_are_verified_from_their_files(tmp_path):
     proto = mixed()
     path = tmp_path / "m.onnx"
     onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
-    result = fold_watched(path, None, None, True, None, False, stage=tmp_path)
+    result = fastbn.fold(path, workdir=tmp_path)
     assert result.parity.status == "ok"
     result.save(tmp_path / "out.onnx")
     del result

@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import onnx
 
+from fastbn.graph.fold_result import planning_of
 from fastbn.graph.model.nesting import bodies
-from fastbn.graph.ops.lift import is_batch_norm
+from fastbn.graph.ops.normalization import is_batch_norm
 
 __all__ = ["Drawing", "draw_model", "draw_site"]
 
@@ -68,7 +69,8 @@ class Drawing:
 
 def draw_model(result):
     """Return the Drawing of a model's main graph as it came: what was taken out, what took it in, what stayed."""
-    index, kinds = result.index, _kinds(result.planning)
+    planning = planning_of(result)
+    index, kinds = planning.view.index, _kinds(planning)
     nodes = [node for node in index.main.nodes if not _is_constant(node, index)]
     groups = [[node] for node in nodes]
     if len(nodes) > MODEL_BOXES:
@@ -96,7 +98,7 @@ def draw_site(plan, planning, opset):
     """Return (before, after): the Drawings of one plan's nodes and their neighbours."""
     view = planning.view
     removed, replaced = view.removed, view.replaced
-    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.dissolved])
+    inside = dict.fromkeys([*plan.path, *plan.lifted, *plan.bypassed])
     order = [node for node in view.index.order if node in inside]
     kinds = _kinds(planning)
     before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:SITE_BOXES]}
@@ -133,7 +135,7 @@ def _kinds(planning):
     for plan in planning.plans:
         kinds.update(dict.fromkeys(plan.path, "passes"))
         kinds.update(dict.fromkeys((node for node, _ in plan.constants), "home"))
-        kinds.update(dict.fromkeys((*plan.lifted, *plan.dissolved), "removed"))
+        kinds.update(dict.fromkeys((*plan.lifted, *plan.bypassed), "removed"))
     for node in planning.view.index.order:
         if is_batch_norm(node) and kinds.get(node) != "removed":
             kinds[node] = "kept"

@@ -62,7 +62,7 @@ def load_times(paths, progress=None):
             if progress:
                 progress(f"{name}, {turn + 1} of {LOADS}")
             start = time.perf_counter()
-            session(str(path), optimise=True)
+            session(str(path), optimize=True)
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(values)) for name, values in times.items()}
 
@@ -79,7 +79,7 @@ def resident_mb(path):
 def kernels_of(path, feed, folder):
     """Return the Kernels of a model on one input, from onnxruntime's own profile; None where it does not run."""
     try:
-        run = session(str(path), optimise=True, profile=folder / "profile")
+        run = session(str(path), optimize=True, profile=folder / "profile")
         run.run(None, feed)
         record = Path(run.end_profiling())
     except runtime_errors():

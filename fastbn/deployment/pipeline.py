@@ -17,7 +17,8 @@ from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph.bench import side_by_side
-from fastbn.graph.job import checked_shapes, fold_watched
+from fastbn.graph.fold_result import planning_of
+from fastbn.graph.job import checked_shapes, fold
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
@@ -202,13 +203,13 @@ class _Pipeline:
             self._check_enough(samples)
         metric, scores = self._metric(index)
         max_drop = METRICS[metric] if self.options.max_drop is None else self.options.max_drop
-        fold = self._fold()
+        folded = self._fold()
         quantization = Quantization(str(Recipe.here())) if self.options.quantize else None
-        made = Deployment(fold, samples, metric, max_drop, quantization, self.command)
+        made = Deployment(folded, samples, metric, max_drop, quantization, self.command)
         reference, reason = self._reference(made, index)
-        if fold.parity is not None and fold.parity.status == "failed":
+        if folded.parity is not None and folded.parity.status == "failed":
             made.status = "refused"
-            made.decision = f"the folded model differs from the original by more than rounding explains: {fold.parity}"
+            made.decision = f"the folded model differs from the original by more than rounding explains: {folded.parity}"
         elif reference is None:
             made.shipped, made.status = "folded", "partial"
             made.decision = f"not compared, timed or quantised, for {reason}"
@@ -248,8 +249,15 @@ class _Pipeline:
     def _fold(self):
         self._start("folding and verifying")
         options = self.options
-        return fold_watched(
-            self.model, options.only, options.skip, True, options.input_shapes, options.freeze_inputs, options.seed, self._tell, self.folder
+        return fold(
+            self.model,
+            only=options.only,
+            skip=options.skip,
+            input_shapes=options.input_shapes,
+            freeze_inputs=options.freeze_inputs,
+            seed=options.seed,
+            progress=self._tell,
+            workdir=self.folder,
         )
 
     def _reference(self, made, index):
@@ -299,7 +307,7 @@ class _Pipeline:
         began = time.monotonic()
         made.quantization.notes = quantizer.quantize(made.stage("folded").path, target, recipe=recipe, progress=self._tell)
         limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
-        session(str(target), optimise=True)
+        session(str(target), optimize=True)
         kernels = kernels_of(target, feed, self.folder)
         if kernels is not None and not kernels.other:
             raise QuantizerRefused("onnxruntime's quantiser refuses the model: none of what it made runs in integers")
@@ -323,7 +331,7 @@ class _Pipeline:
         sessions = {}
         for stage in made.stages:
             try:
-                sessions[stage.name] = session(str(stage.path), optimise=True)
+                sessions[stage.name] = session(str(stage.path), optimize=True)
             except runtime_errors() as error:  # its optimiser may fail where the plain model loads
                 stage.refused = f"onnxruntime cannot load it: {said(error)}"
         found = compare(reference, sessions, made.samples.feeds, scores, self._tell)
@@ -376,7 +384,7 @@ class _Pipeline:
         spoilt = next((found for found in stage.agreements if found.relative == float("inf") and found.note), None)
         if spoilt:
             return f"{spoilt.note} in output '{spoilt.output}'"
-        if self.options.metric != "auto" or not row_outputs(made.fold.index):
+        if self.options.metric != "auto" or not row_outputs(planning_of(made.fold).view.index):
             return _loss(stage, made)
         other = "error judges it by the error of the outputs" if made.metric == "top-1" else "top-1 judges a classifier by its decisions"
         return f"{_loss(stage, made)} (--metric {other})"

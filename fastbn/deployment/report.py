@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastbn.deployment.drawing import draw_model, draw_site
 from fastbn.errors import FastbnError, expected
+from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
 from fastbn.graph.report import size_text
 from fastbn.graph.results import Fold
@@ -43,9 +44,9 @@ def render(deployment):
     """Return the report of a Deployment as HTML."""
     page = template()
     fold = deployment.fold
-    planning = fold.planning
+    planning = planning_of(fold)
     pairs = zip(fold.folded, planning.plans, strict=True)
-    sites = [(each, *draw_site(plan, planning, fold.index.opset)) for each, plan in list(pairs)[:MOST_DRAWN]]
+    sites = [(each, *draw_site(plan, planning, planning.view.index.opset)) for each, plan in list(pairs)[:MOST_DRAWN]]
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts = fold.to_dict()

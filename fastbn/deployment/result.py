@@ -12,6 +12,7 @@ from fastbn.deployment.compare import Agreement
 from fastbn.deployment.measure import Kernels
 from fastbn.deployment.report import render
 from fastbn.errors import ParityError, expected
+from fastbn.graph.fold_result import planning_of
 from fastbn.graph.report import size_text, table
 from fastbn.graph.results import json_number
 from fastbn.graph.rewrite.destination import atomic
@@ -161,7 +162,9 @@ class Deployment:
         """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.shipped is None:
             raise ParityError(expected("a stage that may be shipped", self.decision, "deploy"))
-        return self.fold.prepared(path) if self.shipped == "folded" else prepared_bytes(path, self.quantized, self.fold.index.source)
+        if self.shipped == "folded":
+            return self.fold.prepared(path)
+        return prepared_bytes(path, self.quantized, planning_of(self.fold).view.index.source)
 
     def to_bytes(self):
         """Return the shipped model as bytes, all tensors inside."""

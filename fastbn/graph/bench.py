@@ -100,7 +100,7 @@ def side_by_side(models, feed, runs, limit=None, progress=None):
     """
     rows = []
     for threads in sorted({1, _cpus()}):
-        sessions = {name: session(model, threads=threads, optimise=True) for name, model in models.items()}
+        sessions = {name: session(model, threads=threads, optimize=True) for name, model in models.items()}
         times = {name: [] for name in sessions}
         names = list(sessions)
         start_of_all = time.perf_counter()

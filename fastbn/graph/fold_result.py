@@ -1,58 +1,78 @@
 """FoldResult: what folding made of a model, as a model, as files, as data and as text."""
 
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from onnx import ModelProto
 
 from fastbn.errors import ParityError, expected
 from fastbn.graph import report
+from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
-from fastbn.graph.model.storage import external_tensors
-from fastbn.graph.ops.lift import BATCH_NORM
-from fastbn.graph.results import SCHEMA, fold_dict, kept_dict
+from fastbn.graph.model.storage import Source, external_tensors
+from fastbn.graph.ops.normalization import BATCH_NORM
+from fastbn.graph.planner.planning import Planning
+from fastbn.graph.results import SCHEMA, Fold, FoldReport, Kept, Parity
+from fastbn.graph.rewrite.output import Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
 
-__all__ = ["FoldResult"]
+__all__ = ["FoldResult", "planning_of"]
 
 
 class FoldResult:
-    """What folding made of a model.
+    """What `fold` returns: the folded model, and what was folded, what stayed and what was verified.
 
     Attributes
     ----------
     folded : list of Fold
-        bn, ops, into, op, channels, error, bound, note.
+        bn, ops, into, op, channels, error, bound, note; in the order of the graph.
     kept : list of Kept
-        bn, ops, code, reason.
+        bn, ops, code, reason; in the order of the graph.
     parity : Parity or None
         The whole model compared with its original; None with verify=False or when nothing was folded.
     notes : tuple of str
         What else was done to the model.
-    index : model.Index
-        Of the model as it was planned.
-    planning : plan.Planning
-        Its plans, one for each of folded, node by node.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> nodes = "{ c = Conv (x, w) y = BatchNormalization <epsilon: float = 0.0> (c, s, s, m, v) }"
+    >>> weights = "<float[1, 1, 1] w = {2}, float[1] s = {1}, float[1] m = {3}, float[1] v = {4}>"
+    >>> head = '<ir_version: 8, opset_import: ["" : 17]>'
+    >>> model = onnx.parser.parse_model(f"{head} tiny (float[1, 1, 3] x) => (float[1, 1, 3] y) {weights} {nodes}")
+    >>> result = fastbn.fold(model)
+    >>> result
+    <FoldResult 'model': 1 of 1 BatchNormalization folded, parity ok>
+    >>> result.folded[0].bn, result.folded[0].into, result.kept
+    ('y', 'c', [])
+    >>> [node.op_type for node in result.model.graph.node]
+    ['Conv']
+    >>> result.to_dict()["batch_normalizations"]
+    {'before': 1, 'after': 0}
     """
 
-    def __init__(self, source, index, output, planning, folded, parity):
+    def __init__(self, source: Source, index: Index, output: Output, planning: Planning, folded: list[Fold], parity: Parity | None) -> None:
         self._source = source
-        self.index = index
+        self._index = index
         self._output = output
-        self.planning = planning
-        self.folded = folded
-        self.kept = planning.kept
-        self.parity = parity
+        self._planning = planning
+        self.folded: list[Fold] = folded
+        self.kept: list[Kept] = planning.kept
+        self.parity: Parity | None = parity
         raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
-        self.notes = (*index.source.notes, *raised)
+        self.notes: tuple[str, ...] = (*index.source.notes, *raised)
 
     @property
-    def model(self):
+    def model(self) -> ModelProto:
         """The folded onnx.ModelProto with all tensors inside; above 2 GB use save."""
         return self._output.to_proto()
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """Return the folded model as bytes with all tensors inside; a model in which nothing changed comes back byte for byte."""
         return self._output.to_bytes()
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write the folded model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
 
         Raises
@@ -66,34 +86,34 @@ class FoldResult:
             pass
         return prepared.paths
 
-    def prepared(self, path):
-        """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
+    def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
+        """Return a context in which the files of `save` are written under other names; they are renamed when it ends without an error."""
         if self.parity is not None and self.parity.status == "failed":
             raise ParityError(expected("parity with the original", str(self.parity), "fold"))
         return self._output.prepared(path)
 
-    def to_dict(self):
+    def to_dict(self) -> FoldReport:
         """Return everything as data that JSON holds; "schema" is its version."""
         before, after = _counts(self._source.proto), _counts(self._output.proto)
         return {
             "schema": SCHEMA,
-            "model": self.index.source.name,
-            "opset": self.index.opset,
-            "ir_version": self.index.proto.ir_version,
+            "model": self._index.source.name,
+            "opset": self._index.opset,
+            "ir_version": self._index.proto.ir_version,
             "nodes": {"before": before[0], "after": after[0]},
             "batch_normalizations": {"before": before[1], "after": after[1]},
-            "folded": [fold_dict(fold) for fold in self.folded],
-            "kept": [kept_dict(kept) for kept in self.kept],
+            "folded": [fold.to_dict() for fold in self.folded],
+            "kept": [kept.to_dict() for kept in self.kept],
             "notes": list(self.notes),
             "parity": None if self.parity is None else self.parity.to_dict(),
         }
 
-    def lines(self):
-        """Return the report as lines of text, the first about the model as it came."""
+    def lines(self) -> list[str]:
+        """Return the report as lines of text, the first about the original."""
         before, after = _counts(self._source.proto), _counts(self._output.proto)
         source = self._source
         size = report.size_text(source.size(external_tensors(source.proto)))
-        head = f"{Path(source.name).name}   opset {self.index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
+        head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
         lines = [head, *report.result_rows(self.folded, self.kept)]
         lines.extend(f"  note    {note}" for note in self.notes)
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
@@ -102,11 +122,22 @@ class FoldResult:
             lines.extend(f"        {note}" for note in self.parity.notes)
         return lines
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))
 
+    def __repr__(self) -> str:
+        folded, kept = (sum(each.ops.count(BATCH_NORM) for each in entries) for entries in (self.folded, self.kept))
+        verified = "not verified" if self.parity is None else f"parity {self.parity.status}"
+        name = Path(self._source.name).name
+        return f"<FoldResult {name!r}: {folded} of {folded + kept} BatchNormalization folded, {verified}>"
 
-def _counts(proto):
+
+def planning_of(result: FoldResult) -> Planning:
+    """Return the plans of a result, one for each of `folded` in the same order: for the rest of the package, not for users."""
+    return result._planning
+
+
+def _counts(proto: ModelProto) -> tuple[int, int]:
     """Return (nodes, batch normalizations) of a model, those in subgraphs and functions included."""
     nodes = [node for graph in scopes_of(proto.graph) for node in graph.node]
     nodes += [node for function in proto.functions for node in function.node]

@@ -1,8 +1,10 @@
-"""The main job: load, plan, verify each view, write, verify the whole."""
+"""The main job: load, plan, verify each fold, write, verify the whole model."""
 
 import os
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 from onnx.inliner import inline_selected_functions
 
@@ -11,24 +13,47 @@ from fastbn.graph.fold_result import FoldResult
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standard
-from fastbn.graph.ops.lift import BATCH_NORM, is_batch_norm
-from fastbn.graph.parity.fold_parity import check_fold
+from fastbn.graph.model.storage import ModelLike, Source
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
+from fastbn.graph.parity.fold_parity import FoldParity, check_fold
 from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
-from fastbn.graph.planner.planning import plan
+from fastbn.graph.parity.reference import Progress, silent
+from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.planning import Planning
+from fastbn.graph.planner.view import Plan
 from fastbn.graph.reasons import first_few
-from fastbn.graph.results import Fold
+from fastbn.graph.results import Fold, Parity
+from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.writer import rewrite
 from fastbn.graph.runtime import Runnable
 
-# Folds that are left out one by one because the whole model fails with them.
-MOST_CULPRITS = 8
+# Folds that are excluded one by one because the whole model fails with them.
+MOST_EXCLUDED = 8
 
-__all__ = ["checked_shapes", "fold", "fold_watched", "verify", "verify_watched"]
+Globs: TypeAlias = str | list[str] | tuple[str, ...]
+InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
+
+# A node by the number of its scope and its position there, as `planner.plan` excludes it; the nodes that a plan lifts.
+NodeKey: TypeAlias = tuple[int, int]
+PlanKey: TypeAlias = tuple[NodeKey, ...]
+
+__all__ = ["Globs", "InputShapes", "checked_shapes", "fold", "verify"]
 
 
-def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_inputs=False, seed=0):
-    """Fold every inference batch normalization that can be folded exactly into its neighbours' weights.
+def fold(
+    model: ModelLike,
+    *,
+    only: Globs | None = None,
+    skip: Globs | None = None,
+    verify: bool = True,
+    input_shapes: InputShapes | None = None,
+    freeze_inputs: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+) -> FoldResult:
+    """Fold every inference batch normalization that can be folded exactly into its neighbors' weights.
 
     Parameters
     ----------
@@ -37,13 +62,17 @@ def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_
     only, skip : str or sequence of str, optional
         Globs over node names: fold only these, never those.
     verify : bool
-        Run every fold and the whole model in onnxruntime, its optimiser off, against the original.
+        Run every fold and the whole model in onnxruntime, its optimizer off, against the original.
     input_shapes : dict of name -> sequence of int, optional
         Sizes of graph inputs that the model leaves open.
     freeze_inputs : bool
         Make constants of initializers that are also graph inputs; they leave the model's inputs.
     seed : int
         Of the random inputs of the verification.
+    progress : callable of str, optional
+        Called with a line of text before each step of the verification.
+    workdir : path, optional
+        Where a hidden folder holds the files of a model with external data while it is verified; the system's temporary one by default.
 
     Returns
     -------
@@ -51,183 +80,215 @@ def fold(model, *, only=None, skip=None, verify=True, input_shapes=None, freeze_
 
     Raises
     ------
-    StorageError
-        A file cannot be read.
-    ModelError
-        The model is malformed.
+    StorageError, ModelError
+        A file cannot be read; the model is malformed.
     ArgumentError, ArgumentTypeError
         An option cannot be used.
 
     Examples
     --------
-    >>> import fastbn  # doctest: +SKIP
-    >>> result = fastbn.fold("resnet.onnx")  # doctest: +SKIP
-    >>> result.save("resnet.folded.onnx")  # doctest: +SKIP
+    >>> import fastbn, onnx
+    >>> nodes = "{ c = Conv (x, w) y = BatchNormalization (c, s, s, s, s) }"
+    >>> tiny = f"(float[1, 1, 3] x) => (float[1, 1, 3] y) <float[1, 1, 1] w = {{2}}, float[1] s = {{1}}> {nodes}"
+    >>> result = fastbn.fold(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> tiny {tiny}'))
+    >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
+    ('c', True, 1)
     """
-    return fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed)
+    shapes = checked_shapes(input_shapes)
+    options = _Options(_globs(only, "only"), _globs(skip, "skip"), verify, shapes, freeze_inputs, seed, progress or silent, workdir)
+    return _folded(storage.load(model), options)
 
 
-def fold_watched(model, only, skip, verify, input_shapes, freeze_inputs, seed=0, progress=None, stage=None):
-    """Do what `fold` does; tell `progress`, a callable of str, what is being verified, and stage the files of a model with external data in
-    the folder `stage` while it is verified (a temporary one without it)."""
-    only, skip = _globs(only, "only"), _globs(skip, "skip")
-    input_shapes = checked_shapes(input_shapes)
-    source = storage.load(model)
-    for candidate in _with_and_without_functions(source):
-        index = Index(candidate, freeze_inputs, input_shapes)
-        _check_globs(index, only, skip)
-        job = _Job(source, index, only, skip, verify, seed, progress or (lambda text: None), stage)
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `fold` beside the model, checked."""
+
+    only: list[str] | None
+    skip: list[str] | None
+    verify: bool
+    input_shapes: dict[str, tuple[int, ...]]
+    freeze_inputs: bool
+    seed: int
+    progress: Progress
+    workdir: str | os.PathLike[str] | None
+
+
+def _folded(source: Source, options: _Options) -> FoldResult:
+    inlined = _inlined(source)
+    job = _Job(source, source if inlined is None else inlined, options)
+    planning = job.plan()
+    if inlined is not None and not planning.plans:
+        job = _Job(source, source, options)
         planning = job.plan()
-        if planning.plans:
-            break
-    planning, output, parity = job.finish(planning)
-    missed = (
-        unreached(index, planning, parity.compared, parity.missed) if parity is not None and parity.status in ("ok", "inconclusive") else []
-    )
-    if missed and parity.ok:
-        names = first_few([found.lifted[0].label for found in missed])
-        parity = replace(parity, status="inconclusive", reason=f"no output that could be compared depends on the fold of {names}")
-    folded = [_fold_of(found, job.checks.get(_key(found)), output, found in missed) for found in planning.plans]
-    return FoldResult(source, index, output, planning, folded, parity)
+    return job.result(planning)
 
 
 class _Job:
-    """One model on its way: plans whose sites hold, the model that they make, and its parity as a whole."""
+    """One call of `fold` on one form of the model: the original, or the original with functions inlined."""
 
-    def __init__(self, source, index, only, skip, verify, seed, progress, stage):
-        self.source = source
-        self.index = index
-        self.only, self.skip = only, skip
-        self.verify = verify
-        self.seed = seed
-        self.progress = progress
-        self.stage = stage
-        self.excluded = {}
-        self.checks = {}
-        self.comparison = None
+    def __init__(self, original: Source, form: Source, options: _Options) -> None:
+        self.original = original
+        self.options = options
+        self.index = Index(form, options.freeze_inputs, options.input_shapes)
+        _check_globs(self.index, options.only, options.skip)
+        # Node -> why it is not folded: verification found its fold wrong.
+        self.excluded: dict[NodeKey, str] = {}
+        self.checks: dict[PlanKey, FoldParity] = {}
+        self.comparison: Comparison | None = None
 
-    def plan(self, without=()):
-        """Plan, run every view, and plan again without the folds that failed, until none does."""
+    def plan(self, without: Iterable[NodeKey] = ()) -> Planning:
+        """Plan, verify every fold, and plan again without the folds that failed, until none does."""
         while True:
-            planning = plan(self.index, self.only, self.skip, {**self.excluded, **dict.fromkeys(without, "")})
-            wrong = [found for found in planning.plans if self.verify and not self._check(found, planning).ok]
-            if not wrong:
+            planning = self._planned(dict.fromkeys(without, ""))
+            failed = [plan for plan in planning.plans if self.options.verify and not self._check(plan, planning).ok]
+            if not failed:
                 return planning
-            for found in wrong:
-                self._exclude(found, planning)
+            for plan in failed:
+                self._exclude(plan, planning)
 
-    def _check(self, found, planning):
-        key = _key(found)
+    def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
+        return planner.plan(self.index, self.options.only, self.options.skip, {**self.excluded, **without})
+
+    def _check(self, plan: Plan, planning: Planning) -> FoldParity:
+        key = _key(plan)
         if key not in self.checks:
-            number = planning.plans.index(found) + 1
-            self.progress(f"verifying fold {number} of {len(planning.plans)}: {found.lifted[0].label}")
-            self.checks[key] = check_fold(found, planning.view, self.seed)
+            number = planning.plans.index(plan) + 1
+            self.options.progress(f"verifying fold {number} of {len(planning.plans)}: {plan.lifted[0].label}")
+            self.checks[key] = check_fold(plan, planning.view, self.options.seed)
         return self.checks[key]
 
-    def _exclude(self, found, planning):
-        """Leave out of a plan that failed the one node without which it holds, or all of it."""
-        check = self._check(found, planning)
-        homes = ", ".join(f"{home.op} '{home.label}'" for home in found.homes)
-        sentence = f"folded into {homes} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
-        key = _key(found)
+    def _exclude(self, plan: Plan, planning: Planning) -> None:
+        """Exclude the one node without which a failed plan holds, or all nodes of the plan."""
+        check = self._check(plan, planning)
+        absorbers = ", ".join(f"{node.op} '{node.label}'" for node in plan.absorbers)
+        sentence = f"folded into {absorbers} it differs by {check.error:.2g}, {check.bound:.2g} is allowed"
+        key = _key(plan)
         if len(key) > 1:
-            culprit = self._wrong_link(key, sentence)
-            if self._holds(key, {culprit: sentence}):
-                self.excluded[culprit] = sentence
+            # The first node with which a plan of the nodes up to it fails.
+            first = key[_shortest_failing(len(key), lambda length: self._holds(key, dict.fromkeys(key[length:], sentence))) - 1]
+            if self._holds(key, {first: sentence}):
+                self.excluded[first] = sentence
                 return
         self.excluded.update(dict.fromkeys(key, sentence))
 
-    def _wrong_link(self, key, sentence):
-        """Return the first of these nodes with which a plan that begins with the first of them fails, by bisection."""
-        holds, fails = 0, len(key)
-        while fails - holds > 1:
-            middle = (holds + fails) // 2
-            if self._holds(key[:middle], dict.fromkeys(key[middle:], sentence)):
-                holds = middle
-            else:
-                fails = middle
-        return key[fails - 1]
+    def _holds(self, key: PlanKey, without: Mapping[NodeKey, str]) -> bool:
+        """Say whether some of these nodes fold, and all such folds hold, when others are excluded."""
+        planning = self._planned(without)
+        plans = [plan for plan in planning.plans if set(_key(plan)) & set(key)]
+        return bool(plans) and all(self._check(plan, planning).ok for plan in plans)
 
-    def _holds(self, key, without):
-        """Say whether some of these nodes fold, and rightly so, where others are left out."""
-        trial = plan(self.index, self.only, self.skip, {**self.excluded, **without})
-        rest = [other for other in trial.plans if set(_key(other)) & set(key)]
-        return bool(rest) and all(self._check(other, trial).ok for other in rest)
+    def result(self, planning: Planning) -> FoldResult:
+        """Write and verify the whole model; return the FoldResult."""
+        planning, output, parity = self._finish(planning)
+        missed: list[Plan] = []
+        if parity is not None and parity.status in ("ok", "inconclusive"):
+            missed = unreached(self.index, planning, parity.compared, parity.missed)
+            if missed and parity.ok:
+                names = first_few([plan.lifted[0].label for plan in missed])
+                reason = f"no output that could be compared depends on the fold of {names}"
+                parity = replace(parity, status="inconclusive", reason=reason)
+        folded = [_fold_of(plan, self.checks.get(_key(plan)), output, plan in missed) for plan in planning.plans]
+        return FoldResult(self.original, self.index, output, planning, folded, parity)
 
-    def finish(self, planning):
-        """Return (planning, output, parity): without the folds that spoil the whole model although their own proofs held."""
+    def _finish(self, planning: Planning) -> tuple[Planning, Output, Parity | None]:
+        """Return (planning, output, parity): without the folds with which the whole model fails although each of them holds alone."""
         output, parity = self._whole(planning)
-        for _ in range(MOST_CULPRITS):
+        for _ in range(MOST_EXCLUDED):
             if parity is None or parity.status != "failed":
                 break
             sentence = f"with it the whole model differs: {parity}"
-            self.excluded.update(dict.fromkeys(self._culprit(planning), sentence))
+            self.excluded.update(dict.fromkeys(self._first_failing(planning), sentence))
             planning = self.plan()
             output, parity = self._whole(planning)
         return planning, output, parity
 
-    def _culprit(self, planning):
-        """Return the key of the first plan with which the whole model fails, by bisection."""
-        keys = [_key(found) for found in planning.plans]
-        holds, fails = 0, len(keys)
-        while fails - holds > 1:
-            middle = (holds + fails) // 2
-            self.progress(f"looking for the fold that fails: {fails - holds} left")
-            parity = self._whole(self.plan(without=[node for key in keys[middle:] for node in key]))[1]
-            if parity is None or parity.status != "failed":
-                holds = middle
-            else:
-                fails = middle
-        return keys[fails - 1]
+    def _first_failing(self, planning: Planning) -> PlanKey:
+        """Return the key of the first plan with which the whole model fails."""
+        keys = [_key(plan) for plan in planning.plans]
 
-    def _whole(self, planning):
+        def holds(length: int) -> bool:
+            parity = self._whole(self.plan(without=[node for key in keys[length:] for node in key]))[1]
+            return parity is None or parity.status != "failed"
+
+        def tell(left: int) -> None:
+            self.options.progress(f"looking for the fold that fails: {left} left")
+
+        return keys[_shortest_failing(len(keys), holds, tell) - 1]
+
+    def _whole(self, planning: Planning) -> tuple[Output, Parity | None]:
         """Return (output, parity of the whole model)."""
         output = rewrite(self.index, planning)
-        if not self.verify or not planning.plans:
+        if not self.options.verify or not planning.plans:
             return output, None
         if output.is_external:
-            self.progress("writing the folded model for its verification")
-            path = output.stage(self.stage)
+            self.options.progress("writing the folded model for its verification")
+            path = output.stage(self.options.workdir)
             folded = Runnable(os.fspath(path), path.parent)
         else:
             folded = Runnable(output.to_bytes())
         if self.comparison is None:
-            original = Runnable.of(self.source)
-            shapes = self.index.input_shapes
-            self.comparison = Comparison(original, self.index, input_shapes=shapes, seed=self.seed, progress=self.progress)
+            self.comparison = Comparison(
+                Runnable.of(self.original),
+                self.index,
+                input_shapes=self.options.input_shapes,
+                seed=self.options.seed,
+                progress=self.options.progress,
+            )
         return output, self.comparison.check(folded, lambda names: bool(names) and not unreached(self.index, planning, names))
 
 
-def _with_and_without_functions(source):
-    """Yield the Source with the model-local functions that hold a batch normalization inlined, then as it came.
+def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[int], None] | None = None) -> int:
+    """Return the length of the shortest prefix of `count` entries that fails, by bisection; all entries together are known to fail."""
+    longest, shortest = 0, count  # known to hold; known to fail
+    while shortest - longest > 1:
+        middle = (longest + shortest) // 2
+        if tell:
+            tell(shortest - longest)
+        if holds(middle):
+            longest = middle
+        else:
+            shortest = middle
+    return shortest
 
-    A function that several calls share has parameters of its own only where it is called; what is inlined in vain is not kept.
+
+def _inlined(source: Source) -> Source | None:
+    """Return the model with those model-local functions inlined that hold a batch normalization; None where that is not possible.
+
+    A function that several calls share can only be folded where it is inlined.
     """
     holders = [
         (function.domain, function.name)
         for function in source.proto.functions
         if any(node.op_type == BATCH_NORM and is_standard(node.domain) for node in function.node)
     ]
-    if holders and expanded_size(source.proto) <= LARGEST_INLINED:
-        try:
-            inlined = inline_selected_functions(source.proto, holders)
-        except Exception:  # the inliner raises many kinds on odd models: then the functions stay, with their reason
-            pass
-        else:
-            candidate = storage.Source(inlined, source.path, source.name)
-            candidate.notes = tuple(f"model-local function '{name}' inlined" for _, name in holders)
-            yield candidate
-    yield source
+    if not holders or expanded_size(source.proto) > LARGEST_INLINED:
+        return None
+    try:
+        proto = inline_selected_functions(source.proto, holders)
+    except Exception:  # the inliner raises many kinds on odd models: then the functions stay, with their reason
+        return None
+    inlined = Source(proto, source.path, source.name)
+    inlined.notes = tuple(f"model-local function '{name}' inlined" for _, name in holders)
+    return inlined
 
 
-def verify(original, folded, *, input_shapes=None, seed=0):
-    """Compare two models on the same inputs, onnxruntime's optimiser off on both sides.
+def verify(
+    original: ModelLike,
+    folded: ModelLike,
+    *,
+    input_shapes: InputShapes | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compare two models on the same inputs, onnxruntime's optimizer off on both sides.
 
     Parameters
     ----------
     original, folded : str, os.PathLike, bytes or onnx.ModelProto
     input_shapes, seed
         As in `fold`.
+    progress : callable of str, optional
+        Called with a line of text before each step.
 
     Returns
     -------
@@ -238,38 +299,47 @@ def verify(original, folded, *, input_shapes=None, seed=0):
     ------
     StorageError, ModelError
         As in `fold`.
+
+    Examples
+    --------
+    >>> import fastbn, onnx
+    >>> text = '<ir_version: 8, opset_import: ["" : 17]> tiny (float[1, 2] x) => (float[1, 2] y) { y = %s (x, x) }'
+    >>> add, mul = (onnx.parser.parse_model(text % op) for op in ("Add", "Mul"))
+    >>> fastbn.verify(add, add).ok, fastbn.verify(add, mul).status
+    (True, 'failed')
     """
-    return verify_watched(original, folded, input_shapes, seed)
-
-
-def verify_watched(original, folded, input_shapes, seed=0, progress=None):
-    """Do what `verify` does; tell `progress`, a callable of str, what is being run."""
-    input_shapes = checked_shapes(input_shapes)
-    index = Index(storage.load(original), False, input_shapes)
+    shapes = checked_shapes(input_shapes)
+    index = Index(storage.load(original), False, shapes)
     other = Runnable.of(storage.load(folded))
-    return Comparison(Runnable.of(index.source), index, input_shapes=input_shapes, seed=seed, progress=progress).check(other)
+    return Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress).check(other)
 
 
-def _key(found):
-    return tuple((node.scope.number, node.position) for node in found.lifted)
+def _key(plan: Plan) -> PlanKey:
+    return tuple((node.scope.number, node.position) for node in plan.lifted)
 
 
-def _fold_of(found, check, output, missed):
-    labels = "+".join(node.label for node in found.lifted)
-    ops = tuple(node.op for node in found.lifted)
-    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in found.path if node in output.duplicates]
-    if found.replaced:
+def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
+    """Return a plan as the result reports it; is_missed says that the comparison of the whole model does not depend on it."""
+    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in plan.path if node in output.duplicates]
+    if plan.replaced:
         notes.append("an Add keeps the shift")
     if check and check.note:
         notes.append(check.note)
-    if missed:
+    if is_missed:
         notes.append("not reached by the comparison of the whole model")
-    error, bound = (check.error, check.bound) if check else (None, None)
-    into, op = ("+".join(getattr(home, name) for home in found.homes) for name in ("label", "op"))
-    return Fold(labels, ops, into, op, found.channels, error, bound, "; ".join(notes) or None)
+    return Fold(
+        bn="+".join(node.label for node in plan.lifted),
+        ops=tuple(node.op for node in plan.lifted),
+        into="+".join(node.label for node in plan.absorbers),
+        op="+".join(node.op for node in plan.absorbers),
+        channels=plan.channels,
+        error=check.error if check else None,
+        bound=check.bound if check else None,
+        note="; ".join(notes) or None,
+    )
 
 
-def _globs(value, where):
+def _globs(value: Globs | None, where: str) -> list[str] | None:
     if value is None:
         return None
     globs = [value] if isinstance(value, str) else value
@@ -278,7 +348,7 @@ def _globs(value, where):
     return list(globs)
 
 
-def _check_globs(index, only, skip):
+def _check_globs(index: Index, only: list[str] | None, skip: list[str] | None) -> None:
     labels = [node.label for node in index.order]
     for where, globs in (("only", only), ("skip", skip)):
         for glob in globs or ():
@@ -288,10 +358,10 @@ def _check_globs(index, only, skip):
                 raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
 
 
-def checked_shapes(input_shapes):
-    """Return input_shapes as a dict of name -> tuple of int; raises ArgumentError or ArgumentTypeError where they are none."""
+def checked_shapes(input_shapes: InputShapes | None) -> dict[str, tuple[int, ...]]:
+    """Return input_shapes as a dict of name -> tuple of int; raises ArgumentError or ArgumentTypeError where it is not that."""
     shapes = {}
-    if input_shapes is not None and not isinstance(input_shapes, dict):
+    if input_shapes is not None and not isinstance(input_shapes, Mapping):
         raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))
     for name, sizes in (input_shapes or {}).items():
         good = isinstance(sizes, (list, tuple)) and all(

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from typing import SupportsFloat, SupportsIndex
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 
@@ -11,7 +12,7 @@ __all__ = ["LARGEST_SEED", "number_between", "whole_number"]
 LARGEST_SEED = 2**32 - 1
 
 
-def whole_number(value: object, where: str, least: int = 0, most: int | None = None) -> int:
+def whole_number(value: SupportsIndex, where: str, least: int = 0, most: int | None = None) -> int:
     """Return an option as an int; raises ArgumentTypeError where it is no whole number, ArgumentError where it is out of range."""
     try:
         number = operator.index(value)
@@ -25,10 +26,10 @@ def whole_number(value: object, where: str, least: int = 0, most: int | None = N
     return number
 
 
-def number_between(value: object, where: str, least: float, most: float, what: str) -> float:
+def number_between(value: SupportsFloat, where: str, least: float, most: float, what: str) -> float:
     """Return an option as a float, within least and most; raises ArgumentTypeError or ArgumentError, what says what it should be."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ArgumentTypeError(expected(what, type(value).__name__, where))
-    if not least <= value <= most:
+    if value < least or not value <= most:  # NaN is neither
         raise ArgumentError(expected(what, str(value), where))
     return float(value)

@@ -1,12 +1,55 @@
 """Why a batch normalization stays: the table of codes, and the refusal that carries one."""
 
-__all__ = ["FORWARDS", "REASONS", "Refusal", "first_few"]
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
-# What parts the two halves of a reason: no way against the data flow, and none along it.
+__all__ = ["FORWARDS", "REASONS", "ReasonCode", "Refusal", "first_few"]
+
+# Separates the two parts of a reason: why the search backward failed, and why the search forward did.
 FORWARDS = "; forwards: "
 
-# Code -> what it means. Codes are stable: scripts match on them.
-REASONS = {
+# Codes are stable: scripts match on them.
+ReasonCode: TypeAlias = Literal[
+    "training",
+    "per-element",
+    "dynamic-parameters",
+    "overridable-parameters",
+    "bad-parameters",
+    "unsupported-type",
+    "in-function",
+    "not-selected",
+    "reads-input",
+    "reads-constant",
+    "unused",
+    "no-absorber",
+    "crosses-scope",
+    "other-readers",
+    "other-outputs",
+    "other-branch",
+    "reads-twice",
+    "graph-output",
+    "dynamic-weight",
+    "overridable-weight",
+    "quantised",
+    "dynamic-index",
+    "axis",
+    "axis-unknown",
+    "padding",
+    "shift-cannot-pass",
+    "shift-through-relu",
+    "mixed-sign-through-relu",
+    "mixed-sign-through-maxpool",
+    "interpolation",
+    "training-dropout",
+    "too-far",
+    "grows",
+    "overflow",
+    "flush-to-zero",
+    "parity",
+]
+
+# Code -> what it means.
+REASONS: dict[ReasonCode, str] = {
     # What the node itself is.
     "training": "it normalises with the statistics of the batch, or hands them out",
     "per-element": "spatial=0: its parameters are per element, not per channel",
@@ -50,15 +93,23 @@ REASONS = {
 
 
 class Refusal(Exception):
-    """Why an affine cannot be folded: a code of REASONS and a sentence about the nodes at hand."""
+    """Why an affine cannot be folded.
 
-    def __init__(self, code, sentence):
+    Parameters
+    ----------
+    code : ReasonCode
+        One of REASONS.
+    sentence : str
+        The reason, with the names of the nodes.
+    """
+
+    def __init__(self, code: ReasonCode, sentence: str) -> None:
         assert code in REASONS, code
         super().__init__(sentence)
         self.code = code
         self.sentence = sentence
 
 
-def first_few(entries):
-    """Return a list as a sentence shows it: the first four, and whether there are more."""
+def first_few(entries: Sequence[object]) -> str:
+    """Return the first four entries as text, with "..." where there are more."""
     return ", ".join(map(str, entries[:4])) + (", ..." if len(entries) > 4 else "")

@@ -2,20 +2,22 @@
 
 import re
 import textwrap
+from collections.abc import Iterable, Sequence
 
 from fastbn.graph.reasons import FORWARDS
+from fastbn.graph.results import Fold, Kept
 
 __all__ = ["result_rows", "size_text", "table", "wrapped"]
 
-# Columns of a line that goes to no terminal, and of a row's list of names before it is listed below the row.
+# Columns of a line that is not printed to a terminal; columns of joined names above which they are listed below the row.
 WIDTH, LONGEST_NAMES = 160, 72
 
-# Where the second line of a folded one begins: below the text behind its label or its indent; a label is short.
+# What a wrapped line is indented by: the width of its label (up to 8 characters) and the blanks after it, or of its own indent.
 HANGING = re.compile(r" {2}\S{1,8} +|\S{1,8} {2,}| +")
 
 
-def result_rows(folded, kept):
-    """Return the lines of a report, a node each: what was folded where, what stayed and why."""
+def result_rows(folded: Sequence[Fold], kept: Sequence[Kept]) -> list[str]:
+    """Return the lines of a report, one for each fold and each node that stayed, and a line more where its names are long."""
     rows, below = [], []
     for fold in folded:
         bn, bn_names = _counted(fold.bn, len(fold.ops))
@@ -36,8 +38,8 @@ def result_rows(folded, kept):
     return lines
 
 
-def _counted(names, count):
-    """Return joined names as a row shows them, and as they are listed below it: where they are long, the row has their number."""
+def _counted(names: str, count: int) -> tuple[str, str]:
+    """Return (joined names as the row shows them, as the line below lists them): where they are long, the row has their number."""
     if len(names) <= LONGEST_NAMES:
         return names, ""
     if count == 1:
@@ -46,24 +48,25 @@ def _counted(names, count):
     return f"{count} nodes", ", ".join(each) if len(each) == count else names
 
 
-def wrapped(lines, width=None):
-    """Return lines folded at a width, 160 columns by default, what goes on below what the line is about."""
-    folded = []
+def wrapped(lines: Iterable[str], width: int | None = None) -> list[str]:
+    """Return lines wrapped at a width, 160 columns by default; the rest of a line is indented to its text."""
+    rows: list[str] = []
     for line in lines:
         hanging = HANGING.match(line)
         indent = min(len(hanging[0]) if hanging else 4, (width or WIDTH) // 2)
-        folded += textwrap.wrap(line, width or WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False) or [""]
-    return folded
+        rows += textwrap.wrap(line, width or WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False) or [""]
+    return rows
 
 
-def size_text(size):
-    """Return a number of bytes as people read it."""
+def size_text(size: int) -> str:
+    """Return a number of bytes as text, in kB or MB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
-def table(rows):
-    """Return rows of cells as lines whose columns line up; the last cell of a row is as long as it is."""
-    widths = {}
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns; the last cell of a row is not padded."""
+    rows = list(rows)
+    widths: dict[int, int] = {}
     for row in rows:
         for column, cell in enumerate(row[:-1]):
             widths[column] = max(widths.get(column, 0), len(cell))

@@ -1,19 +1,102 @@
-"""What folding and comparing say, as data: Fold, Kept, Parity."""
+"""Results as data: Fold, Kept, Parity, and the dictionaries of the JSON report."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
 
-__all__ = ["SCHEMA", "Fold", "Kept", "Parity", "fold_dict", "json_number", "kept_dict"]
+from fastbn.graph.reasons import ReasonCode
 
-# Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
+__all__ = ["SCHEMA", "Change", "Fold", "FoldDict", "FoldReport", "Kept", "KeptDict", "Parity", "ParityDict", "ParityStatus", "json_number"]
+
+# Version of the JSON report: it is raised when a field changes its meaning or is removed, not when one is added.
 SCHEMA = 1
+
+ParityStatus: TypeAlias = Literal["ok", "failed", "inconclusive", "not-run"]
+
+# A float as JSON holds it: Inf and NaN are strings.
+JsonNumber: TypeAlias = float | str | None
+
+
+class FoldDict(TypedDict):
+    """A Fold in the JSON report."""
+
+    bn: str
+    ops: tuple[str, ...]
+    into: str
+    op: str
+    channels: int
+    error: JsonNumber
+    bound: JsonNumber
+    note: str | None
+
+
+class KeptDict(TypedDict):
+    """A Kept in the JSON report."""
+
+    bn: str
+    ops: tuple[str, ...]
+    code: ReasonCode
+    reason: str
+
+
+class ParityDict(TypedDict):
+    """A Parity in the JSON report."""
+
+    status: ParityStatus
+    inputs: int
+    output: str | None
+    index: tuple[int, ...]
+    values: list[JsonNumber]
+    error: JsonNumber
+    allowed: JsonNumber
+    reason: str | None
+    notes: tuple[str, ...]
+    compared: tuple[str, ...]
+    missed: tuple[str, ...]
+
+
+class Change(TypedDict):
+    """A count before and after folding."""
+
+    before: int
+    after: int
+
+
+class FoldReport(TypedDict):
+    """The JSON report of a fold."""
+
+    schema: int
+    model: str
+    opset: int
+    ir_version: int
+    nodes: Change
+    batch_normalizations: Change
+    folded: list[FoldDict]
+    kept: list[KeptDict]
+    notes: list[str]
+    parity: ParityDict | None
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One fold. error and bound are those of the worst element of its site; None where the site was not run (note says why)."""
+    """Nodes that were folded together.
+
+    Attributes
+    ----------
+    bn : str
+        Labels of the nodes that are gone, joined by "+". A label is the name of a node, or that of its first output where it has none.
+    ops : tuple of str
+        Their operators: BatchNormalization, or Mul, Add, ... where it came decomposed.
+    into, op : str
+        Labels and operators of the absorbers, each joined by "+".
+    channels : int
+    error, bound : float or None
+        Of the element of the segment with the largest error as a part of its bound: |folded - original|, and what rounding theory allows.
+        None where the segment was not run; note says why.
+    note : str or None
+    """
 
     bn: str
-    ops: tuple
+    ops: tuple[str, ...]
     into: str
     op: str
     channels: int
@@ -21,75 +104,127 @@ class Fold:
     bound: float | None = None
     note: str | None = None
 
+    def to_dict(self) -> FoldDict:
+        """Return the fields as JSON holds them."""
+        return {
+            "bn": self.bn,
+            "ops": self.ops,
+            "into": self.into,
+            "op": self.op,
+            "channels": self.channels,
+            "error": json_number(self.error),
+            "bound": json_number(self.bound),
+            "note": self.note,
+        }
+
 
 @dataclass(frozen=True)
 class Kept:
-    """One BatchNormalization, or one that was decomposed into Mul and Add, that stays."""
+    """One BatchNormalization, or one that was decomposed into Mul and Add, that stays.
 
-    bn: str
-    ops: tuple
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Two models compared on the same inputs, onnxruntime's optimiser off on both sides.
-
-    status is "ok", "failed", "inconclusive" (what rounding may change is so large that nothing is proven) or "not-run". The worst element
-    is the one whose error is the largest part of what is allowed; index is its place in output, values are (original, folded). compared
-    holds the names of the outputs, and of values on the way, that were compared within a bound that proves something.
+    Attributes
+    ----------
+    bn : str
+        Label of the node; those of a chain joined by "+".
+    ops : tuple of str
+        Their operators.
+    code : str
+        A key of `reasons.REASONS`.
+    reason : str
+        The reason as a sentence.
     """
 
-    status: str
+    bn: str
+    ops: tuple[str, ...]
+    code: ReasonCode
+    reason: str
+
+    def to_dict(self) -> KeptDict:
+        """Return the fields as JSON holds them."""
+        return {"bn": self.bn, "ops": self.ops, "code": self.code, "reason": self.reason}
+
+
+@dataclass(frozen=True, repr=False)
+class Parity:
+    """Two models compared on the same inputs, onnxruntime's optimizer off on both sides.
+
+    Attributes
+    ----------
+    status : str
+        "ok", "failed", "inconclusive" (the bound is so large that nothing is proven) or "not-run".
+    inputs : int
+        How many kinds of input were compared.
+    output : str or None
+        The output that holds the worst element: the one whose error is the largest part of what is allowed.
+    index : tuple of int
+        The place of the worst element in this output.
+    values : tuple of float
+        (original, folded) of the worst element.
+    error, allowed : float or None
+        Of the worst element: |folded - original|, and what is allowed there.
+    reason : str or None
+        Why the status is not "ok".
+    notes : tuple of str
+        What could not be compared, and why.
+    compared : tuple of str
+        Names of the outputs, and of values inside the model, that were compared within a bound that proves something.
+    missed : tuple of str
+        Choices of branches in which nothing was compared.
+    """
+
+    status: ParityStatus
     inputs: int = 0
     output: str | None = None
-    index: tuple = ()
-    values: tuple = ()
+    index: tuple[int, ...] = ()
+    values: tuple[float, float] | tuple[()] = ()
     error: float | None = None
     allowed: float | None = None
     reason: str | None = None
-    notes: tuple[str, ...] = field(default=())
-    compared: tuple[str, ...] = field(default=())
-    missed: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Say whether the models agree, and that was proven."""
         return self.status == "ok"
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.status == "not-run":
             return f"not run: {self.reason}"
         if self.error is None:
             return f"failed: {self.reason}" if self.reason else self.status
-        place = ",".join(map(str, self.index))
         before, after = (f"{value:.5g}" for value in self.values)
         text = (
-            f"{self.inputs} inputs, optimiser off on both sides: worst {self.error:.2g} at {self.output}[{place}]"
+            f"{self.inputs} inputs, optimiser off on both sides: worst {self._worst()}"
             f" ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
         )
         return text + (f": {self.reason}" if self.reason else "")
 
-    def to_dict(self):
+    def __repr__(self) -> str:
+        return f"<Parity {self.status}{'' if self.error is None else f': worst {self._worst()}, allowed {self.allowed:.2g}'}>"
+
+    def _worst(self) -> str:
+        return f"{self.error:.2g} at {self.output}[{','.join(map(str, self.index))}]"
+
+    def to_dict(self) -> ParityDict:
         """Return the fields as JSON holds them."""
-        fields = asdict(self)
-        fields["values"] = [json_number(value) for value in self.values]
-        fields["error"], fields["allowed"] = json_number(self.error), json_number(self.allowed)
-        return fields
+        return {
+            "status": self.status,
+            "inputs": self.inputs,
+            "output": self.output,
+            "index": self.index,
+            "values": [json_number(value) for value in self.values],
+            "error": json_number(self.error),
+            "allowed": json_number(self.allowed),
+            "reason": self.reason,
+            "notes": self.notes,
+            "compared": self.compared,
+            "missed": self.missed,
+        }
 
 
-def fold_dict(fold):
-    """Return a Fold as JSON holds it."""
-    return {**asdict(fold), "error": json_number(fold.error), "bound": json_number(fold.bound)}
-
-
-def kept_dict(kept):
-    """Return a Kept as JSON holds it."""
-    return asdict(kept)
-
-
-def json_number(value):
+def json_number(value: float | None) -> JsonNumber:
     """Return a float that JSON can hold: Inf and NaN become their names."""
     if value is None:
         return None

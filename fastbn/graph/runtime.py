@@ -1,34 +1,63 @@
 """onnxruntime as the verification uses it: sessions, what it says when it cannot, and the models that it takes."""
 
+from __future__ import annotations
+
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
-from numpy.typing import NDArray
 
 from fastbn.errors import FastbnError, StorageError, expected
 from fastbn.graph.model.storage import Source, serialize, utf8_path
 
-__all__ = ["UNIT", "Runnable", "Runner", "Session", "runtime_errors", "said", "says_invalid", "session"]
+if TYPE_CHECKING:
+    from fastbn._types import Array
 
+__all__ = ["UNIT", "Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
+
+# The unit roundoff of each type: half the distance from 1 to the next larger number.
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 class Session(Protocol):
     """What is used of onnxruntime.InferenceSession, which has no types of its own."""
 
-    def run(self, outputs: Sequence[str] | None, feed: dict[str, NDArray]) -> list[Any]: ...
+    def run(self, outputs: Sequence[str] | None, feed: Mapping[str, Array], /) -> list[Any]:
+        """Return the outputs: an array for a tensor, a list or a dict for a sequence or a map."""
+        ...
 
-    def get_inputs(self) -> Sequence[Any]: ...
+    def get_inputs(self) -> Sequence[ValueInfo]:
+        """Return what is known of the graph inputs."""
+        ...
 
-    def get_outputs(self) -> Sequence[Any]: ...
+    def get_outputs(self) -> Sequence[ValueInfo]:
+        """Return what is known of the graph outputs."""
+        ...
 
 
-def _runtime() -> Any:
+class ValueInfo(Protocol):
+    """What onnxruntime says of an input or output."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def type(self) -> str:
+        """Its type, such as "tensor(float)"."""
+        ...
+
+    @property
+    def shape(self) -> list[int | str | None]:
+        """Its sizes, a name or None for one that only a run tells."""
+        ...
+
+
+def _runtime() -> Any:  # a module without types
     try:
         import onnxruntime
     except ImportError as error:
@@ -37,11 +66,11 @@ def _runtime() -> Any:
 
 
 def said(error: Exception) -> str:
-    """Return the first line of what onnxruntime said, without its prefix."""
+    """Return the first line of an error of onnxruntime, without its prefix."""
     line = str(error).strip().splitlines()[0]
     if line.startswith("[ONNXRuntimeError]"):
         line = line.split(" : ", 3)[-1]
-    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)[:300]  # the place in onnxruntime's own sources
+    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)[:300]  # without file and line of onnxruntime's own sources
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
@@ -59,35 +88,60 @@ def says_invalid(error: Exception) -> bool:
     return isinstance(error, (state.InvalidGraph, state.Fail, state.InvalidProtobuf)) and "opset" not in str(error).lower()
 
 
-def _utf8(path: str | os.PathLike) -> str:
+def _utf8(path: str | os.PathLike[str]) -> str:
     text = utf8_path(path)
     if text is None:
-        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", path))
+        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", str(path)))
     return text
 
 
 def session(
-    model: bytes | str, folder: str | os.PathLike | None = None, threads: int = 0, optimise: bool = False, profile: str | None = None
+    model: bytes | str,
+    folder: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    optimize: bool = False,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Session:
-    """Return an onnxruntime session of a model given as bytes or path; folder is where external data of bytes lies, profile what the names
-    of the files begin with in which its kernels are recorded."""
+    """Return an onnxruntime session of a model.
+
+    Parameters
+    ----------
+    model : bytes or str
+        The model, or its path.
+    folder : path, optional
+        Where the external data of a model given as bytes lies.
+    threads : int
+        Threads of one operator; 0 leaves the number to onnxruntime.
+    optimize : bool
+        Run with onnxruntime's graph optimizer; without it every node is run as the model has it.
+    profile : path, optional
+        The path that the names of profile files begin with; None records no profile.
+
+    Raises
+    ------
+    FastbnError
+        onnxruntime is not installed.
+    StorageError
+        A path is not UTF-8.
+    """
     runtime = _runtime()
     if isinstance(model, str):
         model = _utf8(model)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    if not optimise:
+    if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-        # From the second run on a memory pattern is one more block as large as all that the first run took.
+        # With a memory pattern, the second run allocates one more block, as large as all that the first run took.
         options.enable_mem_pattern = False
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    made: Session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return made
 
 
 @dataclass
@@ -95,10 +149,10 @@ class Runnable:
     """A model as onnxruntime takes it: bytes or a path, and the folder of its external data."""
 
     model: bytes | str
-    folder: Path | None = None
+    folder: str | os.PathLike[str] | None = None
 
     @classmethod
-    def of(cls, source: Source) -> "Runnable":
+    def of(cls, source: Source) -> Runnable:
         """Return the Runnable of a storage.Source."""
         if source.path is None:
             return cls(serialize(source.proto, source.name))
@@ -113,10 +167,11 @@ class Runnable:
     def proto(self) -> onnx.ModelProto:
         """Return the model without the values of its external tensors."""
         if isinstance(self.model, bytes):
-            return onnx.ModelProto.FromString(self.model)
+            proto: onnx.ModelProto = onnx.ModelProto.FromString(self.model)
+            return proto
         return onnx.load(self.model, load_external_data=False)
 
-    def with_proto(self, proto: onnx.ModelProto) -> "Runnable":
+    def with_proto(self, proto: onnx.ModelProto) -> Runnable:
         """Return another model whose external data lie where this one's do."""
         return Runnable(serialize(proto, "the model"), self.folder)
 
@@ -128,7 +183,7 @@ class Runner:
     ----------
     model : Runnable
     fresh : bool
-        Open a new session for each run: random numbers with a seed are then the same in every run.
+        Open a new session for each run: operators with a random seed then give the same numbers in every run.
     """
 
     def __init__(self, model: Runnable, fresh: bool = False) -> None:
@@ -142,11 +197,11 @@ class Runner:
             self._session = self.model.session()
         return self._session
 
-    def get_inputs(self) -> Sequence[Any]:
+    def get_inputs(self) -> Sequence[ValueInfo]:
         """Return what onnxruntime says of the graph inputs."""
         return self.session().get_inputs()
 
-    def run(self, outputs: Sequence[str] | None, feed: dict[str, NDArray]) -> list[Any]:
+    def run(self, outputs: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
         """Return the outputs, all of them for None."""
         if self.fresh:
             self.close()
@@ -156,7 +211,7 @@ class Runner:
         """Give the session's memory back."""
         self._session = None
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 
 import fastbn
+from fastbn.graph.reasons import REASONS, Refusal
 
 x, mean, var = np.ones((2, 3), np.float32), np.zeros(3), np.ones(3)
 weight, bias = np.ones(3), np.zeros(3)
@@ -44,8 +45,22 @@ fastbn.BatchNorm(3, comm=object())  # error: arg-type
 print(layer.state_dict()["gamma"])  # error: typeddict-item
 fastbn.set_num_threads("2")  # error: arg-type
 fastbn.use_isa(512)  # error: arg-type
+fastbn.fold(x)  # error: arg-type
+fastbn.fold("in.onnx", "out.onnx")  # error: call-arg
+fastbn.fold("in.onnx", verfy=False)  # error: call-arg
+fastbn.fold("in.onnx", input_shapes={"x": 3})  # error: dict-item
+fastbn.verify("in.onnx")  # error: call-arg
+
+# Reasons and statuses.
+Refusal("no-absorbor", "nothing takes it")  # error: arg-type
+fastbn.Kept("n", ("BatchNormalization",), "overfow", "too large")  # error: arg-type
+print(REASONS["too-farr"])  # error: index
+result = fastbn.fold("in.onnx")
+print(result.parity.ok)  # error: union-attr
+print(fastbn.verify("in.onnx", "out.onnx").status == "fail")  # error: comparison-overlap
 
 # Names that do not exist.
 print(fastbn.batchnorm)  # error: attr-defined
 print(fastbn.show_config()["gpu"])  # error: typeddict-item
 print(stats.std)  # error: attr-defined
+print(result.planning)  # error: attr-defined

@@ -1,141 +1,221 @@
-"""Constants of a graph: as the model holds them (Tensor, Dequantised), as a fold leaves them (Scaled, Dense, Requantised), and the affine
-that travels (Affine).
+"""Constants of a graph: as the model holds them (Tensor, Dequantized), and as a fold leaves them (Scaled, Dense, Requantized).
 
-Nothing here is evaluated before it is asked for: weights may be gigabytes in a memory-mapped file.
+No values are computed before array() is called: weights may be gigabytes in a memory-mapped file.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
 from fastbn.affine import WeightLayout, narrow, scale_weight
 from fastbn.errors import ModelError, expected
+from fastbn.graph.model.node import Node, Use
 
-__all__ = ["BLOCK", "Dense", "Dequantised", "Requantised", "Scaled", "Tensor", "float64_of", "spread_over"]
+if TYPE_CHECKING:
+    from fastbn._types import Array, FloatArray
+
+__all__ = ["BLOCK", "Constant", "Dense", "Dequantized", "Requantized", "Scaled", "Tensor", "broadcast_scale", "float64_of"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
 
+DType: TypeAlias = np.dtype[np.generic]
+
+
+class Constant(Protocol):
+    """A constant input of a node: its dtype and shape, and its values when array() is called."""
+
+    @property
+    def dtype(self) -> DType:
+        """Type of the elements."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        ...
+
+    def array(self) -> Array:
+        """Return the values in the constant's own type, C-contiguous."""
+        ...
+
+    def check(self) -> tuple[int, int]:
+        """Return (nonfinite, flushed): how many elements a fold makes Inf or NaN, and how many weights it makes zero."""
+        ...
+
+    def bad_channels(self) -> list[int]:
+        """Return the channels, in order, that hold an element which check() counts."""
+        ...
+
+    def magnitude(self) -> Array:
+        """Return, per element, the absolute value that the rounding bound of a fold is computed from."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A constant of the model: its shape and dtype now, its values when array() is called."""
+    """A constant of the model.
 
-    dtype: np.dtype
-    shape: tuple
-    read: object = field(repr=False)
+    Parameters
+    ----------
+    dtype : numpy.dtype
+    shape : tuple of int
+    read : callable
+        Returns the values; those of an external file are mapped, not loaded.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Callable[[], Array] = field(repr=False)
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
-    def array(self):
+    def array(self) -> Array:
         """Return the values, C-contiguous; those of an external file are mapped, not loaded."""
         return self.read()
 
-    def check(self):
-        """Return (nonfinite, flushed) as a fold's constants do: what is only moved loses nothing."""
+    def check(self) -> tuple[int, int]:
+        """Return (0, 0): the values are those of the model."""
         return 0, 0
 
-    def magnitude(self):
-        """Return the values as they are: integers, which bound nothing."""
+    def bad_channels(self) -> list[int]:
+        """Return an empty list: the values are those of the model."""
+        return []
+
+    def magnitude(self) -> Array:
+        """Return the values as they are: a plan moves integers (zero points) only, which are exact."""
         return self.array()
 
 
 @dataclass(frozen=True, eq=False)
-class Dequantised(Tensor):
-    """A weight behind a DequantizeLinear: (quantised - zero_point) * scale, along an axis or, without one, for the whole tensor."""
+class Dequantized(Tensor):
+    """A weight behind a DequantizeLinear, (quantized - zero_point) * scale.
 
-    node: object
+    Parameters
+    ----------
+    node : model.Node
+        The DequantizeLinear.
+    axis : int or None
+        The axis that scale and zero_point run along; None where both are one number for the whole tensor.
+    scale : Dense
+        Of shape (steps of the axis,), or (1,).
+    zero_point : Tensor or None
+    """
+
+    node: Node
     axis: int | None
-    scale: "Dense"
-    zero_point: Tensor | None
+    scale: Dense
+    zero_point: Constant | None
 
-    def times(self, layout, factor):
-        """Return the Requantised with one more scale, or None where that is not one positive number per step of the axis."""
-        full = spread_over(layout, factor, self.shape)
-        axes = range(len(self.shape)) if self.axis is None else [self.axis]
-        for axis in axes:
+    def times(self, layout: WeightLayout, factor: FloatArray) -> Requantized | None:
+        """Return what becomes of the weight times a factor per (group, channel) of a layout.
+
+        None where the factor is not one positive number per step of the axis: the quantized integers could not stay as they are.
+        """
+        full = broadcast_scale(layout, factor, self.shape)
+        for axis in range(len(self.shape)) if self.axis is None else [self.axis]:
             first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
             if (full == full[first]).all() and (full > 0).all():
                 return self._along(axis, full[first].reshape(-1))
         return None
 
-    def _along(self, axis, factor):
+    def _along(self, axis: int, factor: FloatArray) -> Requantized:
         zero = self.zero_point
-        if zero is not None and zero.size == 1:
+        if zero is not None and math.prod(zero.shape) == 1:
             values = np.broadcast_to(zero.array().reshape(-1), factor.shape).copy()
             zero = Tensor(zero.dtype, values.shape, lambda: values)
-        return Requantised(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.spread * factor), zero)
+        return Requantized(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.abs_terms * factor), zero)
 
 
 @dataclass(frozen=True, eq=False)
-class Requantised:
+class Requantized:
     """What becomes of a DequantizeLinear whose weight is scaled: its scale, its zero point, and the axis that both run along."""
 
-    node: object
+    node: Node
     axis: int
-    scale: "Dense"
-    zero_point: Tensor | None
+    scale: Dense
+    zero_point: Constant | None
 
-    def constants(self):
-        """Return (node, slot) -> constant."""
-        found = {(self.node, 1): self.scale}
-        return found if self.zero_point is None else {**found, (self.node, 2): self.zero_point}
+    def constants(self) -> dict[Use, Constant]:
+        """Return (node, slot) -> constant: what the DequantizeLinear reads afterwards."""
+        constants: dict[Use, Constant] = {(self.node, 1): self.scale}
+        return constants if self.zero_point is None else {**constants, (self.node, 2): self.zero_point}
 
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A weight times a per-channel scale, rounded once from float64 when it is evaluated."""
+    """A weight times a per-channel scale, rounded once from float64 when it is evaluated.
+
+    Parameters
+    ----------
+    base : Tensor
+        The weight as it was.
+    layout : WeightLayout
+    scale : float64 array of layout.groups * layout.channels values
+    """
 
     base: Tensor
     layout: WeightLayout
-    scale: np.ndarray
+    scale: FloatArray
 
     @property
-    def dtype(self):
+    def dtype(self) -> DType:
+        """Type of the elements."""
         return self.base.dtype
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
         return self.base.shape
 
-    def times(self, layout, scale):
-        """Return this weight with one more scale, on the same axis or, at the price of holding it in float64, on another."""
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.base.size
+
+    def times(self, layout: WeightLayout, scale: FloatArray) -> Scaled | Dense:
+        """Return this weight with one more scale: Scaled on the same axis, Dense (in float64, which takes memory) on another."""
         if layout == self.layout:
             return replace(self, scale=self.scale * scale)
-        return Dense.of(self).times(spread_over(layout, scale, self.shape))
+        return Dense.of(self).times(broadcast_scale(layout, scale, self.shape))
 
-    def check(self):
-        """Return (nonfinite, flushed): how many elements the type cannot hold."""
+    def check(self) -> tuple[int, int]:
+        """Return (nonfinite, flushed): how many elements become Inf or NaN, and how many become zero, in the weight's type."""
         return scale_weight(self.base.array(), self.scale, self.layout, store=False)[1:]
 
-    def bad_channels(self):
+    def bad_channels(self) -> list[int]:
         """Return the sorted channels that hold an element which check() counts."""
-        bad = set()
+        bad: set[int] = set()
         for (group, channels), _, block in self._blocks():
             layout = WeightLayout(1, block.shape[0], block.shape[1], block.shape[2])
             scale = self.scale.reshape(self.layout.groups, -1)[group, channels]
-            result = scale_weight(np.ascontiguousarray(block), scale, layout)[0]
+            product = scale_weight(np.ascontiguousarray(block), scale, layout)[0]
             with np.errstate(invalid="ignore"):
-                flushed = (result == 0) & (block != 0) & (scale[:, None] != 0)
-            hit = (~np.isfinite(result.astype(np.float32)) | flushed).any(axis=(0, 2))
-            bad.update((group * self.layout.channels + channels.start + np.flatnonzero(hit)).tolist())
+                flushed = (product == 0) & (block != 0) & (scale[:, None] != 0)
+            is_bad = (~np.isfinite(product.astype(np.float32)) | flushed).any(axis=(0, 2))
+            bad.update((group * self.layout.channels + channels.start + np.flatnonzero(is_bad)).tolist())
         return sorted(bad)
 
-    def array(self):
+    def array(self) -> Array:
         """Return the folded weight as a new array."""
         return scale_weight(self.base.array(), self.scale, self.layout)[0]
 
-    def parts(self):
+    def pieces(self) -> Iterator[tuple[int, Array]]:
         """Yield (first element, array) pieces of the folded weight, in order and small enough for a cache."""
         for (group, channels), start, block in self._blocks():
             layout = WeightLayout(1, block.shape[0], block.shape[1], block.shape[2])
             scale = self.scale.reshape(self.layout.groups, -1)[group, channels]
             yield start, scale_weight(block, scale, layout)[0]
 
-    def _blocks(self):
+    def _blocks(self) -> Iterator[tuple[tuple[int, slice], int, Array]]:
         """Yield ((group, slice of channels), first element, contiguous block of shape (rows, channels, inner))."""
         groups, rows, channels, inner = self.layout
         weight = self.base.array().reshape(self.layout)
@@ -150,89 +230,105 @@ class Scaled:
             for row in range(rows):
                 for channel in range(0, channels, step):
                     start = (group * rows + row) * per_row + channel * inner
-                    some = slice(channel, min(channel + step, channels))
-                    yield (group, some), start, weight[group, row : row + 1, some]
+                    block = slice(channel, min(channel + step, channels))
+                    yield (group, block), start, weight[group, row : row + 1, block]
 
-    def magnitude(self):
+    def magnitude(self) -> Array:
         """Return |folded weight|, no smaller than the least normal number: rounding is relative only above it."""
         values = self.array()
         np.abs(values, out=values)
-        tiny = np.array(_least_normal(values.dtype), values.dtype)
-        return np.maximum(values, tiny, out=values)
+        np.maximum(values, np.array(_least_normal(values.dtype), values.dtype), out=values)
+        return values
 
 
-def _least_normal(dtype):
+def _least_normal(dtype: DType) -> float:
     return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
 
 
-def float64_of(constant):
+def float64_of(constant: Constant) -> FloatArray:
     """Return the values of any constant in float64, not rounded."""
     if isinstance(constant, Dense):
         return constant.values
     if isinstance(constant, Scaled):
         return Dense.of(constant).values
-    with np.errstate(invalid="ignore"):  # a signalling NaN says so when it is widened
+    with np.errstate(invalid="ignore"):  # widening a signaling NaN sets the invalid flag
         return constant.array().astype(np.float64)
 
 
-def spread_over(layout, scale, shape):
-    """Return a scale per (group, channel) of a layout as an array that multiplies weights of this shape."""
+def broadcast_scale(layout: WeightLayout, scale: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """Return a scale per (group, channel) of a layout, float64, as an array of a weight's shape."""
     return np.broadcast_to(np.reshape(scale, (layout.groups, 1, layout.channels, 1)), layout).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A constant held in float64, rounded once when it is evaluated; spread is the size of the terms that it was summed from."""
+    """A constant held in float64, rounded once to its own type when array() is called.
 
-    dtype: np.dtype
-    values: np.ndarray
-    spread: np.ndarray
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        The type that it is rounded to.
+    values : float64 array
+    abs_terms : float64 array, of the shape of values
+        For each value, the sum of the absolute values of the terms that it was summed from: its rounding error is relative to that.
+    """
+
+    dtype: DType
+    values: FloatArray
+    abs_terms: FloatArray
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
         return self.values.shape
 
     @classmethod
-    def of(cls, constant):
+    def of(cls, constant: Constant) -> Dense:
         """Return any constant in float64, not rounded."""
         if isinstance(constant, Dense):
             return constant
         if isinstance(constant, Scaled):
             base = cls.of(constant.base)
-            return base.times(spread_over(constant.layout, constant.scale, constant.shape))
+            return base.times(broadcast_scale(constant.layout, constant.scale, constant.shape))
         values = float64_of(constant)
         return cls(constant.dtype, values, np.abs(values))
 
     @classmethod
-    def zeros(cls, shape, dtype):
+    def zeros(cls, shape: tuple[int, ...], dtype: DType) -> Dense:
         """Return the constant that an absent bias stands for."""
         return cls(dtype, np.zeros(shape), np.zeros(shape))
 
-    def affine(self, scale, shift, spread):
-        """Return scale * self + shift, broadcast; spread is the size of shift's own terms."""
+    def affine(self, scale: FloatArray | float, shift: FloatArray | float, abs_terms: FloatArray | float) -> Dense:
+        """Return scale * self + shift, broadcast; abs_terms are those of shift.
+
+        Raises
+        ------
+        ModelError
+            The shapes do not broadcast.
+        """
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # check() reports it
-                return Dense(self.dtype, self.values * scale + shift, self.spread * np.abs(scale) + spread)
+                return Dense(self.dtype, self.values * scale + shift, self.abs_terms * np.abs(scale) + abs_terms)
         except ValueError as error:
             shapes = f"{self.shape} and {np.shape(scale)}"
             raise ModelError(expected("a constant that broadcasts with what it meets", shapes, "a constant")) from error
 
-    def times(self, factor):
-        """Return factor * self."""
+    def times(self, factor: FloatArray | float) -> Dense:
+        """Return factor * self, broadcast; raises ModelError where the shapes do not allow it."""
         return self.affine(factor, 0.0, 0.0)
 
-    def check(self):
-        """Return (nonfinite, flushed); a sum may round to zero, so only infinities and NaN count."""
+    def check(self) -> tuple[int, int]:
+        """Return (nonfinite, 0); a sum may round to zero, so only infinities and NaN count."""
         return int((~np.isfinite(self.array().astype(np.float64))).sum()), 0
 
-    def bad_channels(self):
+    def bad_channels(self) -> list[int]:
         """Return the flat indices of the elements that check() counts."""
         return np.flatnonzero(~np.isfinite(self.array().astype(np.float64))).tolist()
 
-    def array(self):
+    def array(self) -> Array:
         """Return the rounded values."""
         return narrow(self.values, self.dtype)
 
-    def magnitude(self):
-        """Return the size of the terms that the values were summed from."""
-        return narrow(np.maximum(self.spread, np.abs(self.values)), self.dtype)
+    def magnitude(self) -> Array:
+        """Return abs_terms, or the absolute values where these are larger, in the constant's type."""
+        return narrow(np.maximum(self.abs_terms, np.abs(self.values)), self.dtype)

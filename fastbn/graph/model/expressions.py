@@ -1,53 +1,60 @@
 """Constant expressions: standard operators on constants, evaluated by the runtime that runs the model, within limits."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from fastbn.errors import FastbnError, ModelError, expected
 from fastbn.graph.model.constant import Tensor
+from fastbn.graph.model.nesting import is_standard
+from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.storage import Source, tensor_dtype
+from fastbn.graph.ops.registry import operator_row
 from fastbn.graph.runtime import session
+
+if TYPE_CHECKING:
+    from fastbn._types import Array
 
 __all__ = ["LARGEST_RESULT", "LARGEST_TOTAL", "Constants", "is_expression"]
 
-# Elements of what a constant expression may read and give; anything larger is left to the runtime.
+# The most elements that a constant expression may read, and that it may give; what is larger is no constant.
 LARGEST_RESULT = 1 << 24
 
-# Elements of all results of a model's constant expressions together.
+# The most elements of all results of a model's constant expressions together.
 LARGEST_TOTAL = 1 << 26
 
-# Up to this many bytes of inputs, the session of an operator is kept for the next node like it.
+# The session of an operator is kept for the next node like it where the inputs have no more bytes than this.
 KEPT_SESSION = 1 << 20
 
-# Standard operators whose result on constants is a constant: deterministic, without bodies. Each kind tells how large the result is.
-# fmt: off
-ELEMENTWISE = frozenset([
-    "Abs", "Acos", "Add", "And", "Asin", "Atan", "Cast", "CastLike", "Ceil", "Clip", "Cos", "Div", "Equal", "Erf", "Exp", "Floor",
-    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow",
-    "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "Where", "Xor",
-])
-NO_LARGER = frozenset([
-    "Flatten", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape",
-    "Size", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-])
-# fmt: on
-LARGER = frozenset(["Concat", "ConstantOfShape", "Expand", "Gather", "Range", "Tile"])
+# Attribute of a Constant node -> the type of the attribute, the dtype of the constant.
+LITERALS: dict[str, tuple[type, type[np.generic]]] = {
+    "value_float": (float, np.float32),
+    "value_floats": (tuple, np.float32),
+    "value_int": (int, np.int64),
+    "value_ints": (list, np.int64),
+}
 
-# Attribute of a Constant node -> a value of its type, the dtype of the constant.
-LITERALS = {"value_float": (0.0, np.float32), "value_floats": ((), np.float32), "value_int": (0, np.int64), "value_ints": ([], np.int64)}
+# The IR version of models of one operator: runtimes accept it together with every opset.
+OPERATOR_IR = 8
 
-# Old enough for every opset, and new enough for every operator.
-OLDEST_IR = 8
+# Feeds -> outputs.
+Run: TypeAlias = "Callable[[Mapping[str, Array]], list[Array]]"
+# The inputs of a node by slot, None for an absent one.
+Inputs: TypeAlias = "Sequence[Array | None]"
+# Serialized node and types of its inputs (numbers of TensorProto): nodes with the same key give the same for the same inputs.
+Key: TypeAlias = tuple[bytes, tuple[int | None, ...]]
 
 
-def is_expression(op: str) -> bool:
-    """Say whether the result of a standard operator on constants is a constant."""
-    return op in ELEMENTWISE or op in NO_LARGER or op in LARGER
+def is_expression(node: Node) -> bool:
+    """Say whether the result of a node on constants is a constant: its operator is deterministic and has no bodies."""
+    return operator_row(node).result_size is not None
 
 
 class Constants:
@@ -55,7 +62,7 @@ class Constants:
 
     Parameters
     ----------
-    nodes : list of model.Node
+    nodes : iterable of model.Node
         All nodes, in the order of the data flow.
     opset : int
     source : storage.Source
@@ -66,73 +73,83 @@ class Constants:
     """
 
     def __init__(
-        self, nodes: Iterable, opset: int, source: Source, is_overridable: Callable[..., bool], declared: Callable[..., tuple | None]
+        self,
+        nodes: Iterable[Node],
+        opset: int,
+        source: Source,
+        is_overridable: Callable[[Value], bool],
+        declared: Callable[[Value], Shape | None],
     ) -> None:
         self._opset = opset
         self._source = source
         self._is_overridable = is_overridable
         self._declared = declared
-        self._found: dict = {}
-        self._too_large: set = set()
-        self._refused: dict[int, set] = {}
-        self._left = LARGEST_TOTAL
-        self._written: dict = {}
+        self._tensors: dict[Value | None, Tensor | None] = {}
+        self._too_large: set[Value | None] = set()
+        self._refused: dict[int, set[Value | None]] = {}
+        self._elements_left = LARGEST_TOTAL
+        self._keys: dict[tuple[object, ...], Key] = {}
         self._candidates = _candidates(nodes)
 
-    def find(self, value: object, largest: int | None = None) -> Tensor | None:
-        """Return the Tensor that a value always is, or None; with `largest`, expressions of more elements on the way are not evaluated."""
+    def find(self, value: Value | None, largest: int | None = None) -> Tensor | None:
+        """Return the Tensor that a value always is, or None.
+
+        With `largest`, no expression of more elements is evaluated, neither for the value nor for what it is computed from.
+        """
         limit = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT)
         refused = self._refused.setdefault(limit, set())
         pending = [value]
         while pending:
             current = pending[-1]
-            if self._is_settled(current, refused):
+            if self._is_decided(current, refused):
                 pending.pop()
                 continue
-            waiting = [read for read in _reads(current) if not self._is_settled(read, refused)]
+            waiting = [read for read in _reads(current) if not self._is_decided(read, refused)]
             if waiting:
                 pending.extend(waiting)
-            else:
-                self._settle(current, limit, refused)
-        return self._found.get(value)
+            elif current is not None:
+                self._decide(current, limit, refused)
+        return self._tensors.get(value)
 
-    def known(self, value: object) -> Tensor | None:
+    def known(self, value: Value) -> Tensor | None:
         """Return the Tensor of a value where it has been found already."""
-        return self._found.get(value)
+        return self._tensors.get(value)
 
-    def is_too_large(self, value: object) -> bool:
-        """Say whether a value is a constant but for the limits on its size."""
+    def is_too_large(self, value: Value) -> bool:
+        """Say whether a value would be a constant without the limits on its size."""
         return self.find(value) is None and value in self._too_large
 
-    def evaluate(self, node: object, arrays: list, largest: int) -> list | None:
-        """Return what a node gives for these arrays, None where they are more than `largest` elements or it cannot be run."""
+    def evaluate(self, node: Node, arrays: Inputs, largest: int) -> list[Array] | None:
+        """Return the outputs of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""
         size = _result_size(node, arrays)
-        return None if size is None or size > largest else _run(node, arrays, self._opset, self._written)
+        return None if size is None or size > largest else _run(node, arrays, self._opset, self._keys)
 
-    def _is_settled(self, value: object, refused: set) -> bool:
-        return value is None or value in self._found or value in refused or (value.initializer is None and value not in self._candidates)
+    def _is_decided(self, value: Value | None, refused: set[Value | None]) -> bool:
+        return value is None or value in self._tensors or value in refused or (value.initializer is None and value not in self._candidates)
 
-    def _settle(self, value: object, limit: int, refused: set) -> None:
-        if value.initializer is not None:
-            self._found[value] = None if self._is_overridable(value) else self._tensor(value.initializer, value.name)
-            return
+    def _decide(self, value: Value, limit: int, refused: set[Value | None]) -> None:
+        """Note what a value is, once everything is decided that it is computed from."""
         node = value.producer
-        if node.op in ("Identity", "Shape") and node.input(0) in refused:
+        if value.initializer is not None:
+            self._tensors[value] = None if self._is_overridable(value) else self._tensor(value.initializer, value.name)
+        elif node is None:
+            self._tensors[value] = None
+        elif node.op in ("Identity", "Shape") and node.input(0) in refused:
             refused.add(value)
         elif node.op == "Identity":
-            self._found[value] = self._found.get(node.input(0))
+            self._tensors[value] = self._tensors.get(node.input(0))
             self._too_large.update([value] if node.input(0) in self._too_large else ())
         elif node.op == "Constant":
-            self._found[value] = self._constant_node(node)
+            self._tensors[value] = self._constant_node(node)
         elif node.op == "Shape":
-            self._found[value] = self._shape(node)
+            self._tensors[value] = self._shape(node)
         else:
             self._expression(node, limit, refused)
 
     def _tensor(self, tensor: TensorProto, where: str) -> Tensor:
         return Tensor(tensor_dtype(tensor, where), tuple(tensor.dims), lambda: self._source.array(tensor))
 
-    def _constant_node(self, node: object) -> Tensor | None:
+    def _constant_node(self, node: Node) -> Tensor | None:
         if len(node.proto.attribute) != 1:
             return None
         name = node.proto.attribute[0].name
@@ -140,147 +157,105 @@ class Constants:
             return self._tensor(node.attribute(name, TensorProto()), node.label)
         if name not in LITERALS:
             return None
-        default, dtype = LITERALS[name]
-        return _literal(np.asarray(node.attribute(name, default), dtype))
+        kind, dtype = LITERALS[name]
+        return _literal(np.asarray(node.find_attribute(name, kind), dtype))
 
-    def _shape(self, node: object) -> Tensor | None:
-        read = node.input(0)
-        known = self._found.get(read)
-        shape = self._declared(read) if known is None and read is not None else known and known.shape
-        if shape is None or None in shape:
+    def _shape(self, node: Node) -> Tensor | None:
+        data = node.required_input(0)
+        known = self._tensors.get(data)
+        shape = self._declared(data) if known is None else known.shape
+        if not is_complete(shape):
             return None
         return _literal(np.asarray(shape[node.attribute("start", 0) : node.attribute("end", len(shape))], np.int64))
 
-    def _expression(self, node: object, limit: int, refused: set) -> None:
+    def _expression(self, node: Node, limit: int, refused: set[Value | None]) -> None:
         """Evaluate a node for all its outputs, or note that it is beyond the limits."""
         outputs = [value for value in node.outputs if value is not None]
         if any(value in refused for value in node.inputs):
             refused.update(outputs)
             return
-        inputs = [self._found.get(value) for value in node.inputs]
-        if any(found is None and value is not None for value, found in zip(node.inputs, inputs, strict=True)):
-            self._found.update(dict.fromkeys(outputs))
+        inputs = [self._tensors.get(value) for value in node.inputs]
+        if any(tensor is None and value is not None for value, tensor in zip(node.inputs, inputs, strict=True)):
+            self._tensors.update(dict.fromkeys(outputs))
             self._too_large.update(outputs if any(value in self._too_large for value in node.inputs) else ())
             return
-        size, arrays = math.inf, []
-        if sum(found.size for found in inputs if found is not None) <= limit:
-            arrays = [None if found is None else found.array() for found in inputs]
+        size: float | None = math.inf
+        arrays: list[Array | None] = []
+        if sum(tensor.size for tensor in inputs if tensor is not None) <= limit:
+            arrays = [None if tensor is None else tensor.array() for tensor in inputs]
             size = _result_size(node, arrays)
-        if size is not None and size > min(limit, self._left):
+        if size is not None and size > min(limit, self._elements_left):
             (refused if limit < LARGEST_RESULT else self._too_large).update(outputs)
-            self._found.update(dict.fromkeys(outputs) if limit >= LARGEST_RESULT else {})
+            self._tensors.update(dict.fromkeys(outputs) if limit >= LARGEST_RESULT else {})
             return
-        results = None if size is None else _run(node, arrays, self._opset, self._written)
-        self._found.update(dict.fromkeys(outputs))
-        for value in outputs if results is not None else ():
-            self._found[value] = _literal(results[value.slot])
-            self._left -= self._found[value].size
+        results = None if size is None else _run(node, arrays, self._opset, self._keys)
+        self._tensors.update(dict.fromkeys(outputs))
+        if results is None:
+            return
+        for value in outputs:
+            tensor = self._tensors[value] = _literal(results[value.slot])
+            self._elements_left -= tensor.size
 
 
-def _candidates(nodes: Iterable) -> set:
+def _candidates(nodes: Iterable[Node]) -> set[Value]:
     """Return the values that constant nodes and expressions over constants give: one pass in the order of the data flow."""
-    found: set = set()
+    candidates: set[Value] = set()
     for node in nodes:
-        if node.domain not in ("", "ai.onnx"):
+        if not is_standard(node.domain):
             continue
-        reads = all(value is None or value in found or value.initializer is not None for value in node.inputs)
-        if node.op in ("Constant", "Shape") or (reads and any(node.inputs) and (is_expression(node.op) or node.is_op("Identity"))):
-            found.update(value for value in node.outputs if value is not None)
-    return found
+        constants_only = all(value is None or value in candidates or value.initializer is not None for value in node.inputs)
+        if node.op in ("Constant", "Shape") or (constants_only and any(node.inputs) and (is_expression(node) or node.is_op("Identity"))):
+            candidates.update(value for value in node.outputs if value is not None)
+    return candidates
 
 
-def _reads(value: object) -> list:
-    """Return the values that have to be known before a candidate can be."""
-    if value.producer is None or value.initializer is not None:
+def _reads(value: Value | None) -> list[Value]:
+    """Return the values that have to be decided before a candidate can be."""
+    if value is None or value.producer is None or value.initializer is not None:
         return []
     return [read for read in value.producer.inputs if read is not None]
 
 
-def _literal(array: np.ndarray) -> Tensor:
-    array = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
+def _literal(array: Array) -> Tensor:
+    array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
     return Tensor(array.dtype, array.shape, lambda: array)
 
 
-def _result_size(node: object, arrays: list) -> float | None:
+def _result_size(node: Node, arrays: Inputs) -> float | None:
     """Return how many elements a node gives in all, math.inf where it is sure to be too many, None where it cannot run."""
     given = [array for array in arrays if array is not None]
-    if not given or not all(map(_is_numeric, given)):
+    result_size = operator_row(node).result_size
+    if not given or result_size is None or not all(map(_is_numeric, given)):
         return None
     try:
-        if node.op in ("Cast", "CastLike", "Clip") or node.op in NO_LARGER:
-            return given[0].size
-        if node.op in ELEMENTWISE:
-            return None if _traps(node, given) else math.prod(np.broadcast_shapes(*(array.shape for array in given)))
-        return _LARGER[node.op](node, *given)
+        return result_size(node, given)
     except (ValueError, IndexError, TypeError, OverflowError):
         return None
 
 
-def _traps(node: object, arrays: list) -> bool:
-    """Say whether an integer division has no result: some processors stop the process there."""
-    divides = node.op in ("Div", "Mod") and len(arrays) == 2 and arrays[1].dtype.kind in "iu"
-    return divides and bool((arrays[1] == 0).any() or ((arrays[1] == -1).any() and (arrays[0] == np.iinfo(arrays[0].dtype).min).any()))
+def _run(node: Node, arrays: Inputs, opset: int, keys: dict[tuple[object, ...], Key]) -> list[Array] | None:
+    """Return the outputs of a standard operator for these inputs, None where the runtime cannot run it.
 
-
-def _gathered(node: object, data: np.ndarray, indices: np.ndarray) -> int:
-    axis = node.attribute("axis", 0)
-    return data.size // max(data.shape[axis], 1) * indices.size
-
-
-def _steps(node: object, start: np.ndarray, limit: np.ndarray, delta: np.ndarray) -> float:
-    return max(0, math.ceil((limit.item() - start.item()) / delta.item())) if delta.item() else math.inf
-
-
-def _sizes(array: np.ndarray) -> list:
-    """Return the elements of a list of sizes; more of them than an array has axes are none."""
-    sizes = array.reshape(-1).tolist()
-    if len(sizes) > 64 or any(size < 0 for size in sizes):
-        raise ValueError
-    return sizes
-
-
-def _expanded(node: object, data: np.ndarray, sizes: np.ndarray) -> int:
-    # Not by np.broadcast_shapes, which takes no sizes beyond the address space.
-    wanted, shape = _sizes(sizes), list(data.shape)
-    rank = max(len(wanted), len(shape))
-    columns = zip([1] * (rank - len(wanted)) + wanted, [1] * (rank - len(shape)) + shape, strict=True)
-    return math.prod(wide if narrow == 1 else narrow for wide, narrow in columns)
-
-
-# Operator -> how many elements it gives.
-_LARGER: dict[str, Callable[..., float]] = {
-    "Concat": lambda node, *arrays: sum(array.size for array in arrays),
-    "ConstantOfShape": lambda node, sizes: math.prod(_sizes(sizes)),
-    "Expand": _expanded,
-    "Gather": _gathered,
-    "Range": _steps,
-    "Tile": lambda node, data, *repeats: data.size * math.prod(_sizes(repeats[0])),
-}
-
-
-def _run(node: object, arrays: list, opset: int, written: dict) -> list | None:
-    """Return the arrays that a standard operator gives for these inputs, None for an absent one; None where the runtime cannot run it.
-
-    written remembers how the node is written for inputs of these types.
+    keys remembers the Key of a node for inputs of these types.
     """
     try:
-        key = node, *(None if array is None else array.dtype for array in arrays)
-        if key not in written:
-            written[key] = _written(node, arrays)
-        feeds = {f"i{slot}": _widened(array) for slot, array in enumerate(arrays) if array is not None}
-        large = sum(array.nbytes for array in feeds.values()) > KEPT_SESSION
-        run, narrow = (_operator.__wrapped__ if large else _operator)(*written[key], opset)
+        types = node, *(None if array is None else array.dtype for array in arrays)
+        if types not in keys:
+            keys[types] = _key(node, arrays)
+        feeds = {f"i{slot}": _without_bfloat16(array) for slot, array in enumerate(arrays) if array is not None}
+        is_large = sum(array.nbytes for array in feeds.values()) > KEPT_SESSION
+        run, dtypes = (_operator.__wrapped__ if is_large else _operator)(*keys[types], opset)
         results = [np.asarray(result) for result in run(feeds)]
-    except Exception:  # the runtime raises many kinds; a node that it cannot run is simply no constant
+    except Exception:  # the runtime raises many kinds; a node that it cannot run is no constant
         return None
-    results = [result if dtype is None else result.astype(dtype) for result, dtype in zip(results, narrow, strict=True)]
+    results = [result if dtype is None else result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True)]
     return results if all(_is_numeric(result) for result in results) else None
 
 
-def _written(node: object, arrays: list) -> tuple[bytes, tuple]:
-    """Return (node with inputs i0, i1, ... and outputs o0, o1, ..., types of the inputs): nodes that do the same are written alike."""
+def _key(node: Node, arrays: Inputs) -> Key:
+    """Return the Key of a node: serialized with the inputs i0, i1, ... and the outputs o0, o1, ..., and the types of the inputs."""
     kinds = tuple(None if array is None else helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays)
-    proto = onnx.NodeProto(op_type=node.op, attribute=node.proto.attribute)
+    proto = NodeProto(op_type=node.op, attribute=node.proto.attribute)
     proto.input.extend("" if kind is None else f"i{slot}" for slot, kind in enumerate(kinds))
     proto.output.extend(f"o{slot}" for slot in range(len(node.outputs)))
     return proto.SerializeToString(deterministic=True), kinds
@@ -294,15 +269,18 @@ def _is_bfloat16(array: np.ndarray) -> bool:
     return array.dtype.kind == "V" and array.dtype.name == "bfloat16"
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
+def _without_bfloat16(array: Array) -> Array:
+    """Return an array that the runtime takes: bfloat16, which NumPy does not have itself, as float32, which holds every value of it."""
     return array.astype(np.float32) if _is_bfloat16(array) else array
 
 
 @lru_cache(maxsize=256)
-def _operator(node: bytes, kinds: tuple, opset: int) -> tuple[Callable[[dict], list], list]:
-    """Return (feeds -> outputs, for each output the dtype to narrow it to or None): a session takes longer to make than to run."""
-    proto = onnx.NodeProto.FromString(node)
-    nodes, inputs, outputs = [], [], list(proto.output)
+def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[Run, list[np.dtype[np.generic] | None]]:
+    """Return (feeds -> outputs, for each output the dtype to cast it to or None); kept: making a session takes longer than a run."""
+    proto: NodeProto = NodeProto.FromString(node)
+    nodes: list[NodeProto] = []
+    inputs: list[ValueInfoProto] = []
+    outputs = list(proto.output)
     for slot, kind in enumerate(kinds):
         if kind is not None:
             inputs.append(helper.make_tensor_value_info(f"i{slot}", TensorProto.FLOAT if kind == TensorProto.BFLOAT16 else kind, None))
@@ -315,24 +293,23 @@ def _operator(node: bytes, kinds: tuple, opset: int) -> tuple[Callable[[dict], l
         made = session(model.SerializeToString(), threads=1)
     except FastbnError:  # onnxruntime is not installed
         return _reference(proto, model), [None] * len(outputs)
-    # NumPy has no bfloat16 of its own: it travels as float32, which holds every value of it.
-    short = [info.type == "tensor(bfloat16)" for info in made.get_outputs()]
-    if any(short):
-        for at in np.flatnonzero(short):
-            nodes.append(helper.make_node("Cast", [outputs[at]], [f"w{at}"], to=TensorProto.FLOAT))
-            outputs[at] = f"w{at}"
+    is_bfloat16 = [info.type == "tensor(bfloat16)" for info in made.get_outputs()]
+    if any(is_bfloat16):
+        for slot in np.flatnonzero(is_bfloat16).tolist():
+            nodes.append(helper.make_node("Cast", [outputs[slot]], [f"w{slot}"], to=TensorProto.FLOAT))
+            outputs[slot] = f"w{slot}"
         made = session(_model(nodes, inputs, outputs, opset).SerializeToString(), threads=1)
     dtype = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
-    return partial(made.run, None), [dtype if is_short else None for is_short in short]
+    return partial(made.run, None), [dtype if each else None for each in is_bfloat16]
 
 
-def _model(nodes: list, inputs: list, outputs: list, opset: int) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "constant", inputs, [onnx.ValueInfoProto(name=name) for name in outputs])
-    return helper.make_model(graph, ir_version=OLDEST_IR, opset_imports=[helper.make_opsetid("", opset)])
+def _model(nodes: Sequence[NodeProto], inputs: Sequence[ValueInfoProto], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
+    graph = helper.make_graph(nodes, "constant", inputs, [ValueInfoProto(name=name) for name in outputs])
+    return helper.make_model(graph, ir_version=OPERATOR_IR, opset_imports=[helper.make_opsetid("", opset)])
 
 
-def _reference(proto: onnx.NodeProto, model: onnx.ModelProto) -> Callable[[dict], list]:
-    """Return what onnx's own evaluator makes of a node; where it is known to be wrong there is none."""
+def _reference(proto: NodeProto, model: onnx.ModelProto) -> Run:
+    """Return the node's outputs as a function of its feeds, by onnx's own evaluator; raises ModelError where that is known to be wrong."""
     from onnx.reference import ReferenceEvaluator
 
     axes = next((list(attribute.ints) for attribute in proto.attribute if attribute.name == "axes"), [])
@@ -340,8 +317,9 @@ def _reference(proto: onnx.NodeProto, model: onnx.ModelProto) -> Callable[[dict]
         raise ModelError(expected("axes in order, from the front", str(axes), proto.op_type))
     evaluator = ReferenceEvaluator(model)
 
-    def run(feeds: dict) -> list:
+    def run(feeds: Mapping[str, Array]) -> list[Array]:
         with np.errstate(all="ignore"):
-            return evaluator.run(None, feeds)
+            results = evaluator.run(None, dict(feeds))
+        return list(results)
 
     return run

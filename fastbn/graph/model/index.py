@@ -1,11 +1,18 @@
 """The index of a model: scopes, nodes, values with their one producer and all their readers, constants, shapes. Reads only."""
 
+from collections.abc import Mapping
+from typing import NoReturn
+
+from onnx import GraphProto
+
 from fastbn.errors import ModelError, expected
+from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import DEEPEST, bodies, expanded_size, is_standard
-from fastbn.graph.model.node import Node, Scope, Value
+from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import check_node
 from fastbn.graph.model.shapes import Inference, shape_of
+from fastbn.graph.model.storage import Source
 
 __all__ = ["Index"]
 
@@ -20,18 +27,34 @@ class Index:
         Treat initializers that are also graph inputs as constants.
     input_shapes : dict of name -> tuple of int, optional
         Sizes of graph inputs, for shape inference.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+    opset : int
+        The version of ONNX's own operators that the model imports.
+    scopes : list of Scope
+        The main graph and all bodies, outer ones first.
+    main : Scope
+    order : list of Node
+        The nodes of all scopes, those of each in an order of the data flow.
+
+    Raises
+    ------
+    ModelError
+        The model is malformed, or input_shapes does not fit it.
     """
 
-    def __init__(self, source, freeze_inputs=False, input_shapes=None):
+    def __init__(self, source: Source, freeze_inputs: bool = False, input_shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.source = source
         self.proto = source.proto
         self.freeze_inputs = freeze_inputs
-        self.input_shapes = input_shapes or {}
+        self.input_shapes = dict(input_shapes or {})
         self.opset = max((entry.version for entry in self.proto.opset_import if is_standard(entry.domain)), default=1)
         if not 1 <= self.opset < 1 << 31:
             raise ModelError(expected("a version of ONNX's operators of 1 or more", str(self.opset), self.source.name))
-        self.scopes = []
-        self._inferred = None
+        self.scopes: list[Scope] = []
+        self._inferred: Inference | None = None
         for function in self.proto.functions:
             self._check_text(function.name, *(name for node in function.node for name in (node.name, *node.output)))
         self._expanded = expanded_size(self.proto)
@@ -40,17 +63,17 @@ class Index:
         self._constants = Constants(self.order, self.opset, source, self.is_overridable, self.declared_shape)
         self._check_inputs()
 
-    def _read_scopes(self):
+    def _read_scopes(self) -> None:
         # Outer scopes first, so that a captured name is known when a body asks for it.
-        pending = [(self.proto.graph, None, None)]
+        pending: list[tuple[GraphProto, Scope | None, Node | None]] = [(self.proto.graph, None, None)]
         while pending:
             graph, parent, owner = pending.pop(0)
             scope = Scope(graph, parent, len(self.scopes))
             self.scopes.append(scope)
             if owner is not None:
                 owner.scopes.append(scope)
-            if scope.depth > DEEPEST:
-                raise ModelError(expected(f"at most {DEEPEST} graphs within graphs", "more", owner.label))
+                if scope.depth > DEEPEST:
+                    raise ModelError(expected(f"at most {DEEPEST} graphs within graphs", "more", owner.label))
             self._declare(scope)
             for node in scope.nodes:
                 self._connect(node)
@@ -62,7 +85,7 @@ class Index:
             scope.ordered = self._sorted(scope)
         self.order = [node for scope in self.scopes for node in scope.ordered]
 
-    def _declare(self, scope):
+    def _declare(self, scope: Scope) -> None:
         graph = scope.graph
         for info in graph.input:
             self._new_value(scope, info.name).is_input = True
@@ -71,7 +94,7 @@ class Index:
                 raise ModelError(expected("sizes that are not negative", f"{list(tensor.dims)}", tensor.name))
             value = scope.values.get(tensor.name) or self._new_value(scope, tensor.name)
             if value.initializer is not None:
-                raise ModelError(expected("one source for each value", "two", tensor.name))
+                _fail_of_two_sources(tensor.name)
             value.initializer = tensor
         for tensor in graph.sparse_initializer:
             if tensor.values.name not in scope.values:
@@ -83,45 +106,47 @@ class Index:
                 check_node(proto, node.label, self.opset)
             scope.nodes.append(node)
             for slot, name in enumerate(proto.output):
-                value = None
-                if name:
-                    value = self._new_value(scope, name)
-                    value.producer, value.slot = node, slot
+                if not name:
+                    node.outputs.append(None)
+                    continue
+                value = self._new_value(scope, name)
+                value.producer, value.slot = node, slot
                 node.outputs.append(value)
 
-    def _check_text(self, *names):
+    def _check_text(self, *names: str) -> None:
         # protobuf hands out a string that is not UTF-8 as bytes.
         for name in names:
             if not isinstance(name, str):
                 raise ModelError(expected("names in UTF-8", repr(name), self.source.name))
 
-    def _new_value(self, scope, name):
+    def _new_value(self, scope: Scope, name: str) -> Value:
         self._check_text(name)
         if name in scope.values:
-            raise ModelError(expected("one source for each value", "two", name))
+            _fail_of_two_sources(name)
         value = scope.values[name] = Value(name, scope)
         return value
 
-    def _resolve(self, scope, name, where):
+    def _resolve(self, scope: Scope, name: str, where: str) -> Value:
         value = scope.find(name)
         if value is None:
             raise ModelError(expected("a value that a node or an input gives", repr(name), where))
         return value
 
-    def _connect(self, node):
+    def _connect(self, node: Node) -> None:
         for slot, name in enumerate(node.proto.input):
-            value = None
-            if name:
-                value = self._resolve(node.scope, name, node.label)
-                value.readers.append((node, slot))
+            if not name:
+                node.inputs.append(None)
+                continue
+            value = self._resolve(node.scope, name, node.label)
+            value.readers.append((node, slot))
             node.inputs.append(value)
 
-    def _sorted(self, scope):
-        """Return the scope's nodes in an order of data flow; nearly every model lists them so already."""
+    def _sorted(self, scope: Scope) -> list[Node]:
+        """Return the scope's nodes in an order of the data flow; nearly every model lists them so already."""
         needs = {node: {value.producer for value in self._reads(node) if value.scope is scope and value.producer} for node in scope.nodes}
         if all(producer.position < node.position for node, producers in needs.items() for producer in producers):
             return scope.nodes
-        dependents = {}
+        dependents: dict[Node, list[Node]] = {}
         for node, producers in needs.items():
             for producer in producers:
                 dependents.setdefault(producer, []).append(node)
@@ -134,10 +159,10 @@ class Index:
                     ready.append(dependent)
         if len(ready) < len(scope.nodes):
             stuck = next(node for node in scope.nodes if missing[node])
-            raise ModelError(expected("a graph without cycles", "a cycle", stuck.label))
+            raise ModelError(f"Cannot order the nodes: '{stuck.label}' is part of a cycle, or reads from one")
         return ready
 
-    def _reads(self, node):
+    def _reads(self, node: Node) -> list[Value]:
         """Return the values that a node reads, those of its bodies included."""
         reads = [value for value in node.inputs if value is not None]
         pending = bodies(node.proto)
@@ -148,7 +173,7 @@ class Index:
                 pending.extend(bodies(inner))
         return reads
 
-    def _check_inputs(self):
+    def _check_inputs(self) -> None:
         inputs = {value.name for value in self.main.values.values() if value.is_input}
         for name in self.input_shapes:
             if name not in inputs:
@@ -157,14 +182,14 @@ class Index:
             known = given if declared is None else declared
             fits = len(known) == len(given) and all(not size or size in (-1, new) for size, new in zip(known, given, strict=True))
             if not fits:
-                shown = ",".join(str(size or "?") for size in declared)
+                shown = ",".join(str(size or "?") for size in known)
                 raise ModelError(expected(f"sizes that fit {name}={shown}", ",".join(map(str, given)) or "none", "input_shapes"))
 
-    def is_overridable(self, value):
+    def is_overridable(self, value: Value) -> bool:
         """Say whether a caller may override an initializer: it is a graph input too, and the file's IR version allows that."""
         return value.is_input and value.initializer is not None and self.proto.ir_version >= 4 and not self.freeze_inputs
 
-    def constant(self, value):
+    def constant(self, value: Value | None) -> Tensor | None:
         """Return the Tensor that a value always is, or None.
 
         Constant nodes, and standard operators on constants (Cast, Expand, ConstantOfShape, Shape, ...), count; what a caller may override
@@ -172,34 +197,34 @@ class Index:
         """
         return self._constants.find(value)
 
-    def is_too_large(self, value):
+    def is_too_large(self, value: Value) -> bool:
         """Say whether a value is no constant only because it, or what it is computed from, is too large to be evaluated here."""
         return self._constants.is_too_large(value)
 
-    def shape(self, value):
-        """Return the shape of a value as a tuple with None for unknown sizes, or None where not even the rank is known."""
+    def shape(self, value: Value | None) -> Shape | None:
+        """Return the shape of a value, None for each size that is not known; None where not even the rank is known, or for no value."""
         if value is None:
             return None
         if value.initializer is not None:
             return tuple(value.initializer.dims)
-        found = self._constants.known(value)
-        if found is not None:
-            return found.shape
+        constant = self._constants.known(value)
+        if constant is not None:
+            return constant.shape
         declared = None if self.input_shapes else self.declared_shape(value)
-        if declared is not None and None not in declared:
+        if is_complete(declared):
             return declared
         inferred = self._inference().shapes.get((value.scope.number, value.name))
         if declared is None or inferred is None or len(declared) != len(inferred):
             return inferred if declared is None else declared
-        return tuple(there if size is None else size for size, there in zip(declared, inferred, strict=True))
+        return tuple(other if size is None else size for size, other in zip(declared, inferred, strict=True))
 
-    def kind(self, value):
+    def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
         if value.initializer is not None:
             return value.initializer.data_type
         return self._inference().kinds.get((value.scope.number, value.name), 0)
 
-    def declared_shape(self, value):
+    def declared_shape(self, value: Value) -> Shape | None:
         """Return what the file itself says of a value's shape, without inference."""
         scope = value.scope
         if scope.declared is None:
@@ -208,7 +233,11 @@ class Index:
             scope.declared = {info.name: shape_of(info) for info in (*outputs, *scope.graph.value_info, *scope.graph.input)}
         return scope.declared.get(value.name)
 
-    def _inference(self):
+    def _inference(self) -> Inference:
         if self._inferred is None:
             self._inferred = Inference(self.proto, self.opset, self.main, self._constants, self.input_shapes, self._expanded)
         return self._inferred
+
+
+def _fail_of_two_sources(name: str) -> NoReturn:
+    raise ModelError(f"Cannot read the model: the value '{name}' has two sources")

@@ -1,12 +1,17 @@
 """Graphs within a model: the bodies of nodes, and model-local functions, none of which may call itself."""
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeAlias, overload
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ModelError
 
 __all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "expanded_size", "is_standard", "scopes_of"]
+
+# The domain, name and overload by which a node calls an operator or a function.
+Callee: TypeAlias = tuple[str, str, str]
 
 # Bodies within bodies go no deeper; protobuf reads and copies about 30.
 DEEPEST = 24
@@ -22,22 +27,26 @@ def is_standard(domain: str) -> bool:
 
 def bodies(node: NodeProto) -> list[GraphProto]:
     """Return the subgraphs of a NodeProto, in order."""
-    found = []
+    graphs: list[GraphProto] = []
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
-            found.append(attribute.g)
+            graphs.append(attribute.g)
         elif attribute.type == AttributeProto.GRAPHS:
-            found.extend(attribute.graphs)
-    return found
+            graphs.extend(attribute.graphs)
+    return graphs
 
 
-def scopes_of(graph: GraphProto | FunctionProto) -> list[GraphProto | FunctionProto]:
+@overload
+def scopes_of(graph: GraphProto) -> list[GraphProto]: ...
+@overload
+def scopes_of(graph: FunctionProto) -> list[GraphProto | FunctionProto]: ...
+def scopes_of(graph: GraphProto | FunctionProto) -> Sequence[GraphProto | FunctionProto]:
     """Return a graph, or a function, and all subgraphs below it, outermost first: the same order for a model and for its copy."""
-    found = [graph]
-    for current in found:
-        for node in current.node:
-            found.extend(bodies(node))
-    return found
+    scopes = [graph]
+    for scope in scopes:
+        for node in scope.node:
+            scopes.extend(bodies(node))
+    return scopes
 
 
 def expanded_size(proto: ModelProto) -> int:
@@ -50,17 +59,17 @@ def expanded_size(proto: ModelProto) -> int:
     """
     functions = {(each.domain, each.name, each.overload): each for each in proto.functions}
     calls = {key: _calls(function) for key, function in functions.items()}
-    sizes: dict[tuple, int] = {}
-    # A function on the way is counted when the ones that it calls have been.
+    sizes: dict[Callee, int] = {}
+    # A function is counted once all those that it calls have been; `opened` holds those that wait for others.
     for start in calls:
-        pending, open_ones = [start], set()
+        pending, opened = [start], set()
         while pending:
             key = pending[-1]
             waiting = [] if key in sizes else [called for called in calls[key] if called in calls and called not in sizes]
-            if waiting and key in open_ones:
-                raise ModelError(expected("functions that do not call themselves", "one that does", key[1]))
+            if waiting and key in opened:
+                raise ModelError(f"Cannot expand the function '{key[1]}': it calls itself, perhaps by way of others")
             if waiting:
-                open_ones.add(key)
+                opened.add(key)
                 pending.extend(waiting)
                 continue
             pending.pop()
@@ -68,10 +77,10 @@ def expanded_size(proto: ModelProto) -> int:
     return _size(_calls(proto.graph), sizes)
 
 
-def _size(calls: Counter, sizes: dict[tuple, int]) -> int:
+def _size(calls: Counter[Callee], sizes: dict[Callee, int]) -> int:
     return sum(count * sizes.get(key, 1) for key, count in calls.items())
 
 
-def _calls(graph: GraphProto | FunctionProto) -> Counter:
+def _calls(graph: GraphProto | FunctionProto) -> Counter[Callee]:
     """Return how often each operator or function is called, in bodies too."""
     return Counter((node.domain, node.op_type, node.overload) for each in scopes_of(graph) for node in each.node)

@@ -20,28 +20,32 @@ OPTION = defs.OpSchema.FormalParameterOption
 # No array that NumPy holds has more axes.
 HIGHEST_RANK = 64
 
-# A hint to the memory planner of the first versions, which no result depends on.
+# An attribute of the first versions, a hint to memory planning: no result depends on it.
 LEGACY = "consumed_inputs"
 
-# ONNX lets attributes of this prefix pass.
+# onnx's checker accepts any attribute whose name begins with this.
 INTERNAL = "__"
 
-# Their inference takes for granted that the type of the input is known.
+# Their shape inference reads the type of the input without a check that it is known, and ends the process where it is not.
 UNSAFE = ("EyeLike", "RegexFullMatch")
 
-# Einsum's inference does not end on some equations that are none.
+# A well-formed equation of Einsum: on some malformed ones its shape inference does not end.
 EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)*(->[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)?")
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What an operator must have: inputs and outputs (slot -> name), attributes (names); and the types of all that it may have."""
+    """What the schema of an operator demands of a node.
 
-    inputs: dict
-    outputs: dict
+    inputs and outputs: slot -> name of those that must be there; is_variadic: whether any number of inputs may follow, none of them
+    empty; attributes: names of those that must be there; types: name -> type of all attributes that the operator has.
+    """
+
+    inputs: dict[int, str]
+    outputs: dict[int, str]
     is_variadic: bool
-    attributes: tuple
-    types: dict
+    attributes: tuple[str, ...]
+    types: dict[str, int]
 
 
 @lru_cache(maxsize=1024)
@@ -50,8 +54,8 @@ def _demand(op: str, opset: int) -> Demand | None:
     if schema is None or schema.deprecated:
         return None
     inputs, outputs = (
-        {slot: each.name for slot, each in enumerate(those[:least]) if each.option != OPTION.Optional}
-        for those, least in ((schema.inputs, schema.min_input), (schema.outputs, schema.min_output))
+        {slot: parameter.name for slot, parameter in enumerate(parameters[:least]) if parameter.option != OPTION.Optional}
+        for parameters, least in ((schema.inputs, schema.min_input), (schema.outputs, schema.min_output))
     )
     variadic = bool(schema.inputs) and schema.inputs[-1].option == OPTION.Variadic and schema.inputs[-1].is_homogeneous
     attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required and name != LEGACY)
@@ -62,18 +66,18 @@ def _demand(op: str, opset: int) -> Demand | None:
 def _schema(op: str, opset: int) -> defs.OpSchema | None:
     try:
         return defs.get_schema(op, opset, "")
-    except Exception:  # onnx raises an error of its own, which is no public name
+    except Exception:  # the class of onnx's error has no public name
         return None
 
 
 def _number(attribute: defs.OpSchema.Attribute) -> int:
-    return int(attribute.type.value)
+    return int(attribute.type.value)  # type: ignore[attr-defined]  # the stub of AttrType lacks `value`
 
 
 @lru_cache(maxsize=1024)
-def _types(op: str) -> dict:
+def _types(op: str) -> dict[str, set[int]]:
     """Return attribute -> its types in all versions of an operator."""
-    types: dict[str, set] = {}
+    types: dict[str, set[int]] = {}
     version = defs.onnx_opset_version()
     while (schema := _schema(op, version) if version else None) is not None:
         for name, attribute in schema.attributes.items():
@@ -85,19 +89,19 @@ def _types(op: str) -> dict:
 def check_node(proto: NodeProto, label: str, opset: int) -> None:
     """Raise ModelError where a node of a standard operator lacks an input, output or attribute, or an attribute has a wrong type.
 
-    An operator that the opset does not have, and an attribute that the operator does not have, are left to others.
+    An operator that the opset does not have, and an attribute that the operator does not have, are no error here: see check_version.
     """
     demand = _demand(proto.op_type, opset)
     if demand is not None:
         _check_names(demand, proto, label)
-    given = set()
+    names = set()
     for attribute in proto.attribute:
         name, kind = attribute.name, attribute.type
         if attribute.ref_attr_name:
             raise ModelError(expected(f"a value of the attribute '{name}'", "a reference outside a function", label))
-        if name in given:
+        if name in names:
             raise ModelError(expected(f"one attribute '{name}'", "two", label))
-        given.add(name)
+        names.add(name)
         if demand and demand.types.get(name) == kind:
             continue
         wanted = {demand.types[name]} if demand and name in demand.types else _types(proto.op_type).get(name, {kind})
@@ -107,7 +111,7 @@ def check_node(proto: NodeProto, label: str, opset: int) -> None:
         if demand and name not in demand.types and kind in BODIES:  # its body would leave with it
             raise ModelError(expected(f"no graph in {proto.op_type}", f"the attribute '{name}'", label))
     for name in demand.attributes if demand else ():
-        if name not in given:
+        if name not in names:
             raise ModelError(expected(f"an attribute '{name}' of {proto.op_type}", "none", label))
 
 
@@ -121,9 +125,14 @@ def _check_names(demand: Demand, proto: NodeProto, label: str) -> None:
 
 
 def check_version(proto: NodeProto, label: str, opset: int) -> None:
-    """Raise ModelError where a node that passes check_node has more than its operator takes at this opset: nobody can say what it means.
+    """Check that a node which passes check_node has no more than its operator takes at this opset: its meaning would be undefined.
 
-    An operator that the opset does not have raises Refusal.
+    Raises
+    ------
+    ModelError
+        It has more inputs, outputs or attributes.
+    Refusal
+        The opset does not have the operator.
     """
     op, schema = proto.op_type, _schema(proto.op_type, opset)
     if schema is None or schema.deprecated:
@@ -141,7 +150,7 @@ def _shown(kind: int) -> str:
 
 
 def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
-    """Return what onnx's checker wants to know about the model around a node."""
+    """Return what onnx's checker needs to know of the model around a node."""
     context = checker.C.CheckerContext()
     context.ir_version = min(max(proto.ir_version, 4), onnx.IR_VERSION)
     context.opset_imports = {**{entry.domain: entry.version for entry in proto.opset_import}, "": opset, "ai.onnx": opset}
@@ -149,20 +158,20 @@ def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
 
 
 def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
-    """Say whether shape inference may see a node: on some that onnx's checker refuses, and on a few more, the process ends, or hangs."""
+    """Say whether shape inference may see a node: some that onnx's checker refuses, and a few more, end the process or hang it."""
     if proto.domain not in context.opset_imports:
         return False
     if not is_standard(proto.domain):
         return True
     try:
         checker.check_node(proto, context)
-    except Exception:  # the checker raises many kinds; all say that the node is none
+    except Exception:  # the checker raises many kinds; all say that the node is malformed
         return False
     return _is_sound(proto)
 
 
 def _is_sound(proto: NodeProto) -> bool:
-    """Say whether a node is none of those that the checker lets pass and inference does not survive."""
+    """Say whether inference is safe on a node that the checker accepts."""
     if proto.op_type in UNSAFE:
         return False
     if proto.op_type == "Split":
@@ -180,7 +189,7 @@ def is_function(proto: FunctionProto, context: checker.C.CheckerContext) -> bool
     """Say whether shape inference may see a model-local function."""
     try:
         checker.check_function(proto, context)
-    except Exception:  # the checker raises many kinds; all say that the function is none
+    except Exception:  # the checker raises many kinds; all say that the function is malformed
         return False
     return all(_is_sound(node) for graph in scopes_of(proto) for node in graph.node)
 

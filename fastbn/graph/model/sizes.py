@@ -1,63 +1,33 @@
-"""Sizes that shape inference gives up on: the integers that a graph computes from shapes, and what a Reshape makes of them.
+"""Sizes that onnx's shape inference leaves open: the integers that a graph computes from shapes, and what a Reshape makes of them.
 
-Each is a number, a Dim, or None where nothing is known. A Dim is never taken for another one: only the same axis of the same value counts,
+Each size is a number, a Dim, or None where nothing is known. Two Dims are equal only where they are the same axis of the same value,
 followed through operators that keep it.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto
 
 from fastbn.graph.model.expressions import Constants, is_expression
 from fastbn.graph.model.nesting import is_standard
+from fastbn.graph.model.node import Node, Shape, Value, is_complete
+from fastbn.graph.ops.registry import operator_row
+from fastbn.graph.ops.shape_rules import Dim, Size, Sizes
 
-__all__ = ["LARGEST_LIST", "Sizes"]
+if TYPE_CHECKING:
+    from fastbn._types import Array
+
+__all__ = ["LARGEST_LIST", "SizeInference"]
 
 # Integer constants up to this many elements are read for their values.
 LARGEST_LIST = 1 << 10
 
-# The output has the shape of the first input.
-# fmt: off
-SAME_SHAPE = frozenset([
-    "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "InstanceNormalization", "LRN", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "PRelu",
-    "QuantizeLinear", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Sqrt", "Tanh",
-])
-# fmt: on
 
-# Axis 0 of the output is that of the first input, whatever becomes of the others.
-SAME_BATCH = ("AveragePool", "Conv", "ConvTranspose", "DepthToSpace", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "SpaceToDepth")
-
-# Each dimension is the one of its operands that is not 1.
-BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum")
-
-# Operators that move the elements of a list.
-MOVING = ("Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze")
-
-# Operator -> the slots in which it reads sizes, factors or axes by value; a Flatten is a Reshape to sizes that it does not read.
-# fmt: off
-VALUE_SLOTS = {
-    "CenterCropPad": (1,), "ConstantOfShape": (0,), "Expand": (1,), "Flatten": (1,), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2),
-    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Tile": (1, 2), "TopK": (1,),
-    "Unsqueeze": (1,), "Upsample": (1,),
-}
-# fmt: on
-
-# A Cast to one of these types leaves a size as it is.
-INTEGERS = (TensorProto.INT32, TensorProto.INT64)
-
-
-@dataclass(frozen=True)
-class Dim:
-    """The size of one axis of one value, which only a run tells."""
-
-    value: object
-    axis: int
-
-
-class Sizes:
+class SizeInference:
     """One pass over the nodes of a graph, in the order of the data flow.
 
     Parameters
@@ -68,15 +38,15 @@ class Sizes:
     constants : expressions.Constants
     """
 
-    def __init__(self, nodes: list, known: dict, constants: Constants) -> None:
+    def __init__(self, nodes: Sequence[Node], known: Mapping[tuple[int, str], Shape], constants: Constants) -> None:
         self.nodes = nodes
         self.constants = constants
         self._shapes = known
-        self._sizes: dict = {}
-        self._lists: dict = {}
+        self._sizes: dict[Value, tuple[Size, ...] | None] = {}
+        self._lists: dict[Value, Array | None] = {}
 
-    def found(self) -> tuple[dict, dict]:
-        """Return what says more than is known already, both for the sizes of the inputs that the model or the caller gives.
+    def infer(self) -> tuple[dict[Value, Shape], dict[Value, Array]]:
+        """Return the shapes and lists that say more than is known already, for the input sizes that the model or the caller gives.
 
         Returns
         -------
@@ -85,38 +55,41 @@ class Sizes:
         lists : dict of value -> numpy.ndarray
             Computed lists, all of them numbers, that an operator reads whose result has unknown sizes.
         """
-        giving = [node for node in self.nodes if any(node.outputs[:1])]
-        open_ends = {node: None for node in giving if self.is_open(node)}
-        shapes, targets = {}, [node.input(slot) for node in open_ends for slot in _value_slots(node)]
+        nodes = [(node, node.outputs[0]) for node in self.nodes if node.outputs]
+        open_nodes = {node: None for node, _ in nodes if self.is_open(node)}
+        shapes: dict[Value, Shape] = {}
+        targets = [value for node in open_nodes for slot in operator_row(node).size_slots if (value := node.input(slot)) is not None]
         lists = self._computed(targets)
-        for node in giving if open_ends else ():
+        for node, output in nodes if open_nodes else ():
+            if output is None:
+                continue
             for value in node.outputs:
-                if value in lists:
+                if value is not None and value in lists:
                     self._lists[value] = self._list(node, value.slot)
-            sizes = self._settle(node)
-            if node in open_ends and sizes is not None and node.is_op("Reshape", "Flatten"):
+            sizes = self._combine(node, output)
+            if node in open_nodes and sizes is not None and operator_row(node).reshape_target is not None:
                 numbers = tuple(size if isinstance(size, int) else None for size in sizes)
-                if numbers != self.known(node.outputs[0]):
-                    shapes[node.outputs[0]] = numbers
+                if numbers != self.known(output):
+                    shapes[output] = numbers
         numeric = {value: _numbers(self._lists.get(value)) for value in targets if value in lists}
         return shapes, {value: array for value, array in numeric.items() if array is not None}
 
-    def known(self, value: object) -> tuple | None:
+    def known(self, value: Value) -> Shape | None:
         """Return the shape of a value that is known already."""
         return self._shapes.get((value.scope.number, value.name))
 
-    def is_open(self, node: object) -> bool:
+    def is_open(self, node: Node) -> bool:
         """Say whether a node reads sizes by value and gives unknown ones."""
         value = node.outputs[0] if node.outputs else None
-        if value is None or not _value_slots(node):
+        if value is None or not operator_row(node).size_slots:
             return False
-        # What a graph output declares stands: asking again in every pass would find nothing new.
+        # Inference keeps what a graph output declares, so another pass would find nothing new for it.
         shape = self.known(value)
         return shape is None or (None in shape and not value.is_output)
 
     # ---- sizes of values ----
 
-    def _of(self, value):
+    def _of(self, value: Value | None) -> tuple[Size, ...] | None:
         """Return the sizes of a value, None where not even its rank is known."""
         if value is None:
             return None
@@ -125,198 +98,172 @@ class Sizes:
             self._sizes[value] = _named(shape, value)
         return self._sizes[value]
 
-    def _settle(self, node):
-        """Return the sizes of a node's first output, which those of its inputs may tell better than inference did."""
-        value = node.outputs[0]
-        told, shape = self._told(node), self.known(value)
-        if shape is None:
-            shape = told
-        elif told is not None and len(told) == len(shape):
-            shape = [size if known is None else known for size, known in zip(told, shape, strict=True)]
-        self._sizes[value] = _named(shape, value)
+    def _combine(self, node: Node, value: Value) -> tuple[Size, ...] | None:
+        """Return the sizes of a node's first output: those that inference knows, completed by those that follow from its inputs."""
+        computed, known = self._from_inputs(node), self.known(value)
+        sizes: Sequence[Size] | None = computed if known is None else known
+        if known is not None and computed is not None and len(computed) == len(known):
+            sizes = [other if size is None else size for size, other in zip(known, computed, strict=True)]
+        self._sizes[value] = _named(sizes, value)
         return self._sizes[value]
 
-    def _told(self, node):
-        first = self._of(node.input(0))
-        if node.is_op("Reshape", "Flatten"):
-            return self._reshaped(node, first)
-        if first is None:
-            return None
-        if node.is_op(*SAME_SHAPE):
-            return first
-        if node.is_op(*SAME_BATCH):
-            return (*first[:1], *[None] * (len(first) - 1))
-        if node.is_op("Transpose"):
-            perm = node.attribute("perm") or list(range(len(first)))[::-1]
-            return tuple(first[at] for at in perm) if sorted(perm) == list(range(len(first))) else None
-        if node.is_op("Concat"):
-            joined = node.attribute("axis", 1) % max(len(first), 1)
-            return tuple(None if at == joined else size for at, size in enumerate(first))
-        if node.is_op("Gemm"):
-            return (None if node.attribute("transA", 0) else first[0], None) if len(first) == 2 else None
-        if node.is_op("MatMul"):
-            second = self._of(node.input(1))
-            return (*first[:-1], None) if second is not None and len(second) == 2 else None
-        if node.is_op(*BROADCASTING):
-            return _broadcast([self._of(value) for value in node.inputs])
-        return None
+    def _from_inputs(self, node: Node) -> Sizes | None:
+        """Return the sizes of a node's first output as far as its row tells them."""
+        row = operator_row(node)
+        if row.reshape_target is not None:
+            first = self._of(node.input(0))
+            return self._reshaped(node, first, row.reshape_target(node, first, self._integers))
+        inputs = [self._of(value) for value in node.inputs] if row.sizes is not None else []
+        return row.sizes(node, inputs) if row.sizes is not None and inputs and inputs[0] is not None else None
 
-    def _reshaped(self, node, first):
-        target = self._target(node, first)
+    def _reshaped(self, node: Node, first: Sizes | None, target: list[Size] | None) -> Sizes | None:
+        """Return the sizes that a list of sizes makes of a value by Reshape's rules; first are those of the value."""
         if target is None:
             return None
-        keeps_zero, sizes = node.attribute("allowzero", 0), []
-        for at, size in enumerate(target):
+        keeps_zero = node.attribute("allowzero", 0)
+        sizes: list[Size] = []
+        for axis, size in enumerate(target):
             if size == 0:
-                size = None if keeps_zero or first is None or at >= len(first) else first[at]
+                size = None if keeps_zero or first is None or axis >= len(first) else first[axis]
             elif isinstance(size, Dim) and (first is None or size not in first):
-                # Where it is 0, and the value is not empty, it stands for whatever the value has there.
+                # In a run it may be 0, which means the size that the data has on this axis: so it is not known.
                 size = None
             sizes.append(size)
-        rest = [at for at, size in enumerate(sizes) if size == -1]
-        for at in rest:
-            given = sizes[:at] + sizes[at + 1 :]
-            sizes[at] = _quotient(first, given) if first is not None else None
+        for axis in [axis for axis, size in enumerate(sizes) if size == -1]:
+            others = sizes[:axis] + sizes[axis + 1 :]
+            sizes[axis] = _quotient(first, others) if first is not None else None
         if sizes and not isinstance(sizes[-1], int):
-            sizes[-1] = self._rows_behind(node.outputs[0], sizes[-1])
+            sizes[-1] = self._rows_demanded(node.required_output(), sizes[-1])
         return sizes
 
-    def _target(self, node, first):
-        """Return what a Reshape, or a Flatten written as one, is to give."""
-        if node.is_op("Flatten"):
-            return [0, -1] if node.attribute("axis", 1) == 1 and first else None
-        found = self._elements(node.input(1))
-        return None if found is None or found.ndim != 1 or found.dtype != object else found.tolist()
+    def _integers(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers."""
+        elements = self._elements(value)
+        return None if elements is None or elements.ndim != 1 or elements.dtype != object else list(elements.tolist())
 
-    def _rows_behind(self, value, size):
-        """Return the size of the last axis that a matrix product of this value demands, or what is known without one."""
+    def _rows_demanded(self, value: Value, size: Size) -> Size:
+        """Return the size of the last axis that a matrix product of this value demands, or `size` where there is none."""
         for node, slot in value.readers:
-            weight = self._of(node.input(1)) if slot == 0 and node.is_op("MatMul", "Gemm") and node.scope is value.scope else None
-            if weight is not None and len(weight) == 2 and not node.attribute("transA", 0):
-                rows = weight[1 if node.attribute("transB", 0) else 0]
-                size = rows if isinstance(rows, int) else size
+            data_width = operator_row(node).data_width
+            weight = self._of(node.input(1)) if data_width is not None and slot == 0 and node.scope is value.scope else None
+            demanded = data_width(node, weight) if data_width is not None and weight is not None else None
+            size = demanded if isinstance(demanded, int) else size
         return size
 
     # ---- lists of integers ----
 
-    def _computed(self, targets):
-        """Return the values that operators on lists give on the way to these targets."""
-        found, pending = set(), [value for value in targets if value is not None]
+    def _computed(self, targets: Iterable[Value]) -> set[Value]:
+        """Return the values that operators on lists give and that these targets are computed from, the targets themselves included."""
+        computed: set[Value] = set()
+        pending = list(targets)
         for value in pending:
             node = value.producer
-            if node is None or value in found or not is_standard(node.domain):
+            if node is None or value in computed or not is_standard(node.domain):
                 continue
-            if node.op in ("Identity", "Shape") or is_expression(node.op):
-                found.add(value)
-                pending.extend(read for read in node.inputs if read is not None and not node.is_op("Shape"))
-        return found
+            row = operator_row(node)
+            if row.list_elements is not None or is_expression(node):
+                computed.add(value)
+                by_shape = row.list_elements is not None and row.reads.get(0) == "shape"
+                pending.extend(read for read in node.inputs if read is not None and not by_shape)
+        return computed
 
-    def _elements(self, value):
+    def _elements(self, value: Value | None) -> Array | None:
         """Return the elements of a list: an array of objects where they are integers, of numbers where they are floats or truth values.
 
         None where not even its shape is known.
         """
         if value is None:
             return None
-        if self._lists.get(value) is not None:
-            return self._lists[value]
+        computed = self._lists.get(value)
+        if computed is not None:
+            return computed
         constant = self.constants.find(value, LARGEST_LIST)
         if constant is not None and (constant.dtype.kind not in "biuf" or constant.size > LARGEST_LIST):
             return None
         if constant is not None:
             return _listed(constant.array())
         shape = self.known(value)
-        return np.full(shape, None) if shape is not None and None not in shape and math.prod(shape) <= LARGEST_LIST else None
+        return np.full(shape, None) if is_complete(shape) and math.prod(shape) <= LARGEST_LIST else None
 
-    def _list(self, node, slot):
-        """Return the elements that an operator on lists gives, None where it does not tell."""
-        if node.is_op("Shape"):
-            sizes = self._of(node.input(0))
-            return None if sizes is None else _objects(sizes[node.attribute("start", 0) : node.attribute("end", len(sizes))])
+    def _list(self, node: Node, slot: int) -> Array | None:
+        """Return the elements that an operator on lists gives, None where they are not known."""
+        row = operator_row(node)
+        if row.list_elements is not None and row.reads.get(0) == "shape":
+            return row.list_elements(node, self._of(node.input(0)), ())
         inputs = [self._elements(value) for value in node.inputs]
-        if not inputs or any(found is None and value is not None for found, value in zip(inputs, node.inputs, strict=True)):
+        if not inputs or any(each is None and value is not None for each, value in zip(inputs, node.inputs, strict=True)):
             return None
-        if node.is_op("Identity"):
-            return inputs[0]
-        if node.is_op("Cast") and node.attribute("to", 0) in INTEGERS and inputs[0].dtype == object:
-            return inputs[0]
-        if node.is_op(*MOVING) and any(found is not None and found.dtype == object for found in inputs[:1]):
+        elements = None if row.list_elements is None else row.list_elements(node, None, inputs)
+        if elements is not None:
+            return elements
+        first = inputs[0]
+        if row.moved_inputs is not None and first is not None and first.dtype == object:
             return self._moved(node, slot, inputs)
-        arrays = [None if found is None else _numbers(found) for found in inputs]
-        if any(array is None and found is not None for array, found in zip(arrays, inputs, strict=True)):
+        arrays = [None if each is None else _numbers(each) for each in inputs]
+        if any(array is None and each is not None for array, each in zip(arrays, inputs, strict=True)):
             return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
         return None if result is None or slot >= len(result) else _listed(result[slot])
 
-    def _moved(self, node, slot, inputs):
-        """Return where the elements come to lie: the operator is run on their numbers in a list of them all."""
-        elements, arrays = [], []
-        for at, found in enumerate(inputs):
-            if found is None:
+    def _moved(self, node: Node, slot: int, inputs: Sequence[Array | None]) -> Array | None:
+        """Return the elements that an operator which only moves them gives: it is run on their positions in a list of all elements."""
+        moves_all = operator_row(node).moved_inputs == "all"
+        elements: list[Size] = []
+        arrays: list[Array | None] = []
+        for at, each in enumerate(inputs):
+            if each is None:
                 arrays.append(None)
-            elif at == 0 or node.is_op("Concat"):
-                arrays.append(np.arange(len(elements), len(elements) + found.size).reshape(found.shape))
-                elements.extend(found.flat)
-            elif all(isinstance(size, int) for size in found.flat):
-                arrays.append(found.astype(np.int64))
+            elif at == 0 or moves_all:
+                arrays.append(np.arange(len(elements), len(elements) + each.size).reshape(each.shape))
+                elements.extend(each.flat)
+            elif all(isinstance(size, int) for size in each.flat):
+                arrays.append(each.astype(np.int64))
             else:
                 return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
-        return None if result is None or slot >= len(result) else _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
+        if result is None or slot >= len(result):
+            return None
+        moved: Array = _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
+        return moved
 
 
-def _listed(array):
+def _listed(array: Array) -> Array:
+    """Return an array as _elements does: of objects where it holds integers."""
     return array.astype(object) if array.dtype.kind in "iu" else array
 
 
-def _numbers(elements):
-    """Return the elements of a list as an array of numbers, None where one of them is none."""
+def _numbers(elements: Array | None) -> Array | None:
+    """Return the elements of a list as an array of numbers, None where one of them is not known."""
     if elements is None or elements.dtype != object:
         return elements
     return elements.astype(np.int64) if all(_fits(size) for size in elements.flat) else None
 
 
-def _fits(size):
+def _fits(size: Size) -> bool:
     return isinstance(size, int) and abs(size) < 1 << 63
 
 
-def _value_slots(node):
-    """Return the slots in which an operator reads sizes by value."""
-    if not is_standard(node.domain):
-        return ()
-    return (1,) if node.op.startswith("Reduce") else VALUE_SLOTS.get(node.op, ())
-
-
-def _objects(elements):
+def _objects(elements: Sequence[Size]) -> Array:
     array = np.empty(len(elements), object)
     array[:] = elements
     return array
 
 
-def _named(sizes, value):
-    """Return sizes in which an unknown one is the Dim that it is."""
+def _named(sizes: Sequence[Size] | None, value: Value) -> tuple[Size, ...] | None:
+    """Return the sizes of a value with its Dim for each one that is not known."""
     return None if sizes is None else tuple(Dim(value, at) if size is None else size for at, size in enumerate(sizes))
 
 
-def _broadcast(operands):
-    if None in operands:
-        return None
-    rank = max(map(len, operands))
-    columns = zip(*([1] * (rank - len(sizes)) + list(sizes) for sizes in operands), strict=True)
-    choices = [{size for size in column if size != 1} for column in columns]
-    return tuple((choice or {1}).pop() if len(choice) < 2 else None for choice in choices)
-
-
-def _quotient(sizes, given):
-    """Return what is left of the elements of a value for one axis more than the given ones, None where they do not cancel."""
+def _quotient(sizes: Sequence[Size], others: Sequence[Size]) -> Size:
+    """Return the size of an axis beside others that make up the same number of elements as sizes; None where they do not cancel."""
     left = list(sizes)
-    for size in given:
+    for size in others:
         if isinstance(size, Dim) and size in left:
             left.remove(size)
         elif not isinstance(size, int):
             return None
     number = math.prod(size for size in left if isinstance(size, int))
-    divisor = math.prod(size for size in given if isinstance(size, int))
+    divisor = math.prod(size for size in others if isinstance(size, int))
     dims = [size for size in left if isinstance(size, Dim)]
     if len(dims) == 1 and number == divisor:
         return dims[0]

@@ -1,22 +1,32 @@
 """Models in: from paths, bytes or objects, their tensors inside or in data files, which are checked at once and mapped when read."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
-import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fastbn._types import Array
+
 __all__ = [
     "PROTOBUF_LIMIT",
+    "ModelLike",
+    "Place",
     "Source",
     "external_tensors",
     "is_external",
@@ -30,6 +40,10 @@ __all__ = [
     "utf8_path",
 ]
 
+# What a model may be given as: a path, bytes, an object, or what load() has made of one of these.
+ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | ModelProto | Source"
+
+# The largest message that protobuf writes or reads, in bytes.
 PROTOBUF_LIMIT = 2**31 - 1
 
 # Offsets and lengths of data files: what is longer is no place in a file.
@@ -38,24 +52,24 @@ NUMBER = re.compile(r"-?[0-9]{1,19}")
 # NumPy's names of the types of which several elements share a byte.
 PACKED = re.compile(r"(?:u?int|float)([24])(?![0-9])")
 
-# What an external tensor may say about its place.
+# The entries of an external tensor that say where its values lie.
 PLACE = ("location", "offset", "length")
 
 
-def os_error(error, where):
-    """Return a StorageError that says what the system said."""
+def os_error(error: OSError, where: str) -> StorageError:
+    """Return a StorageError with the message of the operating system."""
     return StorageError(expected("a file that can be used", (error.strerror or str(error)).lower(), where))
 
 
-def model_in(path):
-    """Return the ModelProto of a file, or None for one that holds no model."""
+def model_in(path: str | os.PathLike[str]) -> ModelProto | None:
+    """Return the ModelProto of a file, or None for one that cannot be read or holds no model."""
     try:
         return _parse(Path(path).read_bytes(), str(path))
     except (ModelError, OSError):
         return None
 
 
-def utf8_path(path):
+def utf8_path(path: str | os.PathLike[str]) -> str | None:
     """Return a path as libraries in C++ take it, whatever the locale: as text whose UTF-8 is the name; None where the name is no UTF-8."""
     try:
         return os.fsencode(path).decode("utf-8")
@@ -63,13 +77,13 @@ def utf8_path(path):
         return None
 
 
-def load(model):
+def load(model: ModelLike) -> Source:
     """Return the Source of a model, the places of its external tensors checked.
 
     Parameters
     ----------
     model : str, os.PathLike, bytes-like, onnx.ModelProto or Source
-        A Source comes back as it is.
+        A Source is returned as it is.
 
     Raises
     ------
@@ -82,7 +96,7 @@ def load(model):
     """
     if isinstance(model, Source):
         return model
-    if isinstance(model, onnx.ModelProto):
+    if isinstance(model, ModelProto):
         source = Source(model, None, "model")
     elif isinstance(model, (bytes, bytearray, memoryview)):
         data = bytes(model)
@@ -95,7 +109,7 @@ def load(model):
     return source
 
 
-def _load_file(path):
+def _load_file(path: Path) -> Source:
     where = str(path)
     try:
         mode = path.stat().st_mode
@@ -117,25 +131,25 @@ def _load_file(path):
         if isinstance(error, ModelError):
             raise
         raise StorageError(expected("a path", str(error), where)) from error
-    # What came through a pipe is gone: it is kept, and there is no folder for data files.
+    # A pipe cannot be read twice, so the bytes are kept; and it has no folder for data files.
     return Source(_parse(data, where), None, where, data)
 
 
-def read_pipe(pipe):
-    """Return what an open pipe gives, in pieces, so that one without an end takes no more memory than the largest model."""
+def read_pipe(pipe: BinaryIO | IO[bytes]) -> bytes:
+    """Return the bytes of an open pipe, up to one piece more than the largest model: an endless pipe must not fill the memory."""
     data = bytearray()
     while len(data) <= PROTOBUF_LIMIT and (piece := pipe.read(1 << 20)):
         data += piece
     return bytes(data)
 
 
-def _parse(data, where):
+def _parse(data: bytes, where: str) -> ModelProto:
     if not data:
         raise ModelError(expected("an ONNX model", "no bytes at all", where))
     if len(data) > PROTOBUF_LIMIT:
         raise ModelError(expected("a model below 2 GB without its external data", f"{len(data)} bytes or more", where))
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: ModelProto = ModelProto.FromString(data)
     except (DecodeError, UnicodeDecodeError) as error:
         raise ModelError(expected("an ONNX model", "bytes that are none", where)) from error
     if not proto.HasField("graph") or not proto.ir_version:
@@ -143,10 +157,10 @@ def _parse(data, where):
     return proto
 
 
-def serialize(proto, where):
-    """Return the bytes of a ModelProto; more than protobuf's 2 GB is an error in one line."""
+def serialize(proto: ModelProto, where: str) -> bytes:
+    """Return the bytes of a ModelProto; raises ModelError above protobuf's 2 GB."""
     try:
-        data = proto.SerializeToString()
+        data: bytes = proto.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise ModelError(expected("a model below 2 GB without its external data", "a larger one", where)) from error
     if len(data) > PROTOBUF_LIMIT:
@@ -154,30 +168,30 @@ def serialize(proto, where):
     return data
 
 
-def is_external(tensor):
+def is_external(tensor: TensorProto) -> bool:
     """Say whether a TensorProto keeps its values in another file."""
-    return tensor.data_location == onnx.TensorProto.EXTERNAL
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
-def location_of(tensor):
-    """Return the location entry of an external tensor."""
-    return next(entry.value for entry in tensor.external_data if entry.key == "location")
+def location_of(tensor: TensorProto) -> str:
+    """Return the name of the data file of an external tensor, as the model gives it."""
+    return str(next(entry.value for entry in tensor.external_data if entry.key == "location"))
 
 
-def external_tensors(proto):
+def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """Yield every external TensorProto of a model, wherever it may stand: initializers and attributes of the graph, its bodies and its
     functions, sparse ones, training graphs."""
-    graphs = [proto.graph]
+    graphs: list[GraphProto] = [proto.graph]
     for training in proto.training_info:
         graphs += [training.initialization, training.algorithm]
-    nodes = [node for function in proto.functions for node in function.node]
+    nodes: list[NodeProto] = [node for function in proto.functions for node in function.node]
     while graphs or nodes:
         if nodes:
             for attribute in nodes.pop().attribute:
                 graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
                 sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
-                tensors = [attribute.t, *attribute.tensors, *(part for each in sparse for part in (each.values, each.indices))]
-                yield from filter(is_external, tensors)
+                parts = [part for each in sparse for part in (each.values, each.indices)]
+                yield from filter(is_external, [attribute.t, *attribute.tensors, *parts])
             continue
         graph = graphs.pop()
         nodes += graph.node
@@ -186,7 +200,7 @@ def external_tensors(proto):
             yield from filter(is_external, (each.values, each.indices))
 
 
-def tensor_dtype(tensor, where):
+def tensor_dtype(tensor: TensorProto, where: str) -> np.dtype[np.generic]:
     """Return the NumPy dtype of a TensorProto."""
     try:
         return np.dtype(tensor_dtype_to_np_dtype(tensor.data_type))
@@ -194,18 +208,42 @@ def tensor_dtype(tensor, where):
         raise ModelError(expected("a tensor of a known type", f"type {tensor.data_type}", where)) from error
 
 
-class Source:
-    """A model as it was given: its ModelProto, where it came from, and the values of its tensors."""
+class Place(NamedTuple):
+    """Where an external tensor lies: its data file, and the range of its bytes."""
 
-    def __init__(self, proto, path, name, data=None):
+    path: Path
+    offset: int
+    length: int
+
+
+class Source:
+    """A model as it was given, and the values of its tensors.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+    path : Path or None
+        The file; None for a model from memory or a pipe, which can have no data files.
+    name : str
+        What messages call it.
+    data : bytes, optional
+        Its bytes, where it was given as bytes.
+
+    Attributes
+    ----------
+    notes : tuple of str
+        What a report says about the way in which the model was read.
+    """
+
+    def __init__(self, proto: ModelProto, path: Path | None, name: str, data: bytes | None = None) -> None:
         self.proto = proto
         self._data = data
         self.path = path
         self.name = name
-        self.notes = ()
-        self._files = {}
+        self.notes: tuple[str, ...] = ()
+        self._files: dict[Path, npt.NDArray[np.uint8]] = {}
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
         if self.path is None:
             return serialize(self.proto, self.name) if self._data is None else self._data
@@ -214,16 +252,22 @@ class Source:
         except OSError as error:
             raise os_error(error, self.name) from error
 
-    def size(self, external):
+    def size(self, external: Iterable[TensorProto]) -> int:
         """Return the bytes of the model and of the data files of these external tensors."""
         try:
             own = self.path.stat().st_size if self.path else self.proto.ByteSize()
-            return own + sum(path.stat().st_size for path in {self.location(tensor)[0] for tensor in external})
+            return own + sum(path.stat().st_size for path in {self.place(tensor).path for tensor in external})
         except OSError as error:
             raise os_error(error, error.filename or self.name) from error
 
-    def array(self, tensor):
-        """Return the values of a TensorProto, C-contiguous; external ones are a read-only map of their file."""
+    def array(self, tensor: TensorProto) -> Array:
+        """Return the values of a TensorProto, C-contiguous; external ones are a read-only map of their file.
+
+        Raises
+        ------
+        ModelError
+            The tensor does not hold as many values as its shape says, or its type is not known.
+        """
         where = tensor.name or "a constant"
         dtype = tensor_dtype(tensor, where)
         if any(dim < 0 for dim in tensor.dims):
@@ -245,11 +289,11 @@ class Source:
         array = raw.view(dtype).reshape(tuple(tensor.dims))
         return array if array.flags.aligned else array.copy()
 
-    def data_files(self):
+    def data_files(self) -> set[str]:
         """Return the real paths of the data files that the model reads."""
-        return {os.path.realpath(self.location(tensor)[0]) for tensor in external_tensors(self.proto)}
+        return {os.path.realpath(self.place(tensor).path) for tensor in external_tensors(self.proto)}
 
-    def check_places(self):
+    def check_places(self) -> None:
         """Check the place of every external tensor: a name inside the folder, given once, of a file that holds its bytes.
 
         Raises
@@ -259,39 +303,43 @@ class Source:
         ModelError
             A tensor has no place, or one that is not inside a data file beside the model.
         """
-        sizes = {}
+        sizes: dict[Path, int] = {}
         for tensor in external_tensors(self.proto):
-            path, offset, length = self.location(tensor)
+            path, offset, length = self.place(tensor)
             if path not in sizes:
                 sizes[path] = self._checked_size(path, tensor)
             if offset + length > sizes[path]:
                 raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{sizes[path]}", str(path)))
 
-    def _checked_size(self, path, tensor):
+    def _checked_size(self, path: Path, tensor: TensorProto) -> int:
         """Return the bytes of a data file; a link may lead to another name only inside the folder of the model, or, where the model is a
         link itself, as in the cache of Hugging Face, inside that of the file that it means."""
-        where = str(path)
+        where, model = str(path), self._path_beside(tensor)
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
                 raise StorageError(expected("a data file", "something that is no file", where))
             if not os.access(path, os.R_OK):
                 raise StorageError(expected("a file that can be used", "permission denied", where))
             real = os.path.realpath(path)
-            folders = [os.path.realpath(self.path.parent), os.path.dirname(os.path.realpath(self.path))]
+            folders = [os.path.realpath(model.parent), os.path.dirname(os.path.realpath(model))]
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise os_error(error, where) from error
         if not any(os.path.commonpath([folder, real]) == folder for folder in folders):
             raise ModelError(expected("external data inside the model's folder", f"a link to '{real}'", tensor.name or "a constant"))
-        return found.st_size
+        return status.st_size
 
-    def location(self, tensor):
-        """Return (path of the data file, offset, length) of an external tensor, as far as they can be checked without the file."""
-        where = tensor.name or "a constant"
+    def _path_beside(self, tensor: TensorProto) -> Path:
+        """Return the path of the model, beside which an external tensor lies."""
         if self.path is None:
-            raise ModelError(expected("a path, for a model with external data", "bytes or an object", where))
+            raise ModelError(expected("a path, for a model with external data", "bytes or an object", tensor.name or "a constant"))
+        return self.path
+
+    def place(self, tensor: TensorProto) -> Place:
+        """Return the Place of an external tensor; raises ModelError where its entries give none. The file is not read."""
+        where, model = tensor.name or "a constant", self._path_beside(tensor)
         for key in PLACE:
             if sum(entry.key == key for entry in tensor.external_data) > 1:
                 raise ModelError(expected(f"one {key} of external data", "several", where))
@@ -300,51 +348,56 @@ class Source:
         # A link inside the folder may lead elsewhere (_checked_size says where to); the name itself may not leave it.
         if not name or "\0" in name or os.path.isabs(name) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
             raise ModelError(expected("external data inside the model's folder", repr(name), where))
-        given = {key: fields[key] for key in PLACE[1:] if fields.get(key)}
-        if not all(map(NUMBER.fullmatch, given.values())):
-            raise ModelError(expected("an offset and a length in bytes", f"{given}", where))
-        offset, length = int(given.get("offset", 0)), int(given.get("length", _bytes_of(tensor, where)))
+        numbers = {key: fields[key] for key in PLACE[1:] if fields.get(key)}
+        if not all(map(NUMBER.fullmatch, numbers.values())):
+            raise ModelError(expected("an offset and a length in bytes", f"{numbers}", where))
+        offset, length = int(numbers.get("offset", 0)), int(numbers.get("length", _bytes_of(tensor, where)))
         if offset < 0 or length < 0:
             raise ModelError(expected("an offset and a length that are not negative", f"{offset}, {length}", where))
         if length != _bytes_of(tensor, where):
             raise ModelError(expected(f"{_bytes_of(tensor, where)} bytes of external data", f"{length}", where))
         # The name is UTF-8 on the disk, whatever the locale says.
-        return self.path.parent / os.fsdecode(name.encode("utf-8")), offset, length
+        return Place(model.parent / os.fsdecode(name.encode("utf-8")), offset, length)
 
-    def external(self, tensor):
+    def external(self, tensor: TensorProto) -> npt.NDArray[np.uint8]:
         """Return the bytes of an external tensor as a map of its file, which stays open."""
-        path, offset, length = self.location(tensor)
+        path, offset, length = self.place(tensor)
         if path not in self._files:
             with _opened(path) as file:
                 self._files[path] = np.memmap(file, np.uint8, "r") if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
-        return _whole(self._files[path][offset : offset + length], offset, length, path)
+        data = self._files[path][offset : offset + length]
+        _check_length(data, offset, length, path)
+        return data
 
-    def read(self, tensor):
+    def read(self, tensor: TensorProto) -> bytes:
         """Return the bytes of an external tensor, and leave no file open: there may be more of them than a process may open."""
-        path, offset, length = self.location(tensor)
+        path, offset, length = self.place(tensor)
         with _opened(path) as file:
             file.seek(offset)
-            return _whole(file.read(length), offset, length, path)
+            data = file.read(length)
+        _check_length(data, offset, length, path)
+        return data
 
 
-def _bytes_of(tensor, where):
+def _bytes_of(tensor: TensorProto, where: str) -> int:
     """Return the bytes that the values of a tensor take: types below 8 bits are packed."""
     dtype = tensor_dtype(tensor, where)
     if dtype.kind == "O" or any(dim < 0 for dim in tensor.dims):
         raise ModelError(expected("external data of numbers, in sizes that are not negative", f"{dtype} {list(tensor.dims)}", where))
     packed = PACKED.match(dtype.name)
-    return -(-math.prod(tensor.dims) * (int(packed[1]) if packed else 8 * dtype.itemsize) // 8)
+    bits: int = math.prod(tensor.dims) * (int(packed[1]) if packed else 8 * dtype.itemsize)
+    return -(-bits // 8)
 
 
-def _whole(data, offset, length, path):
+def _check_length(data: Sized, offset: int, length: int, path: Path) -> None:
+    """Raise ModelError where a data file ends before the bytes of a tensor."""
     if len(data) != length:
         raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{offset + len(data)}", str(path)))
-    return data
 
 
 @contextlib.contextmanager
-def _opened(path):
-    """Open a data file; what has become a pipe or a device since it was checked is an error, and does not hang."""
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a data file; one that has become a pipe or a device since it was checked is an error, and does not hang."""
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -1,71 +1,95 @@
-"""The affine that travels."""
+"""The affine that travels: y = scale * x + shift along one axis of a value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Affine"]
+__all__ = ["Affine", "FloatArray"]
+
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
     """y = scale * x + shift along one axis of a value, in float64.
 
-    scale, shift and spread have shape (channels,), or (1,) when axis is None: one number for every element. The axis counts from the
-    front when it is not negative (BatchNormalization) and from the end otherwise (broadcasting). rank is the least rank that the value
-    must have for the operator not to widen it. spread is the size of the terms that shift was summed from: |mean * scale| + |bias|.
+    Attributes
+    ----------
+    scale, shift : array of shape (channels,)
+        (1,) where axis is None: one number for every element.
+    axis : int or None
+        Counted from the front when it is not negative (BatchNormalization) and from the end otherwise (broadcasting).
+    rank : int
+        The least rank that the value must have for the operator not to widen it.
+    abs_terms : array of shape (channels,)
+        The summed size of the terms that made each shift, |mean * scale| + |bias|; |shift| where it is not given.
     """
 
-    scale: np.ndarray
-    shift: np.ndarray
+    scale: FloatArray
+    shift: FloatArray
     axis: int | None
     rank: int = 0
-    spread: np.ndarray = None
+    abs_terms: FloatArray = field(default=None)  # type: ignore[arg-type]  # set below where it is not given
 
-    def __post_init__(self):
-        if self.spread is None:
-            object.__setattr__(self, "spread", np.abs(self.shift))
+    def __post_init__(self) -> None:
+        if self.abs_terms is None:
+            object.__setattr__(self, "abs_terms", np.abs(self.shift))
 
     @property
-    def channels(self):
+    def channels(self) -> int:
+        """The number of channels, 1 where one number stands for every element."""
         return self.scale.size
 
     @property
-    def scales(self):
+    def scales(self) -> bool:
+        """Whether it multiplies at all."""
         return bool((self.scale != 1).any())
 
     @property
-    def shifts(self):
+    def shifts(self) -> bool:
+        """Whether it adds anything."""
         return bool((self.shift != 0).any())
 
-    def at(self, axis):
-        """Return the same affine along another axis, counted from the front; one number for every element stays so."""
-        return self if self.axis is None else Affine(self.scale, self.shift, axis, 0, self.spread)
+    def at(self, axis: int) -> "Affine":
+        """Return the same affine along another axis; one number for every element stays so."""
+        return self if self.axis is None else Affine(self.scale, self.shift, axis, 0, self.abs_terms)
 
-    def picked(self, indices, axis):
+    def picked(self, indices: NDArray[np.int64] | slice, axis: int | None) -> "Affine":
         """Return the affine whose channels are these channels of this one, along an axis counted from the front."""
-        scale, shift, spread = (part[indices] for part in (self.scale, self.shift, self.spread))
-        return Affine(scale, shift, axis, 0, spread)
+        return Affine(self.scale[indices], self.shift[indices], axis, 0, self.abs_terms[indices])
 
-    def inverse(self):
+    def inverse(self) -> "Affine":
         """Return x = (y - shift) / scale as an affine of y; scale must not be 0 anywhere."""
-        size = self.spread / np.abs(self.scale)
-        return Affine(1 / self.scale, -self.shift / self.scale, self.axis, self.rank, size)
+        return Affine(1 / self.scale, -self.shift / self.scale, self.axis, self.rank, self.abs_terms / np.abs(self.scale))
 
-    def scale_only(self):
+    def negated_shift(self) -> "Affine":
+        """Return y = scale * x - shift."""
+        return Affine(self.scale, -self.shift, self.axis, self.rank, self.abs_terms)
+
+    def scale_only(self) -> "Affine":
         """Return the part that multiplies."""
-        nothing = np.zeros_like(self.shift)
-        return Affine(self.scale, nothing, self.axis, self.rank, nothing)
+        zeros = np.zeros_like(self.shift)
+        return Affine(self.scale, zeros, self.axis, self.rank, zeros)
 
-    def along(self, channels):
-        """Return (scale, shift, spread) of length channels: a single number is repeated."""
+    def along(self, channels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return (scale, shift, abs_terms) of length channels: a single number is repeated."""
         if self.channels == channels:
-            return self.scale, self.shift, self.spread
-        return tuple(np.broadcast_to(part, (channels,)) for part in (self.scale, self.shift, self.spread))
+            return self.scale, self.shift, self.abs_terms
+        shape = (channels,)
+        return np.broadcast_to(self.scale, shape), np.broadcast_to(self.shift, shape), np.broadcast_to(self.abs_terms, shape)
 
-    def shaped(self, rank):
-        """Return (scale, shift, spread) in the shape that broadcasts along the axis of a value of this rank (None: unknown)."""
+    def shaped(self, rank: int | None) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return (scale, shift, abs_terms) in the shape that broadcasts along the axis in a value of this rank.
+
+        rank may be None, not known, where the axis counts from the end or is None.
+        """
         if self.axis is None:
-            return self.scale.reshape(()), self.shift.reshape(()), self.spread.reshape(())
-        behind = -self.axis - 1 if self.axis < 0 else rank - 1 - self.axis
-        return tuple(part.reshape(-1, *[1] * behind) for part in (self.scale, self.shift, self.spread))
+            shape: tuple[int, ...] = ()
+        elif self.axis < 0:
+            shape = (-1, *[1] * (-self.axis - 1))
+        else:
+            assert rank is not None, "an axis from the front needs the rank"
+            shape = (-1, *[1] * (rank - 1 - self.axis))
+        return self.scale.reshape(shape), self.shift.reshape(shape), self.abs_terms.reshape(shape)

@@ -1,151 +1,299 @@
-"""A row of the two tables: what one operator does with an affine, backward and forward.
+"""A row: everything that the package knows of one operator of ONNX.
 
 A row answers two questions about a node and an affine S, T:
 
-* backward: the value that the node gives must become S * value + T; which of its constants change, and what is asked of its inputs?
-* forward: an input of the node is S * input + T no more but plain `input`; which of its constants make up for it, and what remains to be
-  made up for behind its outputs?
+* backward: an output of the node must become S * output + T; which of its constants change, and what is asked of its inputs?
+* forward: an input of the node, until now S * input + T, becomes plain `input`; which constants of the node make up for it, and what
+  remains to be made up for behind its outputs?
 
-Both return Taken, or raise Refusal. Rows only read; `view` is the planner's view of the graph (view.GraphView), in which earlier folds have
-already happened.
+Both return a Transfer, or raise Refusal. Rows only read. What they may ask is a PresentGraph: the graph in which the plans so far have
+already happened; what they are told of the journey is a Traveler.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
 
-from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Tensor
-from fastbn.graph.model.node import Node
-from fastbn.graph.reasons import Refusal
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from fastbn.graph.model.constant import Constant, Dense, Requantized, Tensor
+from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.shape_rules import Size, Sizes
 
 __all__ = [
+    "STRATEGIES",
+    "Changes",
+    "Origin",
+    "PresentGraph",
     "Row",
-    "Taken",
-    "axis_in",
-    "axis_of",
-    "countable",
-    "data_sample",
-    "no_terms",
-    "only_data",
-    "own_axis",
-    "own_list",
-    "require_axis",
-    "require_channels",
-    "symmetric",
+    "Rule",
+    "SiblingMerge",
+    "Strategy",
+    "Transfer",
+    "Traveler",
 ]
 
+# How far the planner goes, each only where the one before leaves nothing to do, the later ones for a batch normalization alone: move the
+# affine; change a value that others read too, and let them undo it; leave the shift behind in an Add.
+Strategy: TypeAlias = Literal["plain", "rearrange", "split"]
+STRATEGIES: tuple[Strategy, ...] = ("plain", "rearrange", "split")
 
-# Along an axis of more elements no affine is spread out: a few bytes of a model may ask for any number.
-LARGEST_AXIS = 1 << 24
+# (node, input slot) -> the constant that a fold puts there.
+Changes: TypeAlias = Mapping[tuple[Node, int], Constant]
+
+
+class PresentGraph(Protocol):
+    """What a row may ask: the graph in which the plans so far have already happened (planner/view.GraphView)."""
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's operators."""
+
+    def constant(self, value: Value | None) -> Tensor | None:
+        """Return the constant that a value of the original always is, or None."""
+
+    def kind(self, value: Value) -> int:
+        """Return the type of a value as a number of TensorProto, 0 where it is not known."""
+
+    def is_overridable(self, value: Value) -> bool:
+        """Say whether a caller of the model may override an initializer."""
+
+    def shape(self, value: Value | None) -> Shape | None:
+        """Return the shape of a value, None where not even the rank is known."""
+
+    def rank(self, value: Value | None) -> int | None:
+        """Return the rank of a value, or None."""
+
+    def declared_shape(self, value: Value) -> Shape | None:
+        """Return what the file itself says of a shape."""
+
+    def probe_shape(self, value: Value) -> tuple[int, ...] | None:
+        """Return a shape to verify with, None where the rank is not known."""
+
+    def affine(self, node: Node) -> Affine | None:
+        """Return what a node is as an affine, None where it is none or must stay."""
+
+    def check(self, node: Node) -> None:
+        """Raise ModelError where a node is not what ONNX demands."""
+
+    def source(self, value: Value) -> Value:
+        """Return the value that stands in the place of a value now."""
+
+    def producer(self, value: Value) -> Node | None:
+        """Return the node that gives a value now."""
+
+    def refuse_readers(self, value: Value, asker: Node, slot: int) -> None:
+        """Refuse when anything but this slot of `asker` sees a value."""
+
+    def has(self, node: Node, slot: int) -> bool:
+        """Say whether a node has an input at a slot now."""
+
+    def is_changed(self, node: Node, slot: int) -> bool:
+        """Say whether a plan has changed or made the constant at a slot."""
+
+    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+        """Return the attributes that plans set."""
+
+    def tensor(self, node: Node, slot: int) -> Constant | None:
+        """Return the constant at a slot as it is now, or None."""
+
+    def weight(self, node: Node, slot: int) -> Constant:
+        """Return the floating constant at a slot as it is now; Refusal where it is none."""
+
+    def dense(self, node: Node, slot: int) -> Dense:
+        """Return weight(node, slot) in float64."""
+
+    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
+        """Return the bias at a slot in float64, zeros where it is absent."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an affine comes from: the node that it was lifted from, and the value of the present graph that this node reads."""
+
+    node: Node
+    value: Value
+
+
+@dataclass(frozen=True)
+class Traveler:
+    """An affine on its way: where it is now, how far the planner goes for it, where it comes from.
+
+    value is the output that is to become the affine of itself (backward) or the input that lacks the affine (forward), slot its number
+    among the outputs or the inputs of the node at hand.
+    """
+
+    affine: Affine
+    value: Value
+    slot: int
+    strategy: Strategy
+    origin: Origin
+
+    @property
+    def may_rearrange(self) -> bool:
+        """Whether other readers of a value may be asked to undo a change in their constants."""
+        return self.strategy != "plain"
+
+
+@dataclass(frozen=True)
+class SiblingMerge:
+    """A fold into another convolution of the same value (RepVGG): the sum at hand leaves, and one of its inputs takes its place.
+
+    constants are those of the sibling, by slot; via holds the sums between; stays is the input slot that takes the place of the output.
+    """
+
+    sibling: Node
+    constants: Mapping[int, Constant]
+    via: Sequence[Node]
+    stays: int
 
 
 @dataclass
-class Taken:
+class Transfer:
     """What a node does with an affine.
 
-    constants and attributes are those of the node that change, by slot and by name. onward holds what is asked further: (input slot,
-    affine) backward, (output slot, affine) forward; back yields what a forward row asks of its other inputs, (input slot, affine).
-    elsewhere holds constants of another node, by (node, slot), and via the nodes between; a node that dissolves leaves, and the value at
-    that input slot takes the place of its output.
+    constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
+    affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
+    affine). merge is there where the affine goes into a sibling instead.
     """
 
-    constants: dict = field(default_factory=dict)
-    attributes: dict = field(default_factory=dict)
-    onward: list = field(default_factory=list)
-    back: Iterable = ()
-    elsewhere: dict = field(default_factory=dict)
-    via: list = field(default_factory=list)
-    dissolves: int | None = None
+    constants: dict[int, Constant | Requantized] = field(default_factory=dict)
+    attributes: dict[str, object] = field(default_factory=dict)
+    passed_on: list[tuple[int, Affine]] = field(default_factory=list)
+    required: Iterable[tuple[int, Affine]] = ()
+    merge: SiblingMerge | None = None
+
+
+# What a row answers in one direction, see the head of the file; several answers are tried in order.
+Rule: TypeAlias = Callable[[Node, Traveler, PresentGraph], Transfer | Iterable[Transfer]]
+
+
+def _no_terms(node: Node, graph: PresentGraph) -> int:
+    return 0
+
+
+def _probe_inputs(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
+    return {slot: graph.probe_shape(value) for slot, value in enumerate(node.inputs) if value is not None}
+
+
+def _as_it_is(proto: NodeProto) -> list[NodeProto]:
+    return []
+
+
+def _absolute(slot: int, array: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.abs(array))
+
+
+def _one(node: Node) -> float:
+    return 1.0
+
+
+def _first_slot(node: Node, graph: PresentGraph) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operator.
+    """One operator. What is not given does not hold of it, or is not known of it.
 
-    backward(node, affine, view) and forward(node, slot, affine, view) return Taken, or an iterable of Taken to try in order; None where
-    the operator has no such fold. With parts, the operator hands out parts of its input, and one of them (view.asked) may change alone.
-    For terms, sample and outputs see weights.py.
+    Attributes
+    ----------
+    backward, forward : Rule or None
+        What it does with an affine in each direction; None where it has no such fold.
+    with_constant : Row or None
+        The row that counts instead where one of its two operands is a constant (Add of a value and a constant, for example).
+    lift : callable or None
+        (node, graph) -> the node itself as an affine, or None. A batch normalization that must stay raises Refusal.
+    data_slot : callable
+        (node, graph) -> the input slot of the data of a node that is lifted.
+    broadcasts : bool
+        Its operands broadcast: a constant may widen the data.
+    parts : bool
+        It hands out parts of its input, and one of its outputs may change alone.
+    reads : mapping of int -> "shape" or "type"
+        The input slots of which it reads the shape or the type alone: an affine there changes nothing.
+
+    channel_axis : int or None
+        The axis of its output whose size its weight fixes.
+    bias_slot : int or None
+        Where it reads the bias that its sums end with.
+    bias_factor : callable
+        node -> the number that multiplies that bias.
+    has_no_place_for_shift : bool
+        Its weight takes a scale, and it has no bias: a shift may stay behind in an Add.
+    weight_matrix : callable or None
+        (node, slot, values) -> the weight at a slot as a matrix of shape (output channels, terms), None where no weight is read there.
+    input_names : mapping of int -> str
+        What a new constant at a slot is called, where it is neither a weight nor a bias.
+
+    terms : callable
+        (node, graph) -> the number of products, or of elements, that one element of the output sums.
+    equal_terms : bool
+        These may all be equal, so that their rounding errors do not cancel.
+    probe_shapes : callable
+        (node, graph) -> input slot -> shape to verify with, small but large enough for every weight to take part; for inputs that are no
+        constants.
+    sized : bool
+        What it makes of a value may depend on its sizes.
+    bound : callable
+        Edits a NodeProto so that, run on absolute values, it bounds the size of what the node rounds; returns the nodes that follow it.
+    magnitude : callable
+        (slot, array) -> a floating constant for that run.
+    least_magnitude : float
+        The least size of what the node rounds.
+
+    sizes : callable or None
+        (node, sizes of the inputs) -> sizes of the first output as far as those of the inputs tell them.
+    size_slots : tuple of int
+        The slots in which it reads sizes, factors or axes by value.
+    reshape_target : callable or None
+        (node, sizes of the first input, value -> its elements) -> the list of sizes that it makes of its input, which Reshape's rules read.
+    data_width : callable or None
+        (node, sizes of its second input) -> the size that it demands of the last axis of its first input.
+    result_size : callable or None
+        (node, arrays) -> how many elements it gives for constants; None: the result on constants is not taken for a constant.
+    list_elements : callable or None
+        (node, sizes of the first input, elements of the inputs) -> the elements of a list that it gives, where no run is needed for them.
+    moved_inputs : "first", "all" or None
+        The elements of what it gives are elements of its first input, or of all inputs.
     """
 
-    backward: object = None
-    forward: object = None
-    terms: object = None
-    sample: object = None
-    outputs: object = None
+    backward: Rule | None = None
+    forward: Rule | None = None
+    with_constant: "Row | None" = None
+    lift: Callable[[Node, PresentGraph], Affine | None] | None = None
+    data_slot: Callable[[Node, PresentGraph], int] = _first_slot
+    broadcasts: bool = False
     parts: bool = False
+    reads: Mapping[int, Literal["shape", "type"]] = field(default_factory=dict)
 
+    channel_axis: int | None = None
+    bias_slot: int | None = None
+    bias_factor: Callable[[Node], float] = _one
+    has_no_place_for_shift: bool = False
+    weight_matrix: Callable[[Node, int, NDArray[Any]], NDArray[Any] | None] | None = None
+    input_names: Mapping[int, str] = field(default_factory=dict)
 
-def axis_of(node, affine, value, view):
-    """Return the affine's axis in a value counted from the front, None for one number for every element; Refusal where it is unknown."""
-    rank = view.rank(value)
-    if rank is None:
-        if affine.axis is not None and affine.axis >= 0 and affine.rank == 0:
-            return affine.axis
-        if affine.axis is None and affine.rank <= 1:
-            return None
-        raise Refusal("axis-unknown", f"the rank of '{value.name}' at {node.op} '{node.label}' is not known, so the axis cannot be placed")
-    return axis_in(node, affine, rank)
+    terms: Callable[[Node, PresentGraph], int] = _no_terms
+    equal_terms: bool = False
+    probe_shapes: Callable[[Node, PresentGraph], Mapping[int, tuple[int, ...] | None]] = _probe_inputs
+    sized: bool = False
+    bound: Callable[[NodeProto], list[NodeProto]] = _as_it_is
+    magnitude: Callable[[int, NDArray[Any]], NDArray[Any]] = _absolute
+    least_magnitude: float = 0.0
 
+    sizes: Callable[[Node, Sequence[Sizes | None]], Sizes | None] | None = None
+    size_slots: tuple[int, ...] = ()
+    reshape_target: Callable[[Node, Sizes | None, Callable[[Value | None], list[Size] | None]], list[Size] | None] | None = None
+    data_width: Callable[[Node, Sizes], Size] | None = None
+    result_size: Callable[[Node, Sequence[NDArray[Any]]], float | None] | None = None
+    list_elements: Callable[[Node, Sizes | None, Sequence[NDArray[Any] | None]], NDArray[Any] | None] | None = None
+    moved_inputs: Literal["first", "all"] | None = None
 
-def axis_in(node, affine, rank):
-    """Return the affine's axis in a value of this rank at a node; Refusal where the affine would widen it."""
-    if affine.rank > rank or (affine.axis is not None and not -rank <= affine.axis < rank):
-        raise Refusal("axis", f"a constant of rank {affine.rank} widens the value at {node.op} '{node.label}', which has rank {rank}")
-    return None if affine.axis is None else affine.axis % rank
-
-
-def own_axis(node: Node, axis: int, rank: int) -> int:
-    """Return an axis that a node names, counted from the front; raises ModelError where a value of this rank has no such axis."""
-    if not -rank <= axis < rank:
-        raise ModelError(expected(f"an axis of a value of rank {rank}", str(axis), node.label))
-    return axis % rank
-
-
-def countable(size: int) -> int:
-    """Return the size of an axis; Refusal where one scale for each of its elements would be too many."""
-    if size > LARGEST_AXIS:
-        raise Refusal("axis", f"an axis of {size} elements is too long for one scale each")
-    return size
-
-
-def own_list(node: Node, constant: Tensor) -> list[int]:
-    """Return the integers of a constant list that a node reads; raises ModelError where it is none."""
-    if constant.dtype.kind not in "iu" or len(constant.shape) != 1:
-        raise ModelError(expected("a list of integers", f"{constant.dtype} of shape {constant.shape}", node.label))
-    return constant.array().tolist()
-
-
-def require_axis(node, affine, axis, wanted, what):
-    if axis is not None and axis != wanted:
-        raise Refusal("axis", f"its channels are axis {axis}, the {what} channels of {node.op} '{node.label}' axis {wanted}")
-
-
-def require_channels(node, affine, channels, what):
-    if affine.channels not in (1, channels) or (affine.axis is not None and affine.channels != channels):
-        raise Refusal("axis", f"{affine.channels} channels meet the {channels} {what} channels of {node.op} '{node.label}'")
-
-
-def only_data(node, slot):
-    if slot != 0:
-        raise Refusal("no-absorber", f"it is input {slot} of {node.op} '{node.label}', not the data")
-
-
-def symmetric(transfer, terms=None):
-    """Return a Row of one function: transfer(node, affine, came from value, goes to value, view) -> affine."""
-
-    def backward(node, affine, view):
-        return Taken(onward=[(0, transfer(node, affine, node.outputs[0], node.inputs[0], view))])
-
-    def forward(node, slot, affine, view):
-        only_data(node, slot)
-        return Taken(onward=[(0, transfer(node, affine, node.inputs[0], node.outputs[0], view))])
-
-    return Row(backward, forward, terms or no_terms, data_sample)
-
-
-def no_terms(node, view):
-    return 0
-
-
-def data_sample(node, view):
-    return {slot: view.small_shape(value) for slot, value in enumerate(node.inputs) if value is not None}
+    @property
+    def transfers(self) -> bool:
+        """Whether the operator takes an affine or lets one pass, in any direction."""
+        return self.backward is not None or self.forward is not None

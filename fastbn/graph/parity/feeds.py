@@ -1,37 +1,57 @@
-"""Inputs for a whole model: sizes that it accepts, and seeded values of several kinds."""
+"""Inputs for a whole model: sizes that it accepts, and seeded values of several kinds. The kinds: docs/numerics.md, "Inputs"."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from fastbn.graph.model.index import Index
-from fastbn.graph.runtime import UNIT, runtime_errors, said
+from fastbn.graph.runtime import UNIT, ValueInfo, runtime_errors, said
 
-__all__ = ["KINDS", "MORE_KINDS", "Feed", "Feeds", "ModelNotRun", "feeds_of", "random_feeds"]
+if TYPE_CHECKING:
+    from fastbn._types import Array
 
-Feed = dict[str, NDArray]
+__all__ = ["ALL_KINDS", "KINDS", "MORE_KINDS", "Feed", "Feeds", "InputKind", "ModelNotRun", "Shapes", "feeds_of", "random_feeds"]
+
+# Name of a graph input -> its values; -> its sizes.
+Feed: TypeAlias = "dict[str, Array]"
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+InputKind: TypeAlias = Literal["normal", "wide", "zero", "small", "positive", "first"]
 
 # Sizes tried for unknown dimensions: (first axis, other axes).
 SIZES = ((2, 16), (1, 16), (2, 64), (1, 64), (1, 1), (2, 224), (16, 16), (1, 3), (1, 2), (4, 16), (8, 16), (3, 16), (32, 16), (64, 16))
 
-# An input holds at most this many elements where its sizes are guessed, and where the model or the caller says them.
+# Elements of one input: where its sizes are guessed, and where the model or the caller says them.
 LARGEST_GUESSED, LARGEST_STATED = 1 << 23, 1 << 28
 
-# The last one is all zeros. The others are asked for where these prove nothing: a network may saturate, take a
-# square root of its input, or have states that begin at zero (then the first input alone is random).
-KINDS = ("normal", "wide", "zero")
-MORE_KINDS = ("small", "positive", "first")
+# Every model is run on KINDS, and on MORE_KINDS where these prove nothing: a network may saturate on large values, take a square root of
+# its input, or have states that must begin at zero (then only the first input is random).
+KINDS: tuple[InputKind, ...] = ("normal", "wide", "zero")
+MORE_KINDS: tuple[InputKind, ...] = ("small", "positive", "first")
+ALL_KINDS = (*KINDS, *MORE_KINDS)
 
-# Of the inputs of kind "small".
+# The standard deviation of inputs of kind "small".
 AMPLITUDE = 1 / 64
 
 
 class ModelNotRun(Exception):
     """A model that onnxruntime cannot run, in its words."""
+
+
+class Runs(Protocol):
+    """A session of a model, or what stands for one."""
+
+    def get_inputs(self) -> Sequence[ValueInfo]:
+        """Return what onnxruntime says of the graph inputs."""
+
+    def run(self, outputs: None, feed: Feed, /) -> Sequence[object]:
+        """Return all outputs."""
 
 
 class Feeds:
@@ -45,7 +65,7 @@ class Feeds:
     seed : int
     """
 
-    def __init__(self, inputs: list[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+    def __init__(self, inputs: list[onnx.ValueInfoProto], shapes: Shapes, seed: int) -> None:
         self.inputs = inputs
         self.shapes = shapes
         self.seed = seed
@@ -59,18 +79,17 @@ class Feeds:
     def __iter__(self) -> Iterator[Feed]:
         return (self.make(kind) for kind in KINDS)
 
-    def make(self, kind: str) -> Feed:
-        """Return the inputs of one kind: one of KINDS or MORE_KINDS."""
-        number = (*KINDS, *MORE_KINDS).index(kind)
-        return _feed(self.inputs, self.shapes, kind, np.random.default_rng([self.seed, number]))
+    def make(self, kind: InputKind) -> Feed:
+        """Return the inputs of one kind."""
+        return _feed(self.inputs, self.shapes, kind, np.random.default_rng([self.seed, ALL_KINDS.index(kind)]))
 
 
-def feeds_of(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int) -> Feeds:
+def feeds_of(session: Runs, index: Index, input_shapes: Shapes, seed: int) -> Feeds:
     """Return the inputs of a model, in sizes with which onnxruntime runs it.
 
     Parameters
     ----------
-    reference : object with get_inputs() and run(None, feed)
+    session : object with get_inputs() and run(None, feed)
         A session of the model; it is run on zeros, once for each guess of the sizes that the model leaves open.
     index : model.Index
         Of the model.
@@ -83,9 +102,10 @@ def feeds_of(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]
     ModelNotRun
         No sizes are found with which it runs, or they would be too large.
     """
-    wanted = {entry.name for entry in reference.get_inputs()}
-    inputs = [info for info in index.proto.graph.input if info.name in wanted]
-    complaint, tried = None, set()
+    names = {entry.name for entry in session.get_inputs()}
+    inputs = [info for info in index.proto.graph.input if info.name in names]
+    complaint: str | None = None
+    tried: set[tuple[tuple[int, ...], ...]] = set()
     for first, other in SIZES:
         shapes = {info.name: input_shapes.get(info.name) or _sized(info, first, other) for info in inputs}
         key = tuple(shapes.values())
@@ -98,7 +118,7 @@ def feeds_of(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]
             continue
         feeds = Feeds(inputs, shapes, seed)
         try:
-            reference.run(None, feeds.make("zero"))
+            session.run(None, feeds.make("zero"))
         except runtime_errors() as error:
             complaint = complaint or f"onnxruntime cannot run the original: {said(error)}"
             continue
@@ -106,7 +126,7 @@ def feeds_of(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]
     raise ModelNotRun(complaint or "no sizes of its inputs can be tried")
 
 
-def _too_large(info: onnx.ValueInfoProto, shape: tuple[int, ...], input_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _too_large(info: onnx.ValueInfoProto, shape: tuple[int, ...], input_shapes: Shapes) -> str | None:
     guessed = info.name not in input_shapes and any(dim.dim_value <= 0 for dim in info.type.tensor_type.shape.dim)
     limit = LARGEST_GUESSED if guessed else LARGEST_STATED
     if math.prod(shape) <= limit:
@@ -114,9 +134,9 @@ def _too_large(info: onnx.ValueInfoProto, shape: tuple[int, ...], input_shapes: 
     return f"the input '{info.name}' of shape {','.join(map(str, shape))} would hold more than {limit} elements"
 
 
-def random_feeds(reference, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int, count: int) -> list[Feed]:
+def random_feeds(session: Runs, index: Index, input_shapes: Shapes, seed: int, count: int) -> list[Feed]:
     """Return that many dicts of seeded normal inputs, in sizes that the model accepts; input_shapes as in feeds_of."""
-    feeds = feeds_of(reference, index, input_shapes, seed)
+    feeds = feeds_of(session, index, input_shapes, seed)
     return [_feed(feeds.inputs, feeds.shapes, KINDS[0], np.random.default_rng([seed, number])) for number in range(count)]
 
 
@@ -130,12 +150,14 @@ def _sized(info: onnx.ValueInfoProto, first: int, other: int) -> tuple[int, ...]
     )
 
 
-def _feed(inputs: list[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]], kind: str, rng: np.random.Generator) -> Feed:
-    kinds = ["normal", *["zero"] * len(inputs)] if kind == "first" else [kind] * len(inputs)
+def _feed(inputs: list[onnx.ValueInfoProto], shapes: Shapes, kind: InputKind, rng: np.random.Generator) -> Feed:
+    kinds: list[InputKind] = [kind] * len(inputs)
+    if kind == "first":
+        kinds = ["zero" if number else "normal" for number in range(len(inputs))]
     return {info.name: _values(info, shapes[info.name], each, rng) for info, each in zip(inputs, kinds, strict=False)}
 
 
-def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> NDArray:
+def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: InputKind, rng: np.random.Generator) -> Array:
     code = info.type.tensor_type.elem_type
     if code == TensorProto.STRING:
         return np.full(shape, "a", dtype=object)
@@ -145,10 +167,10 @@ def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: str, rng: n
     if kind == "zero":
         return np.zeros(shape, dtype)
     if dtype.kind == "b" and kind == "normal":
-        return np.ones(shape, dtype)  # with the zeros, every condition is met once and missed once
+        return np.ones(shape, dtype)  # with the kind "zero", every condition is true once and false once
     if dtype.kind in "iub":
         return rng.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
-    values = rng.standard_normal(shape, np.float64 if dtype == np.float64 else np.float32)
+    values: Array = rng.standard_normal(shape, np.float64 if dtype == np.float64 else np.float32)
     if kind == "wide":
         values *= np.power(values.dtype.type(10), 4 * rng.random(shape, values.dtype) - 2)
     elif kind == "small":

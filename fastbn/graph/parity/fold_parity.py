@@ -1,30 +1,52 @@
-"""Parity of one fold: the nodes of its plan, before and after, run on the same random input.
+"""Parity of one fold: the segment of its plan, before and after, run on the same random input.
 
-What is allowed follows from rounding theory: the folded segment evaluated with absolute values, |W'| |x| + |b'|, bounds element by element
-the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that, u the unit round-off and terms the length of the
-sums (sums of n terms err by sqrt(n) u with overwhelming probability, Higham & Mary 2019; the 8 counts the operations outside the sum). Sums
-of 16-bit types run in float32 or better.
+The segment is the nodes that the plan names. What is allowed follows from rounding theory: the folded segment evaluated with absolute
+values, |W'| |x| + |b'|, bounds element by element the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that,
+u the unit round-off and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import NodeProto, helper
 
-from fastbn.graph.ops.lift import is_batch_norm
-from fastbn.graph.parity.probe import probes
-from fastbn.graph.planner.search import row_of
-from fastbn.graph.planner.view import SHAPE_READERS
+from fastbn.graph.model.index import Index
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
+from fastbn.graph.parity.feeds import Feed
+from fastbn.graph.parity.probe import Probe, probes
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
 from fastbn.graph.runtime import UNIT, runtime_errors, said, session
 
+if TYPE_CHECKING:
+    from fastbn._types import Array, FloatArray
+    from fastbn.graph.model.constant import DType
+
 __all__ = ["FoldParity", "check_fold"]
+
+# Standard deviations of the random inputs: the next one is used where the original overflows. docs/numerics.md, "Inputs".
+AMPLITUDES = (1.0, 1 / 64, 1 / 4096)
 
 
 @dataclass(frozen=True)
 class FoldParity:
-    """What running one site said: worst error and what is allowed there; both None where it was not run, for the reason in note."""
+    """What running one segment gave.
+
+    Attributes
+    ----------
+    ok : bool
+    error, bound : float or None
+        Of the element with the largest error as a part of its bound; None where the segment was not run, note says why.
+    note : str or None
+    """
 
     ok: bool
     error: float | None = None
@@ -32,7 +54,7 @@ class FoldParity:
     note: str | None = None
 
 
-def check_fold(plan, view, seed=0):
+def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
     """Run the nodes of one plan before and after folding.
 
     Parameters
@@ -50,7 +72,8 @@ def check_fold(plan, view, seed=0):
     segment = _Segment(plan, view)
     if not segment.results:
         return FoldParity(True, note="not run: nothing reads what comes out of it")
-    found, complaint = None, None
+    first: FoldParity | None = None
+    complaint: str | None = None
     for probe in probes(segment.before, view, segment.inside):
         try:
             result = _check(segment, probe, seed)
@@ -59,13 +82,13 @@ def check_fold(plan, view, seed=0):
             continue
         if result.ok or probe.has_sizes_of_model:
             return result
-        # The sizes are not those of the model: what a Reshape makes of them may be something else.
-        found = found or result
-    return found or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+        # The sizes are not those of the model: a Reshape, say, may mean something else with them, so the next probe decides.
+        first = first or result
+    return first or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
 
 
-def _check(segment, probe, seed):
-    for amplitude in (1.0, 1 / 64, 1 / 4096):
+def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
+    for amplitude in AMPLITUDES:
         before, after, size = segment.run(probe.make(np.random.default_rng(seed), amplitude))
         if np.isfinite(before).all():
             break
@@ -82,180 +105,176 @@ def _check(segment, probe, seed):
 
 
 class _NotRun(Exception):
-    """A site that onnxruntime cannot run, in its words."""
+    """A segment that onnxruntime cannot run, in its words."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A tiny model whose constants are inputs: its nodes, its feed and its outputs."""
+
+    nodes: list[NodeProto]
+    feed: Feed
+    results: list[str]
 
 
 class _Segment:
-    """The nodes of one plan as two tiny models whose constants are inputs: nothing is copied, and nothing can be optimised away."""
+    """The nodes of one plan as two tiny models whose constants are inputs: nothing is copied, and nothing can be optimized away."""
 
-    def __init__(self, plan, view):
+    def __init__(self, plan: Plan, view: GraphView) -> None:
         self.plan = plan
         self.view = view
-        self.index = view.index
-        self.rank = {node: position for position, node in enumerate(self.index.order)}
+        self.index: Index = view.index
+        self.order = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
-        self.before = sorted({*plan.path, *plan.lifted, *plan.dissolved} - set(plan.replaced.values()), key=self.rank.get)
+        self.before = self._sorted({*plan.path, *plan.lifted, *plan.bypassed} - set(plan.replaced.values()))
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.dtype = self._data_type()
         self.promoted = self.dtype.name == "bfloat16"
 
-    def _data_type(self):
+    def _sorted(self, nodes: Iterable[Node]) -> list[Node]:
+        return sorted(nodes, key=lambda node: self.order[node])
+
+    def _data_type(self) -> DType:
         """Return the type of the data: that of any constant, but the parameters of a BatchNormalization may have another."""
         constants = [
-            (is_batch_norm(node), found.dtype)
+            (is_batch_norm(node), constant.dtype)
             for node in self.before
-            for found in map(self.index.constant, node.inputs)
-            if found is not None and found.dtype.name in UNIT
+            for constant in map(self.index.constant, node.inputs)
+            if constant is not None and constant.dtype.name in UNIT
         ]
         return min(constants, key=lambda entry: entry[0])[1]
 
-    def _leaves(self, value):
-        """Say whether anything outside reads a value of the site that both sides have."""
+    def _leaves(self, value: Value) -> bool:
+        """Say whether something outside the segment reads a value of it."""
         if value.is_output:
             return True
-        return any(node not in self.before and not node.is_op(*SHAPE_READERS) for node, _ in value.readers)
+        return any(node not in self.before and not ignores_elements(node, slot) for node, slot in value.readers)
 
-    def units(self):
-        """Return how many times the size of the terms the difference may be."""
+    def units(self) -> float:
+        """Return the bound of an error as a multiple of the size of the terms."""
         unit = UNIT[self.dtype.name]
-        terms = sum(row_of(node, self.index).terms(node, self.view) for node in self.before if node not in self.lifted)
-        return 8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"])
+        terms = sum(row_of(node, self.view).terms(node, self.view) for node in self.before if node not in self.lifted)
+        return float(8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"]))
 
-    def run(self, inputs):
-        """Return (before, after, size of the terms) as float64 arrays."""
-        feeds = {name: self._typed(np.asarray(values)) for name, values in inputs.items()}
+    def run(self, inputs: Mapping[str, Array]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return (before, after, size of the terms), all results of the segment as one vector; raises _NotRun."""
+        feed = {name: self._typed(np.asarray(values)) for name, values in inputs.items()}
         try:
-            before = self._run_original(feeds)
-            after = _run_nodes(*self._folded(feeds, magnitudes=False), self.index.opset)
-            size = _run_nodes(*self._folded(feeds, magnitudes=True), self.index.opset)
+            before = _joined(self._run_original(feed))
+            after = _joined(self._run(self._folded(feed, magnitudes=False)))
+            size = _joined(self._run(self._folded(feed, magnitudes=True)))
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
-        sides = [np.concatenate([part.astype(np.float64).reshape(-1) for part in side]) for side in (before, after, size)]
-        if not sides[0].size:
+        if not before.size:
             raise _NotRun("what comes out of the site is empty on every input tried")
-        if any(node.is_op("GRU") for node in self.before):
-            # Absolute values close its update gate, and 1 - z is next to nothing; its states are averages of numbers up to 1.
-            sides[2] = np.maximum(sides[2], 1.0)
-        return sides
+        least = max(operator_row(node).least_magnitude for node in self.before)
+        return before, after, np.maximum(size, least)
 
-    def _run_original(self, feeds):
+    def _run_original(self, feed: Feed) -> list[Array]:
         """Run the original nodes, with the nodes that compute their constants where onnxruntime has kernels for them."""
         try:
-            return _run_nodes(*self._original(feeds, evaluated=self.promoted), self.index.opset)
+            return self._run(self._original(feed, evaluated=self.promoted))
         except runtime_errors():
-            return _run_nodes(*self._original(feeds, evaluated=True), self.index.opset)
+            return self._run(self._original(feed, evaluated=True))
 
-    def _typed(self, values):
+    def _run(self, model: _Model) -> list[Array]:
+        return _run_nodes(model.nodes, model.feed, model.results, self.index.opset)
+
+    def _typed(self, values: Array) -> Array:
         return values.astype(np.float32 if self.promoted else self.dtype) if values.dtype.kind == "f" else values
 
-    def _array(self, array):
-        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-    def _original(self, feeds, evaluated):
-        """Return (nodes, feeds, results); constants are fed, and where they are not to be evaluated here, computed by their own nodes."""
-        feeds, computing = dict(feeds), {}
-        pending = [value for node in self.before for value in node.inputs if self.index.constant(value) is not None]
+    def _original(self, feed: Feed, evaluated: bool) -> _Model:
+        """Return the original segment; with `evaluated` the values of its constants are inputs, without it their own nodes compute them."""
+        feed = dict(feed)
+        computing: dict[Node, None] = {}
+        pending = [value for node in self.before for value in node.inputs if value is not None and self.index.constant(value) is not None]
         for value in pending:
-            node = value.producer
-            if evaluated or value.initializer is not None or not _is_computed(node, self.index):
-                feeds[value.name] = self._array(self.index.constant(value).array())
-            elif node not in computing:
+            node, constant = value.producer, self.index.constant(value)
+            if constant is not None and (evaluated or node is None or value.initializer is not None or not _is_computed(node, self.index)):
+                feed[value.name] = _fed(constant.array())
+            elif node is not None and node not in computing:
                 computing[node] = None
                 pending.extend(read for read in node.inputs if read is not None)
-        nodes = sorted({*computing, *self.before}, key=self.rank.get)
-        return [_modern(node.proto, self.index.opset) for node in nodes], feeds, [value.name for value in self.results]
+        nodes = [_modern(node.proto, self.index.opset) for node in self._sorted({*computing, *self.before})]
+        return _Model(nodes, feed, [value.name for value in self.results])
 
-    def _folded(self, feeds, magnitudes):
+    def _folded(self, feed: Feed, magnitudes: bool) -> _Model:
         """Return the folded segment; with magnitudes, every input and constant is its absolute value and every difference is a sum."""
-        feeds = {name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" else values for name, values in feeds.items()}
-        protos = []
+        feed = {name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" else values for name, values in feed.items()}
+        nodes: list[NodeProto] = []
         for node in self.before:
             if node in self.view.removed:
                 continue
             node = self.plan.replaced.get(node, node)
             proto = _modern(node.proto, self.index.opset)
-            for slot, value in enumerate(node.inputs):
-                constant = self.plan.constants.get((node, slot))
-                found = self.index.constant(value)
-                if constant is not None:
-                    proto.input[slot] = f"{node.label}/{slot}"
-                    feeds[proto.input[slot]] = self._array(constant.magnitude() if magnitudes else constant.array())
-                elif found is not None:
-                    array = self._array(found.array())
-                    feeds[value.name] = _magnitude(node, slot, array) if magnitudes else array
-                elif value is not None:
-                    proto.input[slot] = self._name(value)
-            for slot in (slot for step, slot in self.plan.constants if step is node and slot >= len(node.inputs)):
-                name = f"{node.label}/{slot}"
-                constant = self.plan.constants[node, slot]
-                edited(proto, {slot: name}, {})
-                feeds[name] = self._array(constant.magnitude() if magnitudes else constant.array())
+            self._connect(node, proto, feed, magnitudes)
             edited(proto, {}, self.plan.attributes.get(node, {}))
-            protos.append(proto)
+            nodes.append(proto)
             if magnitudes:
-                protos.extend(_bounding(proto))
-        return protos, feeds, [self._name(value) for value in self.results]
+                nodes.extend(operator_row(node).bound(proto))
+        return _Model(nodes, feed, [self._name(value) for value in self.results])
 
-    def _name(self, value):
-        while value.producer in self.view.removed and value.producer in self.before:
+    def _connect(self, node: Node, proto: NodeProto, feed: Feed, magnitudes: bool) -> None:
+        """Let the copy of a node read the constants that the plan gives it, other constants and the values before it."""
+        for slot, value in enumerate(node.inputs):
+            original = self.index.constant(value)
+            if (node, slot) in self.plan.constants:
+                pass
+            elif original is not None and value is not None:
+                array = _fed(original.array())
+                feed[value.name] = operator_row(node).magnitude(slot, array) if magnitudes and array.dtype.kind in "fV" else array
+            elif value is not None:
+                proto.input[slot] = self._name(value)
+        for (step, slot), constant in self.plan.constants.items():
+            if step is node:
+                name = f"{node.label}/{slot}"
+                edited(proto, {slot: name}, {})
+                feed[name] = _fed(constant.magnitude() if magnitudes else constant.array())
+
+    def _name(self, value: Value) -> str:
+        """Return the name of a value in the folded segment: that of the value before the nodes that are removed."""
+        node = value.producer
+        while node is not None and node in self.view.removed and node in self.before:
+            value = self.plan.bypassed.get(node) or node.required_input(self.view.data_slot(node))
             node = value.producer
-            value = self.plan.dissolved.get(node) or node.inputs[self.view.data_slot(node)]
         return value.name
 
 
-def _is_computed(node, index):
+def _joined(results: list[Array]) -> FloatArray:
+    return np.concatenate([result.astype(np.float64).reshape(-1) for result in results])
+
+
+def _fed(array: Array) -> Array:
+    """Return a constant as an input: bfloat16 as float32, as onnxruntime has no bfloat16 kernels."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _is_computed(node: Node, index: Index) -> bool:
     """Say whether onnxruntime can compute a constant from constants: a Shape reads what need not be one."""
     return all(value is None or index.constant(value) is not None for value in node.inputs)
 
 
-def _magnitude(node, slot, array):
-    """Return a constant for the run that bounds: |x| - mean must not cancel, so the mean is taken as -|mean|; a variance is one already."""
-    if array.dtype.kind not in "fV" or (is_batch_norm(node) and slot == 4):
-        return array
-    return np.asarray(-np.abs(array) if is_batch_norm(node) and slot == 3 else np.abs(array))
-
-
-# What bounds the size of a result whose operator takes signs into account.
-UNSIGNED = {"Sub": "Add", "Neg": "Identity", "ReduceMin": "ReduceMax"}
-
-
-def _bounding(proto):
-    """Make a node bound the size of its terms; return what must follow it."""
-    if proto.op_type == "DequantizeLinear":
-        absolute = helper.make_node("Abs", [f"{proto.output[0]}/signed"], [proto.output[0]])
-        proto.output[0] = absolute.input[0]
-        return [absolute]
-    proto.op_type = UNSIGNED.get(proto.op_type, proto.op_type)
-    for attribute in proto.attribute:
-        if proto.op_type == "Gemm" and attribute.name == "alpha":
-            attribute.f = abs(attribute.f)
-    return []
-
-
-def _modern(proto, opset):
+def _modern(proto: NodeProto, opset: int) -> NodeProto:
     """Return a copy of a NodeProto that onnxruntime has a kernel for: before opset 7 inference was an attribute, now it is the default."""
-    copy = onnx.NodeProto()
+    copy = NodeProto()
     copy.CopyFrom(proto)
     if opset < 7:
-        kept = [
-            attribute
-            for attribute in copy.attribute
-            if attribute.name not in ("is_test", "consumed_inputs", "spatial", "broadcast", "axis")
-        ]
+        obsolete = ("is_test", "consumed_inputs", "spatial", "broadcast", "axis")
+        attributes = [attribute for attribute in copy.attribute if attribute.name not in obsolete]
         del copy.attribute[:]
-        copy.attribute.extend(kept)
+        copy.attribute.extend(attributes)
     return copy
 
 
-def _run_nodes(protos, feeds, results, opset):
-    """Run a list of NodeProto in onnxruntime, every constant an input."""
-    read = {name for proto in protos for name in proto.input}
+def _run_nodes(nodes: list[NodeProto], feed: Feed, results: list[str], opset: int) -> list[Array]:
+    """Run nodes in onnxruntime, every constant an input."""
+    read = {name for proto in nodes for name in proto.input}
     inputs = []
-    for name, array in feeds.items():
+    for name, array in feed.items():
         if name in read:
             inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), np.shape(array)))
-    graph = helper.make_graph(protos, "site", inputs, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(results)])
+    graph = helper.make_graph(nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(results)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset if opset >= 7 else 9)], ir_version=8)
     run = session(model.SerializeToString(), threads=1)
-    return run.run(results, {name: np.asarray(array) for name, array in feeds.items() if name in read})
+    return run.run(results, {name: np.asarray(array) for name, array in feed.items() if name in read})

@@ -1,30 +1,40 @@
 """Parity of the whole model, in onnxruntime with its optimizer off on both sides.
 
-Rounding grows or shrinks on its way to the outputs, by the model's own conditioning, which no formula knows. It is measured: the
-original runs again with every batch normalization disturbed by a few units of rounding (noise.py), and the outputs may differ by a small
-multiple of what that changes. A bound near the size of an output proves nothing, and a larger difference may be rounding that grew: then
-the models are compared on smaller inputs and piece by piece (cuts.py).
+Rounding errors grow or shrink on their way to the outputs, depending on the conditioning of the model, for which there is no formula. They
+are measured: the original runs again with every batch normalization perturbed by a few units of rounding (noise.py), and the outputs may
+differ by a small multiple of the effect. A bound near the size of an output proves nothing, and a larger difference may be rounding that
+grew: then the models are compared on smaller inputs and piece by piece (cuts.py). Derivation: docs/numerics.md, "Parity of graphs".
 
-One session is open at a time, and of the outputs only the original's are kept: the comparison takes little more memory than one run.
+One session is open at a time, and only the outputs of the original are kept: the comparison takes little more memory than one run.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from fastbn.graph.model.index import Index
-from fastbn.graph.parity.comparable import comparable, has_branches, with_branches
-from fastbn.graph.parity.cuts import CutParity, Verdict, check_cuts, judged
-from fastbn.graph.parity.difference import moved, small_channel
-from fastbn.graph.parity.feeds import KINDS, MORE_KINDS, Feed, ModelNotRun
-from fastbn.graph.parity.noise import Noise
-from fastbn.graph.parity.reference import Reference, kept, reference_of
+from fastbn.graph.parity.branches import missed_choices
+from fastbn.graph.parity.comparable import comparable, has_branches
+from fastbn.graph.parity.cuts import CutParity, check_cuts
+from fastbn.graph.parity.difference import is_numeric, max_change, small_channel
+from fastbn.graph.parity.feeds import KINDS, MORE_KINDS, InputKind, ModelNotRun, Shapes
+from fastbn.graph.parity.reference import Progress, Reference, copied, reference_of, silent
+from fastbn.graph.parity.verdict import ModelsDiffer, Verdict, judged
 from fastbn.graph.reasons import first_few
 from fastbn.graph.results import Parity
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said
 
 __all__ = ["Comparison"]
+
+# Kinds of input on which the models are compared piece by piece because the outputs are zero.
+MOST_CUT = 2
+
+# Draws of the noise for a small channel: docs/numerics.md, "Small channels".
+CHANNEL_DRAWS = 3
 
 
 class Comparison:
@@ -47,15 +57,15 @@ class Comparison:
         original: Runnable,
         index: Index,
         *,
-        input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        input_shapes: Shapes | None = None,
         seed: int = 0,
-        progress: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.original = original
         self.index = index
         self.input_shapes = input_shapes or {}
         self.seed = seed
-        self.progress = progress or (lambda text: None)
+        self.progress = progress or silent
         self._reference: Reference | None = None
         self._not_run: str | None = None
 
@@ -66,7 +76,7 @@ class Comparison:
         ----------
         folded : Runnable
         suffices : callable of tuple of str -> bool
-            Whether it is enough to prove these outputs, where the others are zero or always the same; one output is, by default.
+            Whether it is enough to prove these outputs, where the others are zero or constant; one output is enough by default.
 
         Returns
         -------
@@ -91,30 +101,14 @@ class Comparison:
 class _Entry:
     """One output on one kind of input, compared."""
 
-    kind: str
+    kind: InputKind
     number: int
     verdict: Verdict
 
     @property
     def proves(self) -> bool:
-        """Say whether this proves the output equal: on zeros most of a network is idle."""
+        """Say whether this proves the output equal; on zeros most of a network computes nothing that depends on the weights."""
         return self.kind != "zero" and self.verdict.proves
-
-
-# Kinds of input on which outputs of zeros are looked behind.
-MOST_CUT = 2
-
-
-# Draws of the noise for one channel.
-CHANNEL_DRAWS = 3
-
-
-class _Failed(Exception):
-    """A difference that no noise can explain, in a sentence, and the Verdict about it; without one the models cannot even be compared."""
-
-    def __init__(self, sentence: str, verdict: Verdict | None = None) -> None:
-        super().__init__(sentence)
-        self.verdict = verdict
 
 
 class _Check:
@@ -125,11 +119,12 @@ class _Check:
         self.folded = folded
         self.suffices = suffices
         self.missed: list[str] = []
-        self.entries: dict[tuple[str, int], _Entry] = {}
+        self.entries: dict[tuple[InputKind, int], _Entry] = {}
         self.notes: list[str] = []
         self.progress = reference.progress
 
     def parity(self) -> Parity:
+        """Return the Parity."""
         try:
             self._prepare()
             self._compare(KINDS)
@@ -139,11 +134,11 @@ class _Check:
                 self._compare(MORE_KINDS)
             if self._unproven() or self._different():
                 return self._by_cuts()
-            return self._said("ok")
-        except _Failed as failure:
-            if failure.verdict is not None:
-                return self._said("failed", failure.verdict, str(failure))
-            return Parity("failed", reason=str(failure), notes=self._all_notes())
+            return self._result("ok")
+        except ModelsDiffer as difference:
+            if difference.verdict is not None:
+                return self._result("failed", difference.verdict, str(difference))
+            return Parity("failed", reason=str(difference), notes=self._all_notes())
 
     def _prepare(self) -> None:
         """Make the folded model comparable where the original had to be."""
@@ -152,10 +147,10 @@ class _Check:
             copy = comparable(self.folded.proto())
             self.folded = self.folded if copy is None else self.folded.with_proto(copy)
 
-    def _compare(self, kinds: tuple[str, ...]) -> None:
-        """Run the folded model on these kinds of input; where more differs than the noise explains at first, measure it again there."""
+    def _compare(self, kinds: tuple[InputKind, ...]) -> None:
+        """Compare the outputs on these kinds of input; where one draw of the noise does not explain a difference, measure it by more."""
         self.reference.run(kinds)
-        doubtful = {}
+        unexplained: dict[InputKind, list[object]] = {}
         with Runner(self.folded, self.reference.fresh) as runner:
             self._check_names(runner)
             for place, kind in enumerate(kinds):
@@ -165,56 +160,59 @@ class _Check:
                 try:
                     after = runner.run(None, self.reference.feeds.make(kind))
                 except runtime_errors() as error:
-                    raise _Failed(f"onnxruntime cannot run the folded model: {said(error)}") from error
+                    raise ModelsDiffer(f"onnxruntime cannot run the folded model: {said(error)}") from error
                 if not self._judge(kind, after):
-                    doubtful[kind] = [kept(output) for output in after]
-                del after  # it would keep the session's memory
-        for kind, after in doubtful.items():
+                    unexplained[kind] = [copied(output) for output in after]
+                del after  # it would hold the session's memory
+        for kind, outputs in unexplained.items():
             self.reference.draw(kind)
-            self._judge(kind, after)
-            self._judge_small_channels(kind, after)
+            self._judge(kind, outputs)
+            self._judge_small_channels(kind, outputs)
 
     def _check_names(self, runner: Runner) -> None:
         try:
             names = [entry.name for entry in runner.session().get_outputs()]
         except runtime_errors() as error:
-            raise _Failed(f"onnxruntime cannot load the folded model: {said(error)}") from error
+            raise ModelsDiffer(f"onnxruntime cannot load the folded model: {said(error)}") from error
         same = len(names) == len(self.reference.names) if self.reference.prepared else names == self.reference.names
         if not same:
-            raise _Failed(f"the outputs are {self.reference.names} and {names}")
+            raise ModelsDiffer(f"the outputs are {self.reference.names} and {names}")
 
-    def _judge(self, kind: str, after: list) -> bool:
-        """Compare the outputs of one run; say whether all hold."""
+    def _judge(self, kind: InputKind, outputs: Sequence[object]) -> bool:
+        """Compare the outputs of one run; say whether all hold, small channels included."""
         held = True
-        for number, (name, before) in enumerate(zip(self.reference.names, self.reference.outputs[kind], strict=True)):
-            moves = self.reference.moves(kind, number)
+        rows = zip(self.reference.names, self.reference.outputs[kind], outputs, strict=True)
+        for number, (name, before, after) in enumerate(rows):
             if number in self.reference.unrepeatable:
                 self._note(f"output '{name}' is random: it differs between two runs of the original")
-            elif not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub":
+            elif not is_numeric(before) or not is_numeric(after):
                 self._note(f"output '{name}' is no tensor of numbers: not compared")
-            elif before.shape != after[number].shape:
-                self._check_shape(kind, number, before.shape, after[number].shape)
+            elif before.shape != after.shape:
+                self._check_shape(kind, number, before.shape, after.shape)
             elif before.size:
-                verdict = judged(name, before, after[number], moves, self.reference.noise.unit)
+                verdict = judged(name, before, after, self.reference.effect(kind, number), self.reference.noise.unit)
                 self.entries[kind, number] = _Entry(kind, number, verdict)
-                held = held and not verdict.is_wrong and small_channel(before, after[number]) is None
+                held = held and not verdict.is_wrong and small_channel(before, after) is None
         return held
 
-    def _judge_small_channels(self, kind: str, after: list) -> None:
-        """Judge a channel that is small beside the others of its output by its own noise: that of the others would hide it."""
-        for number, before in enumerate(self.reference.outputs[kind]):
+    def _judge_small_channels(self, kind: InputKind, outputs: Sequence[object]) -> None:
+        """Judge a channel that is small beside the others of its output by its own noise: that of the others would hide its error."""
+        for number, (before, after) in enumerate(zip(self.reference.outputs[kind], outputs, strict=True)):
             entry = self.entries.get((kind, number))
-            channel = small_channel(before, after[number]) if entry is not None and entry.verdict.holds else None
+            if entry is None or not entry.verdict.holds or not is_numeric(before) or not is_numeric(after):
+                continue
+            channel = small_channel(before, after)
             if channel is not None:
-                draws = (shaken[number] for shaken in self.reference.shaken(kind, CHANNEL_DRAWS))
-                noise = max((moved(before[channel], draw[channel]) for draw in draws if draw.shape == before.shape), default=0.0)
-                verdict = judged(entry.verdict.name, before[channel], after[number][channel], noise, self.reference.noise.unit)
+                draws = (noisy[number] for noisy in self.reference.noisy(kind, CHANNEL_DRAWS))
+                same = (draw for draw in draws if is_numeric(draw) and draw.shape == before.shape)
+                noise = max((max_change(before[channel], draw[channel]) for draw in same), default=0.0)
+                verdict = judged(entry.verdict.name, before[channel], after[channel], noise, self.reference.noise.unit)
                 self.entries[kind, number] = _Entry(kind, number, verdict)
 
-    def _check_shape(self, kind: str, number: int, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    def _check_shape(self, kind: InputKind, number: int, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         name = self.reference.names[number]
-        if all(shaken[number].shape == before for shaken in self.reference.shaken(kind)):
-            raise _Failed(f"output '{name}': shapes {before} and {after} differ")
+        if all(getattr(noisy[number], "shape", None) == before for noisy in self.reference.noisy(kind)):
+            raise ModelsDiffer(f"output '{name}': shapes {before} and {after} differ")
         self._note(f"output '{name}' changes its shape with rounding: not compared")
 
     def _note(self, note: str) -> None:
@@ -224,11 +222,9 @@ class _Check:
     def _all_notes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*self.reference.notes, *self.notes]))
 
-    # ---- what the comparison is worth ----
-
     def _different(self) -> list[_Entry]:
-        """Return the entries that do not hold; on zeros an output may be nothing but rounding, which says nothing where another input has
-        proven it."""
+        """Return the entries that do not hold. On zeros an output may be nothing but rounding: such an entry does not count where another
+        kind of input has proven the output equal."""
         proven = self._proven_numbers()
         entries = [entry for entry in self.entries.values() if not entry.verdict.holds]
         return [entry for entry in entries if entry.kind != "zero" or entry.verdict.is_wrong or entry.number not in proven]
@@ -242,44 +238,45 @@ class _Check:
         return [entry for entry in self.entries.values() if entry.number not in proven]
 
     def _by_cuts(self) -> Parity:
-        """Return the parity where the outputs do not tell: piece by piece the models may be equal all the same."""
+        """Return the parity where the outputs prove nothing: compared piece by piece the models may be equal all the same."""
         different = self._different()
         if not different:
             return self._zeros_by_cuts()
         worst = max((entry.verdict for entry in different), key=lambda verdict: (verdict.is_wrong, verdict.part))
         if not np.isfinite(worst.worst.error):
-            return self._said("failed", worst, "Inf or NaN on one side only")
+            return self._result("failed", worst, "Inf or NaN on one side only")
+        cut: CutParity | None = None
         for kind in dict.fromkeys(entry.kind for entry in different):
             cut = self._cuts(kind)
             if cut is None or cut.status != "ok":
                 break
-        else:
+        if cut is not None and cut.status == "ok":
             return self._held_by(cut)
         if worst.is_wrong:
-            return self._said("failed", worst)
+            return self._result("failed", worst)
         if cut is not None and cut.status == "failed":
-            return self._said("failed", cut.worst, "with values of the original in the place of its own")
-        return self._said("inconclusive", worst, worst.doubt)
+            return self._result("failed", cut.worst, "with values of the original in the place of its own")
+        return self._result("inconclusive", worst, worst.why_inconclusive)
 
     def _zeros_by_cuts(self) -> Parity:
-        behind: tuple[str, ...] = ()
+        compared: tuple[str, ...] = ()
         if not self.suffices(self._proven()):
             for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
-                found = self._cuts(kind)
-                if found is not None and found.status == "ok":
-                    return self._held_by(found)
-                behind = found.proven if found is not None else behind
+                cut = self._cuts(kind)
+                if cut is not None and cut.status == "ok":
+                    return self._held_by(cut)
+                compared = cut.proven if cut is not None else compared
         if self._proven():
-            vague = dict.fromkeys(repr(entry.verdict.name) for entry in self._unproven())
-            self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([*vague])}")
-            return self._said("ok")
-        parity = self._said("inconclusive", reason="the outputs are zero, Inf, NaN or always the same on every input but zeros")
-        return replace(parity, compared=behind)
+            unproven = dict.fromkeys(repr(entry.verdict.name) for entry in self._unproven())
+            self._note(f"zero, Inf, NaN or always the same on every input tried: output {first_few([*unproven])}")
+            return self._result("ok")
+        reason = "the outputs are zero, Inf, NaN or always the same on every input but zeros"
+        return replace(self._result("inconclusive", reason=reason), compared=compared)
 
     def _proven(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(entry.verdict.name for entry in self.entries.values() if entry.proves))
 
-    def _cuts(self, kind: str) -> CutParity | None:
+    def _cuts(self, kind: InputKind) -> CutParity | None:
         reference = self.reference
         if reference.fresh:  # the values of one run are not those of another
             return None
@@ -287,73 +284,33 @@ class _Check:
         feed = reference.feeds.make(kind)
         try:
             return check_cuts(reference.model, reference.proto, self.folded, reference.index, reference.noise, feed, reference.feeds.seed)
-        except runtime_errors():  # a value on the way is of a kind that cannot be handed out
+        except runtime_errors():  # a value inside the model has a type that cannot be an output
             return None
 
     def _held_by(self, cut: CutParity) -> Parity:
         self._note(f"compared piece by piece, at {cut.cuts} values on the way")
-        parity = self._said("ok", cut.worst)
+        parity = self._result("ok", cut.worst)
         return replace(parity, compared=tuple(dict.fromkeys([*parity.compared, *cut.proven])))
 
-    def _said(self, status: str, verdict: Verdict | None = None, reason: str | None = None) -> Parity:
-        """Return the parity, with one output compared: the worst one where none is given."""
+    def _result(self, status: Literal["ok", "failed", "inconclusive"], verdict: Verdict | None = None, reason: str | None = None) -> Parity:
+        """Return the Parity, with one output compared: the worst one where none is given."""
         proven = [entry for entry in self.entries.values() if entry.proves]
         if verdict is None:
             verdict = max((entry.verdict for entry in proven or self.entries.values()), key=lambda each: each.part)
         if status == "ok" and has_branches(self.reference.proto):
-            self._compare_branches()
-        worst, inputs = verdict.worst, len({entry.kind for entry in self.entries.values()})
-        names = self._proven() if status != "failed" else ()
-        compared = (verdict.name, worst.index, worst.values, worst.error, verdict.allowed)
-        return Parity(status, inputs, *compared, reason, self._all_notes(), names, tuple(self.missed))
-
-    def _compare_branches(self) -> None:
-        """Run both branches of every If, and every Loop at least once: random inputs need not reach them."""
-        reference = self.reference
-        original, ways = with_branches(reference.proto)
-        folded = self.folded.with_proto(with_branches(self.folded.proto())[0])
-        noise = Noise(reference.index, original)
-        for which, chosen in ways.items():
-            feed = {**reference.feeds.make(KINDS[0]), **chosen}
-            self.progress(f"comparing the {which} of both models")
-            try:
-                before = self._run_branch(reference.model.with_proto(original), feed)
-                noisy = noise.disturbed(feed, np.random.default_rng(reference.feeds.seed), sums=True)
-                shaken = self._run_branch(reference.model.with_proto(noise.proto), noisy)
-            except runtime_errors() as error:
-                self._note(f"the {which} cannot all be run: {said(error)}")
-                self.missed.append(which)
-                continue
-            try:
-                after = self._run_branch(folded, feed)
-            except runtime_errors() as error:
-                raise _Failed(f"onnxruntime cannot run the {which} of the folded model: {said(error)}") from error
-            proven = [
-                self._judge_branch(which, name, before[number], after[number], shaken[number], noise.unit)
-                for number, name in enumerate(reference.names)
-                if number not in reference.unrepeatable
-            ]
-            if not any(proven):
-                self._note(f"the {which} give nothing that proves anything")
-                self.missed.append(which)
-
-    def _run_branch(self, model: Runnable, feed: Feed) -> list:
-        with Runner(model, self.reference.fresh) as runner:
-            wanted = {entry.name for entry in runner.get_inputs()}
-            found = runner.run(None, {name: values for name, values in feed.items() if name in wanted})
-            return [kept(output) for output in found]
-
-    def _judge_branch(self, which: str, name: str, before: object, after: object, shaken: object, unit: float) -> bool:
-        """Compare one output; say whether that proves anything."""
-        if not isinstance(before, np.ndarray) or before.dtype.kind not in "fiub" or not before.size:
-            return False
-        if before.shape != after.shape:
-            raise _Failed(f"output '{name}' of the {which}: shapes {before.shape} and {after.shape} differ")
-        noise = moved(before, shaken) if shaken.shape == before.shape else 0.0
-        # One draw of the noise: twice the usual margin.
-        verdict = judged(name, before, after, 2 * noise, unit)
-        if verdict.is_wrong:
-            raise _Failed(f"in the {which}", verdict)
-        if not verdict.holds:
-            self._note(f"output '{name}' of the {which}: {verdict.doubt}")
-        return verdict.proves
+            for choice in missed_choices(self.reference, self.folded, self._note):
+                self.missed.append(choice)
+        worst = verdict.worst
+        return Parity(
+            status,
+            inputs=len({entry.kind for entry in self.entries.values()}),
+            output=verdict.name,
+            index=worst.index,
+            values=worst.values,
+            error=worst.error,
+            allowed=verdict.allowed,
+            reason=reason,
+            notes=self._all_notes(),
+            compared=self._proven() if status != "failed" else (),
+            missed=tuple(self.missed),
+        )

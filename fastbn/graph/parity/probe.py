@@ -1,58 +1,69 @@
 """Inputs for the parity of one fold: small where sizes do not matter, in the sizes of the model where they may."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import serialize
-from fastbn.graph.parity.feeds import ModelNotRun, feeds_of
-from fastbn.graph.planner.search import row_of
+from fastbn.graph.ops.registry import operator_row, row_of
+from fastbn.graph.parity.feeds import Feed, ModelNotRun, feeds_of
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.runtime import runtime_errors, session
 
 __all__ = ["Probe", "probes"]
 
-# What these operators make of a value may depend on its sizes.
-SIZED = ("DepthToSpace", "Expand", "Flatten", "Gather", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Upsample")
-
 # Elements of one input that has the sizes of the model, unless nothing smaller can be run.
 LARGEST_STATED = 1 << 23
+
+# The shape of each input of a segment.
+ProbeShapes: TypeAlias = dict[Value, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs of a segment by name, made when asked for. Where the sizes are not those of the model, a difference proves no fold wrong."""
+    """Inputs of a segment.
 
-    make: Callable[[np.random.Generator, float], dict[str, NDArray]]
+    Attributes
+    ----------
+    make : callable of (numpy.random.Generator, float) -> dict of name -> array
+        Makes random values of this standard deviation.
+    has_sizes_of_model : bool
+        Where the sizes are not those of the model, a difference does not prove that the fold is wrong.
+    """
+
+    make: Callable[[np.random.Generator, float], Feed]
     has_sizes_of_model: bool
 
 
 def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[Probe]:
-    """Yield the probes of a segment, those to try first at first.
+    """Yield the probes of a segment, in the order in which to try them.
 
     Parameters
     ----------
     nodes : list of model.Node
         The segment.
     view : view.GraphView
-    inside : set of model.Value
-        What the segment itself computes.
+    inside : set of node.Value
+        The values that the segment computes.
     """
     index = view.index
-    proposed, needed = {}, []
+    proposed: ProbeShapes = {}
+    needed: list[Value] = []
     for node in nodes:
         for slot, value in enumerate(node.inputs):
             if value is None or value in inside or index.constant(value) is not None:
                 continue
             needed.append(value)
-            shape = row_of(node, index).sample(node, view).get(slot)
+            shape = row_of(node, view).probe_shapes(node, view).get(slot)
             if shape is not None:
                 proposed[value] = shape
     complete = set(proposed) == set(needed)
@@ -60,7 +71,7 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
     is_small = all(math.prod(shape) <= LARGEST_STATED for shape in stated.values())
     if complete:
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
-        sized = any(node.is_op(*SIZED) for node in nodes)
+        sized = any(operator_row(node).sized for node in nodes)
         if stated == proposed:
             yield full
         else:
@@ -72,12 +83,12 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
         yield Probe(_normal({value: (*shape, 3, 3, 3)[:rank] for value, shape in proposed.items()}), False)
 
 
-def _normal(shapes: dict[Value, tuple[int, ...]]) -> Callable[[np.random.Generator, float], dict[str, NDArray]]:
+def _normal(shapes: ProbeShapes) -> Callable[[np.random.Generator, float], Feed]:
     return lambda rng, amplitude: {value.name: np.asarray(amplitude * rng.standard_normal(shape)) for value, shape in shapes.items()}
 
 
 def _stated(value: Value, proposed: tuple[int, ...], index: Index) -> tuple[int, ...]:
-    """Return the sizes that the model says; what it leaves open is as proposed."""
+    """Return the sizes that the model states; those that it leaves open are as proposed."""
     shape = index.shape(value)
     if shape is None:
         return proposed
@@ -86,8 +97,8 @@ def _stated(value: Value, proposed: tuple[int, ...], index: Index) -> tuple[int,
     return tuple(other if size is None else size for size, other in zip(shape, proposed, strict=True))
 
 
-def _captured(index: Index, values: list[Value]) -> dict[str, NDArray] | None:
-    """Return what values of the main graph are when the original runs, by name; None where it does not."""
+def _captured(index: Index, values: list[Value]) -> Feed | None:
+    """Return what values of the main graph are when the original runs, by name; None where it does not run."""
     if any(value.scope is not index.main for value in values):
         return None
     proto = onnx.ModelProto()
@@ -96,9 +107,10 @@ def _captured(index: Index, values: list[Value]) -> dict[str, NDArray] | None:
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     folder = index.source.path.parent if index.source.path else None
+    failures = (*runtime_errors(), ModelNotRun, ModelError)
     try:
         run = session(serialize(proto, index.source.name), folder)
-        found = run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0])
-        return {name: np.array(values) for name, values in zip(names, found, strict=True)}
-    except (*runtime_errors(), ModelNotRun, ModelError):
+        outputs = run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0])
+        return {name: np.array(output) for name, output in zip(names, outputs, strict=True)}
+    except failures:
         return None

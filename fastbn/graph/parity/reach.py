@@ -1,22 +1,34 @@
-"""Which folds a comparison of outputs reaches: values on whose elements an output depends."""
+"""Which folds a comparison of outputs reaches: those on whose elements an output depends."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from onnx import NodeProto
 
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import bodies
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.registry import ignores_elements
+from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.planner.view import SHAPE_READERS, Plan
 
 __all__ = ["unreached"]
 
+# Number of an inner scope -> the node that it belongs to, and the attribute that holds it.
+Owners: TypeAlias = dict[int, tuple[Node, str]]
+
 
 def unreached(index: Index, planning: Planning, outputs: Iterable[str], missed: Sequence[str] = ()) -> list[Plan]:
-    """Return the plans on which an output of the model depends, but none of these values of the main graph.
+    """Return the plans on which an output of the model depends, but none of some values that were compared.
 
-    `missed` are the ways through the branches in which nothing was compared (comparable.with_branches).
+    Parameters
+    ----------
+    index : model.Index
+    planning : planning.Planning
+    outputs : iterable of str
+        Names of the values of the main graph that were compared.
+    missed : sequence of str
+        The choices of branches in which nothing was compared (comparable.with_branches).
     """
     names, owners = set(outputs), _owners(index)
     ends = {info.name for info in index.proto.graph.output}
@@ -27,8 +39,8 @@ def unreached(index: Index, planning: Planning, outputs: Iterable[str], missed: 
     ]
 
 
-def _owners(index: Index) -> dict[int, tuple[Node, str]]:
-    """Return the node that each inner scope belongs to and the attribute that holds it, by number: scopes are numbered outermost first."""
+def _owners(index: Index) -> Owners:
+    # Scopes are numbered outermost first, in the order of their nodes.
     holders = [
         (node, attribute.name)
         for scope in index.scopes
@@ -39,8 +51,8 @@ def _owners(index: Index) -> dict[int, tuple[Node, str]]:
     return dict(enumerate(holders, start=1))
 
 
-def _is_missed(plan: Plan, owners: dict[int, tuple[Node, str]], missed: Sequence[str]) -> bool:
-    """Say whether every way that takes the branches around a plan is one in which nothing was compared."""
+def _is_missed(plan: Plan, owners: Owners, missed: Sequence[str]) -> bool:
+    """Say whether nothing was compared in any choice that takes the branches around a plan."""
     path: list[str] = []
     scope, may_not_run = plan.lifted[0].scope, False
     while scope.number in owners:
@@ -49,26 +61,23 @@ def _is_missed(plan: Plan, owners: dict[int, tuple[Node, str]], missed: Sequence
         if owner.is_op("If"):
             path.insert(0, attribute.removesuffix("_branch"))
         scope = owner.scope
-    ways = [way.split(" ")[0].split("/") if way.endswith(" branches") else [] for way in missed]
-    along = [way for way in ways if way[: len(path)] == path[: len(way)]]
-    return may_not_run and bool(along) and len(along) == 2 ** max(len(along[0]) - len(path), 0)
+    choices = [name.split(" ")[0].split("/") if name.endswith(" branches") else [] for name in missed]
+    taken = [choice for choice in choices if choice[: len(path)] == path[: len(choice)]]
+    return may_not_run and bool(taken) and len(taken) == 2 ** max(len(taken[0]) - len(path), 0)
 
 
-def _reaches(plan: Plan, index: Index, owners: dict[int, tuple[Node, str]], names: set[str]) -> bool:
+def _reaches(plan: Plan, index: Index, owners: Owners, names: set[str]) -> bool:
+    """Say whether one of these values of the main graph depends on the elements of what a plan changes."""
     pending: list[Value] = [value for node in plan.lifted for value in node.outputs if value is not None]
     seen = set(pending)
     while pending:
         value = pending.pop()
         if value.scope is index.main and value.name in names:
             return True
-        following = [node for node, slot in value.readers if not _ignores_elements(node, slot)]
+        following = [node for node, slot in value.readers if not ignores_elements(node, slot)]
         if value.is_output and value.scope.number in owners:
             following.append(owners[value.scope.number][0])
         fresh = {output for node in following for output in node.outputs if output is not None} - seen
         seen |= fresh
         pending.extend(fresh)
     return False
-
-
-def _ignores_elements(node: Node, slot: int) -> bool:
-    return node.is_op(*SHAPE_READERS, "RandomNormalLike", "RandomUniformLike") or (node.is_op("CastLike") and slot == 1)

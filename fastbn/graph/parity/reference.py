@@ -1,36 +1,43 @@
 """The original as the whole-model comparison needs it: inputs, outputs, and how far rounding moves them."""
 
+from __future__ import annotations
+
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.parity.comparable import comparable, is_random
-from fastbn.graph.parity.difference import largest, moved, same_bits
-from fastbn.graph.parity.feeds import KINDS, MORE_KINDS, Feed, Feeds, ModelNotRun, feeds_of
+from fastbn.graph.parity.difference import equal, is_numeric, max_abs, max_change
+from fastbn.graph.parity.feeds import ALL_KINDS, KINDS, Feed, Feeds, InputKind, ModelNotRun, Shapes, feeds_of
 from fastbn.graph.parity.noise import Noise
 from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, says_invalid
 
-__all__ = ["Reference", "feeds_for", "kept", "reference_of"]
+if TYPE_CHECKING:
+    from fastbn._types import Array
 
-# Draws of the noise where the first one does not explain what is found.
+__all__ = ["Progress", "Reference", "copied", "feeds_for", "reference_of", "silent"]
+
+# Draws of the noise where the first one does not explain a difference: docs/numerics.md, "The bound of an output".
 MORE_DRAWS = 5
 
-# An output of more bytes is kept in a temporary file.
-LARGEST_KEPT = 1 << 24
+# The copy of an output of more bytes is a temporary file.
+LARGEST_IN_MEMORY = 1 << 24
 
-Progress = Callable[[str], None]
+Progress: TypeAlias = Callable[[str], None]
 
 
-def reference_of(
-    original: Runnable, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int, progress: Progress
-) -> "Reference":
+def silent(_: str) -> None:
+    """Tell nobody: the Progress where the caller gives none."""
+
+
+def reference_of(original: Runnable, index: Index, input_shapes: Shapes, seed: int, progress: Progress) -> Reference:
     """Run the original on every kind of input.
 
     Raises
@@ -51,14 +58,14 @@ def reference_of(
         feeds = feeds_of(latest, index, input_shapes, seed)
         reference = Reference(model, proto, index, feeds, copy is not None, fresh, progress)
         if not fresh:
-            reference.outputs["zero"] = [kept(output) for output in latest.outputs]
+            reference.outputs["zero"] = [copied(output) for output in latest.outputs]
         latest.outputs = []
         reference.run(KINDS, runner)
     reference.measure()
     return reference
 
 
-def feeds_for(model: Runnable, index: Index, input_shapes: Mapping[str, tuple[int, ...]] | None = None, seed: int = 0) -> Feeds:
+def feeds_for(model: Runnable, index: Index, input_shapes: Shapes | None = None, seed: int = 0) -> Feeds:
     """Return the inputs of a Runnable; raises ModelError where onnxruntime cannot run it."""
     with Runner(model) as runner:
         try:
@@ -69,7 +76,7 @@ def feeds_for(model: Runnable, index: Index, input_shapes: Mapping[str, tuple[in
 
 
 def _load(runner: Runner, index: Index) -> None:
-    """Open the session of the original; where onnxruntime has none, say whether the model or the runtime is to blame."""
+    """Open the session of the original: raise ModelError for an invalid model, ModelNotRun for one that onnxruntime does not support."""
     try:
         runner.session()
     except runtime_errors() as error:
@@ -79,14 +86,14 @@ def _load(runner: Runner, index: Index) -> None:
 
 
 class _Latest:
-    """A Runner that remembers what its latest run gave."""
+    """A Runner that remembers the outputs of its latest run."""
 
     def __init__(self, runner: Runner) -> None:
         self.get_inputs = runner.get_inputs
         self.runner = runner
-        self.outputs: list = []
+        self.outputs: list[object] = []
 
-    def run(self, outputs: None, feed: Feed) -> list:
+    def run(self, outputs: None, feed: Feed, /) -> Sequence[object]:
         self.outputs = self.runner.run(outputs, feed)
         return self.outputs
 
@@ -97,7 +104,7 @@ class Reference:
     Attributes
     ----------
     model, proto : Runnable, onnx.ModelProto
-        The original; a copy that can be compared where `prepared` says so.
+        The original, or with `prepared` the copy of it that `comparable` returns.
     index : model.Index
         Of the original.
     feeds : feeds.Feeds
@@ -106,11 +113,11 @@ class Reference:
     names : list of str
         Of the outputs.
     outputs : dict of kind -> list
-        What it gives for each kind of input with which it runs.
+        The outputs for each kind of input with which it runs.
     unrepeatable : set of int
         Outputs that differ between two runs, by number.
     notes : list of str
-        What could not be run or measured, and why.
+        Which kinds of input do not run, and what is special about the noise.
     noise : noise.Noise
     """
 
@@ -120,15 +127,15 @@ class Reference:
         self.model, self.proto, self.index, self.feeds = model, proto, index, feeds
         self.prepared, self.fresh, self.progress = prepared, fresh, progress
         self.names = [info.name for info in proto.graph.output]
-        self.outputs: dict[str, list] = {}
+        self.outputs: dict[InputKind, list[object]] = {}
         self.unrepeatable: set[int] = set()
         self.notes: list[str] = []
         self.noise = Noise(index, proto)
         self._noisy = model.with_proto(self.noise.proto)
         self._relative: list[float] = []
-        self._drawn: dict[str, list[float]] = {}
+        self._effects: dict[InputKind, list[float]] = {}
 
-    def run(self, kinds: tuple[str, ...], runner: Runner | None = None) -> None:
+    def run(self, kinds: tuple[InputKind, ...], runner: Runner | None = None) -> None:
         """Run the original on these kinds of input, where that has not been done."""
         with runner or Runner(self.model, self.fresh) as open_runner:
             for kind in kinds:
@@ -136,35 +143,35 @@ class Reference:
                     continue
                 self.progress(f"running the original on input '{kind}'")
                 try:
-                    self.outputs[kind] = [kept(output) for output in open_runner.run(None, self.feeds.make(kind))]
+                    self.outputs[kind] = [copied(output) for output in open_runner.run(None, self.feeds.make(kind))]
                 except runtime_errors() as error:
                     self.notes.append(f"input '{kind}': onnxruntime cannot run the original: {said(error)}")
 
-    def moves(self, kind: str, number: int) -> float:
-        """Return how far rounding moves an output: as measured for this kind of input, else in proportion to the first kind."""
-        if kind in self._drawn:
-            return self._drawn[kind][number]
-        return self._relative[number] * largest(_numbers(self.outputs[kind][number]))
+    def effect(self, kind: InputKind, number: int) -> float:
+        """Return how far the noise moves an output: as measured for this kind of input, else in proportion to the first kind."""
+        if kind in self._effects:
+            return self._effects[kind][number]
+        return self._relative[number] * max_abs(_numbers(self.outputs[kind][number]))
 
-    def draw(self, kind: str) -> None:
-        """Measure the noise for one kind of input, by several draws."""
-        self._drawn[kind] = [0.0] * len(self.names)
+    def draw(self, kind: InputKind) -> None:
+        """Measure the effect of the noise for one kind of input, by several draws."""
+        effects = [0.0] * len(self.names)
         with Runner(self._noisy, self.fresh) as runner:
             for turn in range(1, MORE_DRAWS + 1):
                 self.progress(f"measuring the rounding noise on input '{kind}', draw {turn} of {MORE_DRAWS}")
-                found = self._moved_by(runner, kind, turn, sums=True)
-                self._drawn[kind] = [max(pair) for pair in zip(self._drawn[kind], found, strict=True)]
+                effects = [max(pair) for pair in zip(effects, self._effects_of(runner, kind, turn, sums=True), strict=True)]
+        self._effects[kind] = effects
 
-    def shaken(self, kind: str, draws: int = 1) -> Iterator[list]:
-        """Yield what the original gives for one kind of input, draw by draw of the noise."""
+    def noisy(self, kind: InputKind, draws: int = 1) -> Iterator[list[object]]:
+        """Yield the outputs of the original for one kind of input, draw by draw of the noise."""
         with Runner(self._noisy, self.fresh) as runner:
             for turn in range(draws):
                 with contextlib.suppress(*runtime_errors()):
-                    yield runner.run(None, self._disturbed(kind, turn, sums=draws > 1))
+                    yield runner.run(None, self._perturbed(kind, turn, sums=draws > 1))
 
-    def _disturbed(self, kind: str, turn: int, sums: bool = False) -> Feed:
-        number = (*KINDS, *MORE_KINDS).index(kind)
-        return self.noise.disturbed(self.feeds.make(kind), np.random.default_rng([self.feeds.seed, number, turn]), sums)
+    def _perturbed(self, kind: InputKind, turn: int, sums: bool = False) -> Feed:
+        rng = np.random.default_rng([self.feeds.seed, ALL_KINDS.index(kind), turn])
+        return self.noise.perturbed(self.feeds.make(kind), rng, sums)
 
     def measure(self) -> None:
         """Measure how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""
@@ -172,56 +179,61 @@ class Reference:
         if kind is None or self._relative:
             return
         self.progress("measuring the rounding noise")
+        effects: list[float] | None = None
         with Runner(self._noisy, self.fresh) as runner:
-            moves = self._moved_by(runner, kind, 0) if self._stands_still(runner, kind) else None
-        if moves is None:
+            if self._is_original(runner, kind):
+                effects = self._effects_of(runner, kind, 0)
+        if effects is None:
             self.noise = Noise(self.index, self.proto, inputs_only=True)
             self._noisy = self.model
             with Runner(self._noisy, self.fresh) as runner:
-                moves = self._moved_by(runner, kind, 0)
-        self._relative = [move / (largest(output) or 1.0) for move, output in zip(moves, map(_numbers, self.outputs[kind]), strict=True)]
+                effects = self._effects_of(runner, kind, 0)
+        outputs = map(_numbers, self.outputs[kind])
+        self._relative = [effect / (max_abs(output) or 1.0) for effect, output in zip(effects, outputs, strict=True)]
 
-    def _stands_still(self, runner: Runner, kind: str) -> bool:
+    def _is_original(self, runner: Runner, kind: InputKind) -> bool:
         """Say whether the model with noise gives what the original gives, bit for bit, where the noise is zero."""
         try:
-            still = runner.run(None, self.noise.still(self.feeds.make(kind)))
-        except runtime_errors():  # an operator that wants this constant to be one
+            outputs = runner.run(None, self.noise.unperturbed(self.feeds.make(kind)))
+        except runtime_errors():  # an operator that requires this input to be a constant
             return False
-        different = {number for number, output in enumerate(still) if not same_bits(self.outputs[kind][number], output)}
+        different = self._different(kind, outputs)
         if not different:
             return True
         runner.close()
         with Runner(self.model, self.fresh) as again:
-            repeated = again.run(None, self.feeds.make(kind))
-        self.unrepeatable = {number for number, output in enumerate(repeated) if not same_bits(self.outputs[kind][number], output)}
+            self.unrepeatable = self._different(kind, again.run(None, self.feeds.make(kind)))
         if different <= self.unrepeatable:
             return True
         self.notes.append("the rounding noise enters by the inputs alone: with its constants as inputs the original gives other values")
         return False
 
-    def _moved_by(self, runner: Runner, kind: str, turn: int, sums: bool = False) -> list[float]:
-        """Return how far one draw of the noise moves each output; nothing where the model does not run with it (an index out of range)."""
+    def _different(self, kind: InputKind, outputs: list[object]) -> set[int]:
+        return {number for number, output in enumerate(outputs) if not equal(self.outputs[kind][number], output)}
+
+    def _effects_of(self, runner: Runner, kind: InputKind, turn: int, sums: bool = False) -> list[float]:
+        """Return how far one draw of the noise moves each output; zeros where the model does not run with it (an index out of range)."""
         try:
-            noisy = runner.run(None, self._disturbed(kind, turn, sums))
+            outputs = runner.run(None, self._perturbed(kind, turn, sums))
         except runtime_errors():
             return [0.0] * len(self.names)
-        pairs = zip(map(_numbers, self.outputs[kind]), map(_numbers, noisy), strict=True)
-        return [moved(before, other) if before.shape == other.shape else 0.0 for before, other in pairs]
+        pairs = zip(map(_numbers, self.outputs[kind]), map(_numbers, outputs), strict=True)
+        return [max_change(before, noisy) if before.shape == noisy.shape else 0.0 for before, noisy in pairs]
 
 
-def _numbers(output: object) -> NDArray:
+def _numbers(output: object) -> Array:
     """Return an output that holds numbers, an empty array for any other."""
-    return output if isinstance(output, np.ndarray) and output.dtype.kind in "fiub" else np.empty(0)
+    return output if is_numeric(output) else np.empty(0)
 
 
-def kept(output: object) -> object:
+def copied(output: object) -> object:
     """Return a copy of an output, a large one mapped from a temporary file.
 
-    What onnxruntime gives lies in the memory of its session, all of which lives as long as one output does.
+    An output of onnxruntime is memory of its session, all of which is held as long as one output is.
     """
     if not isinstance(output, np.ndarray) or output.dtype.kind == "O":
         return output
-    if output.nbytes <= LARGEST_KEPT:
+    if output.nbytes <= LARGEST_IN_MEMORY:
         return output.copy()
     with tempfile.TemporaryFile() as file:
         output.tofile(file)

@@ -10,7 +10,7 @@ from onnx import ModelProto, helper
 from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
-from fastbn.graph.ops.lift import is_batch_norm
+from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.planner.view import GraphView
 
 __all__ = ["check_written"]

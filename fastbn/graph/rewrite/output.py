@@ -45,7 +45,7 @@ class Patch:
 
     @property
     def size(self):
-        return self.constant.base.size * self.constant.dtype.itemsize
+        return self.constant.size * self.constant.dtype.itemsize
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Output:
         """Return the model as a ModelProto, all tensors inside; raises ModelError above protobuf's 2 GB."""
         if not self._external:
             return self.proto
-        total = sum(self.source.location(tensor)[2] for tensor in external_tensors(self.source.proto))
+        total = sum(self.source.place(tensor).length for tensor in external_tensors(self.source.proto))
         if total > PROTOBUF_LIMIT:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
         proto = self._copy()
@@ -172,7 +172,7 @@ class Output:
             written[location] = replacement.path.parent / os.fsdecode(name.encode("utf-8"))
             temporary = replacement.data_file(written[location].name)
             patches = [patch for patch in self.patches if patch.location == location]
-            source = self.source.location(tensors[location][0])[0]
+            source = self.source.place(tensors[location][0]).path
             offsets, size = _layout(patches, source.stat().st_size)
             if not _moved(staged.get(location), temporary):
                 _write_patched(source, temporary, patches, offsets, size)
@@ -318,7 +318,7 @@ def _copy_range(into, out_of, start, stop):
 
 
 def _write_constant_at(into, offset, constant):
-    for first, part in constant.parts():
+    for first, part in constant.pieces():
         _write_at(into, memoryview(part.reshape(-1).view(np.uint8)), offset + first * part.dtype.itemsize)
 
 

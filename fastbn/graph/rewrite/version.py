@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
-from fastbn.graph.ops.lift import BATCH_NORM, ELEMENTWISE
+from fastbn.graph.ops.registry import can_be_affine
 
 __all__ = ["difference"]
 
@@ -96,4 +96,4 @@ def _of_nodes(nodes, constants):
 
 
 def _is_lasting(node):
-    return not (is_standard(node.domain) and node.op_type in (BATCH_NORM, *ELEMENTWISE))
+    return not (is_standard(node.domain) and can_be_affine(node.op_type))

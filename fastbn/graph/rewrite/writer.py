@@ -8,6 +8,7 @@ from onnx import helper
 from fastbn.graph.model.constant import Scaled
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import external_tensors, is_external, location_of
+from fastbn.graph.ops.registry import operator_row
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.output import Output, Patch
 
@@ -18,9 +19,6 @@ LARGEST_INLINE = 1 << 20
 
 # From this IR version on an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
-
-# What a new constant is called, where it is neither a weight nor a bias.
-ROLES = {("DequantizeLinear", 1): "scale", ("DequantizeLinear", 2): "zero_point"}
 
 
 def edited(proto, constants, attributes):
@@ -137,7 +135,7 @@ class _Writer:
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
                 self.duplicates[node] = old.name
-            role = ROLES.get((node.op, slot)) or ("weight" if isinstance(constant, Scaled) else "bias")
+            role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
@@ -164,7 +162,7 @@ class _Writer:
         return name
 
     def _fill(self, scope, tensor, constant):
-        if is_external(tensor) and isinstance(constant, Scaled) and constant.base.size * constant.dtype.itemsize > LARGEST_INLINE:
+        if is_external(tensor) and isinstance(constant, Scaled) and constant.size * constant.dtype.itemsize > LARGEST_INLINE:
             self._patch(scope, tensor, constant)
             return
         for values in ("float_data", "double_data", "int32_data", "raw_data", "external_data", "data_location"):
@@ -175,8 +173,8 @@ class _Writer:
 
     def _patch(self, scope, tensor, constant):
         """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
-        location, offset = location_of(tensor), self.index.source.location(tensor)[1]
-        stop = offset + constant.base.size * constant.dtype.itemsize
+        location, offset = location_of(tensor), self.index.source.place(tensor).offset
+        stop = offset + constant.size * constant.dtype.itemsize
         users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
         taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
         self.patches.append(Patch(scope, tensor, constant, location, None if users > 1 or taken else offset))
@@ -186,7 +184,7 @@ class _Writer:
         if self.extents is None:
             self.extents = defaultdict(list)
             for tensor in external_tensors(self.index.proto):
-                offset = self.index.source.location(tensor)[1]
+                offset = self.index.source.place(tensor).offset
                 self.extents[location_of(tensor)].append((offset, offset + self.index.source.external(tensor).size))
         return self.extents
 

@@ -1,0 +1,221 @@
+"""Conv and ConvTranspose, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.affine import WeightLayout
+from fastbn.errors import ModelError, expected
+from fastbn.graph.model.constant import Constant, Dense
+from fastbn.graph.model.node import Node
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
+from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
+from fastbn.graph.ops.shape_rules import same_batch
+from fastbn.graph.ops.weighted import scaled, summed
+from fastbn.graph.reasons import Refusal
+
+__all__ = ["CONVOLUTION", "merged_into_sibling"]
+
+WEIGHT, BIAS = 1, 2
+
+
+def _weight(node: Node, graph: PresentGraph) -> tuple[Constant, int]:
+    """Return (weight, groups) of a convolution."""
+    weight, groups = graph.weight(node, WEIGHT), node.attribute("group", 1)
+    if len(weight.shape) < 3 or groups < 1 or weight.shape[0] % groups or 0 in weight.shape:
+        raise ModelError(expected(f"convolution weights that {groups} groups divide", f"shape {weight.shape}", node.label))
+    count = len(weight.shape) - 2
+    for name, length in (("strides", count), ("dilations", count), ("pads", 2 * count)):
+        sizes = node.attribute(name, [1] * length)
+        if len(sizes) != length or (name != "pads" and min(sizes) < 1):
+            raise ModelError(expected(f"{length} {name} for {count} axes", f"{sizes}", node.label))
+    data = node.inputs[0]
+    declared = None if data is None else graph.declared_shape(data)
+    channels = weight.shape[1] * groups if node.op == "Conv" else weight.shape[0]
+    if declared and (len(declared) != len(weight.shape) or declared[1] not in (None, channels)):
+        raise ModelError(expected(f"weights for an input of shape {declared}", f"shape {weight.shape}", node.label))
+    return weight, groups
+
+
+# Conv:  backward S*(W x + b) + T = (S*W) x + (S*b + T), S along axis 0 of W;  forward W (S x + T) + b = (W*S) x + (b + W T), S along the
+# input channels of each group, and W T is the same everywhere only where no padding takes part.
+def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, _ = _weight(node, graph)
+    layout = WeightLayout(1, 1, weight.shape[0], math.prod(weight.shape[1:]))
+    return _into_outputs(node, traveler.affine, graph, weight, layout, weight.shape[0])
+
+
+def _conv_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, groups = _weight(node, graph)
+    layout = WeightLayout(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
+    if traveler.affine.shifts and _pads(node, weight):
+        raise Refusal("padding", f"Conv '{node.label}' pads its input with zeros, which a shift would have to change")
+    return _into_inputs(node, traveler, traveler.affine, graph, weight, layout, weight.shape[0])
+
+
+def _pads(node: Node, weight: Constant) -> bool:
+    """Say whether zeros of padding take part in a convolution; with auto_pad, a kernel of ones never asks for any."""
+    mode = node.attribute("auto_pad", b"NOTSET")
+    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
+        return any(size > 1 for size in weight.shape[2:])
+    return mode != b"VALID" and any(node.attribute("pads", []))
+
+
+# ConvTranspose: W is (C_in, C_out / groups, ...): group g of the inputs holds the outputs g * C_out/groups ... A shift of its input reaches
+# every output alike only where each output sums one full kernel: stride 1 and nothing of the border kept.
+def _conv_transpose_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, groups = _weight(node, graph)
+    layout = WeightLayout(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
+    return _into_outputs(node, traveler.affine, graph, weight, layout, weight.shape[1] * groups)
+
+
+def _conv_transpose_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, groups = _weight(node, graph)
+    affine = traveler.affine
+    if affine.shifts and not _sums_whole_kernels(node, weight):
+        raise Refusal("padding", f"the borders of ConvTranspose '{node.label}' sum parts of its kernel, which a shift would reach unevenly")
+    layout = WeightLayout(1, 1, weight.shape[0], math.prod(weight.shape[1:]))
+    channels = weight.shape[1] * groups
+    transfer = _into_inputs(node, traveler, affine.scale_only(), graph, weight, layout, channels)
+    if affine.shifts:
+        # One row per output channel: (group, channel of the group, inputs of the group, kernel).
+        grouped = (groups, weight.shape[0] // groups, weight.shape[1], -1)
+        values = Dense.of(weight).values.reshape(grouped).swapaxes(1, 2)
+        shift, abs_terms = (part.reshape(groups, 1, -1, 1) for part in affine.along(weight.shape[0])[1:])
+        bias = graph.bias(node, BIAS, (channels,), weight.dtype)
+        added, size = (values * shift).sum(axis=(2, 3)).reshape(-1), (np.abs(values) * abs_terms).sum(axis=(2, 3)).reshape(-1)
+        transfer.constants[BIAS] = bias.affine(1.0, added, size)
+    return transfer
+
+
+def _sums_whole_kernels(node: Node, weight: Constant) -> bool:
+    count = len(weight.shape) - 2
+    pads, strides = node.attribute("pads", [0] * 2 * count), node.attribute("strides", [1] * count)
+    reach = [d * (k - 1) for k, d in zip(weight.shape[2:], node.attribute("dilations", [1] * count), strict=True)]
+    plain = node.attribute("auto_pad", b"NOTSET") == b"NOTSET" and "output_shape" not in node.attributes
+    none_added = not any(node.attribute("output_padding", []))
+    return plain and none_added and all(s == 1 for s in strides) and all(pads[i] >= r <= pads[i + count] for i, r in enumerate(reach))
+
+
+def _into_outputs(node: Node, affine: Affine, graph: PresentGraph, weight: Constant, layout: WeightLayout, channels: int) -> Transfer:
+    """Return the transfer of an affine of the output: into the weight along its output channels, and into the bias."""
+    require_axis(node, affine, axis_in(node, affine, len(weight.shape)), 1, "output")
+    require_channels(node, affine, channels, "output")
+    scale, shift, abs_terms = affine.along(channels)
+    transfer = Transfer()
+    if affine.scales:
+        transfer.constants[WEIGHT] = scaled(weight, layout, scale)
+    if affine.shifts or graph.has(node, BIAS):
+        transfer.constants[BIAS] = graph.bias(node, BIAS, (channels,), weight.dtype).affine(scale, shift, abs_terms)
+    return transfer
+
+
+def _into_inputs(
+    node: Node, traveler: Traveler, affine: Affine, graph: PresentGraph, weight: Constant, layout: WeightLayout, channels: int
+) -> Transfer:
+    """Return the transfer of an affine that the input lacks: into the weight along its input channels, its shift as a sum into the bias."""
+    if traveler.slot != 0:
+        raise Refusal("no-absorber", f"it is the weight or the bias of {node.op} '{node.label}'")
+    inputs = layout.groups * layout.channels
+    require_axis(node, affine, axis_in(node, affine, len(weight.shape)), 1, "input")
+    require_channels(node, affine, inputs, "input")
+    transfer = Transfer()
+    if affine.scales:
+        transfer.constants[WEIGHT] = scaled(weight, layout, affine.along(inputs)[0])
+    if affine.shifts:
+        added, size = summed(weight, layout, affine)
+        transfer.constants[BIAS] = graph.bias(node, BIAS, (channels,), weight.dtype).affine(1.0, added, size)
+    return transfer
+
+
+def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer | None:
+    """Return the transfer that makes an affine part of a convolution of the same value that it is added to, None where there is none.
+
+    S x + T is a 1x1 depthwise convolution: its kernel is added to the tap of the sibling that sees the element itself.
+    """
+    operand = node.inputs[traveler.slot]
+    if node.op == "Sub" or len(node.inputs) != 2 or operand is None or operand.producer is not traveler.origin.node:
+        return None
+    pending: list[tuple[int, Node, list[Node]]] = [(1 - traveler.slot, node, [])]
+    while pending:
+        at, reader, via = pending.pop()
+        other = reader.inputs[at]
+        sibling = None if other is None else graph.producer(graph.source(other))
+        if other is None or sibling is None or sibling.scope is not node.scope:
+            continue
+        if sibling.is_op("Add", "Conv"):
+            graph.check(sibling)
+        graph.refuse_readers(other, reader, at)
+        if sibling.is_op("Add") and constant_slot(sibling, graph) is None:
+            pending.extend((slot, sibling, [*via, sibling]) for slot in range(len(sibling.inputs)))
+        elif sibling.is_op("Conv") and sibling.inputs[0] is not None and graph.source(sibling.inputs[0]) is traveler.origin.value:
+            constants = _added_to_center(sibling, traveler.affine, graph)
+            if constants is not None:
+                return Transfer(merge=SiblingMerge(sibling, constants, via, 1 - traveler.slot))
+    return None
+
+
+def _added_to_center(conv: Node, affine: Affine, graph: PresentGraph) -> dict[int, Constant] | None:
+    """Return the weight and bias of a convolution that gives the affine of its input as well, None where it does not see each element."""
+    weight, groups = _weight(conv, graph)
+    channels = weight.shape[0]
+    count = len(weight.shape) - 2
+    pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
+    plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))
+    same = all(pads[i] + pads[i + count] == dilations[i] * (size - 1) for i, size in enumerate(weight.shape[2:]))
+    if not plain or not same or any(pads[i] % dilations[i] for i in range(count)) or weight.shape[1] * groups != channels:
+        return None
+    if affine.axis is not None and (affine.axis % len(weight.shape) != 1 or affine.channels != channels):
+        return None
+    scale, shift, abs_terms = affine.along(channels)
+    tap = tuple(pads[i] // dilations[i] for i in range(count))
+    dense = Dense.of(weight)
+    values, sizes = dense.values.copy(), dense.abs_terms.copy()
+    at = (np.arange(channels), np.arange(channels) % weight.shape[1], *map(np.asarray, tap))
+    values[at] += scale
+    sizes[at] += np.abs(scale)
+    bias = graph.bias(conv, BIAS, (channels,), weight.dtype).affine(1.0, shift, abs_terms)
+    return {WEIGHT: Dense(weight.dtype, values, sizes), BIAS: bias}
+
+
+def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
+    shape = graph.weight(node, WEIGHT).shape
+    groups = node.attribute("group", 1)
+    channels = shape[1] * groups if node.op == "Conv" else shape[0]
+    kernel, count = shape[2:], len(shape) - 2
+    dilations = node.attribute("dilations", [1] * count)
+    strides = node.attribute("strides", [1] * count)
+    if node.op == "Conv":
+        spatial = [d * (k - 1) + 1 + s for k, d, s in zip(kernel, dilations, strides, strict=True)]
+    else:
+        pads = node.attribute("pads", [0] * 2 * count)
+        spatial = [2 + -(-(pads[i] + pads[i + count]) // strides[i]) for i in range(count)]
+    return {0: (2, channels, *spatial)}
+
+
+def _terms(node: Node, graph: PresentGraph) -> int:
+    shape = graph.weight(node, WEIGHT).shape
+    inputs = shape[1] if node.op == "Conv" else shape[0] // node.attribute("group", 1)
+    return inputs * math.prod(shape[2:])
+
+
+def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] | None:
+    if slot != WEIGHT:
+        return None
+    if node.op == "Conv":
+        return values.reshape(values.shape[0], -1)
+    groups = node.attribute("group", 1)
+    grouped = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
+    return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
+
+
+_SHARED = Row(channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch)
+
+CONVOLUTION = {
+    "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward),
+    "ConvTranspose": replace(_SHARED, backward=_conv_transpose_backward, forward=_conv_transpose_forward),
+}

@@ -1,0 +1,61 @@
+"""What hands out its input as it is, or in another type: Identity, Dropout in inference, Cast."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.placing import both_ways
+from fastbn.graph.ops.row import PresentGraph, Row
+from fastbn.graph.ops.shape_rules import Sizes, first_size, same_sizes
+from fastbn.graph.reasons import Refusal
+
+__all__ = ["IDENTITY"]
+
+# A Cast to one of these types leaves a size as it is.
+INTEGERS = (TensorProto.INT32, TensorProto.INT64)
+
+
+def _identity(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    return affine
+
+
+# Dropout in inference is Identity; the ways to say "inference" changed with the opset.
+def _dropout(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    mode = node.input(2)
+    training = None if mode is None else graph.constant(mode)
+    if graph.opset < 7 and not node.attribute("is_test", 0):
+        raise Refusal("training-dropout", f"Dropout '{node.label}' drops at random (opset {graph.opset} without is_test=1)")
+    if mode is not None and (training is None or training.array().any()):
+        raise Refusal("training-dropout", f"Dropout '{node.label}' may drop at random: its training_mode is not a constant false")
+    return affine
+
+
+# Cast to the type that a value already has is Identity, as some exporters write it; any other rounds or converts.
+def _cast(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    data = node.inputs[0]
+    kind = 0 if data is None else graph.kind(data)
+    if kind == 0 or kind != node.attribute("to"):
+        name = "" if data is None else data.name
+        raise Refusal("no-absorber", f"Cast '{node.label}' may change the type of '{name}'")
+    return affine
+
+
+def _same_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    return inputs[0]
+
+
+def _cast_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    elements = inputs[0]
+    return elements if node.attribute("to", 0) in INTEGERS and elements is not None and elements.dtype == object else None
+
+
+IDENTITY = {
+    "Identity": Row(*both_ways(_identity), sizes=same_sizes, list_elements=_same_elements),
+    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes),
+    "Cast": Row(*both_ways(_cast), sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
+    "CastLike": Row(reads={1: "type"}, result_size=first_size),
+}

@@ -1,0 +1,136 @@
+"""BatchNormalization; other normalizations, of which only the sizes are known."""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.affine import batch_norm_affine
+from fastbn.dtypes import DTYPES, dtype_name
+from fastbn.errors import ModelError, expected
+from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.node import Node
+from fastbn.graph.ops.affine import Affine, FloatArray
+from fastbn.graph.ops.placing import axis_of, require_axis, require_channels
+from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
+from fastbn.graph.ops.shape_rules import same_sizes
+from fastbn.graph.reasons import Refusal, first_few
+
+__all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
+
+BATCH_NORM: Final = "BatchNormalization"
+SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
+PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
+
+# ONNX's default: an attribute is a float32, which a float64 model feels.
+EPSILON = float(np.float32(1e-5))
+
+
+def is_batch_norm(node: Node) -> bool:
+    """Say whether a node is ONNX's own BatchNormalization."""
+    return node.is_op(BATCH_NORM)
+
+
+# scale = weight / sqrt(var + eps), shift = bias - mean * scale, along axis 1.
+def _lift(node: Node, graph: PresentGraph) -> Affine:
+    _refuse_training(node, graph.opset)
+    if node.attribute("spatial", 1) == 0:
+        raise Refusal("per-element", "spatial=0: its parameters are per element, not per channel")
+    if len(node.inputs) != 5 or any(value is None for value in node.inputs):
+        raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
+    arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
+    channels = arrays["var"].size
+    if not channels:
+        raise Refusal("bad-parameters", "it has no channels")
+    for slot, name in PARAMETERS.items():
+        if arrays[name].shape != (channels,):
+            where = f"{node.label}.{node.proto.input[slot]}"
+            raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", where))
+    eps = node.attribute("epsilon", EPSILON)
+    good = np.isfinite(np.stack([*arrays.values()])).all(axis=0) & (arrays["var"] + eps > 0)
+    if not good.all():
+        bad = np.flatnonzero(~good).tolist()
+        which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
+        raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
+    scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
+    abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
+    return Affine(scale, shift, 1, 2, abs_terms)
+
+
+def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatArray:
+    value = node.inputs[slot]
+    constant = graph.tensor(node, slot)
+    assert value is not None, "counted before"
+    if constant is None:
+        if graph.is_overridable(value):
+            sentence = f"its {name} '{value.name}' is also a graph input, which a caller may override: --freeze-inputs makes it a constant"
+            raise Refusal("overridable-parameters", sentence)
+        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
+    if dtype_name(constant.dtype) not in DTYPES:
+        raise Refusal("unsupported-type", f"its {name} is {constant.dtype}")
+    return float64_of(constant)
+
+
+def _refuse_training(node: Node, opset: int) -> None:
+    """Training means: training_mode=1; opset 7 to 13 with a second output; opset 1 and 6 without is_test; opset 14 with outputs in use."""
+    if opset >= 14:
+        if node.attribute("training_mode", 0):
+            raise Refusal("training", "training_mode=1: it normalises with the statistics of the batch")
+        if any(value is not None for value in node.outputs[1:]):
+            raise Refusal("training", "it hands out running statistics")
+    elif len(node.outputs) > 1:
+        raise Refusal("training", f"it has {len(node.outputs)} outputs, which before opset 14 means training")
+    elif opset < 7 and not node.attribute("is_test", 0):
+        raise Refusal("training", f"opset {opset} without is_test=1 means training")
+
+
+# n its normalized input, s its scale:  backward S*(weight * n + bias) + T = (S*weight) n + (S*bias + T);  forward
+# s (S x + T - mean) + bias = s S (x - mean) + (bias + s (T - mean (1 - S))).
+def _backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine = traveler.affine
+    if graph.affine(node) is None:
+        raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which must stay as it is")
+    weight, bias = graph.dense(node, SCALE), graph.dense(node, BIAS)
+    require_axis(node, affine, axis_of(node, affine, traveler.value, graph), 1, "output")
+    require_channels(node, affine, weight.shape[0], "output")
+    scale, shift, abs_terms = affine.along(weight.shape[0])
+    return Transfer({SCALE: weight.times(scale), BIAS: bias.affine(scale, shift, abs_terms)})
+
+
+def _forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine, own = traveler.affine, graph.affine(node)
+    if traveler.slot != 0 or own is None:
+        raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which must stay as it is")
+    weight, bias, mean = (graph.dense(node, slot) for slot in (SCALE, BIAS, MEAN))
+    require_axis(node, affine, axis_of(node, affine, traveler.value, graph), 1, "input")
+    require_channels(node, affine, weight.shape[0], "input")
+    scale, shift, abs_terms = affine.along(weight.shape[0])
+    moved = own.scale * (shift - mean.values * (1 - scale))
+    size = np.abs(own.scale) * (abs_terms + np.abs(mean.values * (1 - scale)))
+    return Transfer({SCALE: weight.times(scale), BIAS: bias.affine(1.0, moved, size)})
+
+
+def _terms(node: Node, graph: PresentGraph) -> int:
+    return 1
+
+
+def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
+    scale, data = graph.constant(node.inputs[SCALE]), node.inputs[0]
+    assert scale is not None, "it has been lifted"
+    channels = scale.shape[0]
+    shape = [*((None if data is None else graph.probe_shape(data)) or (2, channels, 3))]
+    shape[1:2] = [channels]
+    return {0: tuple(shape)}
+
+
+def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
+    """|x| - mean must not cancel, so the mean is taken as -|mean|; a variance is a magnitude already."""
+    if slot == VAR:
+        return array
+    return np.asarray(-np.abs(array) if slot == MEAN else np.abs(array))
+
+
+NORMALIZATION = {
+    BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),
+    **dict.fromkeys(("InstanceNormalization", "LRN", "LayerNormalization"), Row(sizes=same_sizes)),
+}

@@ -1,0 +1,122 @@
+"""Where the affine of one node goes: backward first, then forward, last with the shift left in an Add."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from fastbn.graph.model.constant import Dense
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.registry import row_of
+from fastbn.graph.ops.row import Origin, Strategy
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.search import Search
+from fastbn.graph.planner.view import GraphView
+from fastbn.graph.reasons import FORWARDS, Refusal
+
+__all__ = ["Placement", "place"]
+
+# Reasons that only say "nothing there": they give way to one that names a condition.
+VAGUE = ("reads-input", "reads-constant", "no-absorber", "unused")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What changes for one affine, whether it went along the data flow, and the Add that keeps its shift with its constant, if any."""
+
+    plan: Plan
+    forward: bool = False
+    kept_shift: tuple[Node, Dense] | None = None
+
+
+def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+    """Return where the affine of a lifted node goes; raises Refusal where there is no place."""
+    origin = Origin(node, view.source(view.data(node)))
+    if strategy == "split" and view.is_refused(node, strategy):
+        return _split(origin, affine, view, strategy, Refusal("no-absorber", "nothing has changed since it was refused"))
+    try:
+        return Placement(Search(view, origin, strategy).backward(origin.value, affine, node, view.data_slot(node)))
+    except Refusal as refusal:
+        behind = refusal.with_traceback(None)
+    try:
+        plan = Search(view, origin, strategy).forward(node.outputs[0], affine)
+        _refuse_unknown_width(node, affine, view, plan)
+        return Placement(plan, forward=True)
+    except Refusal as refusal:
+        ahead = refusal.with_traceback(None)
+    view.note_refused(node, strategy)
+    code = ahead.code if behind.code in VAGUE and ahead.code not in VAGUE else behind.code
+    both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    if strategy == "split":
+        return _split(origin, affine, view, strategy, both)
+    raise both
+
+
+def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
+    """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
+    value = view.data(node)
+    data = view.shape(value)
+    is_narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
+    if is_batch_norm(node) or affine.rank == 0 or not is_narrow or node.outputs[0] is None:
+        return
+    for reader, slot in view.readers(node.outputs[0]):
+        row = row_of(reader, view)
+        constant = (plan.constants.get((reader, 1 - slot)) or view.tensor(reader, 1 - slot)) if row.lift and row.broadcasts else None
+        shape = () if constant is None else constant.shape
+        if len(shape) < affine.rank or (affine.axis is not None and shape[affine.axis] != affine.channels):
+            raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
+
+
+def _split(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy, refusal: Refusal) -> Placement:
+    """Return a placement that leaves the shift in an Add; raises `refusal` where there is none."""
+    for way in (_keep_shift_backward, _keep_shift_forward) if view.keeps_shifts() else ():
+        try:
+            return way(origin, affine, view, strategy)
+        except Refusal:
+            pass  # what was said about both ways is the better reason
+    raise refusal
+
+
+def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+    """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
+    node = origin.node
+    plan = Search(view, origin, strategy).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
+    if not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
+        raise Refusal("shift-cannot-pass", "no MatMul asks for it")
+    return Placement(plan, False, _shift_node(node, affine, view, plan))
+
+
+def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+    """MatMul(S x + T, W) = MatMul(x + T/S, S W): the scale goes into W, an Add of T/S stays."""
+    if (affine.scale == 0).any():
+        raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
+    plan = Search(view, origin, strategy).forward(origin.node.outputs[0], affine.scale_only())
+    before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.abs_terms / np.abs(affine.scale))
+    if not all(row_of(absorber, view).has_no_place_for_shift for absorber in plan.absorbers):
+        raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
+    return Placement(plan, True, _shift_node(origin.node, before_scale, view, plan))
+
+
+def _shift_node(node: Node, affine: Affine, view: GraphView, plan: Plan) -> tuple[Node, Dense]:
+    """Return (Add, its constant): what stays of a BatchNormalization whose scale went away."""
+    data, bias = node.required_input(0), node.required_input(2)
+    rank = view.rank(data)
+    if rank is None:
+        raise Refusal("axis-unknown", f"the rank of '{data.name}' is not known, so the shift that would stay cannot be placed")
+    _, shift, abs_terms = affine.shaped(rank)
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
+    vector = Dense(next(iter(plan.constants.values())).dtype, shift, abs_terms)
+    proto = onnx.NodeProto(op_type="Add")
+    for text in ("name", "doc_string"):
+        if node.proto.HasField(text):
+            setattr(proto, text, getattr(node.proto, text))
+    proto.input.extend([node.proto.input[0], node.proto.input[2]])
+    proto.output.append(node.proto.output[0])
+    add = Node(proto, node.scope, node.position)
+    constant = Value(bias.name, node.scope)
+    constant.initializer = onnx.numpy_helper.from_array(vector.array(), constant.name)
+    add.inputs = [data, constant]
+    add.outputs = node.outputs[:1]
+    return add, vector

@@ -1,0 +1,101 @@
+"""Folded constants that the model's type cannot hold: Inf, NaN, and weights that round to zero where that matters.
+
+An output channel sums W[k] x[k] and b. Weights below half the least number that the type holds become zero; what the sum loses for inputs
+up to X is at most d X, d the sum of their true sizes. The sum is rounded anyway: with u the unit roundoff, A the largest weight of the
+channel and v the least normal number, a product of A is rounded by up to u A X, the bias by u |b|, and what is smaller than v by u v, half
+the least number that the type holds. So nothing that a run could tell from rounding is lost where
+
+    d X <= u max(A X, |b|, v)
+
+X is 2**16: float16 ends there, in which networks are commonly run. It is the sum as it is folded that counts, so the same holds for a
+scale on the output channels and on the input channels.
+
+What weight decay leaves of a dead channel in float32 (|W| near 1e-41 beside a scale near 1e-38) passes by thirty orders of magnitude: its
+products round to zero in the original too, in which onnxruntime keeps numbers below v. In float16 (v is 6e-5) a channel of small weights
+does not.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.graph.model.constant import Constant, Dense, Scaled, float64_of
+from fastbn.graph.model.node import Node
+from fastbn.graph.ops.affine import FloatArray
+from fastbn.graph.ops.registry import row_of
+from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.view import GraphView
+from fastbn.graph.reasons import Refusal, first_few
+
+__all__ = ["flushed_channels", "refuse_unrepresentable"]
+
+LARGEST_INPUT = 2.0**16
+
+# Type -> (unit roundoff, least normal number).
+ROUNDING = {
+    "float16": (2.0**-11, 2.0**-14),
+    "bfloat16": (2.0**-8, 2.0**-126),
+    "float32": (2.0**-24, 2.0**-126),
+    "float64": (2.0**-53, 2.0**-1022),
+}
+
+
+def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
+    """Refuse a plan with a constant that would hold Inf or NaN, or a weight that becomes zero where that matters."""
+    for (node, slot), constant in plan.constants.items():
+        nonfinite, flushed = constant.check()
+        where = f"input {slot} of {node.op} '{node.label}'"
+        if nonfinite:
+            if isinstance(constant, Scaled) and not np.isfinite(constant.base.array()).all():
+                raise Refusal("bad-parameters", f"{where} holds Inf or NaN already")
+            channels = first_few(constant.bad_channels())
+            raise Refusal("overflow", f"{nonfinite} values of {where} would become Inf or NaN in {constant.dtype}, channels {channels}")
+        if flushed or (isinstance(constant, Dense) and len(constant.shape) > 1):
+            count, channels_of_zeros = _flushed(node, slot, constant, plan, view)
+            if count:
+                some = first_few(channels_of_zeros)
+                raise Refusal("flush-to-zero", f"{count} values of {where} would become zero in {constant.dtype}, channels {some}")
+
+
+def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphView) -> tuple[int, list[int]]:
+    """Return (how many weights matter that become zero, the output channels of the node that hold them)."""
+    row = row_of(node, view)
+    weight_matrix = row.weight_matrix
+    if weight_matrix is None or weight_matrix(node, slot, constant.array()) is None:
+        return 0, []
+
+    def matrix(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        rows = weight_matrix(node, slot, values)
+        assert rows is not None, "asked before"
+        return rows
+
+    at = row.bias_slot
+    bias = None if at is None else plan.constants.get((node, at)) or view.tensor(node, at)
+    if at is None or bias is None:
+        return flushed_channels(constant, matrix, 0.0)
+    is_folded = (node, at) in plan.constants or view.is_changed(node, at)
+    size = np.abs(float64_of(bias) * (1.0 if is_folded else row.bias_factor(node)))
+    return flushed_channels(constant, matrix, size.min(axis=0) if size.ndim == 2 else size)
+
+
+def flushed_channels(
+    constant: Constant, matrix: Callable[[NDArray[np.generic]], NDArray[np.generic]], bias: FloatArray | float
+) -> tuple[int, list[int]]:
+    """Return (how many weights matter that become zero, the output channels that hold them).
+
+    Parameters
+    ----------
+    constant : Constant
+        The folded weight.
+    matrix : callable
+        What makes a matrix of shape (output channels, terms) of the weight.
+    bias : array of shape (output channels,), or 0.0
+        |b|, the least one where a channel has several.
+    """
+    unit, least_normal = ROUNDING[constant.dtype.name]
+    exact, kept = np.abs(matrix(float64_of(constant))), matrix(constant.array()) != 0
+    flushed = (exact != 0) & ~kept
+    lost, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
+    matters = lost * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
+    return int(flushed[matters].sum()), np.flatnonzero(matters).tolist()
