@@ -1,4 +1,4 @@
-"""Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
+"""Every rule about arguments: each function returns what it checked, or raises."""
 
 from __future__ import annotations
 

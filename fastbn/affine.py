@@ -87,7 +87,7 @@ def scale_weight(
     Returns
     -------
     (out, nonfinite, flushed)
-        nonfinite counts results that are Inf or NaN, flushed counts zeros that came of a weight and a scale that are not zero.
+        nonfinite counts results that are Inf or NaN, flushed counts zero results of a weight and a scale that are not zero.
     """
     factors = np.ascontiguousarray(scale, dtype=np.float64)
     address = 0
@@ -106,7 +106,7 @@ def narrow(values: npt.ArrayLike, dtype: np.dtype[ScalarT]) -> npt.NDArray[Scala
     if dtype_name(dtype) in ("float32", "float16"):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return exact.astype(dtype)
-    # NumPy's bfloat16 goes through float32 and rounds twice: let it see only values that are already rounded.
+    # ml_dtypes converts float64 by way of float32, which rounds twice: round to 8 bits first, after which both steps are exact.
     _, exponent = np.frexp(exact)
     ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)
     with np.errstate(over="ignore", invalid="ignore"):

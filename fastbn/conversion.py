@@ -89,7 +89,7 @@ def from_keras(layer: keras.layers.BatchNormalization) -> LayerData:
     if not all(hasattr(layer, name) for name in names):
         raise ArgumentTypeError(expected("a BatchNormalization of Keras", type(layer).__name__, "layer"))
     if not layer.built:
-        raise ArgumentError(expected("a layer that has been built", "one without weights", "layer"))
+        raise ArgumentError("Cannot convert the layer: it has not been built")
     if not isinstance(layer.axis, int):
         raise ArgumentError(expected("one axis", f"{layer.axis}", "axis"))
     # In this order: gamma and beta where there are any, moving mean, moving variance.

@@ -236,10 +236,17 @@ class BatchNorm:
         Raises
         ------
         ArgumentError, ArgumentTypeError
-            No forward pass to go back through, or an argument that cannot be used.
+            No forward pass before this, or an argument that cannot be used.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(1, eps=0.0)
+        >>> y = layer(np.array([[1.0], [3.0]]))
+        >>> [gradient.tolist() for gradient in layer.backward(np.array([[1.0], [0.0]]))]
+        [[[0.0], [0.0]], [-1.0], [1.0]]
         """
         if self._saved is None:
-            raise ArgumentError(expected("a forward pass that kept its x", "none", "backward"))
+            raise ArgumentError("Cannot go backward: there is no forward pass, or it has overwritten its x")
         x, stats, by_batch, comm = self._saved
         options: _Options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
         if comm is None:
@@ -260,6 +267,11 @@ class BatchNorm:
         """Return a copy of the state under PyTorch's names: weight, bias, running_mean, running_var and num_batches_tracked, as arrays.
 
         Those that the layer does not have are left out, as in PyTorch.
+
+        Examples
+        --------
+        >>> BatchNorm(2, affine=False).state_dict()["running_var"].tolist()
+        [1.0, 1.0]
         """
         state: State = {}
         for name in _ARRAYS:
@@ -282,6 +294,13 @@ class BatchNorm:
         ------
         ArgumentError, ArgumentTypeError
             A name too many or too few, or another shape; the layer is unchanged.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(2, track_running_stats=False)
+        >>> layer.load_state_dict({"weight": [1.0, 2.0], "bias": [0.0, 3.0]})
+        >>> layer.weight.tolist()
+        [1.0, 2.0]
         """
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):

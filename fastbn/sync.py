@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastbn.errors import ArgumentError, expected
+from fastbn.errors import ArgumentError
 from fastbn.stats import BatchStats, merge_stats
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def _alike(rows: Iterable[npt.ArrayLike]) -> list[Array]:
     arrays = [np.asarray(row) for row in rows]
     for array in arrays:
         if array.shape != arrays[0].shape:
-            raise ArgumentError(
-                expected("as many channels in every process", f"messages of shape {arrays[0].shape} and {array.shape}", "x")
-            )
+            got = f"{arrays[0].shape} and {array.shape}"
+            raise ArgumentError(f"Cannot merge the statistics of several processes: their numbers of channels differ (arrays of {got})")
     return arrays

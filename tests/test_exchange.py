@@ -1,4 +1,4 @@
-"""The compiled way of plain tensors beside the general way: the same bits, and nothing taken for plain that is not."""
+"""Plain tensors, read by DLPack, beside the general way: the same bits, and nothing taken for plain that is not."""
 
 import copy
 

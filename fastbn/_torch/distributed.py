@@ -46,7 +46,7 @@ def apply_shared(
 ) -> Tensor:
     """Batch normalization of a training batch of which each process of a group has a part."""
     if not eager:
-        raise TensorError(expected("plain tensors beside a process group, and no traced or transformed call", "others", "process_group"))
+        raise TensorError("Cannot share the batch with a process group: the call is traced or transformed, or its tensors are not plain")
     exchange = _exchange_of(process_group)
     for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
         kernels.check_values(tensor, where, input)
@@ -80,8 +80,8 @@ class _SyncBatchNorm(torch.autograd.Function):
             # A gradient that an all-reduce is still writing, or zeros without memory: a copy is a plain tensor.
             grad = grad.clone()
         if kernels.is_intercepted() or not kernels.plain.have_memory(grad, input, weight):
-            got = f"one of {type(grad).__name__} in a traced or transformed call"
-            raise TensorError(expected("a gradient with memory of its own behind a process group", got, "grad"))
+            what = f"a {type(grad).__name__} has no memory of its own, or the call is traced or transformed"
+            raise TensorError(f"Cannot share the gradient with a process group: {what}")
         wanted = ctx.needs_input_grad
         sums, dweight, dbias = kernels.backward_sums(grad, input, stats.mean, stats.m2, weight, bias, stats.count, eps, wanted)
         if not wanted[0]:
@@ -93,11 +93,11 @@ def _exchange_of(process_group: object) -> Exchange:
     """Return the exchange of `fastbn.sync` among the processes of a group of torch.distributed."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        raise TensorError(expected("torch.distributed to be initialised", "a process group without it", "process_group"))
+        raise TensorError("Cannot share the batch with a process group: torch.distributed is not initialized")
     group = distributed.group.WORLD if process_group == "world" else process_group
     size = distributed.get_world_size(group)
     if size < 1:
-        raise TensorError(expected("a group that this process belongs to", "another", "process_group"))
+        raise TensorError("Cannot share the batch with a process group: this process does not belong to it")
 
     def exchange(array: FloatArray) -> list[FloatArray]:
         mine = torch.from_numpy(np.ascontiguousarray(array))

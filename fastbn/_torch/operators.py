@@ -148,17 +148,17 @@ def _formula(
 def _second_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of the backward pass, by differentiating its formula; where a graph is wanted, it can be differentiated again."""
     grad, input, mean, m2, weight = ctx.saved_tensors
+    given = [tensor for tensor in (grad, input, weight) if tensor is not None]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because grad may depend on input: the derivative is taken with respect to the views alone.
-        views = [tensor.double().view_as(tensor) for tensor in (grad, input, weight) if tensor is not None]
+        views = [tensor.double().view_as(tensor) for tensor in given]
         leaves = [tensor if create_graph and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in views]
         dy, x, scale = leaves if weight is not None else (*leaves, torch.ones_like(mean))
         outputs = _formula(dy, x, mean, m2, scale, ctx.count, ctx.eps, ctx.training)
-        second = torch.autograd.grad(outputs, leaves, [given.double() for given in grads], allow_unused=True, create_graph=create_graph)
-    pairs = zip((*second, None), (grad, input, weight), strict=False)
-    ddy, dx, dweight = (None if value is None else value.to(like.dtype) for value, like in pairs)
-    return ddy, dx, None, None, dweight, None, None, None
+        second = torch.autograd.grad(outputs, leaves, [each.double() for each in grads], allow_unused=True, create_graph=create_graph)
+    ddy, dx, *parameters = [None if value is None else value.to(like.dtype) for value, like in zip(second, given, strict=True)]
+    return ddy, dx, None, None, parameters[0] if parameters else None, None, None, None
 
 
 _train_op.register_autograd(_train_gradients, setup_context=_save_train)

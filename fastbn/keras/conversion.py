@@ -59,8 +59,7 @@ def convert(model: keras.Model, *, back: bool = False) -> keras.Model:
     copy = keras.models.clone_model(model, clone_function=clone)
     hidden = [layer.name for layer in copy._flatten_layers() if type(layer) is old]
     if hidden:
-        got = f"{hidden[0]!r}, which another layer makes itself"
-        raise ArgumentError(expected("every BatchNormalization to stand in a configuration", got, "model"))
+        raise ArgumentError(f"Cannot convert the model: {hidden[0]!r} is in no configuration, another layer makes it itself")
     copy.set_weights(model.get_weights())
     return copy
 

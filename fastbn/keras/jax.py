@@ -81,10 +81,10 @@ def _infer_forward(
     return infer(x, mean, var, weight, bias, eps, axis), (x, mean, var, weight, bias)
 
 
-def _infer_backward(eps: float, axis: int, kept: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, mean, var, weight, bias = kept
+def _infer_backward(eps: float, axis: int, saved_values: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, mean, var, weight, bias = saved_values
     options = (("eps", eps), ("axis", axis))
-    dx, dweight, dbias = _call(callbacks.infer_backward, options, (x, weight, bias), dy, *kept)
+    dx, dweight, dbias = _call(callbacks.infer_backward, options, (x, weight, bias), dy, *saved_values)
     return dx, jnp.zeros_like(mean), jnp.zeros_like(var), dweight, dbias
 
 
@@ -155,9 +155,9 @@ def _train_forward(
 
 
 def _train_backward(
-    momentum: float, eps: float, axis: int, kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+    momentum: float, eps: float, axis: int, saved_values: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
-    x, running_mean, running_var, weight, bias, mask, saved = kept
+    x, running_mean, running_var, weight, bias, mask, saved = saved_values
     options = (("eps", eps), ("axis", axis))
     dx, dweight, dbias = _call(_train_backward_host, options, (x, weight, bias), gradients[0], x, weight, bias, saved, mask)
     no_mask = None if mask is None else np.zeros(mask.shape, jax.dtypes.float0)

@@ -24,6 +24,7 @@ class _Backend(Protocol):
         self, x: _Tensor, mean: _Tensor, var: _Tensor, weight: _Tensor | None, bias: _Tensor | None, eps: float, axis: int, /
     ) -> _Tensor:
         """Return y."""
+        ...
 
     def train(
         self,
@@ -39,6 +40,7 @@ class _Backend(Protocol):
         /,
     ) -> tuple[_Tensor, _Tensor, _Tensor]:
         """Return (y, running_mean, running_var); only y has a gradient."""
+        ...
 
 
 def _load_backend(name: str) -> _Backend:
@@ -130,11 +132,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if training and (self.renorm or self.synchronized or masked_elements):
             return super().call(inputs, training=training, mask=mask)
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        kept = keras.backend.result_type(dtype, "float32")
+        param_dtype = keras.backend.result_type(dtype, "float32")
         if dtype not in DTYPES:
-            inputs = ops.cast(inputs, kept)
+            inputs = ops.cast(inputs, param_dtype)
         variables = self.moving_mean, self.moving_variance, self.gamma, self.beta
-        mean, variance, gamma, beta = (None if variable is None else ops.cast(variable, kept) for variable in variables)
+        mean, variance, gamma, beta = (None if variable is None else ops.cast(variable, param_dtype) for variable in variables)
         if training:
             if mask is not None:
                 mask = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(inputs)[:-1])
