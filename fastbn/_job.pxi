@@ -24,17 +24,20 @@ cdef class Job:
     cdef double momentum
     cdef bint unbiased
 
-    def __cinit__(self, object layout=None, int dtype=0, int activation=0, double eps=0, int threads=0):
+    # The layout is None only for `PlainTensors`, which sets sizes and settings itself. Two functions, __cinit__ and __init__, would read the
+    # arguments twice.
+    def __cinit__(self, layout=None, int dtype=0, int activation=0, double eps=0, int threads=0):
         self.n_axis = self.c_axis = self.s_axis = -1
-        self.c.dtype = <fbn_dtype>dtype
-        self.c.activation = <fbn_activation>activation
-        self.set_settings(eps, threads)
         if layout is not None:
+            self.c.dtype = <fbn_dtype>dtype
+            self.c.activation = <fbn_activation>activation
+            self.set_settings(eps, threads)
             self.set_layout(<tuple>layout)
 
     # ---- the setters ----
 
     cdef int set_layout(self, tuple layout) except -1:
+        """Set sizes from (N, C, S), and axes from a `fastbn.geometry.Layout`, which has them behind its sizes."""
         self.c.N, self.c.C, self.c.S = layout[0], layout[1], layout[2]
         if len(layout) > 3:
             self.channels_last = layout[3]

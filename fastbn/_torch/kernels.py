@@ -130,12 +130,10 @@ def _values(tensor: Tensor | None, where: str, input: Tensor) -> _Values | None:
 def _arrange(*tensors: Tensor) -> tuple[Sizes | Layout, list[_Memory]]:
     """Return the layout of the tensors of a call and these as `Job` takes them, or contiguous copies where they have none in common."""
     # The memory of a tensor with the negative bit, such as z.conj().imag, holds the other sign.
-    tensors = tuple([tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in tensors])
-    strides = [tensor.stride() for tensor in tensors]
-    layout = find_layout(tensors[0].shape, 1, 1, *strides)
-    if layout is None:
-        return _arrange(*[tensor.contiguous() for tensor in tensors])
-    return layout, [(tensor.data_ptr(), steps, tensor) for tensor, steps in zip(tensors, strides, strict=True)]
+    owners = [tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in tensors]
+    arranged = [(owner.data_ptr(), owner.stride(), owner) for owner in owners]
+    layout = find_layout(owners[0].shape, 1, 1, *[strides for _, strides, _ in arranged])
+    return (layout, arranged) if layout is not None else _arrange(*[owner.contiguous() for owner in owners])
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
