@@ -181,7 +181,7 @@ cdef class PlainTensors:
         return array
 
     def train(self, x, out, running_mean, running_var, weight, bias, batches, double eps, double momentum, int threads):
-        """(batch_mean, batch_m2), with y in out, the running statistics moved and one added to batches, an int64; or None and nothing done."""
+        """(batch_mean, batch_m2), with y in out, the running statistics updated and one added to batches, an int64; or None and nothing done."""
         cdef DLTensor input, counter
         cdef Job job = Job.__new__(Job)
         job.set_settings(eps, threads)

@@ -139,13 +139,13 @@ cdef class Job:
         self.run_infer()
 
     def set_running(self, running_mean, running_var, double momentum, bint unbiased):
-        """Set the running statistics that `train` moves by momentum; either may be None."""
+        """Set the running statistics that `train` updates by momentum; either may be None."""
         self.set_values(&self.c.mean, running_mean, "running_mean")
         self.set_values(&self.c.var, running_var, "running_var")
         self.momentum, self.unbiased = momentum, unbiased
 
     def train(self, *, x, out, residual, weight, bias, batch_mean, batch_m2):
-        """Write y into out and statistics into batch_mean and batch_m2; move the running statistics, where they are set."""
+        """Write y into out and statistics into batch_mean and batch_m2; update the running statistics, where they are set."""
         self.set_tensor(&self.c.x, x, "x")
         self.set_tensor(&self.c.out, out, "out")
         self.set_tensor(&self.c.residual, residual, "residual")

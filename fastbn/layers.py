@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, cast, ove
 
 import numpy as np
 
-from fastbn import _check, conversion, functional, halves, sync
+from fastbn import _check, backward_halves, conversion, functional, sync
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.stats import BatchStats
 
@@ -164,7 +164,7 @@ class BatchNorm:
 
         Notes
         -----
-        In training the running statistics move, ``running = (1 - momentum) * running + momentum * batch``; a batch without elements leaves
+        In training the running statistics are updated, ``running = (1 - momentum) * running + momentum * batch``; a batch without elements leaves
         them alone. One value per channel gives y = bias and a variance of 0.
         """
         x, _ = _check.tensor(x, "x")
@@ -254,13 +254,13 @@ class BatchNorm:
         dy = _check.same_shape(dy, "dy", x)
         dx = _check.output(out, x, dy)
         if x.size:
-            sums, dweight, dbias = halves.backward_sums(dy, x, stats, self.weight, self.bias, **options)
+            sums, dweight, dbias = backward_halves.backward_sums(dy, x, stats, self.weight, self.bias, **options)
         else:
             sums = np.zeros((2, self.num_features))
             dweight, dbias = (None if values is None else np.zeros_like(values) for values in (self.weight, self.bias))
         sums = sync.add_up(sums, comm.allgather)
         if x.size:
-            halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
+            backward_halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
         return dx, dweight, dbias
 
     def state_dict(self) -> State:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     # What torch.distributed takes as a group, or the whole world.
     ProcessGroup: TypeAlias = torch.distributed.ProcessGroup | Literal["world"]
 
-# Looked up once: looking these up costs a small batch as much as calling them.
+# Looked up once: for a small batch a look-up costs as much as the call.
 _Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
@@ -243,13 +243,13 @@ class SyncBatchNorm(_Module, torch.nn.SyncBatchNorm):
         return self.process_group or ("world" if distributed.is_available() and distributed.is_initialized() else None)
 
 
-_OURS: dict[type, type] = {
+_FASTBN_CLASSES: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
-_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCH_CLASSES = {new: old for old, new in _FASTBN_CLASSES.items()}
 
 
 def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup | None = None) -> ModuleT:
@@ -287,11 +287,11 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
     """
     if back and process_group is not None:
         raise ArgumentError("Cannot convert back with a process group: only fastbn's modules share their batches")
-    classes = _TORCHS if back else _OURS
+    classes = _TORCH_CLASSES if back else _FASTBN_CLASSES
     for part in module.modules():
         part.__class__ = classes.get(type(part), type(part))
-        if back and type(part) in _OURS and type(part) is not torch.nn.SyncBatchNorm:
+        if back and type(part) in _FASTBN_CLASSES and type(part) is not torch.nn.SyncBatchNorm:
             part.__dict__.pop("process_group", None)
-        elif process_group is not None and type(part) in _TORCHS:
+        elif process_group is not None and type(part) in _TORCH_CLASSES:
             part.process_group = process_group
     return module

@@ -1,13 +1,14 @@
-"""The last net of the Cython boundary: address 0 stands for None, so elements there are an error, for every pointer of every method."""
+"""The Cython boundary refuses address 0 where there are elements: to the kernels it means None. Every pointer of every method."""
 
 import numpy as np
 import pytest
 
 from fastbn import _native
+from fastbn.dtypes import DTYPES
 
 N, C, S = 2, 3, 4
 LAYOUT = (N, C, S)
-CODE = 1  # float64
+CODE = DTYPES["float64"]
 
 
 def memory(array, absent, *rest):

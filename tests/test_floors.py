@@ -17,7 +17,7 @@ FLOORS = [
     ["dtypes", "geometry", "stats"],
     ["affine", "_check", "sync"],
     ["reference", "config", "folding", "conversion"],
-    ["functional", "halves"],
+    ["functional", "backward_halves"],
     ["layers", "_torch.__init__"],
     ["_torch.kernels"],
     ["_torch.distributed"],

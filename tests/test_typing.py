@@ -15,7 +15,7 @@ from fastbn import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted((ROOT / "tests" / "typing").glob("*.py"))
-TYPED = ["_check", "_types", "affine", "config", "errors", "folding", "functional", "geometry", "halves"]
+TYPED = ["_check", "_types", "affine", "config", "errors", "folding", "functional", "geometry", "backward_halves"]
 TYPED += ["layers", "memory", "reference", "stats", "sync"]
 TYPED += [f"graph.{name}" for name in ("reasons", "results", "report")]
 TYPED += [f"graph.parity.{name}" for name in ("branches", "comparable", "cuts", "difference", "feeds", "model_parity", "reach")]

@@ -180,7 +180,7 @@ def backward_sharding(
 def update_running_sharded(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, m2: Tensor, count: int, momentum: float
 ) -> None:
-    """Move running statistics by torch's operators: a rule for an operator could give it a copy of them in another placement."""
+    """Update running statistics by torch's operators: a rule for an operator could give it a copy of them in another placement."""
     if not count:
         return
     for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):

@@ -55,7 +55,7 @@ _CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in D
 _NUMPY = {getattr(torch, name): np.dtype(np.int16 if name == "bfloat16" else name) for name in DTYPES}
 # Reads plain tensors in compiled code; with a torch that lacks these functions no tensor is plain.
 plain = PlainTensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.empty_like, torch.Tensor, torch.nn.Parameter)
-# Looked up once: looking these up costs a small batch as much as calling them.
+# Looked up once: for a small batch a look-up costs as much as the call.
 forward_ad: _ForwardAD = torch.autograd.forward_ad
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -190,7 +190,7 @@ def train(
     batches: Tensor | None = None,
     allow_one_value: bool = False,
 ) -> tuple[Tensor, FloatArray, FloatArray]:
-    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches move. One value per channel
+    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches are updated. One value per channel
     is an error, as in torch, unless `allow_one_value`."""
     y, threads = _empty_like(input), _num_threads()
     moments = plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
@@ -211,7 +211,7 @@ def train(
                 running.copy_(values[3])
         if batches is not None:
             batches.add_(1)
-    torch.autograd.graph.increment_version([moved for moved in (running_mean, running_var, batches) if moved is not None])
+    torch.autograd.graph.increment_version([updated for updated in (running_mean, running_var, batches) if updated is not None])
     return y, *moments
 
 
@@ -332,7 +332,7 @@ def stats_of(input: Tensor) -> BatchStats:
 
 
 def update_running(running_mean: Tensor | None, running_var: Tensor | None, stats: BatchStats, momentum: float) -> None:
-    """Move running statistics by those of a batch that did not come from `train`; either may be None."""
+    """Update running statistics by those of a batch that did not come from `train`; either may be None."""
     mean, var = (None if running is None else as_float64(running).copy() for running in (running_mean, running_var))
     sync.update_running(mean, var, stats, momentum)
     for running, array in ((running_mean, mean), (running_var, var)):

@@ -125,6 +125,7 @@ def _train(
 # JAX has no float64 unless it is enabled: what the backward pass needs is passed as pairs of uint32.
 
 
+# Any: the arguments of `callbacks.train`, and of `callbacks.train_backward`, passed on.
 def _train_host(*arrays: Any, **options: Any) -> tuple[Array, ...]:
     *results, saved = callbacks.train(*arrays, **options)
     return *results, saved.view(np.uint32)
