@@ -190,8 +190,10 @@ def train(
     batches: Tensor | None = None,
     allow_one_value: bool = False,
 ) -> tuple[Tensor, FloatArray, FloatArray]:
-    """Return (y, mean, m2), the last two as float64 arrays; the running statistics and the number of batches are updated. One value per channel
-    is an error, as in torch, unless `allow_one_value`."""
+    """Return (y, mean, m2), the last two as float64 arrays, and update the running statistics and the number of batches.
+
+    One value per channel is an error, as in torch, unless `allow_one_value`.
+    """
     y, threads = _empty_like(input), _num_threads()
     moments = plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
     if moments is None:
