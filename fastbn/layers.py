@@ -164,7 +164,7 @@ class BatchNorm:
 
         Notes
         -----
-        In training, ``running = (1 - momentum) * running + momentum * batch`` updates the running statistics; a batch without elements leaves
+        In training, ``running = (1 - momentum) * running + momentum * batch`` updates them; a batch without elements leaves
         them alone. One value per channel gives y = bias and a variance of 0.
         """
         x, _ = _check.tensor(x, "x")
