@@ -164,7 +164,8 @@ class BatchNorm:
 
         Notes
         -----
-        In training, ``running = (1 - momentum) * running + momentum * batch``, unless the batch has no elements. One value per channel gives y = bias and a variance of 0.
+        In training, ``running = (1 - momentum) * running + momentum * batch``, unless the batch has no elements.
+        One value per channel gives y = bias and a variance of 0.
         """
         x, _ = _check.tensor(x, "x")
         if x.shape[_check.axis_of(self.axis, x)] != self.num_features:
