@@ -26,10 +26,11 @@ from fastbn.cli import main
 from fastbn.deployment import measure, pipeline, quantize
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.result import SCHEMA, STATUS
+from fastbn.graph import job
 from fastbn.graph.model import storage
 from fastbn.graph.results import Parity
 
-# A BN that nothing takes in, between two convolutions that quantise.
+# A BN that nothing takes in, between two convolutions that quantize.
 STUCK = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
     c = Conv(x, w, b)
     r = Relu(c)
@@ -59,7 +60,7 @@ def as_json(capsys, *options, code=0):
     return json.loads(capsys.readouterr().out)
 
 
-def test_without_quantisation_the_folded_model_is_shipped(here, capsys):
+def test_without_quantization_the_folded_model_is_shipped(here, capsys):
     deploy("--data", "data.npz")
     assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
@@ -71,10 +72,10 @@ def test_without_quantisation_the_folded_model_is_shipped(here, capsys):
     assert "shipped folded: 0 of 16 decisions differ from the original's (0.0%), 1.0% may\n" in out
     assert re.search(r"^wrote   out\.onnx   \d+\.\d kB$", out, re.MULTILINE)
     assert "WARNING" not in out
-    assert err.splitlines() == [f"fastbn: {number + 1}/7 {step}" for number, step in enumerate(pipeline.STEPS) if step != "quantising"]
+    assert err.splitlines() == [f"fastbn: {number + 1}/7 {step}" for number, step in enumerate(pipeline.STEPS) if step != "quantizing"]
 
 
-def test_quantisation_is_shipped_and_runs(here, capsys):
+def test_quantization_is_shipped_and_runs(here, capsys):
     report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "0.25")
     assert (report["shipped"], report["status"]) == ("quantized", "done")
     made = onnx.load("out.onnx")
@@ -130,7 +131,7 @@ def test_the_shipped_model_leaves_fewer_kernels_in_float_when_it_is_folded(small
     assert made.ok
 
 
-def test_a_sample_model_quantises_with_fewer_kernels_in_float(monkeypatch):
+def test_a_sample_model_quantizes_with_fewer_kernels_in_float(monkeypatch):
     monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
     made = fastbn.deploy(MODELS["repvgg"](), quantize=True, runs=1, max_drop=1)
     floats = made.quantization.float_kernels
@@ -150,7 +151,7 @@ def test_without_data_random_inputs_and_that_is_said_loudly(here, capsys):
 
 
 def spoil(monkeypatch):
-    """Let the quantiser give a model whose decisions are wrong."""
+    """Let the quantizer give a model whose decisions are wrong."""
 
     real = Quantizer.quantize
 
@@ -194,14 +195,14 @@ def test_nothing_is_shipped_when_nothing_is_good_enough(here, capsys, monkeypatc
 
 
 def test_a_failed_parity_ships_nothing_and_measures_nothing(here, capsys, monkeypatch):
-    fold = pipeline.fold
+    fold = job.fold
 
     def fail(*arguments, **options):
         result = fold(*arguments, **options)
         result.parity = Parity("failed", reason="on purpose")
         return result
 
-    monkeypatch.setattr(pipeline, "fold", fail)
+    monkeypatch.setattr(job, "fold", fail)
     deploy(code=1)
     err = capsys.readouterr().err
     assert "fastbn: nothing shipped: the folded model differs from the original by more than rounding explains" in err
@@ -235,11 +236,11 @@ def test_what_the_original_itself_loses_does_not_count(here, capsys, monkeypatch
     assert as_json(capsys, "--data", "data.npz")["shipped"] == "folded", "a model that is random even without us"
 
 
-def test_a_model_without_anything_to_quantise_is_shipped_folded(here, capsys):
+def test_a_model_without_anything_to_quantize_is_shipped_folded(here, capsys):
     text = "(float[N,4] x) => (float[N,4] y) { a = Sin(x) y = Cos(a) }"
     (here / "in.onnx").write_bytes(model(text).SerializeToString())
     report = as_json(capsys, "--quantize", code=4)
-    assert report["decision"] == "onnxruntime's quantiser refuses the model: none of its operators has an integer form"
+    assert report["decision"] == "onnxruntime's quantizer refuses the model: none of its operators has an integer form"
     assert report["quantization"]["refused"] == report["decision"]
     assert [stage["name"] for stage in report["stages"]] == ["original", "folded"]
 
@@ -248,18 +249,18 @@ def test_a_model_of_which_nothing_runs_in_integers_is_shipped_folded(here, capsy
     text = "(float[N,4] x) => (float[N,4] y) { n = BatchNormalization(x, s, t, m, v) y = Tanh(n) }"
     (here / "in.onnx").write_bytes(model(text, **norm(4)).SerializeToString())
     report = as_json(capsys, "--quantize", code=4)
-    assert report["decision"] == "onnxruntime's quantiser refuses the model: none of what it made runs in integers"
+    assert report["decision"] == "onnxruntime's quantizer refuses the model: none of what it made runs in integers"
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
 
-def test_what_the_quantiser_makes_must_load(here, capsys, monkeypatch):
+def test_what_the_quantizer_makes_must_load(here, capsys, monkeypatch):
     def quantize(quantizer, path, target, **options):
         target.write_bytes(b"no model")
         return ()
 
     monkeypatch.setattr(Quantizer, "quantize", quantize)
     report = as_json(capsys, "--data", "data.npz", "--quantize", code=4)
-    assert report["decision"].startswith("onnxruntime cannot load what its quantiser made: ")
+    assert report["decision"].startswith("onnxruntime cannot load what its quantizer made: ")
 
 
 def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, capsys):
@@ -297,13 +298,13 @@ def test_a_custom_operator(here, capsys):
     report = as_json(capsys, "--quantize", code=4)
     assert ops(onnx.load("out.onnx")) == "Conv Op"
     assert (report["shipped"], report["status"], report["data"], report["stages"], report["latency"]) == ("folded", "partial", None, [], [])
-    assert re.match(r"not compared, timed or quantised, for onnxruntime cannot load the original: .*maker", report["decision"])
+    assert re.match(r"not compared, timed or quantized, for onnxruntime cannot load the original: .*maker", report["decision"])
     assert report["quantization"]["refused"].startswith("onnxruntime cannot load the original")
     deploy(code=4)
     assert "WARNING nothing was measured: onnxruntime cannot load the original" in capsys.readouterr().out
 
 
-def test_old_models_are_converted_for_the_quantiser_alone(here, capsys):
+def test_old_models_are_converted_for_the_quantizer_alone(here, capsys):
     proto = classifier(opset=11, ir_version=3)
     for tensor in proto.graph.initializer:
         proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -379,7 +380,7 @@ def test_progress_is_a_bar_on_a_terminal(here, monkeypatch, capsys):
     deploy("--data", "data.npz", "--quantize", "--max-drop", "1")
     shown = screen.getvalue()
     assert "[###-----------------] 2/7 folding and verifying: verifying fold 1 of 1: n" in shown
-    assert "3/7 quantising: calibrating on feed 16 of 16" in shown
+    assert "3/7 quantizing: calibrating on feed 16 of 16" in shown
     assert "4/7 comparing outputs: feed 16 of 16" in shown
     assert re.search(r"\] 5/7 measuring latency: run 5 of 5, 1 thread", shown)
     assert "[#################---] 7/7 writing" in shown
@@ -403,7 +404,7 @@ def test_a_name_cannot_write_to_the_terminal_through_the_bar(here, monkeypatch):
     assert "\x1b" not in screen.getvalue()
 
 
-def test_the_quantiser_leaves_the_process_as_it_was(here, capfd):
+def test_the_quantizer_leaves_the_process_as_it_was(here, capfd):
     root = logging.getLogger()
     handlers = list(root.handlers)
     deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "-q")
@@ -506,7 +507,7 @@ def test_a_folder_that_takes_no_file_after_all(here, capsys, monkeypatch):
     assert files(here) == ["data.npz", "in.onnx"]
 
 
-@pytest.mark.parametrize("step", ["folding", "quantising", "comparing", "latency", "loading", "writing"])
+@pytest.mark.parametrize("step", ["folding", "quantizing", "comparing", "latency", "loading", "writing"])
 def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
     what_stood_there = (here / "in.onnx").read_bytes()
     (here / "out.onnx").write_bytes(what_stood_there)

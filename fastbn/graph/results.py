@@ -189,6 +189,11 @@ class Parity:
         """Say whether the models agree, and that was proven."""
         return self.status == "ok"
 
+    @property
+    def is_unverified(self) -> bool:
+        """Say whether the comparison was asked for and proves nothing: it was not run, or is inconclusive."""
+        return self.status in ("not-run", "inconclusive")
+
     def __str__(self) -> str:
         if self.status == "not-run":
             return f"not run: {self.reason}"

@@ -37,6 +37,10 @@ class Session(Protocol):
         """Return what is known of the graph outputs."""
         ...
 
+    def end_profiling(self) -> str:
+        """Return the path of the file with the profile."""
+        ...
+
 
 class ValueInfo(Protocol):
     """What onnxruntime says of an input or output."""
