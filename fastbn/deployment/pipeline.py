@@ -89,23 +89,24 @@ def deploy(
         Where the shipped model and the HTML report (needs jinja2) go; `save` and `save_report` of the result write them later.
     force : bool
         Replace a report that exists.
-    data, quantize, max_drop, ... : optional
-        What is tried, and how it is judged: see `fastbn.deployment.Options`.
+    data, quantize, max_drop, metric, runs, most_samples, min_samples, quantize_timeout : optional
+        What is tried, and how it is judged: `fastbn.deployment.Options` describes each.
+    only, skip, input_shapes, freeze_inputs, seed
+        As in `fold`.
     progress : callable of (number, total, step, detail), optional
         Is told what is being done.
     workdir : path, optional
         Folder for intermediate files; that of `output` by default, the system's temporary one without it.
 
+    Returns
+    -------
+    Deployment
+        With examples.
+
     Raises
     ------
     StorageError, ModelError, ArgumentError, ArgumentTypeError
         As in `fold`; the data cannot be used, or a place cannot be written to.
-
-    Examples
-    --------
-    >>> deployment = deploy("model.onnx", "deployed.onnx", data="samples.npz", max_drop=0.01)
-    >>> deployment.status, deployment.shipped
-    ('done', 'folded')
     """
     options = Options(
         data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples, quantize_timeout
@@ -114,13 +115,17 @@ def deploy(
     tell = progress or (lambda *_: None)
     with runtime_workdir(workdir if output is None or workdir is not None else Path(output).parent) as room:
         deployment = _Pipeline(model, options, _call(model, output, report, options), room.path, tell).run()
+    _write(deployment, output, report, tell)
+    return deployment
+
+
+def _write(deployment: Deployment, output: Location | None, report: Location | None, progress: Progress) -> None:
+    if output is not None or report is not None:
+        progress(*WRITING)
     if output is not None and deployment.shipped:
-        tell(*WRITING)
         deployment.save(output)
     if report is not None:
-        tell(*WRITING)
         deployment.save_report(report)
-    return deployment
 
 
 def _call(model: ModelLike, output: Location | None, report: Location | None, options: Options) -> str:

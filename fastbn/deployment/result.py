@@ -232,6 +232,24 @@ class Deployment:
         How long it took.
     versions : dict
         What the figures depend on: versions, machine.
+
+    Examples
+    --------
+    >>> import fastbn, numpy as np, onnx
+    >>> text = '''<ir_version: 8, opset_import: ["" : 17]>
+    ... tiny (float[N, 1, 3] x) => (float[N, 1, 3] y) <
+    ...   float[1, 1, 1] w = {2}, float[1] one = {1}, float[1] mean = {3}, float[1] var = {4} > {
+    ...   c = Conv (x, w)
+    ...   y = BatchNormalization <epsilon: float = 0.0> (c, one, one, mean, var)
+    ... }'''
+    >>> samples = np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 1, 3)
+    >>> deployment = fastbn.deploy(onnx.parser.parse_model(text), data=samples, runs=1)
+    >>> deployment
+    <Deployment done: folded shipped, 2 stages, parity ok>
+    >>> deployment.stage("folded").drop, deployment.decision
+    (0.0, 'a relative error of 0 in the outputs, 0.1 is allowed')
+    >>> [node.op_type for node in onnx.load_from_string(deployment.to_bytes()).graph.node]
+    ['Conv']
     """
 
     fold: FoldResult
@@ -350,7 +368,8 @@ class Deployment:
         return table(rows)
 
     def __repr__(self) -> str:
-        return f"<Deployment: {self.status}, {self.shipped or 'nothing'} shipped, {len(self.stages)} stages, {self.fold!r}>"
+        verified = "not verified" if self.fold.parity is None else f"parity {self.fold.parity.status}"
+        return f"<Deployment {self.status}: {self.shipped or 'nothing'} shipped, {len(self.stages)} stages, {verified}>"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
