@@ -1,13 +1,9 @@
-"""The pipeline: stages, what is measured of them, which one is shipped, exit codes, streams, and what bad input does."""
+"""The pipeline: stages, what is measured of them, which one is shipped, exit codes and streams."""
 
 import json
 import logging
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,17 +13,14 @@ import onnx
 import pytest
 from make_models import MODELS
 from onnx import TensorProto, helper
-from shell import Terminal, files, losing
+from shell import Terminal, as_json, classifier_folder, deploy, files, losing
 from sketch import CONV_BN, classifier, conv_bn, model, norm, normal, ops, run
 
 import fastbn
-from fastbn import cli
-from fastbn.cli import main
 from fastbn.deployment import measure, pipeline, quantize
 from fastbn.deployment.quantizer import Quantizer
-from fastbn.deployment.result import SCHEMA, STATUS
+from fastbn.deployment.result import SCHEMA
 from fastbn.graph import job
-from fastbn.graph.model import storage
 from fastbn.graph.results import Parity
 
 # A BN that nothing takes in, between two convolutions that quantize.
@@ -43,21 +36,7 @@ STUCK = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
 
 @pytest.fixture(name="here")
 def _here(tmp_path, monkeypatch):
-    """A working folder with in.onnx (a classifier) and data.npz; memory is not measured, which takes a process each time."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "resident_mb", lambda path: 12.5)
-    (tmp_path / "in.onnx").write_bytes(classifier().SerializeToString())
-    np.savez(tmp_path / "data.npz", x=normal(16, 3, 8, 8))
-    return tmp_path
-
-
-def deploy(*options, code=0):
-    assert main(["deploy", "in.onnx", "out.onnx", "--runs", "2", *options]) == code
-
-
-def as_json(capsys, *options, code=0):
-    deploy(*options, "--json", "-", code=code)
-    return json.loads(capsys.readouterr().out)
+    return classifier_folder(tmp_path, monkeypatch)
 
 
 def test_without_quantization_the_folded_model_is_shipped(here, capsys):
@@ -412,143 +391,6 @@ def test_the_quantizer_leaves_the_process_as_it_was(here, capfd):
     assert tuple(capfd.readouterr()) == ("", "")
 
 
-BAD = {
-    "the same file": (["in.onnx", "in.onnx"], "an OUT that is not IN, got the same file - at `in.onnx`"),
-    "missing model": (["none.onnx", "out.onnx"], "a file that can be used, got no such file or directory - at `none.onnx`"),
-    "no model": (["data.npz", "out.onnx"], "an ONNX model, got"),
-    "missing data": (
-        ["in.onnx", "out.onnx", "--data", "none.npz"],
-        "a file that can be used, got no such file or directory - at `none.npz`",
-    ),
-    "too few samples": (
-        ["in.onnx", "out.onnx", "--data", "few.npz", "--quantize"],
-        "at least 8 samples to calibrate on, got 3 - at `few.npz`",
-    ),
-    "no samples": (["in.onnx", "out.onnx", "--data", "empty.npz"], "at least one sample, got none - at `empty.npz`"),
-    "NaN": (["in.onnx", "out.onnx", "--data", "nan.npz"], "finite values, got NaN in 1 of 16 samples of 'x' - at `nan.npz`"),
-    "other shape": (["in.onnx", "out.onnx", "--data", "shape.npz"], "shape [?,3,8,8] for 'x', got [16,8,8,3] - at `shape.npz`"),
-    "other name": (["in.onnx", "out.onnx", "--data", "name.npz"], "arrays named after the inputs (x), got 'img' - at `name.npz`"),
-    "no runs": (["in.onnx", "out.onnx", "--runs", "0"], "at least 1, got 0 - at `runs`"),
-    "negative drop": (["in.onnx", "out.onnx", "--max-drop", "-1"], "a part from 0 to 1, got -1.0 - at `max_drop`"),
-    "NaN drop": (["in.onnx", "out.onnx", "--max-drop", "nan"], "a part from 0 to 1, got nan - at `max_drop`"),
-    "500 %": (["in.onnx", "out.onnx", "--max-drop", "5"], "a part from 0 to 1, got 5.0 - at `max_drop`"),
-    "a negative seed": (["in.onnx", "out.onnx", "--seed", "-1"], "a whole number from 0 to 4294967295, got -1 - at `seed`"),
-    "no decisions": (["images.onnx", "out.onnx", "--metric", "top-1"], "an output of scores [N, C] for --metric top-1, got none"),
-    "no OUT": (["in.onnx"], "arguments as in --help, got the following arguments are required: OUT - at `fastbn deploy`"),
-    "JSON over IN": (["in.onnx", "out.onnx", "--json", "in.onnx"], "a report that is no model, got the same file - at `--json in.onnx`"),
-    "JSON over the data": (
-        ["in.onnx", "out.onnx", "--data", "data.npz", "--json", "data.npz"],
-        "a report that is no model, got the same file",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(case, here, capsys):
-    x = normal(16, 3, 8, 8)
-    spoilt = x.copy()
-    spoilt[5, 0, 0, 0] = np.nan
-    np.savez("few.npz", x=x[:3])
-    np.savez("empty.npz", x=x[:0])
-    np.savez("nan.npz", x=spoilt)
-    np.savez("shape.npz", x=x.transpose(0, 2, 3, 1))
-    np.savez("name.npz", img=x)
-    (here / "images.onnx").write_bytes(conv_bn().SerializeToString())
-    before = {path.name: path.read_bytes() for path in here.iterdir()}
-    arguments, message = BAD[case]
-    assert main(["deploy", *arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if not re.match(r"fastbn: \d/7 ", line)]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"fastbn: Expected {message}")
-    assert captured.out == ""
-    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
-
-
-def test_few_samples_calibrate_when_that_is_asked_for(here, capsys):
-    np.savez("few.npz", x=normal(3, 3, 8, 8))
-    report = as_json(capsys, "--data", "few.npz", "--quantize", "--min-samples", "3", "--max-drop", "1")
-    assert (report["shipped"], report["data"]["rows"]) == ("quantized", 3)
-
-
-def test_samples_that_the_model_does_not_run_on(here, capsys):
-    text = "(float[N,M] x) => (float[N,K] y) { n = BatchNormalization(x, s, t, m, v) y = MatMul(n, w) }"
-    (here / "in.onnx").write_bytes(model(text, w=normal(4, 3), **norm(4)).SerializeToString())
-    np.savez("data.npz", x=normal(9, 7))
-    deploy("--data", "data.npz", code=2)
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("fastbn: Expected samples that the model takes, got the answer: ")
-    assert files(here) == ["data.npz", "in.onnx"]
-
-
-def test_a_missing_folder(here, capsys):
-    before = files(here)
-    assert main(["deploy", "in.onnx", "none/out.onnx"]) == 2
-    assert capsys.readouterr().err == "fastbn: Cannot write 'none/out.onnx': there is no folder 'none'\n"
-    assert files(here) == before
-
-
-def test_a_read_only_folder(here, capsys, monkeypatch):
-    (here / "locked").mkdir()
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
-    assert main(["deploy", "in.onnx", "locked/out.onnx"]) == 2
-    assert "Cannot write 'locked/out.onnx': no file can be made in the folder 'locked'" in capsys.readouterr().err
-    assert files(here / "locked") == []
-
-
-def test_a_folder_that_takes_no_file_after_all(here, capsys, monkeypatch):
-    def full(number):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(storage.os, "fsync", full)
-    deploy("--data", "data.npz", code=2)
-    assert "got no space left on device - at `" in capsys.readouterr().err
-    assert files(here) == ["data.npz", "in.onnx"]
-
-
-@pytest.mark.parametrize("step", ["folding", "quantizing", "comparing", "latency", "loading", "writing"])
-def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
-    what_stood_there = (here / "in.onnx").read_bytes()
-    (here / "out.onnx").write_bytes(what_stood_there)
-
-    class Stop:
-        def __init__(self, quiet):
-            pass
-
-        def __call__(self, number, total, name, detail=""):
-            if step in name:
-                raise KeyboardInterrupt
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr("fastbn.cli.Steps", Stop)
-    deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "--json", "report.json", code=130)
-    assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"
-    assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
-    assert (here / "out.onnx").read_bytes() == what_stood_there
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_real_interrupt(here, environment):
-    command = [sys.executable, "-m", "fastbn", "deploy", "in.onnx", "out.onnx", "--runs", "100000000"]
-    monkey = {**environment, "PYTHONUNBUFFERED": "1"}
-    # A second is timed for each number of threads: long enough to interrupt.
-    process = subprocess.Popen(command, env=monkey, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "measuring latency" in line:
-            break
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "fastbn: interrupted, nothing written\n")
-    assert files(here) == ["data.npz", "in.onnx"]
-
-
 def test_the_recipe_follows_the_machine(monkeypatch):
     monkeypatch.setattr(quantize.platform, "machine", lambda: "aarch64")
     assert str(quantize.Recipe.here()) == "QDQ, per channel, Int8 activations, Int8 weights, MinMax"
@@ -561,38 +403,6 @@ def test_the_recipe_follows_the_machine(monkeypatch):
 
 
 MODELS_FOLDER = Path(__file__).resolve().parent / "models"
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("\n## Deploy\n")[1].split("\n## ")[0]
-
-
-def test_the_readme_knows_every_option(capsys):
-    with pytest.raises(SystemExit):
-        main(["deploy", "--help"])
-    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--quiet"}
-    usage = re.search(r"^    fastbn deploy IN OUT \[--data.*?\n\n", SECTION, re.DOTALL | re.MULTILINE)[0]
-    assert set(re.findall(r"--[a-z-]+", usage)) == options
-
-
-def test_the_readme_knows_every_field_of_the_json_report(here, capsys):
-    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
-    named = set(re.findall(r"`([a-z0-9_]+)`", README.split("That of `deploy`")[1].split("\n\n")[0]))
-
-    def fields(value):
-        for key, inside in value.items() if isinstance(value, dict) else ():
-            yield key
-            if key not in ("fold", "versions", "float_ops"):
-                yield from fields(inside)
-        for inside in value if isinstance(value, list) else ():
-            yield from fields(inside)
-
-    assert set(fields(report)) <= named
-    assert set(STATUS) <= named
-
-
-def test_the_readme_knows_every_exit_code():
-    table = README.split("| exit code | meaning |\n")[1].split("\n\n")[0]
-    codes = [int(code) for code in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
-    assert codes == [cli.DONE, cli.FAILED, cli.UNUSABLE, cli.LEFT, cli.PARTIAL, cli.UNVERIFIED, cli.FAULT, cli.INTERRUPTED]
 
 
 @pytest.mark.parametrize("net", ["torch", "keras"])
