@@ -137,8 +137,8 @@ def spoil(monkeypatch):
     def quantize(quantizer, path, target, **options):
         proto = onnx.load(path)
         next(t for t in proto.graph.initializer if t.name == "w2").raw_data = (-normal(4, 5)).tobytes()
-        onnx.save(proto, path.with_name("spoilt.onnx"))
-        return real(quantizer, path.with_name("spoilt.onnx"), target, **options)
+        onnx.save(proto, path.with_name("spoiled.onnx"))
+        return real(quantizer, path.with_name("spoiled.onnx"), target, **options)
 
     monkeypatch.setattr(Quantizer, "quantize", quantize)
 

@@ -55,11 +55,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(case, here, capsys):
     x = normal(16, 3, 8, 8)
-    spoilt = x.copy()
-    spoilt[5, 0, 0, 0] = np.nan
+    spoiled = x.copy()
+    spoiled[5, 0, 0, 0] = np.nan
     np.savez("few.npz", x=x[:3])
     np.savez("empty.npz", x=x[:0])
-    np.savez("nan.npz", x=spoilt)
+    np.savez("nan.npz", x=spoiled)
     np.savez("shape.npz", x=x.transpose(0, 2, 3, 1))
     np.savez("name.npz", img=x)
     (here / "images.onnx").write_bytes(conv_bn().SerializeToString())

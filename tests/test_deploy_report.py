@@ -127,8 +127,8 @@ def test_it_is_accessible(whole):
     assert "@media print" in whole
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return sum(
         w * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
         for w, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
@@ -144,14 +144,14 @@ def test_the_contrast_is_that_of_wcag_aa_in_every_scheme():
     schemes = re.findall(r":root \{(.*?)\}", (FOLDER / "report.css").read_text(encoding="utf-8"), re.DOTALL)
     assert len(schemes) == 3, "light, dark, print"
     for scheme in schemes:
-        colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", scheme))
-        fills = [name for name in colours if name.endswith("-fill")]
+        colors = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", scheme))
+        fills = [name for name in colors if name.endswith("-fill")]
         pairs = [(text, ground) for text in ("text", "muted", "blue") for ground in ("page", "card")]
         pairs += [("text", fill) for fill in fills] + [(fill.removesuffix("-fill"), fill) for fill in fills]
         for text, ground in pairs:
-            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
         for bar in ("bar-original", "bar-folded", "bar-quantized"):
-            assert contrast(colours[bar], colours["card"]) >= 3, bar
+            assert contrast(colors[bar], colors["card"]) >= 3, bar
 
 
 def evil_model():

@@ -38,7 +38,7 @@ def _here(tmp_path, monkeypatch):
 
 
 def program(spoil, note=None):
-    """Return what the process runs when its quantizer is spoilt by some lines of Python; the file `note` gets its number."""
+    """Return what the process runs when its quantizer is spoiled by some lines of Python; the file `note` gets its number."""
     lines = [
         "import ctypes, os, signal, time",
         "from onnxruntime import quantization",

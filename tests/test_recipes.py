@@ -40,7 +40,7 @@ def execute(code):
 
 
 def test_quantization_after_folding(here):
-    execute(block("Quantise with onnxruntime after folding"))
+    execute(block("Quantize with onnxruntime after folding"))
     count = Counter(node.op_type for node in onnx.load("quantized.onnx").graph.node)
     assert count["BatchNormalization"] == 0
     assert count["QuantizeLinear"] > 2

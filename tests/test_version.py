@@ -81,7 +81,7 @@ def test_a_glob_of_two_models_does_no_harm(here, capsys):
     fails(capsys, "fold", *map(str, sorted(Path().glob("*.onnx"))))
 
 
-def test_the_quantised_form_is_a_version(small_cnn, monkeypatch):
+def test_the_quantized_form_is_a_version(small_cnn, monkeypatch):
     made = fastbn.deploy(small_cnn, quantize=True, max_drop=1, metric="error", runs=1)
     assert made.shipped == "quantized"
     assert difference(onnx.load(small_cnn), onnx.ModelProto.FromString(made.to_bytes())) is None

@@ -4,7 +4,7 @@
     python tools/bench_fold.py FOLDER [--json FILE] [--limit SECONDS] [--tool NAME ...] [--peers PYTHON] [--latency]
 
 For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
-(onnxruntime, its optimiser off on both sides; the part of the largest element of that output), seconds to read, optimise and write, and
+(onnxruntime, its optimizer off on both sides; the part of the largest element of that output), seconds to read, optimize and write, and
 peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Tools that are not installed are left
 out; --peers names a Python that has them.
 """
@@ -102,7 +102,7 @@ def work(task, *arguments, tasks=None):
     print(json.dumps(answer))
 
 
-def optimise(name, source, target):
+def optimize(name, source, target):
     start = time.perf_counter()
     TOOLS[name][1](source, target)
     return {"seconds": time.perf_counter() - start, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -172,7 +172,7 @@ def latency(original, folded):
     return {f"{row['model']} {row['threads']}": row["median_ms"] for row in bench(original, folded, runs=LATENCY_RUNS)}
 
 
-TASKS = {"optimise": optimise, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
+TASKS = {"optimize": optimize, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
 
 
 def ask(python, limit, task, *arguments, script=__file__):
@@ -208,7 +208,7 @@ def measure(path, tools, folder, limit, with_latency):
     for name, python in tools.items():
         target = folder / "out.onnx"
         target.unlink(missing_ok=True)
-        found = ask(python, limit, "optimise", name, path, target)
+        found = ask(python, limit, "optimize", name, path, target)
         if "failed" not in found:
             found |= ask(sys.executable, limit, "count", target)
             if row["runs"]:

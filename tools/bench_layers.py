@@ -8,7 +8,7 @@
 A step of a layer is its forward and backward pass (y, dx, dweight, dbias), of the network a step of SGD as well. Every result is checked
 against float64 before it is timed. Times are medians of calls, of one thread in CPU time, so that other work on the machine counts for
 little; the quotient is torch's time over fastbn's, above 1 where fastbn is faster. The bound is torch's time over that of a step of
-autograd in Python that normalises nothing: it copies x to y and adds x and dy to dx, each read or written once, in memory that is there
+autograd in Python that normalizes nothing: it copies x to y and adds x and dy to dx, each read or written once, in memory that is there
 already.
 """
 

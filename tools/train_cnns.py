@@ -100,7 +100,7 @@ def export_torch(net, path):
     """Write the network as ONNX, for batches of any size."""
     import torch
 
-    # Without the exporter's optimiser, which would fold a BatchNormalization that follows a Conv itself.
+    # Without the exporter's optimizer, which would fold a BatchNormalization that follows a Conv itself.
     _export(net, torch.zeros(2, 1, 28, 28), ({0: torch.export.Dim("batch")},), path, "logits", optimize=False)
 
 

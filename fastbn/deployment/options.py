@@ -11,7 +11,7 @@ from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 
 __all__ = ["FEWEST_ROWS", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
 
-# Feeds kept of the data, rows that calibrate at least, and seconds that quantising one model may take.
+# Feeds kept of the data, rows that calibrate at least, and seconds that quantizing one model may take.
 MOST_FEEDS, FEWEST_ROWS, QUANTIZE_SECONDS = 256, 8, 300.0
 
 # No limit is longer than this many seconds: eleven days.

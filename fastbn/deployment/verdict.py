@@ -87,9 +87,9 @@ class Judge:
 
     def _too_much(self, stage: Stage, index: Index) -> str:
         """Return why a stage is refused, and, where nobody chose the metric and there is another, how to choose it."""
-        spoilt = next((each for each in stage.agreements if each.relative == float("inf") and each.note), None)
-        if spoilt:
-            return f"{spoilt.note} in output '{spoilt.output}'"
+        spoiled = next((each for each in stage.agreements if each.relative == float("inf") and each.note), None)
+        if spoiled:
+            return f"{spoiled.note} in output '{spoiled.output}'"
         if self.chosen or not row_outputs(index):
             return self._loss(stage)
         other = "error judges it by the error of the outputs" if self.metric == "top-1" else "top-1 judges a classifier by its decisions"

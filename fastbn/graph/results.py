@@ -201,7 +201,7 @@ class Parity:
             return f"failed: {self.reason}" if self.reason else self.status
         before, after = (f"{value:.5g}" for value in self.values)
         text = (
-            f"{self.inputs} inputs, optimiser off on both sides: worst {self._worst()}"
+            f"{self.inputs} inputs, optimizer off on both sides: worst {self._worst()}"
             f" ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
         )
         return text + (f": {self.reason}" if self.reason else "")
