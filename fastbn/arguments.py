@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ArgumentError(expected("arguments as in --help", message, self.prog))
+        raise ArgumentError(f"Cannot read the arguments: {message} ({self.prog} --help shows them)")
 
 
 def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:

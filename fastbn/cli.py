@@ -51,9 +51,9 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
         return _stop(str(error), UNUSABLE)
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else "fastbn"
-        return _stop(expected("a file that can be used", (error.strerror or str(error)).lower(), where), UNUSABLE)
+        return _stop(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}", UNUSABLE)
     except MemoryError:
-        return _stop(expected("enough memory", "too little", "fastbn"), UNUSABLE)
+        return _stop("Cannot go on: the memory does not suffice", UNUSABLE)
     except KeyboardInterrupt:
         return _stop(f"interrupted, {delivery.written}", INTERRUPTED)
     except Exception as error:
@@ -112,7 +112,7 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
     if arguments.in_place and delivery.has_left_data(source):
         delivery.mention("note    the data files that the model had before are still there; it reads them no more")
     if failed:
-        complain(f"fastbn: {expected('parity with the original', str(result.parity), arguments.input)}; nothing written")
+        complain(f"fastbn: Cannot write the folded model: it differs from the original: {result.parity}; nothing written")
         return FAILED
     if result.parity is not None and result.parity.is_unverified:
         complain(f"fastbn: done, not verified: {result.parity.reason or result.parity}")
@@ -122,8 +122,10 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
 
 def _in_place(arguments: Arguments, name: str) -> Path | str:
     """Return where the result goes with --in-place."""
-    if arguments.chosen_output is not None or not os.path.isfile(name):
-        raise ArgumentError(expected("a file and no OUT", "another OUT" if arguments.chosen_output else "no file", "--in-place"))
+    if arguments.chosen_output is not None:
+        raise ArgumentError(f"Cannot write '{arguments.chosen_output}': --in-place writes IN and no OUT")
+    if not os.path.isfile(name):
+        raise ArgumentError(f"Cannot replace '{name}': --in-place needs a file")
     return model_place(name, None)
 
 
@@ -195,7 +197,7 @@ def _verify(arguments: Arguments, delivery: Delivery) -> int:
     lines = [f"parity  {parity}", *(f"        {note}" for note in parity.notes)]
     delivery.deliver({"schema": SCHEMA, "parity": parity.to_dict()}, lines)
     if parity.status == "not-run":
-        complain(f"fastbn: {expected('two models that can be compared', parity.reason or str(parity), arguments.folded)}")
+        complain(f"fastbn: Cannot compare the models: {parity.reason or parity}")
     elif parity.status == "inconclusive":
         complain(f"fastbn: not verified: {parity.reason or parity}")
     return {"ok": DONE, "failed": FAILED, "not-run": UNUSABLE, "inconclusive": UNVERIFIED}[parity.status]

@@ -69,7 +69,7 @@ def model_place(output: Path | str, name: str | None) -> Path | str:
     if output == STREAM or descriptor_of(output) == 1:
         return STREAM
     if name is not None and name != STREAM and _is_same(output, name):
-        raise ArgumentError(expected("an OUT that is not IN, or --in-place", "the same file", str(output)))
+        raise ArgumentError(f"Cannot write '{output}': OUT is IN; --in-place replaces it")
     check_destination(output)
     return Path(output)
 
@@ -98,10 +98,11 @@ def check_version(source: Source, target: Path | str | None, force: bool) -> Non
     if force or not os.path.exists(target) or not os.path.getsize(target):
         return
     other = model_in(target)
-    what = "a file that is no model" if other is None else difference(source.proto, other)
+    if other is None:
+        raise StorageError(f"Cannot replace '{target}': it is no model; --force replaces it all the same")
+    what = difference(source.proto, other)
     if what is not None:
-        what = what if other is None else f"a model with {what}"
-        raise StorageError(expected("an OUT that is new or a version of IN, or --force", what, str(target)))
+        raise StorageError(f"Cannot replace '{target}': it is no version of IN, for it has {what}; --force replaces it all the same")
 
 
 def check_data_files(sources: Sequence[Source], paths: Sequence[Path | str | None]) -> None:
@@ -188,7 +189,7 @@ class Delivery:
         if page is not None:
             check_destination(page)
             if self._page_is_on_stdout() and STREAM in (target, self.json):
-                raise ArgumentError(expected("one of model and reports on stdout", "several", "--report"))
+                raise ArgumentError("Cannot write the page to stdout: the model or the JSON report goes there")
 
     def _json_place(self, json: str | None, inputs: Sequence[Path | str | None], outputs: Sequence[Path | str | None]) -> str | None:
         """Return where the JSON report goes, None, STREAM or a name."""
@@ -198,16 +199,17 @@ class Delivery:
         if json is not None and (json == STREAM or descriptor_of(json) == 1):
             json = STREAM
         if STREAM in (json, *outputs) and "stdout" in self._closed:
-            raise StorageError(expected("an open stdout", "a closed one", STREAM))
+            raise StorageError("Cannot write to stdout: it is closed")
         if json is None or json == STREAM:
             if json == STREAM and STREAM in outputs:
-                raise ArgumentError(expected("one of model and report on stdout", "both", "--json"))
+                raise ArgumentError("Cannot write the JSON report to stdout: the model or the page goes there")
             return json
         check_destination(json)
         device = is_stream(json) and not os.path.isfile(json) and not Path(json).is_fifo()
         same = any(_is_same(json, other) for other in (*inputs, *outputs) if other is not None and other != STREAM)
         if not device and (same or (os.path.isfile(json) and model_in(json) is not None)):
-            raise ArgumentError(expected("a report that is no model", "the same file" if same else "a model", f"--json {json}"))
+            what = "an input or another output" if same else "a model"
+            raise ArgumentError(f"Cannot write the JSON report to '{json}': that is {what}")
         return json
 
     def deliver(
@@ -295,4 +297,4 @@ def _write_stdout(data: bytes) -> None:
         sys.stdout.buffer.flush()
     except OSError as error:
         give_up(sys.stdout)
-        raise StorageError(expected("a stream that takes the model", (error.strerror or str(error)).lower(), "stdout")) from error
+        raise StorageError(f"Cannot write the model to stdout: {(error.strerror or str(error)).lower()}") from error

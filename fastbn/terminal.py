@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self, TextIO
 
-from fastbn.errors import StorageError, expected
+from fastbn.errors import StorageError
 
 __all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
 
@@ -75,7 +75,7 @@ def _writing(stream: TextIO) -> Iterator[None]:
     except OSError as error:
         give_up(stream)
         name = "stdout" if stream is sys.stdout else "stderr"
-        raise StorageError(expected("a stream that takes the output", (error.strerror or str(error)).lower(), name)) from error
+        raise StorageError(f"Cannot write to {name}: {(error.strerror or str(error)).lower()}") from error
 
 
 def give_up(stream: TextIO) -> None:

@@ -22,12 +22,12 @@ def _here(tmp_path, monkeypatch):
 
 
 BAD = {
-    "the same file": (["in.onnx", "in.onnx"], "an OUT that is not IN, got the same file - at `in.onnx`"),
-    "missing model": (["none.onnx", "out.onnx"], "a file that can be used, got no such file or directory - at `none.onnx`"),
+    "the same file": (["in.onnx", "in.onnx"], "Cannot write 'in.onnx': it is the input"),
+    "missing model": (["none.onnx", "out.onnx"], "Cannot use 'none.onnx': no such file or directory"),
     "no model": (["data.npz", "out.onnx"], "an ONNX model, got"),
     "missing data": (
         ["in.onnx", "out.onnx", "--data", "none.npz"],
-        "a file that can be used, got no such file or directory - at `none.npz`",
+        "Cannot use 'none.npz': no such file or directory",
     ),
     "too few samples": (
         ["in.onnx", "out.onnx", "--data", "few.npz", "--quantize"],
@@ -43,11 +43,14 @@ BAD = {
     "500 %": (["in.onnx", "out.onnx", "--max-drop", "5"], "a part from 0 to 1, got 5.0 - at `max_drop`"),
     "a negative seed": (["in.onnx", "out.onnx", "--seed", "-1"], "a whole number from 0 to 4294967295, got -1 - at `seed`"),
     "no decisions": (["images.onnx", "out.onnx", "--metric", "top-1"], "an output of scores [N, C] for --metric top-1, got none"),
-    "no OUT": (["in.onnx"], "arguments as in --help, got the following arguments are required: OUT - at `fastbn deploy`"),
-    "JSON over IN": (["in.onnx", "out.onnx", "--json", "in.onnx"], "a report that is no model, got the same file - at `--json in.onnx`"),
+    "no OUT": (["in.onnx"], "Cannot read the arguments: the following arguments are required: OUT (fastbn deploy --help shows them)"),
+    "JSON over IN": (
+        ["in.onnx", "out.onnx", "--json", "in.onnx"],
+        "Cannot write the JSON report to 'in.onnx': that is an input or another output",
+    ),
     "JSON over the data": (
         ["in.onnx", "out.onnx", "--data", "data.npz", "--json", "data.npz"],
-        "a report that is no model, got the same file",
+        "Cannot write the JSON report to 'data.npz': that is an input or another output",
     ),
 }
 
@@ -69,7 +72,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, here, capsys):
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not re.match(r"fastbn: \d/7 ", line)]
     assert len(lines) == 1
-    assert lines[0].startswith(f"fastbn: Expected {message}")
+    assert lines[0].startswith(f"fastbn: {message}" if message.startswith("Cannot ") else f"fastbn: Expected {message}")
     assert captured.out == ""
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
@@ -86,7 +89,7 @@ def test_samples_that_the_model_does_not_run_on(here, capsys):
     np.savez("data.npz", x=normal(9, 7))
     deploy("--data", "data.npz", code=2)
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("fastbn: Expected samples that the model takes, got the answer: ")
+    assert err.startswith("fastbn: Cannot run the model on the data: ")
     assert files(here) == ["data.npz", "in.onnx"]
 
 
@@ -112,7 +115,7 @@ def test_a_folder_that_takes_no_file_after_all(here, capsys, monkeypatch):
 
     monkeypatch.setattr(storage.os, "fsync", full)
     deploy("--data", "data.npz", code=2)
-    assert "got no space left on device - at `" in capsys.readouterr().err
+    assert "': no space left on device" in capsys.readouterr().err
     assert files(here) == ["data.npz", "in.onnx"]
 
 

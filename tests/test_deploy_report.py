@@ -297,7 +297,7 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
     (here / "report.html").write_text("mine")
     (here / "out.onnx").unlink()
     assert deploy("--report", "report.html") == 2
-    message = "Expected a report that does not exist yet, or --force (force=True), got an existing file - at `report.html`"
+    message = "Cannot write the report to 'report.html': it exists; --force (force=True) replaces it"
     assert capsys.readouterr().err == f"fastbn: {message}\n"
     assert files(here) == ["in.onnx", "report.html"]
     assert (here / "report.html").read_text() == "mine"
@@ -312,10 +312,10 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("in.onnx", "Expected a report that is no model, got the same file"),
-        ("out.onnx", "Expected a report that is no model, got the same file"),
+        ("in.onnx", "Cannot write the report to 'in.onnx': that is the input or the output"),
+        ("out.onnx", "Cannot write the report to 'out.onnx': that is the input or the output"),
         (".", "Expected a report file, got a folder"),
-        ("none/report.html", "Expected a writable folder for the report, got one that is not - at `none`"),
+        ("none/report.html", "Cannot write the report to 'none/report.html': no file can be made in the folder 'none'"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_known_before_any_work(where, message, here, capsys):
@@ -327,7 +327,7 @@ def test_a_report_that_cannot_be_written_is_known_before_any_work(where, message
 def test_without_jinja2_one_line_says_what_to_install(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert deploy("--report", "report.html") == 2
-    assert capsys.readouterr().err == "fastbn: Expected jinja2 (pip install 'fastbn[report]'), got none installed - at `--report`\n"
+    assert capsys.readouterr().err == "fastbn: Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')\n"
     assert deploy() == 0
 
 

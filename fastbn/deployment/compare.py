@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.errors import ArgumentError, expected
+from fastbn.errors import ArgumentError
 from fastbn.graph.results import json_number
 from fastbn.graph.runtime import runtime_errors, said
 
@@ -147,7 +147,7 @@ def _run(reference: Session, feed: Feed) -> list[object]:
     try:
         return reference.run(None, feed)
     except runtime_errors() as error:
-        raise ArgumentError(expected("samples that the model takes", f"the answer: {said(error)}", "data")) from error
+        raise ArgumentError(f"Cannot run the model on the data: {said(error)}") from error
 
 
 @dataclass(frozen=True)

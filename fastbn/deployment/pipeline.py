@@ -148,20 +148,20 @@ def check_paths(model: ModelLike, output: Location | None, report: Location | No
     given = os.path.realpath(model) if isinstance(model, (str, os.PathLike)) else None
     written = None if output is None else os.path.realpath(output)
     if output is not None and written == given:
-        raise ArgumentError(expected("an OUT that is not IN", "the same file", str(output)))
+        raise ArgumentError(f"Cannot write '{output}': it is the input")
     if report is None:
         return
     template()
     if is_stream(report):
         return
     if os.path.realpath(report) in (given, written):
-        raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
+        raise ArgumentError(f"Cannot write the report to '{report}': that is the input or the output")
     if os.path.isdir(report):
         raise StorageError(expected("a report file", "a folder", str(report)))
     if os.path.lexists(report) and not force:
-        raise StorageError(expected("a report that does not exist yet, or --force (force=True)", "an existing file", str(report)))
+        raise StorageError(f"Cannot write the report to '{report}': it exists; --force (force=True) replaces it")
     if not os.access(Path(report).parent, os.W_OK):
-        raise StorageError(expected("a writable folder for the report", "one that is not", str(Path(report).parent)))
+        raise StorageError(f"Cannot write the report to '{report}': no file can be made in the folder '{Path(report).parent}'")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbn.deployment.drawing import draw_fold, draw_model
-from fastbn.errors import FastbnError, expected
+from fastbn.errors import FastbnError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
 from fastbn.graph.report import size_text
@@ -38,7 +38,7 @@ def template() -> jinja2.Template:
     try:
         import jinja2
     except ImportError as error:
-        raise FastbnError(expected("jinja2 (pip install 'fastbn[report]')", "none installed", "--report")) from error
+        raise FastbnError("Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')") from error
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

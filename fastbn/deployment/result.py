@@ -16,7 +16,7 @@ import onnx
 from fastbn.deployment.compare import Agreement, AgreementFields, Metric
 from fastbn.deployment.measure import KernelFields, Kernels
 from fastbn.deployment.report import render
-from fastbn.errors import ParityError, expected
+from fastbn.errors import ParityError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.report import size_text, table
 from fastbn.graph.results import FoldReport, json_number
@@ -294,7 +294,7 @@ class Deployment:
     def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
         """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.shipped is None:
-            raise ParityError(expected("a stage that may be shipped", self.decision, "deploy"))
+            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
         if self.shipped == "folded":
             return self.fold.prepared(path)
         return prepared_bytes(path, self.to_bytes(), planning_of(self.fold).view.index.source)
@@ -304,7 +304,7 @@ class Deployment:
         if self.shipped == "quantized" and self.quantized is not None:
             return self.quantized
         if self.shipped is None:
-            raise ParityError(expected("a stage that may be shipped", self.decision, "deploy"))
+            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
         return self.fold.to_bytes()
 
     def save_report(self, path: str | os.PathLike[str]) -> None:

@@ -271,7 +271,7 @@ def _file(path: Path, inputs: _Inputs) -> Group:
     """Return the group of one file."""
     if path.suffix not in ENDINGS:
         if not path.exists():
-            raise StorageError(expected("a file or folder of samples", "none", str(path)))
+            raise StorageError(f"Cannot read samples: '{path}' does not exist")
         raise ArgumentError(expected(f"a file that ends in {', '.join(ENDINGS)}", path.name, str(path)))
     if path.suffix == ".pb":
         name, array = _tensor(path)
@@ -304,7 +304,7 @@ def _tensor(path: Path) -> tuple[str, Array]:
             raise ValueError("one without a type")
         return tensor.name, numpy_helper.to_array(tensor)
     except (DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise StorageError(expected("an ONNX tensor", "bytes that are none", str(path))) from error
+        raise StorageError(f"Cannot read '{path}': it holds no ONNX tensor") from error
 
 
 def _folder(path: Path, inputs: _Inputs) -> Iterator[Group]:
@@ -316,7 +316,7 @@ def _folder(path: Path, inputs: _Inputs) -> Iterator[Group]:
     files = sorted(each for each in path.iterdir() if each.suffix in ENDINGS and each.is_file())
     kinds = sorted({each.suffix for each in files})
     if len(kinds) != 1:
-        got = f"{' and '.join(kinds)} in one folder" if kinds else "none there"
+        got = f"{' and '.join(kinds)} in one folder" if kinds else "a folder without any"
         raise ArgumentError(expected(f"files of one kind ({', '.join(ENDINGS)}) or {TEST_FOLDER}", got, str(path)))
     if kinds != [".npz"] and {each.stem for each in files} == set(inputs.infos):
         yield str(path), {each.stem: _file(each, inputs)[1][each.stem] for each in files}, kinds == [".pb"]
@@ -328,7 +328,7 @@ def _test_inputs(folder: Path, inputs: _Inputs) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of input_0.pb, input_1.pb, ...: by the tensor's own name, or the place in the list."""
     files = sorted(folder.glob("input_*.pb"), key=lambda file: (len(file.stem), file.stem))
     if not files:
-        raise ArgumentError(expected("input_0.pb, ...", "none there", str(folder)))
+        raise ArgumentError(f"Cannot read samples: there is no input_0.pb in '{folder}'")
     for place, file in enumerate(files):
         name, array = _tensor(file)
         if name not in inputs.infos:

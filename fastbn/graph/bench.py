@@ -78,7 +78,7 @@ def bench(
     try:
         return side_by_side({"original": before.model, "folded": after.model}, feed, runs)
     except runtime_errors() as error:  # its optimizer may fail where the plain models load
-        raise ModelError(expected("models that onnxruntime runs with its optimizer", said(error), source.name)) from error
+        raise ModelError(f"Cannot time the models: onnxruntime does not run them with its optimizer: {said(error)}") from error
 
 
 def _check_runs(model: Runnable, where: str, feed: Feed) -> None:
@@ -95,7 +95,7 @@ def _check_runs(model: Runnable, where: str, feed: Feed) -> None:
     except runtime_errors() as error:
         if isinstance(error, FastbnError):
             raise
-        raise ModelError(expected("a model that onnxruntime runs on the inputs of the first one", said(error), where)) from error
+        raise ModelError(f"Cannot time '{where}': onnxruntime does not run it on the inputs of the first model: {said(error)}") from error
 
 
 def side_by_side(
