@@ -175,11 +175,11 @@ def whole(channels_last, seconds):
 
 def shapes_of(path, most):
     """Shapes with batches of 8 to 32, each once, whose tensors have at most so many elements."""
-    found = bench_kernels.SHAPES
+    shapes = bench_kernels.SHAPES
     if path:
-        found = [(row["N"], row["C"], *row["spatial"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-    found = dict.fromkeys((min(max(shape[0], BATCH[0]), BATCH[1]), *shape[1:]) for shape in found)
-    return [shape for shape in found if math.prod(shape) <= most]
+        shapes = [(row["N"], row["C"], *row["spatial"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    shapes = dict.fromkeys((min(max(shape[0], BATCH[0]), BATCH[1]), *shape[1:]) for shape in shapes)
+    return [shape for shape in shapes if math.prod(shape) <= most]
 
 
 def main():

@@ -15,8 +15,8 @@ ROOFS = ("copy", "streaming copy", "read")
 
 def find(records, side, operation, **where):
     wanted = {"side": side, "operation": operation, **where}
-    found = [record["us"] for record in records if all(record[key] == value for key, value in wanted.items())]
-    return found[0] if found else None
+    times = [record["us"] for record in records if all(record[key] == value for key, value in wanted.items())]
+    return times[0] if times else None
 
 
 def print_case(records, case):
