@@ -106,7 +106,7 @@ class Refusal(Exception):
     def __init__(self, code: ReasonCode, sentence: str) -> None:
         assert code in REASONS, code
         super().__init__(sentence)
-        self.code = code
+        self.code: ReasonCode = code
         self.sentence = sentence
 
 
