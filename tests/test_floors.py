@@ -1,6 +1,7 @@
 """The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -185,3 +186,46 @@ def test_only_the_dependencies_are_imported(name):
     allowed = {*sys.stdlib_module_names, "fastbn", "numpy", "onnx", "onnxruntime", "google", *OPTIONAL.get(name, ())}
     for _, module, _ in imported(name):
         assert module.split(".")[0] in allowed
+
+
+# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one room; isa_<name>.c are all "isa".
+ROOT = Path(__file__).resolve().parent.parent
+C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)[1].split("<")
+C_FLOOR = {name: number for number, floor in enumerate(C_FLOORS) for name in re.findall(r"\w+", floor)}
+C_FILES = {path.name: path for path in sorted((ROOT / "src_c").iterdir())}
+C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
+C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string"}
+
+
+def c_room(file):
+    stem = file.rpartition(".")[0]
+    return "isa" if stem.startswith("isa_") else stem
+
+
+def c_included(name):
+    """Yield ("<" or a quote, file) of every #include line of a C file."""
+    yield from re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', C_FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_c_file_stands_on_a_floor():
+    assert {c_room(name) for name in C_FILES} == set(C_FLOOR)
+    assert len(C_FLOORS) > 5
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_a_c_file_includes_only_from_lower_floors(name):
+    for bracket, file in c_included(name):
+        if bracket == '"' and c_room(file) != c_room(name):
+            assert C_FLOOR[c_room(file)] < C_FLOOR[c_room(name)], f"{name} includes {file}"
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_c_includes_nothing_but_libc_libm_pthreads_and_vectors(name):
+    for bracket, file in c_included(name):
+        assert file in C_FILES if bracket == '"' else file.removesuffix(".h") in C_STANDARD | C_SYSTEM
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_no_c_file_has_the_name_of_a_header_of_the_system(name):
+    """src_c is searched before the directories of the system: threads.h would hide C11's own from Python's headers."""
+    assert name.rpartition(".")[0] not in C_STANDARD | C_SYSTEM | {"assert", "errno", "float", "limits", "stdbool", "threads", "time"}
