@@ -75,12 +75,10 @@ def fold(
         Make constants of initializers that are also graph inputs; they leave the model's inputs.
     as_inference : bool
         Make inference nodes of BatchNormalization (by running statistics) and Dropout in training mode; what is compared is that form.
-    rewrite_left : str, optional
-        What a BatchNormalization becomes that cannot be folded: "conv", a depthwise Conv with a kernel of 1, or "affine", Mul and Add.
-    seed : int
-        Of the random inputs of the verification.
-    progress : callable of str, optional
-        Called with a line of text before each step of the verification.
+    rewrite_left : "conv" or "affine", optional
+        Make a depthwise Conv with a kernel of 1, or a Mul and an Add, of each BatchNormalization that cannot be folded.
+    seed, progress : int, callable of str, optional
+        Seed of the random inputs of the verification; what is called with a line of text before each of its steps.
     workdir : path, optional
         Where a hidden folder holds the files of a model with external data while it is verified; the system's temporary one by default.
 
@@ -90,10 +88,8 @@ def fold(
 
     Raises
     ------
-    StorageError, ModelError
-        A file cannot be read; the model is malformed.
-    ArgumentError, ArgumentTypeError
-        An option cannot be used.
+    StorageError, ModelError, ArgumentError, ArgumentTypeError
+        A file cannot be read; the model is malformed; an option cannot be used.
 
     Examples
     --------
@@ -104,10 +100,7 @@ def fold(
     >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
     ('c', True, 1)
     """
-    shapes = checked_shapes(input_shapes)
-    if rewrite_left not in (None, *REWRITE_FORMS):
-        raise ArgumentError(expected(" or ".join(REWRITE_FORMS), repr(rewrite_left), "rewrite_left"))
-    globs = _globs(only, "only"), _globs(skip, "skip")
+    globs, shapes = (_globs(only, "only"), _globs(skip, "skip")), checked_shapes(input_shapes)
     options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
     source = storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
@@ -131,6 +124,10 @@ class _Options:
     seed: int
     progress: Progress
     workdir: str | os.PathLike[str] | None
+
+    def __post_init__(self) -> None:
+        if self.rewrite_left not in (None, *REWRITE_FORMS):
+            raise ArgumentError(expected(" or ".join(REWRITE_FORMS), repr(self.rewrite_left), "rewrite_left"))
 
 
 def _folded(source: Source, options: _Options) -> FoldResult:

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
+from fastbn.affine import batch_norm_affine
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.node import Node
@@ -96,7 +97,7 @@ def batch_norm_training(node: Node, opset: int) -> str | None:
     """Return what makes a batch normalization use the statistics of the batch, None for an inference one: training_mode=1; opset 7 to 13
     with a second output; opset 1 and 6 without is_test."""
     if opset >= 14:
-        return "training_mode=1: it normalises with the statistics of the batch" if node.attribute("training_mode", 0) else None
+        return "training_mode=1: it normalizes with the statistics of the batch" if node.attribute("training_mode", 0) else None
     if len(node.outputs) > 1:
         return f"it has {len(node.outputs)} outputs, which before opset 14 means training, with the statistics of the batch"
     if opset < 7 and not node.attribute("is_test", 0):

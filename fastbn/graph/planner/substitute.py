@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from onnx import NodeProto, helper, numpy_helper
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.graph.model.constant import Dense, DType
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
