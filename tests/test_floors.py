@@ -31,6 +31,7 @@ FLOORS = [
     ["graph.reasons", "graph.ranges", "graph.model.nesting", "graph.model.storage", "graph.ops.affine"],
     ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination"],
     ["graph.report", "graph.model.constant", "graph.ops.shape_rules"],
+    ["graph.model.quantized"],
     ["graph.ops.row"],
     ["graph.ops.placing", "graph.ops.weighted"],
     [
@@ -48,6 +49,8 @@ FLOORS = [
     ],
     ["graph.ops.elementwise"],
     ["graph.ops.registry"],
+    ["graph.model.evaluation"],
+    ["graph.model.extent"],
     ["graph.model.expressions"],
     ["graph.model.sizes"],
     ["graph.model.cropping"],

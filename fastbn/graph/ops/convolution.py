@@ -1,6 +1,7 @@
 """Conv and ConvTranspose, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node
+from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
@@ -178,8 +180,10 @@ def _added_to_center(conv: Node, affine: Affine, graph: PresentGraph) -> dict[in
     at = (np.arange(channels), np.arange(channels) % weight.shape[1], *map(np.asarray, tap))
     values[at] += scale
     sizes[at] += np.abs(scale)
-    bias = graph.bias(conv, BIAS, (channels,), weight.dtype).affine(1.0, shift, abs_terms)
-    return {WEIGHT: Dense(weight.dtype, values, sizes), BIAS: bias}
+    bias = graph.bias(conv, BIAS, (channels,), weight.dtype)
+    if isinstance(weight, Dequantized) or isinstance(bias, Dequantized):
+        return None
+    return {WEIGHT: Dense(weight.dtype, values, sizes), BIAS: bias.affine(1.0, shift, abs_terms)}
 
 
 def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
@@ -213,7 +217,16 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
     return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
 
 
-_SHARED = Row(channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch)
+def _work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    data, weight = arrays[0], arrays[WEIGHT]
+    assert data is not None, "ONNX demands both"
+    assert weight is not None, "ONNX demands both"
+    return (size if node.op == "Conv" else data.size) * weight.size / max(weight.shape[0] if weight.ndim else 1, 1)
+
+
+_SHARED = Row(
+    channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch, work=_work
+)
 
 CONVOLUTION = {
     "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward),

@@ -25,7 +25,7 @@ from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, same_sizes
+from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ELEMENTWISE"]
@@ -329,4 +329,6 @@ ELEMENTWISE = {
     **dict.fromkeys(("Abs", "Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
     "Clip": Row(sizes=same_sizes, result_size=first_size),
     "Erf": _SAME_EVALUATED,
+    **dict.fromkeys(("Acosh", "Asinh", "Atanh", "Cosh", "CumProd", "CumSum", "IsInf", "IsNaN", "Sinh"), Row(work=each_once)),
+    **dict.fromkeys(("BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), Row(work=each_once)),
 }

@@ -53,9 +53,14 @@ def _cast_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any
     return elements if node.attribute("to", 0) in INTEGERS and elements is not None and elements.dtype == object else None
 
 
+def _dropout_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
+    """None where it drops at random; its mask is as large as its data."""
+    return None if any(array.dtype == bool and array.any() for array in arrays[1:]) else 2 * arrays[0].size
+
+
 IDENTITY = {
     "Identity": Row(*both_ways(_identity), sizes=same_sizes, list_elements=_same_elements),
-    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes),
+    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes, result_size=_dropout_size),
     "Cast": Row(*both_ways(_cast), sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
     "CastLike": Row(reads={1: "type"}, result_size=first_size),
 }

@@ -13,7 +13,7 @@ from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, axis_of, both_ways, countable, only_data, own_axis
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import Size, Sizes, first_size, list_of_sizes, same_batch
+from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, first_size, list_of_sizes, same_batch
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["LAYOUT"]
@@ -245,9 +245,9 @@ LAYOUT = {
     "Unsqueeze": replace(_MOVED_LIST, sized=False),
     "Concat": Row(_concat_backward, _concat_forward, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"),
     "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
-    "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch),
-    "SpaceToDepth": Row(sizes=same_batch),
+    "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch, work=each_once),
+    "SpaceToDepth": Row(sizes=same_batch, work=each_once),
     "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
     "Tile": Row(size_slots=(1, 2), result_size=_tiled_size),
-    "CenterCropPad": Row(size_slots=(1,)),
+    "CenterCropPad": Row(size_slots=(1,), work=each_once),
 }

@@ -12,6 +12,7 @@ from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
@@ -20,6 +21,9 @@ from fastbn.graph.ops.weighted import scaled
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["MATMUL"]
+
+# The most elements of a product of two operands of an Einsum of more.
+MOST_HELD = 1 << 24
 
 # Where Gemm reads its matrix B and its C.
 MATRIX, BIAS = 1, 2
@@ -81,10 +85,13 @@ def _beta(node: Node) -> float:
     return node.attribute("beta", 1.0)
 
 
-def _bias(node: Node, graph: PresentGraph, weight: Constant, channels: int) -> Dense:
-    """Return beta * C in float64; zeros where there is none."""
+def _bias(node: Node, graph: PresentGraph, weight: Constant, channels: int) -> Dense | Dequantized:
+    """Return beta * C in float64, zeros where there is none; as it is where a DequantizeLinear gives it."""
     if not graph.is_changed(node, BIAS) and not _has_bias(node):
         return Dense.zeros((channels,), weight.dtype)
+    constant = graph.tensor(node, BIAS)
+    if _beta(node) == 1 and constant is not None and constant.shape == (channels,):
+        return graph.bias(node, BIAS, (channels,), weight.dtype)
     bias = graph.dense(node, BIAS)
     if len(bias.shape) > 2 or (bias.shape and bias.shape[-1] not in (1, channels)):
         raise ModelError(expected(f"a C that broadcasts to {channels} columns", f"shape {bias.shape}", node.label))
@@ -264,6 +271,29 @@ def _matmul_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     return (*first[:-1], None)
 
 
+# ---- how long they take for constants: one step for each product ----
+
+
+def _gemm_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    first = arrays[0]
+    assert first is not None, "an operand that ONNX demands"
+    return size * first.shape[0 if node.attribute("transA", 0) else -1] if first.ndim else size
+
+
+def _einsum_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    """Return the product of the sizes of all letters; infinite where a product of two of several operands may be too large to be held."""
+    sizes: dict[str | int, int] = {}
+    terms = node.attribute("equation", b"").decode("latin-1").replace(" ", "").partition("->")[0].split(",")
+    for term, array in zip(terms, arrays, strict=False):
+        before, _, behind = term.partition("...")
+        shape = () if array is None else array.shape
+        middle = len(shape) - len(before) - len(behind)
+        for letter, length in zip((*before, *range(-middle, 0), *behind), shape, strict=False):
+            sizes[letter] = max(sizes.get(letter, 1), length)
+    steps = math.prod(sizes.values())
+    return math.inf if len(arrays) > 2 and steps > MOST_HELD else steps
+
+
 MATMUL = {
     "Gemm": Row(
         _gemm_backward,
@@ -277,6 +307,7 @@ MATMUL = {
         bound=_gemm_bound,
         sizes=_gemm_sizes,
         data_width=_data_width,
+        work=_gemm_work,
     ),
     "MatMul": Row(
         _matmul_backward,
@@ -287,5 +318,8 @@ MATMUL = {
         weight_matrix=_matmul_weight_matrix,
         sizes=_matmul_sizes,
         data_width=_data_width,
+        work=_gemm_work,
     ),
+    **dict.fromkeys(("MatMulInteger", "QLinearMatMul"), Row(work=_gemm_work)),
+    "Einsum": Row(work=_einsum_work),
 }

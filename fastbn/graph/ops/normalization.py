@@ -12,7 +12,7 @@ from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_sizes
+from fastbn.graph.ops.shape_rules import each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
@@ -130,6 +130,10 @@ def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
 
 
 NORMALIZATION = {
-    BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),
-    **dict.fromkeys(("InstanceNormalization", "LRN", "LayerNormalization"), Row(sizes=same_sizes)),
+    BATCH_NORM: Row(
+        _backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes, work=each_once
+    ),
+    **dict.fromkeys(("InstanceNormalization", "LayerNormalization"), Row(sizes=same_sizes, work=each_once)),
+    "LRN": Row(sizes=same_sizes),
+    **dict.fromkeys(("GroupNormalization", "LpNormalization", "MeanVarianceNormalization", "RMSNormalization"), Row(work=each_once)),
 }

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from fastbn.graph.model.constant import Constant, Dense, Requantized, Tensor
+from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.shape_rules import Size, Sizes
 
@@ -54,6 +55,9 @@ class PresentGraph(Protocol):
 
     def constant(self, value: Value | None) -> Tensor | None:
         """Return the constant that a value of the original always is, or None."""
+
+    def why_no_constant(self, value: Value) -> str:
+        """Return why a value is no constant, as the end of a sentence about it."""
 
     def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
@@ -106,8 +110,8 @@ class PresentGraph(Protocol):
     def dense(self, node: Node, slot: int) -> Dense:
         """Return weight(node, slot) in float64."""
 
-    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
-        """Return the bias at a slot in float64, zeros where it is absent."""
+    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
+        """Return the bias at a slot in float64, zeros where it is absent; as it is where a DequantizeLinear gives it."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,11 @@ class Row:
     data_width : callable or None
         (node, sizes of its second input) -> the size that it demands of the last axis of its first input.
     result_size : callable or None
-        (node, arrays) -> how many elements it gives for constants; None: the result on constants is not taken for a constant.
+        (node, arrays) -> how many elements it gives for constants, told before it is run; None where it is not to be run for them. Without
+        it, onnx's shape inference is asked.
+    work : callable or None
+        (node, arrays by slot, elements of the result) -> how many steps it takes for constants. Without it, an operator with result_size
+        takes a few for each element; one without, a step for each pair of an element of its result and one of its largest input.
     list_elements : callable or None
         (node, sizes of the first input, elements of the inputs) -> the elements of a list that it gives, where no run is needed for them.
     moved_inputs : "first", "all" or None
@@ -290,6 +298,7 @@ class Row:
     reshape_target: Callable[[Node, Sizes | None, Callable[[Value | None], list[Size] | None]], list[Size] | None] | None = None
     data_width: Callable[[Node, Sizes], Size] | None = None
     result_size: Callable[[Node, Sequence[NDArray[Any]]], float | None] | None = None
+    work: Callable[[Node, Sequence[NDArray[Any] | None], float], float] | None = None
     list_elements: Callable[[Node, Sizes | None, Sequence[NDArray[Any] | None]], NDArray[Any] | None] | None = None
     moved_inputs: Literal["first", "all"] | None = None
 

@@ -11,7 +11,7 @@ from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_of, both_ways, countable, own_axis, own_list
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import first_size
+from fastbn.graph.ops.shape_rules import each_once, first_size
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["SELECTION"]
@@ -178,8 +178,17 @@ def _gathered_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     return float(data.size // max(data.shape[axis], 1) * indices.size)
 
 
+def _places_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
+    return arrays[0].size * max(arrays[0].ndim, 1)
+
+
 SELECTION = {
     "Slice": Row(*both_ways(_slice), sized=True, size_slots=(1, 2, 3, 4), result_size=first_size, moved_inputs="first"),
     "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first"),
-    "Pad": Row(*both_ways(_pad), size_slots=(1, 3)),
+    "Pad": Row(*both_ways(_pad), size_slots=(1, 3), work=each_once),
+    "NonZero": Row(result_size=_places_size),
+    **dict.fromkeys(
+        ("Compress", "GatherElements", "GatherND", "ReverseSequence", "Scatter", "ScatterElements", "ScatterND", "TensorScatter", "Trilu"),
+        Row(work=each_once),
+    ),
 }

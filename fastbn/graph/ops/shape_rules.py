@@ -16,6 +16,7 @@ __all__ = [
     "Sizes",
     "broadcast_size",
     "broadcast_sizes",
+    "each_once",
     "first_size",
     "list_of_sizes",
     "same_batch",
@@ -70,6 +71,11 @@ def first_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 def broadcast_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     """The result has the elements of the operands broadcast."""
     return math.prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+
+
+def each_once(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    """It handles each element of its inputs and of its result a few times."""
+    return size + sum(array.size for array in arrays if array is not None)
 
 
 def list_of_sizes(array: NDArray[Any]) -> list[int]:

@@ -188,7 +188,8 @@ class _Segment:
         """Return the original segment; with `evaluated` the values of its constants are inputs, without it their own nodes compute them."""
         feed = dict(feed)
         computing: dict[Node, None] = {}
-        pending = [value for node in self.before for value in node.inputs if value is not None and self.index.constant(value) is not None]
+        read = (value for node in self.before for value in node.inputs if value is not None and value not in self.inside)
+        pending = [value for value in read if self.index.constant(value) is not None]
         for value in pending:
             node, constant = value.producer, self.index.constant(value)
             if constant is not None and (evaluated or node is None or value.initializer is not None or not _is_computed(node, self.index)):
@@ -218,7 +219,7 @@ class _Segment:
     def _connect(self, node: Node, proto: NodeProto, feed: Feed, magnitudes: bool) -> None:
         """Let the copy of a node read the constants that the plan gives it, other constants and the values before it."""
         for slot, value in enumerate(node.inputs):
-            original = self.index.constant(value)
+            original = None if value in self.inside else self.index.constant(value)
             if (node, slot) in self.plan.constants:
                 pass
             elif original is not None and value is not None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Requantized
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
@@ -229,9 +229,9 @@ def _plan_of(transfer: Transfer, node: Node) -> Plan:
         plan.attributes[node] = transfer.attributes
     for slot, constant in transfer.constants.items():
         if isinstance(constant, Requantized):
-            plan.path[constant.node] = None
-            plan.constants.update(constant.constants())
-            plan.attributes[constant.node] = {"axis": constant.axis}
+            plan.path.update(dict.fromkeys(step for step, _ in constant.constants))
+            plan.constants.update(constant.constants)
+            plan.attributes.update({step: {"axis": axis} for step, axis in constant.axes.items()})
         else:
             plan.constants[node, slot] = constant
     if transfer.merge is not None:
