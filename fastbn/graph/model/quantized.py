@@ -31,13 +31,13 @@ QUANTIZED, SCALE, ZERO_POINT = 0, 1, 2
 # A number that is farther from its step than this, in steps, might be rounded to the next one in float16.
 NEAR = 3 / 8
 
-# A shift is a whole number of steps if it is off by no more than this part of the terms that it was summed from: a few roundings in float32.
+# A shift is a whole number of steps if it is off by no more than this part of the terms that it was summed from: some roundings in float32.
 EXACT = 2.0**-21
 
 
 @dataclass(frozen=True)
 class Requantized:
-    """What becomes of a constant behind a DequantizeLinear: what the nodes that quantize and dequantize it read, and the axis of their steps.
+    """What becomes of a constant behind a DequantizeLinear: what the nodes that quantize and dequantize it read, the axis of their steps.
 
     axes: node -> the axis that its steps run along; without the nodes whose steps stay one number.
     """
@@ -157,9 +157,9 @@ class Dequantized(Tensor):
         if bad.any():
             channels = first_few(sorted(set(np.nonzero(bad)[axis].tolist())))
             sentence = (
-                f"mirrored at the zero point, or moved by the shift, values of DequantizeLinear '{self.node.label}' leave the range of"
+                f"mirrored at the zero point, or moved by the shift, values of DequantizeLinear '{self.node.label}' leave"
             )
-            raise Refusal("quantised", f"{sentence} {dtype}, channels {channels}")
+            raise Refusal("quantised", f"{sentence} the range of {dtype}, channels {channels}")
         array: Array = values.astype(dtype)
         return Tensor(dtype, array.shape, lambda: array)
 
