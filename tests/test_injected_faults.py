@@ -10,6 +10,7 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_normalization import BEHIND, behind, deformable
 
 import fastbn
 from fastbn.graph import job
@@ -50,7 +51,19 @@ CRD = """(float[2,8,3,3] x) => (float y) {
     d = DepthToSpace <blocksize = 2, mode = "CRD"> (n)
     y = Conv(d, w)
 }"""
+DEFORMABLE = "DeformConv <pads = [1,1,1,1]>"
+RMS = """(float[7,4] x) => (float y) {
+    c = RMSNormalization(x, g)
+    y = Mul(c, k)
+}"""
 MORE = {
+    **{f"a norm behind {op}": behind(op) for op in BEHIND},
+    "Mul behind an RMSNormalization": model(RMS, opset=23, ir_version=10, g=normal(4), k=normal(4, seed=1)),
+    "DeformConv": deformable(f"c = {DEFORMABLE} (x, w, o, b) y = BatchNormalization(c, s, t, m, v)", **norm(4)),
+    "DeformConv forward": deformable(f"r = Tanh(x) n = Mul(r, k) y = {DEFORMABLE} (n, w, o, b)", k=normal(1, 4, 1, 1)),
+    "Mean forward": model(
+        "(float[2,4,6,6] x) => (float y) { r = Tanh(x) f = Add(r, k) d = Mean(f, x) y = Conv(d, w) }", w=W4, k=normal(4, 1, 1)
+    ),
     "LSTM": recurrent("LSTM", 4),
     "GRU": recurrent("GRU", 3),
     "RNN": recurrent("RNN", 1),

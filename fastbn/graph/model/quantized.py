@@ -156,9 +156,7 @@ class Dequantized(Tensor):
         bad = (values < held.min) | (values > held.max)
         if bad.any():
             channels = first_few(sorted(set(np.nonzero(bad)[axis].tolist())))
-            sentence = (
-                f"mirrored at the zero point, or moved by the shift, values of DequantizeLinear '{self.node.label}' leave"
-            )
+            sentence = f"mirrored at the zero point, or moved by the shift, values of DequantizeLinear '{self.node.label}' leave"
             raise Refusal("quantised", f"{sentence} the range of {dtype}, channels {channels}")
         array: Array = values.astype(dtype)
         return Tensor(dtype, array.shape, lambda: array)

@@ -188,7 +188,7 @@ SELECTION = {
     "Pad": Row(*both_ways(_pad), size_slots=(1, 3), work=each_once),
     "NonZero": Row(result_size=_places_size),
     **dict.fromkeys(
-        ("Compress", "GatherElements", "GatherND", "ReverseSequence", "Scatter", "ScatterElements", "ScatterND", "TensorScatter", "Trilu"),
+        ("Compress", "GatherElements", "GatherND", "Scatter", "ScatterElements", "ScatterND", "TensorScatter", "Trilu"),
         Row(work=each_once),
     ),
 }

@@ -100,6 +100,8 @@ class _Planner:
         """Try each of some nodes once; return (refusals, the nodes that found a place)."""
         refused, placed = {}, set()
         for node in nodes:
+            if node in placed:
+                continue
             try:
                 affine = self.view.lifted(node)
                 if affine is None:
@@ -107,9 +109,11 @@ class _Planner:
                 self._refuse_unselected(node)
                 _refuse_widening(node, self.view)
                 placement = place(node, affine, self.view, strategy)
+                for other in placement.plan.alike:
+                    self._refuse_unselected(other)
                 refuse_unrepresentable(placement.plan, self.view)
                 self._record(node, affine, placement)
-                placed.add(node)
+                placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
         return refused, placed
@@ -128,11 +132,11 @@ class _Planner:
         if not new.absorbers:  # constants that a node on the way moves
             new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
-        leaving = [node, *new.bypassed]
+        leaving = [node, *new.alike, *new.bypassed]
         target = self._joined_plan(node, new, leaving)
         for gone in leaving:
             target.forget(gone)
-        new.lifted.append(node)
+        new.lifted.extend([node, *new.alike])
         new.channels = affine.channels
         if placement.kept_shift is None:
             view.remove(node, value)
@@ -143,6 +147,10 @@ class _Planner:
             new.replaced[node] = add
             new.constants[add, 1] = constant
             view.replaced[node] = add
+        for other in new.alike:
+            view.remove(other, view.source(view.data(other)))
+            if placement.forward:
+                view.forwarded.add(other)
         for gone, operand in new.bypassed.items():
             view.remove(gone, operand)
         target.join(new)
