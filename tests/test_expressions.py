@@ -216,6 +216,12 @@ def eye_like(choose, opset):
     return [some(choose, *shape, kind=choose.choice("fi"))], {"dtype": TensorProto.FLOAT, "k": 1}, [np.eye(*shape, 1, dtype=np.float32)]
 
 
+def compress(choose, opset):
+    x = some(choose, 3, 4)
+    chosen = np.array([True, False, True])
+    return [x, chosen], {"axis": 0}, [np.compress(chosen, x, 0)]
+
+
 def non_zero(choose, opset):
     x = some(choose, *a_shape(choose, 1), kind="b")
     return [x], {}, [np.stack(np.nonzero(x))]
@@ -298,6 +304,7 @@ CASES = {
     "CastLike": (15, cast_like),
     "Ceil": (7, unary(np.ceil)),
     "Clip": (7, clip),
+    "Compress": (9, compress),
     "Concat": (7, concat),
     "ConstantOfShape": (9, constant_of_shape),
     "Cos": (7, unary(np.cos)),

@@ -25,6 +25,15 @@ KEPT_SESSION = 1 << 20
 # The IR version of models of one operator: runtimes accept it together with every opset.
 OPERATOR_IR = 8
 
+# The types of outputs that are read, in the words of onnxruntime.
+NUMERIC = frozenset(
+    f"tensor({name})"
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float", "double", "float16", "bfloat16"),
+    )
+)
+
 # Feeds -> outputs.
 Run: TypeAlias = "Callable[[Mapping[str, Array]], list[Array]]"
 # The inputs of a node by slot, None for an absent one.
@@ -55,24 +64,24 @@ def evaluated(key: Key, arrays: Inputs, opset: int) -> dict[int, Array] | None:
         return None
     results = [np.asarray(result) for result in given]
     results = [result if dtype is None else result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True)]
-    if not all(is_numeric(result) for result in results):
+    if not all(is_numeric(result.dtype) for result in results):
         return None
     slots = [slot for slot, name in enumerate(NodeProto.FromString(key[0]).output) if name]
     return dict(zip(slots, results, strict=True))
 
 
-def is_numeric(array: np.ndarray) -> bool:
-    """Say whether an array holds truth values or numbers of a type that runtime and NumPy share, bfloat16 among them."""
-    return array.dtype.kind in "biuf" or _is_bfloat16(array)
+def is_numeric(dtype: np.dtype[np.generic]) -> bool:
+    """Say whether a type is that of truth values or numbers that runtime and NumPy share, bfloat16 among them."""
+    return dtype.kind in "biuf" or _is_bfloat16(dtype)
 
 
-def _is_bfloat16(array: np.ndarray) -> bool:
-    return array.dtype.kind == "V" and array.dtype.name == "bfloat16"
+def _is_bfloat16(dtype: np.dtype[np.generic]) -> bool:
+    return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
 def _without_bfloat16(array: Array) -> Array:
     """Return an array that the runtime takes: bfloat16, which NumPy does not have itself, as float32, which holds every value of it."""
-    return array.astype(np.float32) if _is_bfloat16(array) else array
+    return array.astype(np.float32) if _is_bfloat16(array.dtype) else array
 
 
 @lru_cache(maxsize=256)
@@ -94,6 +103,8 @@ def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[R
         made = session(model.SerializeToString(), threads=1)
     except FastbnError:  # onnxruntime is not installed
         return _reference(proto, model), [None] * len(outputs)
+    if not all(info.type in NUMERIC for info in made.get_outputs()):  # float8 numbers come as bytes, for one
+        raise ModelError(expected("tensors of numbers", ", ".join(info.type for info in made.get_outputs()), proto.op_type))
     is_bfloat16 = [info.type == "tensor(bfloat16)" for info in made.get_outputs()]
     if any(is_bfloat16):
         for slot in np.flatnonzero(is_bfloat16).tolist():

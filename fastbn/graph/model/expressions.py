@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from fastbn.graph.model.constant import Tensor
-from fastbn.graph.model.evaluation import Inputs, Key, evaluated, key_of
+from fastbn.graph.model.evaluation import Inputs, Key, evaluated, is_numeric, key_of
 from fastbn.graph.model.extent import is_too_slow, result_size
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
@@ -29,6 +29,9 @@ LARGEST_RESULT = 1 << 24
 # The most elements of all results of a model's constant expressions together.
 LARGEST_TOTAL = 1 << 26
 
+# Operators whose kernels in onnxruntime 1.32 end the process for some constants: DFT does for an axis that is none.
+UNSAFE = ("DFT",)
+
 # Attribute of a Constant node -> the type of the attribute, the dtype of the constant.
 LITERALS: dict[str, tuple[type, type[np.generic]]] = {
     "value_float": (float, np.float32),
@@ -40,7 +43,7 @@ LITERALS: dict[str, tuple[type, type[np.generic]]] = {
 
 def is_expression(node: Node) -> bool:
     """Say whether what a node gives for constants is constant: an operator of ONNX's own without bodies that draws no random numbers."""
-    return is_standard(node.domain) and not node.scopes and node.op not in RANDOM
+    return is_standard(node.domain) and not node.scopes and node.op not in (*RANDOM, *UNSAFE)
 
 
 class Constants:
@@ -116,6 +119,8 @@ class Constants:
             seen.add(value)
             node = value.producer
             missing = [read for read in self._reads(value) if self.find(read, infer=True) is None]
+            if not missing and node.op == "Dropout":
+                return f"is what Dropout '{node.label}' drops at random"
             if not missing:
                 return f"is constant, but {node.op} '{node.label}' cannot be evaluated here"
             value = missing[0]
@@ -213,8 +218,12 @@ class Constants:
             self._tensors.update(dict.fromkeys(outputs))
             self._too_large.update(outputs if any(value in self._too_large for value in read) else ())
             return
-        if sum(tensor.size for tensor in inputs if tensor is not None) > limit:
+        given = [tensor for tensor in inputs if tensor is not None]
+        if sum(tensor.size for tensor in given) > limit:
             self._refuse(outputs, limit, refused)
+            return
+        if not all(is_numeric(tensor.dtype) for tensor in given):
+            self._tensors.update(dict.fromkeys(outputs))
             return
         arrays: list[Array | None] = [None if tensor is None else tensor.array() for tensor in inputs]
         for slot, aspect in aspects.items():

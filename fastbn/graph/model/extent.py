@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST_WORK", "is_too_slow", "result_size"]
 
-# The most steps that one operator may take for constants: about a second on one core.
-LARGEST_WORK = 1 << 33
+# The most steps that one operator may take for constants: a few seconds on one core where each is slow.
+LARGEST_WORK = 1 << 31
 
 # Inference reads the values of lists of no more integers, and of no more floats, than this.
 LONGEST_LIST, LONGEST_FACTORS = 1 << 10, 64
@@ -29,7 +29,7 @@ LONGEST_LIST, LONGEST_FACTORS = 1 << 10, 64
 def result_size(node: Node, arrays: Inputs, key: Key, opset: int) -> float | None:
     """Return how many elements a node gives in all; None where it cannot run, or where only a run would tell."""
     given = [array for array in arrays if array is not None]
-    if not given or not all(map(is_numeric, given)):
+    if not given or not all(is_numeric(array.dtype) for array in given):
         return None
     row = operator_row(node)
     if row.result_size is None:

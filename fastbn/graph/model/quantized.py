@@ -120,6 +120,8 @@ class Dequantized(Tensor):
         sign, moved = np.sign(factor).astype(np.int64).reshape(along), self._moved(shift, abs_terms, rounded)
         integers = self.integers
         if (sign < 1).any() or moved.any():
+            if integers.dtype.kind not in "iu":
+                raise Refusal("quantised", f"the {integers.dtype} of DequantizeLinear '{self.node.label}' are not negated here")
             integers = self._checked((integers.array().astype(np.int64) - middle) * sign + middle + moved, axis or 0)
         quantizer = self.quantizer
         nodes = {self.node: changed}
@@ -150,8 +152,6 @@ class Dequantized(Tensor):
     def _checked(self, values: Array, axis: int) -> Constant:
         """Return integers in their own type; Refusal where it does not hold them."""
         dtype = self.integers.dtype
-        if dtype.kind not in "iu":
-            raise Refusal("quantised", f"the values of DequantizeLinear '{self.node.label}' are {dtype}, which is not negated here")
         held = np.iinfo(str(dtype))
         bad = (values < held.min) | (values > held.max)
         if bad.any():

@@ -175,7 +175,7 @@ def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
 
 def _is_sound(proto: NodeProto) -> bool:
     """Say whether inference is safe on a node that the checker accepts."""
-    if proto.op_type in UNSAFE:
+    if proto.op_type in UNSAFE or any(attribute.name == "axis" and abs(attribute.i) > HIGHEST_RANK for attribute in proto.attribute):
         return False
     if proto.op_type == "Split":
         return all(attribute.i == len(proto.output) for attribute in proto.attribute if attribute.name == "num_outputs")

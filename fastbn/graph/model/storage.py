@@ -283,9 +283,12 @@ class Source:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         if dtype.hasobject:
             raise ModelError(expected("strings in their own field", "raw bytes", where))
-        size = math.prod(tensor.dims) * dtype.itemsize
+        size = _bytes_of(tensor, where)
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
+        if size < math.prod(tensor.dims) * dtype.itemsize:
+            packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
+            return np.asarray(numpy_helper.to_array(packed), order="C")
         array = raw.view(dtype).reshape(tuple(tensor.dims))
         return array if array.flags.aligned else array.copy()
 

@@ -22,6 +22,9 @@ from fastbn.graph.reasons import Refusal
 
 __all__ = ["MATMUL"]
 
+# Products of matrices that take one step.
+AT_ONCE = 8
+
 # The most elements of a product of two operands of an Einsum of more.
 MOST_HELD = 1 << 24
 
@@ -373,13 +376,13 @@ def _matmul_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     return (*first[:-1], None)
 
 
-# ---- how long they take for constants: one step for each product ----
+# ---- how long they take for constants: one step for a product, or for several at once ----
 
 
 def _gemm_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
     first = arrays[0]
     assert first is not None, "an operand that ONNX demands"
-    return size * first.shape[0 if node.attribute("transA", 0) else -1] if first.ndim else size
+    return size * first.shape[0 if node.attribute("transA", 0) else -1] / AT_ONCE if first.ndim else size
 
 
 def _einsum_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from fastbn.graph.model.constant import Dense
+from fastbn.graph.model.constant import Dense, Tensor
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
@@ -16,7 +16,7 @@ from fastbn.graph.planner.search import Search
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import FORWARDS, Refusal
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "place", "place_constant"]
 
 # Reasons that only say "nothing there": they give way to one that names a condition.
 VAGUE = ("reads-input", "reads-constant", "no-absorber", "unused")
@@ -52,6 +52,19 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy) -> Pl
     if strategy == "split":
         return _split(origin, affine, view, strategy, both)
     raise both
+
+
+def place_constant(node: Node, constant: Tensor, view: GraphView) -> Placement:
+    """Return a placement that puts what a batch normalization of a constant gives in its place; Refusal where that is not possible.
+
+    A weight that is standardized in the graph is one: it is the batch normalization in training, but of the same batch in each run.
+    """
+    if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
+        raise Refusal("training", "it hands out statistics of a constant")
+    readers = view.readers(node.required_output())
+    if any(reader.scopes for reader, _ in readers) or not readers:
+        raise Refusal("reads-constant", "it reads a constant, and nothing that takes the result")
+    return Placement(Plan(constants=dict.fromkeys(readers, constant), path={reader: None for reader, _ in readers}))
 
 
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:

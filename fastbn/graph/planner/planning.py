@@ -6,6 +6,7 @@ Nodes are taken in the order of the data flow, and a node whose affine went into
 (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,12 +14,11 @@ from fnmatch import fnmatchcase
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.kept import kept_nodes
-from fastbn.graph.planner.placement import Placement, place
+from fastbn.graph.planner.placement import Placement, place, place_constant
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.representable import refuse_unrepresentable
 from fastbn.graph.planner.view import GraphView
@@ -103,20 +103,31 @@ class _Planner:
             if node in placed:
                 continue
             try:
-                affine = self.view.lifted(node)
-                if affine is None:
+                found = self._placement(node, strategy)
+                if found is None:
                     continue
-                self._refuse_unselected(node)
-                _refuse_widening(node, self.view)
-                placement = place(node, affine, self.view, strategy)
+                placement, channels = found
                 for other in placement.plan.alike:
                     self._refuse_unselected(other)
                 refuse_unrepresentable(placement.plan, self.view)
-                self._record(node, affine, placement)
+                self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
         return refused, placed
+
+    def _placement(self, node: Node, strategy: Strategy) -> tuple[Placement, int] | None:
+        """Return (where the affine of a node goes, its channels), None for a node that is none."""
+        constant = self.view.constant(node.outputs[0]) if is_batch_norm(node) and node.outputs else None
+        if constant is not None:
+            self._refuse_unselected(node)
+            return place_constant(node, constant, self.view), math.prod(constant.shape[1:2])
+        affine = self.view.lifted(node)
+        if affine is None:
+            return None
+        self._refuse_unselected(node)
+        _refuse_widening(node, self.view)
+        return place(node, affine, self.view, strategy), affine.channels
 
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:
@@ -126,7 +137,7 @@ class _Planner:
         if self.skip and any(fnmatchcase(node.label, glob) for glob in self.skip):
             raise Refusal("not-selected", "--skip names it")
 
-    def _record(self, node: Node, affine: Affine, placement: Placement) -> None:
+    def _record(self, node: Node, channels: int, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""
         view, new = self.view, placement.plan
         if not new.absorbers:  # constants that a node on the way moves
@@ -137,7 +148,7 @@ class _Planner:
         for gone in leaving:
             target.forget(gone)
         new.lifted.extend([node, *new.alike])
-        new.channels = affine.channels
+        new.channels = channels
         if placement.kept_shift is None:
             view.remove(node, value)
             if placement.forward:
