@@ -29,8 +29,9 @@ LARGEST_RESULT = 1 << 24
 # The most elements of all results of a model's constant expressions together.
 LARGEST_TOTAL = 1 << 26
 
-# Operators whose kernels in onnxruntime 1.32 end the process for some constants: DFT does for an axis that is none.
-UNSAFE = ("DFT",)
+# Operators whose kernels in onnxruntime 1.32 end the process for some constants, or do not end: DFT for an axis that is none,
+# TfIdfVectorizer for many skips.
+UNSAFE = ("DFT", "TfIdfVectorizer")
 
 # Attribute of a Constant node -> the type of the attribute, the dtype of the constant.
 LITERALS: dict[str, tuple[type, type[np.generic]]] = {

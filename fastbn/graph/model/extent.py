@@ -22,6 +22,9 @@ __all__ = ["LARGEST_WORK", "is_too_slow", "result_size"]
 # The most steps that one operator may take for constants: a few seconds on one core where each is slow.
 LARGEST_WORK = 1 << 31
 
+# Operators with lists that may be empty. Of the others, some kernels of onnxruntime 1.32 divide by a size of an input, and end the process.
+MAY_READ_NOTHING = ("Resize",)
+
 # Inference reads the values of lists of no more integers, and of no more floats, than this.
 LONGEST_LIST, LONGEST_FACTORS = 1 << 10, 64
 
@@ -55,6 +58,8 @@ def is_too_slow(node: Node, arrays: Inputs, size: float) -> bool:
 def _inferred_size(key: Key, arrays: Inputs, opset: int) -> float | None:
     """Return what shape inference says of a model of this node alone, whose short lists it may read."""
     proto: NodeProto = NodeProto.FromString(key[0])
+    if proto.op_type not in MAY_READ_NOTHING and any(array is not None and not array.size for array in arrays):
+        return None
     graph = GraphProto(name="constant", node=[proto])
     for slot, array in enumerate(arrays):
         if array is None:

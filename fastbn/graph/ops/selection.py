@@ -184,7 +184,7 @@ def _places_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 SELECTION = {
     "Slice": Row(*both_ways(_slice), sized=True, size_slots=(1, 2, 3, 4), result_size=first_size, moved_inputs="first"),
-    "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first"),
+    "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first", input_names={0: "table"}),
     "Pad": Row(*both_ways(_pad), size_slots=(1, 3), work=each_once),
     "Compress": Row(result_size=first_size),
     "NonZero": Row(result_size=_places_size),

@@ -79,7 +79,8 @@ class _Writer:
     """The edits of one model.
 
     unwritten holds the nodes that are not written; unused_constants and unused_values hold, by scope number, the names of initializers and
-    of values that no node reads or gives any more.
+    of values that no node reads or gives any more. left_out is unused_constants before any of them is used again, counted those of its
+    values that the note of a larger constant has counted, spare the bytes of the parameters of the plan at hand that no new one takes up.
     """
 
     def __init__(self, index: Index, planning: Planning) -> None:
@@ -101,6 +102,7 @@ class _Writer:
         self.unused_constants: defaultdict[int, set[str]] = defaultdict(set)
         self.unused_values: defaultdict[int, set[str]] = defaultdict(set)
         self.left_out: dict[int, frozenset[str]] = {}
+        self.spare = 0
         self.infos: dict[int, defaultdict[str, list[ValueInfoProto]]] = {}
 
     def output(self) -> Output:
@@ -109,6 +111,8 @@ class _Writer:
         self._find_unused()
         self.left_out = {number: frozenset(names) for number, names in self.unused_constants.items()}
         for plan in self.plans:
+            read = {value for node in plan.lifted for value in node.inputs if value is not None and self._is_left_out(value)}
+            self.spare = sum(_stored_bytes(self.index, value) for value in read)
             for (node, slot), constant in plan.constants.items():
                 if node in self.unwritten:  # another fold replaces all that it computed
                     continue
@@ -164,9 +168,8 @@ class _Writer:
             tensor = self.graphs[scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
-            if old is not None:
-                self._note_growth(node, old, constant)
             role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
+            self._note_growth(node, old, constant, role)
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
@@ -174,9 +177,14 @@ class _Writer:
         self._fill(scope.number, tensor, constant)
         return str(tensor.name)
 
-    def _note_growth(self, node: Node, old: Value, constant: Constant) -> None:
-        """Note that a constant is written beside the one that it comes from, or in the place of smaller ones that it was computed from."""
+    def _note_growth(self, node: Node, old: Value | None, constant: Constant, role: str) -> None:
+        """Note that a constant is new, written beside the one that it comes from, or in the place of less that it was computed from."""
         size = math.prod(constant.shape) * constant.dtype.itemsize
+        if old is None:
+            if size > LARGEST_UNSAID + self.spare:
+                self.growth[node].append(f"a new {role} of {size_text(size)}")
+            self.spare = max(0, self.spare - size)
+            return
         sources = self._sources(old)
         if sources == [old]:
             self.growth[node].append(
