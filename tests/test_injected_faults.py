@@ -198,7 +198,7 @@ def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
     for data, expected in right.items():
         wrong = fastbn.fold(data, verify=False)
         if not wrong.folded or wrong.to_bytes() == expected.to_bytes():
-            continue  # one channel cannot be permuted; a wrong affine may find no home
+            continue  # one channel cannot be permuted; a wrong affine may find no absorber
         caught += 1
         assert expected.folded
         assert_left_out(data, wrong, monkeypatch, by_model=False)
@@ -209,7 +209,7 @@ def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [off, permuted])
-def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
+def test_a_wrong_scale_of_a_quantized_weight_is_caught(change, monkeypatch):
     """DequantizeLinear has no row of its own: the scale of a fold goes into its scale."""
     text = (
         "(float[2,3,6,6] x) => (float y) { w = DequantizeLinear <axis = 0> (q, sc) c = Conv(x, w) y = BatchNormalization(c, s, z, z, v) }"
