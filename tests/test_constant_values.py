@@ -341,7 +341,19 @@ def test_the_reason_says_what_is_really_dynamic(place):
     }""".replace("Conv(x, w, b)" if place == "w" else ", t,", "Conv(x, w, k)" if place == "w" else ", k,")
     constants = {name: values for name, values in norm(4).items() if place == "w" or name != "t"}
     proto = model(text, w=normal(4, 3, 3, 3), **({} if place == "w" else {"b": normal(4)}), **constants)
+    assert "'k'" in refuses(proto, verify=False)
     assert "computed when the model runs" in refuses(proto, verify=False)
+    given = model(
+        text.replace("k = Neg(d)", "k = Neg(e) e = Sigmoid(x)"),
+        w=normal(4, 3, 3, 3),
+        **({} if place == "w" else {"b": normal(4)}),
+        **constants,
+    )
+    assert "computed when the model runs" in refuses(given, verify=False)
+    direct = model(
+        text.replace("k = Neg(d)", "").replace(" k", " d"), w=normal(4, 3, 3, 3), **({} if place == "w" else {"b": normal(4)}), **constants
+    )
+    assert "is a graph input" in refuses(direct, verify=False)
 
 
 def test_the_parameters_of_a_batch_normalization_may_be_dequantized():

@@ -127,7 +127,7 @@ class Constants:
             value = missing[0]
         if self._is_overridable(value):
             return f"is computed from '{value.name}', a graph input too, which a caller may override: --freeze-inputs makes it a constant"
-        return "is computed when the model runs"
+        return "is a graph input" if value.is_input and value.scope.parent is None else "is computed when the model runs"
 
     def evaluate(self, node: Node, arrays: Inputs, largest: int) -> dict[int, Array] | None:
         """Return slot -> output of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""

@@ -78,7 +78,7 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatAr
         if graph.is_overridable(value):
             sentence = f"its {name} '{value.name}' is also a graph input, which a caller may override: --freeze-inputs makes it a constant"
             raise Refusal("overridable-parameters", sentence)
-        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
+        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' {graph.why_no_constant(value)}")
     if dtype_name(constant.dtype) not in DTYPES:
         raise Refusal("unsupported-type", f"its {name} is {constant.dtype}")
     return float64_of(constant)

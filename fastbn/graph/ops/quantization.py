@@ -21,17 +21,19 @@ __all__ = ["QUANTIZATION", "dequantized", "is_quantized"]
 # QuantizeLinear and DequantizeLinear have a scale per step of an axis from this opset on.
 FIRST_PER_AXIS_OPSET = 13
 
-# Nodes that are followed back from a constant to what it is computed from.
-MOST_STEPS = 32
+# Values that a constant is followed back to.
+MOST_VALUES = 64
 
 
 def is_quantized(value: Value | None) -> bool:
-    """Say whether a value is computed from what a DequantizeLinear gives by nodes of one input that is no constant list."""
-    seen = 0
-    while value is not None and value.producer is not None and value.initializer is None and seen < MOST_STEPS:
-        if value.producer.is_op("DequantizeLinear"):
+    """Say whether a constant is what a DequantizeLinear gives, or is computed from that."""
+    pending = [] if value is None else [value]
+    for at in pending:
+        node = None if at.initializer is not None else at.producer
+        if node is not None and node.is_op("DequantizeLinear"):
             return True
-        value, seen = value.producer.input(0), seen + 1
+        if node is not None and len(pending) < MOST_VALUES:
+            pending.extend(read for read in node.inputs if read is not None and read not in pending)
     return False
 
 
