@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
@@ -278,7 +278,7 @@ class GraphView:
         if constant is None:
             constant = self.constant(value)
             if constant is not None and is_quantized(value):
-                raise Refusal("quantised", f"the quantised weight '{name}' of {node.op} '{node.label}' has no step that takes a scale")
+                raise Refusal("quantised", f"the quantized weight '{name}' of {node.op} '{node.label}' has no step that takes a scale")
         if constant is not None:
             if dtype_name(constant.dtype) not in DTYPES:
                 raise Refusal("unsupported-type", f"the weight '{name}' of {node.op} '{node.label}' is {constant.dtype}")
@@ -299,7 +299,7 @@ class GraphView:
         if constant is None or dtype_name(constant.dtype) not in DTYPES:
             return Dense.of(self.weight(node, slot))  # which refuses it
         if value is not None and math.prod(constant.shape) > LARGEST_WIDENED and not self.is_changed(node, slot) and is_quantized(value):
-            raise Refusal("quantised", f"the quantised constant '{value.name}' of {node.op} '{node.label}' would be stored as floats")
+            raise Refusal("quantised", f"the quantized constant '{value.name}' of {node.op} '{node.label}' would be stored as floats")
         return Dense.of(constant)
 
     def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
@@ -312,7 +312,7 @@ class GraphView:
         value = node.input(slot)
         quantized = None if self.is_changed(node, slot) else dequantized(node, slot, self)
         if quantized is None and value is not None and not self.is_changed(node, slot) and is_quantized(value):
-            raise Refusal("quantised", f"the quantised bias '{value.name}' of {node.op} '{node.label}' has no step that takes a scale")
+            raise Refusal("quantised", f"the quantized bias '{value.name}' of {node.op} '{node.label}' has no step that takes a scale")
         bias = quantized or self.dense(node, slot)
         if bias.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {bias.shape}", node.label))

@@ -12,9 +12,9 @@ CONV = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
     c = Conv(x, w%s)
     y = BatchNormalization(c, s, t, m, v)
 }"""
-QUANTISED = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
-PER_TENSOR = {"q": QUANTISED, "sc": np.float32(0.002), "zp": np.int8(3)}
-PER_CHANNEL = {"q": QUANTISED, "sc": np.linspace(0.001, 0.003, 4, dtype=np.float32), "zp": np.arange(4, dtype=np.int8)}
+QUANTIZED = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
+PER_TENSOR = {"q": QUANTIZED, "sc": np.float32(0.002), "zp": np.int8(3)}
+PER_CHANNEL = {"q": QUANTIZED, "sc": np.linspace(0.001, 0.003, 4, dtype=np.float32), "zp": np.arange(4, dtype=np.int8)}
 
 
 def folded(proto):
@@ -35,7 +35,7 @@ def test_a_scale_per_tensor_becomes_one_per_channel(zero_point, bias):
     node = after.graph.node[0]
     assert (node.op_type, [attribute.i for attribute in node.attribute]) == ("DequantizeLinear", [0])
     tensors = {tensor.name: tensor for tensor in after.graph.initializer}
-    assert tensors[node.input[0]].raw_data == QUANTISED.tobytes(), "the quantised weights stay as they are"
+    assert tensors[node.input[0]].raw_data == QUANTIZED.tobytes(), "the quantized weights stay as they are"
     assert [list(tensors[name].dims) for name in node.input[1:]] == [[4]] * (len(node.input) - 1)
 
 
@@ -57,27 +57,27 @@ def test_a_chain_scales_twice():
 
 
 def test_the_weight_of_a_gemm_and_of_a_matmul():
-    constants = {"q": QUANTISED.reshape(27, 4), "sc": np.float32(0.002), "zp": np.int8(3), **norm(4, positive=True)}
+    constants = {"q": QUANTIZED.reshape(27, 4), "sc": np.float32(0.002), "zp": np.int8(3), **norm(4, positive=True)}
     for op in ("Gemm(x, w)", "MatMul(x, w)"):
         text = f"(float[N,27] x) => (float[N,4] y) {{ w = DequantizeLinear(q, sc, zp) c = {op} y = BatchNormalization(c, s, t, m, v) }}"
         after = folded(model(text, **constants))
         assert after.graph.node[0].attribute[0].i == 1
 
 
-def test_forwards_a_shift_is_summed_over_the_dequantised_weights():
+def test_forwards_a_shift_is_summed_over_the_dequantized_weights():
     text = """(float[N,4,8,8] x) => (float[N,3,6,6] y) {
         r = Relu(x)
         b = BatchNormalization(r, s, t, m, v)
         w = DequantizeLinear(q, sc, zp)
         y = Conv(b, w)
     }"""
-    folded(model(text, **{**PER_TENSOR, "q": QUANTISED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
+    folded(model(text, **{**PER_TENSOR, "q": QUANTIZED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
 
 
 def test_what_it_cannot_take_exactly():
     plain = CONV % ("", ", zp", "")
     assert "range of int8" in refuses(model(plain, **PER_TENSOR, **norm(4)), "quantised"), "-127 mirrored at 3 is 133"
-    other_axis = model(CONV % ("<axis=1>", "", ""), q=QUANTISED, sc=PER_CHANNEL["sc"][:3], **norm(4, positive=True))
+    other_axis = model(CONV % ("<axis=1>", "", ""), q=QUANTIZED, sc=PER_CHANNEL["sc"][:3], **norm(4, positive=True))
     refuses(other_axis, "quantised")
     refuses(model(plain, opset=10, **{**PER_TENSOR, "zp": np.int8(0)}, **norm(4, positive=True)), "quantised")
     shared = plain.replace("y = B", "z = Relu(w) y = B").replace("y) {", "y, float[4,3,3,3] z) {")
@@ -86,7 +86,7 @@ def test_what_it_cannot_take_exactly():
     refuses(model(biased, **PER_TENSOR, qb=np.arange(4, dtype=np.int32), **norm(4, positive=True)), "quantised")
 
 
-def test_a_quantised_number_is_no_weight():
+def test_a_quantized_number_is_no_weight():
     text = """(float[N,3,8,8] x) => (float y) {
         q = DequantizeLinear(k, f) c = Conv(x, q, b) y = BatchNormalization(c, s, t, m, v)
     }"""
@@ -126,20 +126,20 @@ def test_under_a_negative_scale_integers_are_mirrored_at_the_zero_point(dtype):
 
 
 def test_one_step_for_the_whole_weight_and_a_negative_scale():
-    after = folded(model(CONV % ("", "", ""), q=np.clip(QUANTISED, -126, 126), sc=np.float32(0.002), **MIXED))
+    after = folded(model(CONV % ("", "", ""), q=np.clip(QUANTIZED, -126, 126), sc=np.float32(0.002), **MIXED))
     assert initializers(after)["sc"].shape == (4,)
 
 
 def test_a_scale_of_zero_makes_the_integers_the_zero_point():
     changed = {**MIXED, "s": np.float32([0, 1, -1, 2])}
-    after = folded(model(CONV % ("", ", zp", ""), q=np.clip(QUANTISED, -100, 100), sc=np.float32(0.002), zp=np.int8(3), **changed))
+    after = folded(model(CONV % ("", ", zp", ""), q=np.clip(QUANTIZED, -100, 100), sc=np.float32(0.002), zp=np.int8(3), **changed))
     stored = initializers(after)
     assert (stored["q"][0] == 3).all()
     assert np.isfinite(stored["sc"]).all()
 
 
 def test_what_has_no_negative_stays():
-    integers = QUANTISED.copy()
+    integers = QUANTIZED.copy()
     integers[2, 0, 0, 0] = -128
     reason = refuses(model(CONV % ("", "", ""), q=integers, sc=np.float32(0.002), **MIXED), "quantised")
     assert "range of int8, channels 2" in reason
@@ -150,7 +150,7 @@ def test_one_scale_for_all_channels_needs_no_axis():
     text = CONV.replace("y = BatchNormalization(c, s, t, m, v)", "y = Mul(c, k)")
     for opset, factor in ((10, 2.0), (12, -0.5), (17, 3.0)):
         proto = model(
-            text % ("", ", zp", ""), opset=opset, q=np.clip(QUANTISED, -120, 120), sc=np.float32(0.002), zp=np.int8(0), k=np.float32(factor)
+            text % ("", ", zp", ""), opset=opset, q=np.clip(QUANTIZED, -120, 120), sc=np.float32(0.002), zp=np.int8(0), k=np.float32(factor)
         )
         after = folded(proto)
         assert not after.graph.node[0].attribute
@@ -220,7 +220,7 @@ BIASED = (CONV % ("<axis=0>", "", ", b")).replace("c = Conv", "b = DequantizeLin
 
 
 def biased(t, s=(1, 2, 0.5, 1), sb=(0.5, 0.25, 0.125, 1)):
-    constants = {"q": QUANTISED, "sc": PER_CHANNEL["sc"], "qb": np.int32([10, -20, 30, 40]), "sb": np.float32(sb)}
+    constants = {"q": QUANTIZED, "sc": PER_CHANNEL["sc"], "qb": np.int32([10, -20, 30, 40]), "sb": np.float32(sb)}
     normed = {"s": np.float32(s), "t": np.float32(t), "m": np.zeros(4, np.float32), "v": np.full(4, 1 - 1e-5, np.float32)}
     return model(BIASED, **constants, **normed)
 
@@ -251,7 +251,7 @@ def test_the_bias_of_a_gemm_stays_quantized():
     text = """(float[N,27] x) => (float y) {
         w = DequantizeLinear(q, sc) b = DequantizeLinear(qb, sb) c = Gemm(x, w, b) y = BatchNormalization(c, s, t, m, v)
     }"""
-    constants = {"q": QUANTISED.reshape(27, 4), "sc": np.float32(0.002), "qb": np.int32([10, -20, 30, 40]), "sb": np.float32(0.5)}
+    constants = {"q": QUANTIZED.reshape(27, 4), "sc": np.float32(0.002), "qb": np.int32([10, -20, 30, 40]), "sb": np.float32(0.5)}
     normed = {
         "s": np.float32([1, 2, -4, 1]),
         "t": np.float32([1, -2, 4, 0]),
@@ -267,7 +267,7 @@ def test_a_quantized_weight_behind_other_nodes_is_not_stored_as_floats():
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         d = DequantizeLinear(q, sc) w = Transpose <perm = [1,0,2,3]> (d) c = Conv(x, w) y = BatchNormalization(c, s, t, m, v)
     }"""
-    proto = model(text, q=QUANTISED.transpose(1, 0, 2, 3).copy(), sc=np.float32(0.01), **norm(4))
+    proto = model(text, q=QUANTIZED.transpose(1, 0, 2, 3).copy(), sc=np.float32(0.01), **norm(4))
     assert "no step" in refuses(proto, "quantised")
 
 
