@@ -277,3 +277,9 @@ def test_a_quantized_table_is_not_stored_as_floats():
     }"""
     table = np.random.default_rng(0).integers(-100, 100, (400, 4)).astype(np.int8)
     assert "would be stored as floats" in refuses(model(text, q=table, sc=np.float32(0.01), **norm(4)), "quantised")
+
+
+def test_the_shift_that_stays_beside_a_mirrored_matmul_is_a_float():
+    text = "(float[N,27] x) => (float y) { w = DequantizeLinear(q, sc) c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    after = folded(model(text, q=np.clip(QUANTIZED, -126, 126).reshape(27, 4), sc=np.float32(0.002), **MIXED))
+    assert [node.op_type for node in after.graph.node] == ["DequantizeLinear", "MatMul", "Add"]

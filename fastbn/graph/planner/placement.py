@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.graph.model.constant import Dense, Tensor
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
@@ -120,7 +121,8 @@ def _shift_node(node: Node, affine: Affine, view: GraphView, plan: Plan) -> tupl
         raise Refusal("axis-unknown", f"the rank of '{data.name}' is not known, so the shift that would stay cannot be placed")
     _, shift, abs_terms = affine.shaped(rank)
     # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-    vector = Dense(next(iter(plan.constants.values())).dtype, shift, abs_terms)
+    dtype = next(constant.dtype for constant in plan.constants.values() if dtype_name(constant.dtype) in DTYPES)
+    vector = Dense(dtype, shift, abs_terms)
     proto = onnx.NodeProto(op_type="Add")
     for text in ("name", "doc_string"):
         if node.proto.HasField(text):
