@@ -1,6 +1,7 @@
 """Conv and ConvTranspose, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_batch
+from fastbn.graph.ops.shape_rules import Size, Sizes, same_batch
 from fastbn.graph.ops.weighted import scaled, summed
 from fastbn.graph.reasons import Refusal
 
@@ -213,7 +214,31 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
     return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
 
 
-_SHARED = Row(channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch)
+# The weight tells the rank, and the channels of both sides.
+def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
+    data, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
+    if weight is None or len(weight) < 3:
+        return same_batch(node, inputs)
+    channels, groups = weight[0 if node.op == "Conv" else 1], node.attribute("group", 1)
+    if isinstance(channels, int) and node.op == "ConvTranspose":
+        channels *= groups
+    return (data[0] if data else None, channels, *[None] * (len(weight) - 2))
+
+
+def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
+    size = weight[1 if node.op == "Conv" else 0] if len(weight) > 2 else None
+    return 1, size * node.attribute("group", 1) if node.op == "Conv" and isinstance(size, int) else size
+
+
+_SHARED = Row(
+    channel_axis=1,
+    bias_slot=BIAS,
+    terms=_terms,
+    probe_shapes=_probe_shapes,
+    weight_matrix=_weight_matrix,
+    sizes=_sizes,
+    demanded_size=_demanded_size,
+)
 
 CONVOLUTION = {
     "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward),

@@ -12,7 +12,7 @@ from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_sizes
+from fastbn.graph.ops.shape_rules import Size, Sizes, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
@@ -53,7 +53,8 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
     abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
-    return Affine(scale, shift, 1, 2, abs_terms)
+    # A value of one channel may be a list: it has no axis 1 then.
+    return Affine(scale, shift, 1, 2 if channels == 1 else 0, abs_terms)
 
 
 def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatArray:
@@ -129,7 +130,20 @@ def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(-np.abs(array) if slot == MEAN else np.abs(array))
 
 
+def _demanded_size(node: Node, scale: Sizes) -> tuple[int, Size]:
+    return 1, scale[0] if len(scale) == 1 else None
+
+
 NORMALIZATION = {
-    BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),
+    BATCH_NORM: Row(
+        _backward,
+        _forward,
+        lift=_lift,
+        terms=_terms,
+        probe_shapes=_probe_shapes,
+        magnitude=_magnitude,
+        sizes=same_sizes,
+        demanded_size=_demanded_size,
+    ),
     **dict.fromkeys(("InstanceNormalization", "LRN", "LayerNormalization"), Row(sizes=same_sizes)),
 }

@@ -67,6 +67,12 @@ class PresentGraph(Protocol):
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
 
+    def sizes(self, value: Value | None) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
+
+    def elements(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+
     def declared_shape(self, value: Value) -> Shape | None:
         """Return what the file itself says of a shape."""
 
@@ -251,8 +257,8 @@ class Row:
         The slots in which it reads sizes, factors or axes by value.
     reshape_target : callable or None
         (node, sizes of the first input, value -> its elements) -> the list of sizes that it makes of its input, which Reshape's rules read.
-    data_width : callable or None
-        (node, sizes of its second input) -> the size that it demands of the last axis of its first input.
+    demanded_size : callable or None
+        (node, sizes of its second input) -> (axis, size) that these demand of its first input.
     result_size : callable or None
         (node, arrays) -> how many elements it gives for constants; None: the result on constants is not taken for a constant.
     list_elements : callable or None
@@ -288,7 +294,7 @@ class Row:
     sizes: Callable[[Node, Sequence[Sizes | None]], Sizes | None] | None = None
     size_slots: tuple[int, ...] = ()
     reshape_target: Callable[[Node, Sizes | None, Callable[[Value | None], list[Size] | None]], list[Size] | None] | None = None
-    data_width: Callable[[Node, Sizes], Size] | None = None
+    demanded_size: Callable[[Node, Sizes], tuple[int, Size]] | None = None
     result_size: Callable[[Node, Sequence[NDArray[Any]]], float | None] | None = None
     list_elements: Callable[[Node, Sizes | None, Sequence[NDArray[Any] | None]], NDArray[Any] | None] | None = None
     moved_inputs: Literal["first", "all"] | None = None

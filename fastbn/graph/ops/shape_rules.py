@@ -18,6 +18,7 @@ __all__ = [
     "broadcast_sizes",
     "first_size",
     "list_of_sizes",
+    "quotient",
     "same_batch",
     "same_sizes",
 ]
@@ -60,6 +61,24 @@ def broadcast_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     columns = zip(*aligned, strict=True)
     choices = [{size for size in column if size != 1} for column in columns]
     return tuple((choice or {1}).pop() if len(choice) < 2 else None for choice in choices)
+
+
+def quotient(sizes: Sequence[Size], others: Sequence[Size]) -> Size:
+    """Return the size of an axis beside others that make up the same number of elements as sizes; None where they do not cancel."""
+    left = list(sizes)
+    for size in others:
+        if isinstance(size, Dim) and size in left:
+            left.remove(size)
+        elif not isinstance(size, int):
+            return None
+    if None in left:
+        return None
+    number = math.prod(size for size in left if isinstance(size, int))
+    divisor = math.prod(size for size in others if isinstance(size, int))
+    dims = [size for size in left if isinstance(size, Dim)]
+    if len(dims) == 1 and number == divisor:
+        return dims[0]
+    return number // divisor if not dims and divisor > 0 and number % divisor == 0 else None
 
 
 def first_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:

@@ -179,9 +179,11 @@ def _candidates(index: Index) -> list[Node]:
 
 def _refuse_widening(node: Node, view: GraphView) -> None:
     """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
+    if is_batch_norm(node):
+        return
     value = view.data(node)
     data, out = view.shape(value), view.shape(node.outputs[0])
-    if is_batch_norm(node) or data is None or out is None:
+    if data is None or out is None:
         return
     if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
         raise Refusal("axis", f"its constant widens the value '{value.name}'")

@@ -19,6 +19,7 @@ from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.quantization import dequantized, is_dequantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
@@ -101,6 +102,14 @@ class GraphView:
                 return None
             self._shapes[value] = shape
         return self._shapes[value]
+
+    def sizes(self, value: Value | None) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
+        return None if value is None else self.index.sizes(value)
+
+    def elements(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        return None if value is None else self.index.elements(value)
 
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
