@@ -222,7 +222,7 @@ class _Job:
             return output, None
         if output.is_external:
             self.options.progress("writing the folded model for its verification")
-            path = output.stage(self.options.workdir)
+            path = output.save_in_workdir(self.options.workdir)
             folded = Runnable(os.fspath(path), path.parent)
         else:
             folded = Runnable(output.to_bytes())
