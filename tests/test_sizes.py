@@ -50,7 +50,9 @@ def dense(nodes, *, x="N,4,6,6", rows=144, inputs=""):
 @pytest.mark.parametrize("case", FLATTENING)
 def test_a_norm_passes_a_flattening_of_unknown_batches(case):
     target = FLATTENING[case].format(v="n")
-    result = folds(dense(f"{target} f = Reshape(n, k) d = Slice(f, zero, far)"), " ".join(["Tanh", *operators_of(target), "Reshape Slice Gemm"]))
+    result = folds(
+        dense(f"{target} f = Reshape(n, k) d = Slice(f, zero, far)"), " ".join(["Tanh", *operators_of(target), "Reshape Slice Gemm"])
+    )
     assert [fold.into for fold in result.folded] == ["y"]
 
 

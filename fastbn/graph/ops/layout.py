@@ -1,7 +1,7 @@
 """The operators that move elements and let a per-channel affine pass, perhaps along another axis."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,33 @@ def _concat_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     if axis is None:
         raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
+
+
+# Along another axis every input must have the affine; along its own the result has that of each part.
+def _concat_join(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> Transfer:
+    values = {slot: node.required_input(slot) for slot in affines}
+    axes = {slot: axis_of(node, affine, values[slot], graph) for slot, affine in affines.items()}
+    rank = graph.rank(node.outputs[0])
+    joined = node.attribute("axis", 1)
+    if rank is None and joined < 0:
+        raise Refusal("axis-unknown", f"the rank of '{node.required_output().name}' at Concat '{node.label}' is not known")
+    joined = joined if rank is None else own_axis(node, joined, rank)
+    first = next(iter(affines.values()))
+    if len(affines) == len(node.inputs) and len(set(axes.values())) == 1 and joined not in axes.values():
+        if not all(each.equals(first) for each in affines.values()):
+            raise Refusal("other-branch", f"Concat '{node.label}' joins values of different affines along another axis")
+        return Transfer(passed_on=[(0, first)])
+    if set(axes.values()) - {joined, None}:
+        raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
+    sizes = [_size_at(value, joined, graph) for value in node.inputs]
+    for slot, affine in affines.items():
+        sizes[slot] = sizes[slot] if axes[slot] is None else affine.channels
+    known = _parts_of(node, sizes, _size_at(node.outputs[0], joined, graph))
+    whole = [_extended(affine, known, slot, joined) for slot, affine in affines.items()]
+    scale, shift, abs_terms = whole[0].scale, whole[0].shift, whole[0].abs_terms
+    for each in whole[1:]:  # outside their parts they are 1 and 0
+        scale, shift, abs_terms = scale * each.scale, shift + each.shift, abs_terms + each.abs_terms
+    return Transfer(passed_on=[(0, Affine(scale, shift, joined, 0, abs_terms))])
 
 
 def _parts(node: Node, affine: Affine, sizes: list[int], axis: int) -> list[tuple[int, Affine]]:
@@ -296,7 +323,9 @@ LAYOUT = {
     "Flatten": replace(_RENUMBERING, size_slots=(1,), reshape_target=_flatten_target),
     "Squeeze": _INSERTING,
     "Unsqueeze": replace(_INSERTING, sized=False),
-    "Concat": Row(_concat_backward, _concat_forward, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"),
+    "Concat": Row(
+        _concat_backward, _concat_forward, join=_concat_join, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"
+    ),
     "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
     "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch),
     "SpaceToDepth": Row(sizes=same_batch),

@@ -22,6 +22,7 @@ from fastbn.graph.model.constant import Constant, Dense, Requantized, Tensor
 from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.shape_rules import Size, Sizes
+from fastbn.graph.reasons import Refusal
 
 __all__ = [
     "STRATEGIES",
@@ -163,7 +164,8 @@ class Transfer:
 
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
-    affine). merge is there where the affine goes into a sibling instead.
+    affine). merge is there where the affine goes into a sibling instead. objection is what the node itself says against it, which counts
+    once all that is asked further would work out.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
@@ -171,6 +173,7 @@ class Transfer:
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None
+    objection: Refusal | None = None
 
 
 # What a row answers in one direction, see the head of the file; several answers are tried in order.
@@ -209,6 +212,8 @@ class Row:
     ----------
     backward, forward : Rule or None
         What it does with an affine in each direction; None where it has no such fold.
+    join : callable or None
+        (node, input slot -> affine, graph) -> what it does forward with affines that have come in by several of its inputs, or Refusal.
     with_constant : Row or None
         The row that counts instead where one of its two operands is a constant (Add of a value and a constant, for example).
     lift : callable or None
@@ -269,6 +274,7 @@ class Row:
 
     backward: Rule | None = None
     forward: Rule | None = None
+    join: Callable[[Node, Mapping[int, Affine], PresentGraph], Transfer] | None = None
     with_constant: "Row | None" = None
     lift: Callable[[Node, PresentGraph], Affine | None] | None = None
     data_slot: Callable[[Node, PresentGraph], int] = _first_slot
