@@ -52,6 +52,9 @@ PASSES = {
     "three ways": graph("a = Neg(n) b = Neg(a) d = Sum(n, n, b) y = Conv(d, w)", w=normal(5, 4, 1)),
     "a product of two ways": graph("a = Neg(n) d = Mul(n, a) y = Conv(d, w)", w=normal(5, 4, 1), shift=False),
     "a quotient of two ways": graph("a = Neg(n) d = Div(n, a) y = Conv(d, w)", w=normal(5, 4, 1), shift=False),
+    "a quotient of other channels": graph(
+        "a = Gather <axis = 1> (n, p) d = Div(n, a) y = Conv(d, w)", w=normal(5, 4, 1), shift=False, p=ints(1, 2, 3, 0)
+    ),
     "Concat of all along another axis": graph("a = Neg(n) b = Neg(a) d = Concat <axis = 2> (n, b) y = Conv(d, w)", w=normal(5, 4, 1)),
     "Concat of two along the channels": graph("a = Neg(n) d = Concat <axis = 1> (a, r, n) y = Conv(d, w)", w=normal(5, 12, 1)),
     "what a join gives joined again": graph("a = Neg(n) e = Add(a, n) d = Sub(e, n) y = Conv(d, w)", w=normal(5, 4, 1)),
