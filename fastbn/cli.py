@@ -102,6 +102,7 @@ def _fold(arguments, run):
             freeze_inputs=arguments.freeze_inputs,
             progress=bar,
             workdir=_stage(target),
+            explain=names(arguments.explain),
         )
     status = None if result.parity is None else result.parity.status
     lines = result.lines()

@@ -1,8 +1,9 @@
 """The search: one affine on its way through the present graph, until every branch of it has found an absorber."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Requantized
@@ -10,8 +11,9 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
-from fastbn.graph.ops.row import Origin, Row, Rule, Strategy, Transfer, Traveler
+from fastbn.graph.ops.row import Origin, Row, Rule, Skip, Strategy, Transfer, Traveler
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import ReasonCode, Refusal
 
@@ -33,8 +35,8 @@ class _Arrivals:
     values: dict[int, Value] = field(default_factory=dict)
 
 
-# What asks further, behind a node forward and before it backward: (slot, affine) -> Plan.
-_Follow: TypeAlias = Callable[[int, Affine], Plan]
+# What asks further, behind a node forward and before it backward: (slot, affine, skip) -> Plan.
+_Follow: TypeAlias = Callable[[int, Affine, Skip | None], Plan]
 
 
 class Search:
@@ -47,21 +49,24 @@ class Search:
         Where the affine comes from.
     strategy : Strategy
         How far to go.
+    record : Record, optional
+        Where to write down what is asked and answered.
     """
 
-    def __init__(self, view: GraphView, origin: Origin, strategy: Strategy) -> None:
+    def __init__(self, view: GraphView, origin: Origin, strategy: Strategy, record: Record | None = None) -> None:
         self.view = view
         self.origin = origin
         self.strategy = strategy
-        self._refused: dict[tuple[Value, bool, bool], tuple[ReasonCode, str]] = {}
+        self._refused: dict[tuple[Value, bool, bool, Value | None], tuple[ReasonCode, str]] = {}
         self._open: set[Value] = set()
         # Nodes that may join several branches of the search at hand: they are asked once all branches have come as far as them.
         self._waiting: dict[Node, _Arrivals] = {}
         self._steps = 0
+        self._record = record
 
     # ---- against the data flow ----
 
-    def backward(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int = 0) -> Plan:
+    def backward(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int = 0, skip: Skip | None = None) -> Plan:
         """Return a Plan that makes the producer of `value` give the affine of it; this slot of `asker` is the one reader that may be.
 
         Raises
@@ -69,18 +74,22 @@ class Search:
         Refusal
             There is no such plan.
         """
-        key = value, affine.scales, affine.shifts
+        key = value, affine.scales, affine.shifts, None if skip is None else skip.source
         if key in self._refused:
             raise Refusal(*self._refused[key])
+        source = self.view.source(value)
         try:
-            return self._ask_producer(value, affine, asker, slot, depth)
+            with self._question("backward", self.view.producer(source) or source, affine, depth):
+                return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
             if refusal.code != "reads-twice":  # that one depends on the way taken
                 self._refused[key] = refusal.code, refusal.sentence
             raise
 
-    def _ask_producer(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int) -> Plan:
+    def _ask_producer(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int, skip: Skip | None) -> Plan:
         if depth and self.view.constant(value) is not None:
+            if skip is not None:
+                raise _refused_source(value)
             return self._into_constant(asker, slot, affine)
         crossed = {value.producer: None} if value.producer is not None and value.producer in self.view.removed else {}
         value = self.view.source(value)
@@ -88,16 +97,19 @@ class Search:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
         node, row = self._producer(value, asker, depth)
+        if skip is not None and not row.takes_skip:
+            raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
         try:
-            transfers = row.backward and row.backward(node, Traveler(affine, value, value.slot, self.strategy, self.origin), self.view)
+            traveler = Traveler(affine, value, value.slot, self.strategy, self.origin, skip)
+            transfers = row.backward and row.backward(node, traveler, self.view)
         except Refusal as refusal:
             if refusal.code == "axis" and is_batch_norm(asker) and row.channel_axis is not None and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
         assert transfers is not None, "_producer has refused a row without it"
 
-        def follow(at: int, asked: Affine) -> Plan:
-            return self._ask_input(node, at, asked, depth)
+        def follow(at: int, asked: Affine, added: Skip | None) -> Plan:
+            return self._ask_input(node, at, asked, depth, added)
 
         self._open.add(value)
         try:
@@ -123,10 +135,10 @@ class Search:
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
         return node, row
 
-    def _ask_input(self, node: Node, slot: int, affine: Affine, depth: int) -> Plan:
+    def _ask_input(self, node: Node, slot: int, affine: Affine, depth: int, skip: Skip | None = None) -> Plan:
         value = node.inputs[slot]
         assert value is not None, "a row asks the inputs that there are"
-        return self.backward(value, affine, node, slot, depth + 1)
+        return self.backward(value, affine, node, slot, depth + 1, skip)
 
     def _other_readers(self, value: Value, affine: Affine, asker: Node, slot: int) -> list[tuple[Node, int]]:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
@@ -195,11 +207,13 @@ class Search:
         """Return a Plan in which one reader of `value` makes up for the affine; an empty one where it waits for other branches."""
         if node.scope is not value.scope:
             raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
-        row = self._row(node, depth)
-        if row.forward is None:
-            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
-        if row.join is None:
-            return self._answered(node, slot, value, affine, row.forward, depth)
+        if row_of(node, self.view).join is None:
+            with self._question("forward", node, affine, depth):
+                row = self._row(node, depth)
+                if row.forward is None:
+                    raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, {row.forward_refusal}")
+                return self._answered(node, slot, value, affine, row.forward, depth)
+        self._row(node, depth)
         arrivals = self._waiting.setdefault(node, _Arrivals(depth))
         if slot in arrivals.affines:
             raise Refusal("reads-twice", f"two ways meet in {node.op} '{node.label}'")
@@ -209,7 +223,7 @@ class Search:
     def _answered(self, node: Node, slot: int, value: Value, affine: Affine, rule: Rule, depth: int) -> Plan:
         """Return the Plan of one reader that is asked alone."""
         transfers = rule(node, Traveler(affine, node.required_input(slot), slot, self.strategy, self.origin), self.view)
-        plan = self._first(transfers, node, lambda at, behind: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
+        plan = self._first(transfers, node, lambda at, behind, _: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
         plan.crossed.update(_crossed(node, slot, value))
         return plan
 
@@ -231,16 +245,23 @@ class Search:
         row, depth = row_of(node, self.view), arrivals.depth
         assert row.forward is not None, "only nodes with a rule wait"
         assert row.join is not None, "only nodes that can join wait"
-        if len(arrivals.affines) == 1:
-            ((slot, affine),) = arrivals.affines.items()
-            return self._answered(node, slot, arrivals.values[slot], affine, row.forward, depth)
-        transfer = row.join(node, arrivals.affines, self.view)
-        plan = self._first(transfer, node, lambda at, behind: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
+        slot, affine = next(iter(arrivals.affines.items()))
+        with self._question("forward", node, affine, depth):
+            if len(arrivals.affines) == 1:
+                return self._answered(node, slot, arrivals.values[slot], affine, row.forward, depth)
+            transfer = row.join(node, arrivals.affines, self.view)
+            plan = self._first(transfer, node, lambda at, behind, _: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
         for slot, value in arrivals.values.items():
             plan.crossed.update(_crossed(node, slot, value))
         return plan
 
     # ---- in either direction ----
+
+    def _question(
+        self, direction: Literal["backward", "forward"], asked: Node | Value, affine: Affine, depth: int
+    ) -> AbstractContextManager[None]:
+        """Return a context that writes down a question and its answer, where that is wanted."""
+        return nullcontext() if self._record is None else self._record.question(self.strategy, direction, asked, affine, depth)
 
     def _row(self, node: Node, depth: int) -> Row:
         self._steps += 1
@@ -256,18 +277,20 @@ class Search:
         return row
 
     def _first(self, transfers: Transfer | Iterable[Transfer], node: Node, follow: _Follow, depth: int) -> Plan:
-        """Return the plan of the first transfer that works out; the refusal of the last one otherwise."""
-        refused: tuple[ReasonCode, str] = "no-absorber", f"{node.op} '{node.label}' of nothing takes nothing"
-        waiting = {each: _Arrivals(it.depth, {**it.affines}, {**it.values}) for each, it in self._waiting.items()}
+        """Return the plan of the first transfer that works out; Refusal where none does."""
+        refused: tuple[ReasonCode, str] | None = None
+        waiting = _copied(self._waiting)
         for transfer in [transfers] if isinstance(transfers, Transfer) else transfers:
             try:
                 return self._followed(transfer, node, follow, depth)
             except Refusal as refusal:
-                self._waiting = waiting  # without what a way has left there that came to nothing
-                refused = refusal.code, refusal.sentence
+                self._waiting = _copied(waiting)  # without what a way has left there that came to nothing
+                # Why a way around an operand failed says less than why the operand cannot take the scale.
+                if refused is None or transfer.skip is None:
+                    refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
                     break
-        raise Refusal(*refused)
+        raise Refusal(*(refused or ("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")))
 
     def _is_exhausted(self) -> bool:
         return self._steps > MOST_STEPS and self.strategy != "plain"
@@ -276,7 +299,8 @@ class Search:
         """Return the plan of a transfer and of everything that it asks further."""
         plan = _plan_of(transfer, node)
         for at, affine in transfer.passed_on:
-            _add_branch(plan, follow(at, affine))
+            skip = transfer.skip[1] if transfer.skip is not None and transfer.skip[0] == at else None
+            _add_branch(plan, follow(at, affine, skip))
         for at, affine in transfer.required:
             _add_branch(plan, self._ask_input(node, at, affine, depth))
         if transfer.objection is not None:
@@ -284,9 +308,13 @@ class Search:
         return plan
 
 
+def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
+    return {node: _Arrivals(each.depth, {**each.affines}, {**each.values}) for node, each in waiting.items()}
+
+
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None})
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:
