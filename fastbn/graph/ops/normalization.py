@@ -42,6 +42,10 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
         raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
     arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
     channels = arrays["var"].size
+    if arrays["mean"].size == channels == 0 < arrays["scale"].size:
+        raise Refusal(
+            "training", "its mean and variance are empty: it normalises with the statistics of the batch, as a training graph does"
+        )
     if not channels:
         raise Refusal("bad-parameters", "it has no channels")
     for slot, name in PARAMETERS.items():
@@ -90,7 +94,8 @@ def _refuse_training(node: Node, opset: int) -> None:
     if opset >= 14:
         if node.attribute("training_mode", 0):
             raise Refusal("training", "training_mode=1: it normalises with the statistics of the batch")
-        if any(value is not None for value in node.outputs[1:]):
+        # In inference these outputs are not defined; where nothing reads them, they leave with the node.
+        if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
             raise Refusal("training", "it hands out running statistics")
     elif len(node.outputs) > 1:
         raise Refusal("training", f"it has {len(node.outputs)} outputs, which before opset 14 means training")
