@@ -53,7 +53,9 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
             where = f"{node.label}.{node.proto.input[slot]}"
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", where))
     eps = node.attribute("epsilon", EPSILON)
-    good = np.isfinite(np.stack([*arrays.values()])).all(axis=0) & (arrays["var"] + eps > 0)
+    good = arrays["var"] + eps > 0
+    for values in arrays.values():
+        good &= np.isfinite(values)
     if not good.all():
         bad = np.flatnonzero(~good).tolist()
         which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
@@ -66,8 +68,10 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
 
 def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
     """spatial=0 (before opset 9) has parameters per element; on data of shape (N, C) an element is a channel."""
+    if node.attribute("spatial", 1):
+        return
     rank = graph.rank(node.input(0))
-    if node.attribute("spatial", 1) or rank == 2:
+    if rank == 2:
         return
     if rank is None:
         raise Refusal("axis-unknown", "spatial=0, and the rank of its data is not known: only on (N, C) are its parameters per channel")

@@ -125,27 +125,25 @@ def _resize(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
 def _keeps_axis(node: Node, axis: int, graph: PresentGraph) -> bool:
     """Say whether a Resize or Upsample leaves the size of an axis as it is; Refusal where that is not known."""
     before, after = graph.sizes(node.inputs[0]), graph.sizes(node.outputs[0])
-    own = None if before is None else before[axis]
-    if own is not None and after is not None and (own == after[axis] or (isinstance(own, int) and isinstance(after[axis], int))):
-        return own == after[axis]
+    at = axis
     axes = node.find_attribute("axes", list[int])  # from opset 18 on, those that scales and sizes are of
     if axes:
         if before is None and min(axes) < 0:
             raise Refusal("axis-unknown", f"the rank of the value before {node.op} '{node.label}' is not known")
-        own_axes = [at if before is None else own_axis(node, at, len(before)) for at in axes]
+        own_axes = [each if before is None else own_axis(node, each, len(before)) for each in axes]
         if axis not in own_axes:
             return True
         at = own_axes.index(axis)
-    else:
-        at = axis
     scales = _scales(node, graph)
-    if scales is not None:
+    if scales is not None:  # sizes may be equal where a factor is not 1
         return len(scales) > at and scales[at] == 1.0
-    # "sizes" of an aspect ratio that is kept are bounds only.
-    sizes = None if node.attribute("keep_aspect_ratio_policy", b"stretch") != b"stretch" else graph.elements(node.input(3))
-    wanted = sizes[at] if sizes is not None and len(sizes) > at else None
-    if wanted is not None and own is not None and (wanted == own or (isinstance(wanted, int) and isinstance(own, int))):
-        return wanted == own
+    # Sizes of an aspect ratio that is kept are bounds only.
+    if node.input(3) is not None and node.attribute("keep_aspect_ratio_policy", b"stretch") == b"stretch":
+        listed = graph.elements(node.input(3)) or []
+        own = None if before is None else before[own_axis(node, axis, len(before))]
+        for wanted in (listed[at] if len(listed) > at else None, None if after is None else after[own_axis(node, axis, len(after))]):
+            if wanted is not None and (wanted == own or (isinstance(wanted, int) and isinstance(own, int))):
+                return wanted == own
     raise Refusal("axis-unknown", f"the sizes at {node.op} '{node.label}' do not tell whether it resizes axis {axis}")
 
 
