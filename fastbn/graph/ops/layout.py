@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import axis_beside, axis_in, axis_of, both_ways, countable, named_axes, only_data, own_axis, own_list
+from fastbn.graph.ops.placing import (
+    axis_beside,
+    axis_in,
+    axis_of,
+    both_ways,
+    countable,
+    known_list,
+    named_axes,
+    only_data,
+    own_axis,
+    own_list,
+)
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Dim, Size, Sizes, first_size, list_of_sizes, quotient, same_batch, same_sizes
 from fastbn.graph.reasons import Refusal
@@ -139,11 +150,7 @@ def _concat_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
 def _concat_join(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> Transfer:
     values = {slot: node.required_input(slot) for slot in affines}
     axes = {slot: axis_of(node, affine, values[slot], graph) for slot, affine in affines.items()}
-    rank = graph.rank(node.outputs[0])
-    joined = node.attribute("axis", 1)
-    if rank is None and joined < 0:
-        raise Refusal("axis-unknown", f"the rank of '{node.required_output().name}' at Concat '{node.label}' is not known")
-    joined = joined if rank is None else own_axis(node, joined, rank)
+    joined = _joined_axis(node, next(iter(values.values())), graph)
     first = next(iter(affines.values()))
     if len(affines) == len(node.inputs) and len(set(axes.values())) == 1 and joined not in axes.values():
         if not all(each.equals(first) for each in affines.values()):
@@ -185,11 +192,7 @@ def _concat_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[i
     """Return (axis, sizes of the inputs along it) where the affine runs along the axis of joining, else (None, [])."""
     value = traveler.value
     axis = axis_of(node, traveler.affine, value, graph)
-    rank = graph.rank(value)
-    joined = node.attribute("axis", 1)
-    if joined < 0 and rank is None:
-        raise Refusal("axis-unknown", f"the rank of '{value.name}' at Concat '{node.label}' is not known")
-    joined = joined if rank is None else own_axis(node, joined, rank)
+    joined = _joined_axis(node, value, graph)
     is_number_of_one_part = axis is None and value is not node.outputs[0]
     if axis != joined and not is_number_of_one_part:
         return None, []
@@ -199,6 +202,16 @@ def _concat_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[i
     if axis is not None:
         sizes[traveler.slot] = traveler.affine.channels
     return joined, _parts_of(node, sizes, _size_at(node.outputs[0], joined, graph))
+
+
+def _joined_axis(node: Node, value: Value, graph: PresentGraph) -> int:
+    """Return the axis along which a Concat joins, from the front; all its values have the same rank."""
+    rank, joined = graph.rank(value), node.attribute("axis", 1)
+    if rank is not None:
+        return own_axis(node, joined, rank)
+    if joined < 0:
+        raise Refusal("axis-unknown", f"the rank of '{value.name}' at Concat '{node.label}' is not known")
+    return joined
 
 
 def _size_at(value: Value | None, axis: int, graph: PresentGraph) -> Size:
@@ -260,7 +273,7 @@ def _split_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[in
         return None, []
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{traveler.value.name}' at Split '{node.label}' is not known")
-    written = node.find_attribute("split", list[int]) or graph.elements(node.input(1))
+    written = node.find_attribute("split", list[int]) or known_list(node, 1, graph)
     sizes = [_size_at(output, axis, graph) for output in node.outputs] if written is None else written
     total = traveler.affine.channels if traveler.value is node.inputs[0] else _size_at(node.inputs[0], axis, graph)
     if len(sizes) != len(node.outputs):

@@ -11,6 +11,7 @@ from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.row import PresentGraph, Transfer, Traveler
+from fastbn.graph.ops.shape_rules import Size
 from fastbn.graph.reasons import ReasonCode, Refusal, first_few
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "both_ways",
     "constant_slot",
     "countable",
+    "known_list",
     "named_axes",
     "only_data",
     "own_axis",
@@ -105,12 +107,19 @@ def countable(size: int) -> int:
     return size
 
 
+def known_list(node: Node, slot: int, graph: PresentGraph) -> list[Size] | None:
+    """Return the integers of a list that a node reads as far as they are known; raises ModelError where a constant is none."""
+    value = node.input(slot)
+    constant = None if value is None else graph.constant(value)
+    return graph.elements(value) if constant is None else [*own_list(node, constant)]
+
+
 def named_axes(node: Node, slot: int, graph: PresentGraph) -> list[int] | None:
     """Return the axes that a node names, in an attribute or in a list at a slot; None where it names none, or they are not known."""
     axes = node.find_attribute("axes", list[int])
     if axes is not None or node.input(slot) is None:
         return axes
-    listed = graph.elements(node.input(slot))
+    listed = known_list(node, slot, graph)
     known = [axis for axis in listed or [] if isinstance(axis, int)]
     return known if listed is not None and len(known) == len(listed) else None
 

@@ -7,7 +7,7 @@ from onnx import NodeProto
 
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import axis_beside, axis_of, both_ways, named_axes, own_axis, require_sign
+from fastbn.graph.ops.placing import axis_beside, axis_of, both_ways, known_list, named_axes, own_axis, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row
 from fastbn.graph.ops.shape_rules import first_size, same_batch
 from fastbn.graph.reasons import Refusal
@@ -139,7 +139,7 @@ def _keeps_axis(node: Node, axis: int, graph: PresentGraph) -> bool:
         return len(scales) > at and scales[at] == 1.0
     # Sizes of an aspect ratio that is kept are bounds only.
     if node.input(3) is not None and node.attribute("keep_aspect_ratio_policy", b"stretch") == b"stretch":
-        listed = graph.elements(node.input(3)) or []
+        listed = known_list(node, 3, graph) or []
         own = None if before is None else before[own_axis(node, axis, len(before))]
         for wanted in (listed[at] if len(listed) > at else None, None if after is None else after[own_axis(node, axis, len(after))]):
             if wanted is not None and (wanted == own or (isinstance(wanted, int) and isinstance(own, int))):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import LARGEST_AXIS, axis_of, both_ways, countable, named_axes, own_axis, own_list
+from fastbn.graph.ops.placing import LARGEST_AXIS, axis_of, both_ways, countable, known_list, named_axes, own_axis, own_list
 from fastbn.graph.ops.row import PresentGraph, Row
 from fastbn.graph.ops.shape_rules import Size, first_size
 from fastbn.graph.reasons import Refusal
@@ -131,7 +131,7 @@ def _bounds(node: Node, graph: PresentGraph) -> list[list[Size]]:
         lists[:3] = [[*each] if each else None for each in attributes]
         written = [bool(each) for each in lists]
     else:
-        lists = [graph.elements(node.input(slot)) for slot in range(1, 5)]
+        lists = [known_list(node, slot, graph) for slot in range(1, 5)]
         written = [node.input(slot) is not None for slot in range(1, 5)]
     count = next((len(each) for each in lists if each is not None), None)
     if count is None:
@@ -165,7 +165,7 @@ def _pad(node: Node, affine: Affine, source: Value, target: Value, graph: Presen
 def _pads(node: Node, graph: PresentGraph) -> tuple[list[int], list[Size]]:
     """Return (axes, sizes of padding before them and behind them, None for each that is not known) of a Pad."""
     written = node.find_attribute("pads", list[int]) or node.find_attribute("paddings", list[int])
-    listed = graph.elements(node.input(1)) if graph.opset >= 11 else None
+    listed = known_list(node, 1, graph) if graph.opset >= 11 else None
     axes = named_axes(node, 3, graph)
     rank = graph.rank(node.inputs[0])
     if node.input(3) is not None and axes is None:
