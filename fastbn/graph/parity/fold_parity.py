@@ -84,7 +84,9 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
             return result
         # The sizes are not those of the model: a Reshape, say, may mean something else with them, so the next probe decides.
         first = first or result
-    return first or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+    return first or FoldParity(
+        True, note=f"not run: {complaint or 'its inputs are not known without a run of the model, and onnxruntime cannot run that'}"
+    )
 
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
