@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 # Modules with examples; those of the graph wing need onnxruntime.
-MODULES = ["fastbn.graph.fold_result", "fastbn.graph.job"]
+MODULES = ["fastbn.deployment.result", "fastbn.graph.fold_result", "fastbn.graph.job"]
 
 
 @pytest.mark.parametrize("name", MODULES)

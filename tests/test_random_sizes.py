@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from sketch import assert_same, model, norm, normal, ops, run
+from sketch import assert_same, model, norm, normal, run
 
 import fastbn
 
@@ -96,7 +96,8 @@ class Chain:
         if self.shape[axis] > 1:
             chosen = [self.choose.randrange(2) for _ in range(2)]
             self.add(
-                f"Gather <axis = {self.signed(axis)}> ({self.value}, {self.list(*chosen)})", (*self.shape[:axis], 2, *self.shape[axis + 1 :])
+                f"Gather <axis = {self.signed(axis)}> ({self.value}, {self.list(*chosen)})",
+                (*self.shape[:axis], 2, *self.shape[axis + 1 :]),
             )
 
     def reshape_rest(self):

@@ -83,11 +83,16 @@ def _reshape(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
             repeats = size // (merged * channels)
         if isinstance(size, int) and isinstance(repeats, int) and size % (repeats * channels) == 0:
             return affine.picked(np.arange(countable(size)) // repeats % channels, at)
-        is_copy = size in before[:axis] or size in before[axis + 1 :]
-        is_open = is_open or not (isinstance(size, int) or is_copy)
-    if is_open or not all(isinstance(size, int) for size in before[axis:]):
+        is_copy = not isinstance(size, int) and (size in before[:axis] or size in before[axis + 1 :])
+        is_told = merged is not None or repeats is not None or _are_numbers((*before, *after))
+        is_open = is_open or not (is_copy or (isinstance(size, int) and is_told))
+    if is_open:
         raise Refusal("axis-unknown", f"the sizes at {node.op} '{node.label}' do not tell where axis {axis} goes: {_text(before, after)}")
     raise Refusal("axis", f"{node.op} '{node.label}' splits or mixes the channels of axis {axis}: {_text(before, after)}")
+
+
+def _are_numbers(sizes: Sizes) -> bool:
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _text(before: Sizes, after: Sizes) -> str:

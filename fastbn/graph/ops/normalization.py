@@ -44,7 +44,7 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
     channels = arrays["var"].size
     if arrays["mean"].size == channels == 0 < arrays["scale"].size:
         raise Refusal(
-            "training", "its mean and variance are empty: it normalises with the statistics of the batch, as a training graph does"
+            "training", "its mean and variance are empty: it normalizes with the statistics of the batch, as a training graph does"
         )
     if not channels:
         raise Refusal("bad-parameters", "it has no channels")
@@ -97,7 +97,7 @@ def _refuse_training(node: Node, opset: int) -> None:
     """Training means: training_mode=1; opset 7 to 13 with a second output; opset 1 and 6 without is_test; opset 14 with outputs in use."""
     if opset >= 14:
         if node.attribute("training_mode", 0):
-            raise Refusal("training", "training_mode=1: it normalises with the statistics of the batch")
+            raise Refusal("training", "training_mode=1: it normalizes with the statistics of the batch")
         # In inference these outputs are not defined; where nothing reads them, they leave with the node.
         if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
             raise Refusal("training", "it hands out running statistics")

@@ -48,15 +48,17 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, recor
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
     view.note_refused(node, strategy)
-    code = min(behind.code, ahead.code, key=_weight)
+    code = min(behind.code, ahead.code, key=lambda each: _weight(each, view))
     both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
     if strategy == "split":
         return _split(origin, affine, view, record, both)
     raise both
 
 
-def _weight(code: ReasonCode) -> int:
+def _weight(code: ReasonCode, view: GraphView) -> int:
     """Return 0 for what an option of the user changes, 2 for what says nothing, 1 for the rest."""
+    if code == "axis-unknown":
+        return 0 if view.is_open() else 1
     return 0 if code in CURABLE else 2 if code in VAGUE else 1
 
 

@@ -56,7 +56,7 @@ class Search:
     def __init__(self, view: GraphView, origin: Origin, strategy: Strategy, record: Record | None = None) -> None:
         self.view = view
         self.origin = origin
-        self.strategy = strategy
+        self.strategy: Strategy = strategy
         self._refused: dict[tuple[Value, bool, bool, Value | None], tuple[ReasonCode, str]] = {}
         self._open: set[Value] = set()
         # Nodes that may join several branches of the search at hand: they are asked once all branches have come as far as them.

@@ -12,7 +12,7 @@ from fastbn.affine import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
-from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
@@ -125,6 +125,11 @@ class GraphView:
         if math.prod(shape) > LARGEST_PROBE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
+
+    def is_open(self) -> bool:
+        """Say whether a graph input leaves a size open that the caller could give."""
+        inputs = [value for value in self.index.main.values.values() if value.is_input and value.initializer is None]
+        return any(value.name not in self.index.input_shapes and not is_complete(self.declared_shape(value)) for value in inputs)
 
     def check(self, node: Node) -> None:
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
@@ -301,7 +306,7 @@ class GraphView:
             return Dense.zeros(shape, dtype)
         value = node.input(slot)
         if value is not None and self.tensor(node, slot) is None and is_dequantized(node, slot):
-            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantised: no scale of it holds the shift")
+            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantized: no scale of it holds the shift")
         bias = self.dense(node, slot)
         if bias.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {bias.shape}", node.label))
