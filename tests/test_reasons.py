@@ -134,6 +134,24 @@ def test_freezing_is_not_advised_where_the_norm_stays_all_the_same():
     assert codes(fastbn.fold(proto, freeze_inputs=True)) == {"padding": 1}
 
 
+def test_a_size_that_no_option_tells_is_not_named_first():
+    """The inputs are static, and how many elements are not zero only a run tells."""
+    text = """(float[1,4,6,6] x) => (float y) {
+        c = Conv(x, w) i = NonZero(x) f = Cast <to = 1> (i) g = Transpose(f) u = Unsqueeze(g, axes)
+        d = Concat <axis = 1> (c, u, u) n = BatchNormalization(d, s, t, m, v) y = Conv <pads = [1,1,1,1]> (n, k)
+    }"""
+    proto = model(text, w=normal(4, 4, 1, 1), k=normal(2, 12, 3, 3), axes=np.int64([0, 3]), **norm(12))
+    reason = refuses(proto, "padding", verify=False)
+    assert "sizes of the parts" in reason
+    assert "--input-shape" not in reason
+
+
+def test_what_mixes_channels_whatever_the_sizes_are_is_said():
+    text = "(float[n,4,a] x) => (float y) { r = Tanh(x) q = BatchNormalization(r, s, t, m, v) d = Reshape(q, k) y = Tanh(d) }"
+    proto = model(text, k=np.int64([0, 2, 2, -1]), **norm(4))
+    assert "nx4xa becomes nx2x2xa" in refuses(proto, "axis", verify=False)
+
+
 # ---- the search, told ----
 
 

@@ -56,10 +56,10 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, recor
 
 
 def _weight(code: ReasonCode, view: GraphView) -> int:
-    """Return 0 for what an option of the user changes, 2 for what says nothing, 1 for the rest."""
-    if code == "axis-unknown":
-        return 0 if view.is_open() else 1
-    return 0 if code in CURABLE else 2 if code in VAGUE else 1
+    """Return how little a code says: 0 where an option of the user may change it, 3 where there only is nothing."""
+    if code == "axis-unknown" and not view.is_open():  # a size that no option tells
+        return 2
+    return 0 if code in CURABLE else 3 if code in VAGUE else 1
 
 
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
