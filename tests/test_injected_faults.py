@@ -10,6 +10,7 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_gather import OTHER_PICKS
 from test_join import PASSES as JOINS
 from test_normalization import BEHIND, behind, deformable
 
@@ -151,7 +152,8 @@ def crossed(proto):
 def models():
     """Row -> models whose folds use it."""
     found = {}
-    for proto in [*MORE.values(), *JOINS.values(), *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
+    picks = [proto for proto, _ in OTHER_PICKS.values()]
+    for proto in [*MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
         for row in crossed(proto):
             found.setdefault(row, []).append(proto)
     return found

@@ -266,9 +266,26 @@ def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     if weight is None or len(weight) < 3:
         return same_batch(node, inputs)
     channels, groups = weight[0 if node.op == "Conv" else 1], node.attribute("group", 1)
+    space: list[Size] = [None] * (len(weight) - 2)
+    if data is not None and len(data) == len(weight) and node.op == "Conv" and _keeps_space(node, weight[2:]):
+        space = [*data[2:]]
     if isinstance(channels, int) and node.op == "ConvTranspose":
         channels *= groups
-    return (data[0] if data else None, channels, *[None] * (len(weight) - 2))
+    return (data[0] if data else None, channels, *space)
+
+
+def _keeps_space(node: Node, kernel: Sizes) -> bool:
+    """Say whether a Conv gives images of the size that it takes: it goes in steps of 1, and the padding is what the window takes away."""
+    count = len(kernel)
+    if node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
+        return all(step == 1 for step in node.attribute("strides", [1] * count))
+    pads, dilations = node.attribute("pads", [0] * 2 * count), node.attribute("dilations", [1] * count)
+    if node.attribute("auto_pad", b"NOTSET") != b"NOTSET" or len(pads) != 2 * count or len(dilations) != count:
+        return False
+    around = [before + behind for before, behind in zip(pads[:count], pads[count:], strict=True)]
+    windows = zip(kernel, dilations, around, strict=True)
+    fits = all(isinstance(size, int) and step * (size - 1) == pad for size, step, pad in windows)
+    return fits and all(step == 1 for step in node.attribute("strides", [1] * count))
 
 
 def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:

@@ -406,7 +406,7 @@ _MOVED_LIST = replace(_RENUMBERING, size_slots=(1,), moved_inputs="first")
 _INSERTING = replace(_MOVED_LIST, backward=_SQUEEZE[0], forward=_SQUEEZE[1])
 
 LAYOUT = {
-    "Transpose": Row(*both_ways(_transpose), sizes=_transposed_sizes, result_size=first_size),
+    "Transpose": Row(*both_ways(_transpose), sizes=_transposed_sizes, result_size=first_size, moved_inputs="first"),
     "Reshape": replace(_MOVED_LIST, reshape_target=_reshape_target),
     "Flatten": replace(_RENUMBERING, size_slots=(1,), reshape_target=_flatten_target),
     "Squeeze": _INSERTING,

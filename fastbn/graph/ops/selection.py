@@ -189,6 +189,42 @@ def _pad_value(node: Node, graph: PresentGraph) -> float | None:
     return None if constant is None else float(constant.array().reshape(-1)[0])
 
 
+# GatherElements takes each element from another place along one axis: along any other one an element keeps its place, and there are as
+# many as the indices have.
+def _gather_elements(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    data, indices = graph.sizes(node.inputs[0]), graph.sizes(node.input(1))
+    if data is None or indices is None or len(data) != len(indices):
+        raise Refusal("axis-unknown", f"the ranks at GatherElements '{node.label}' are not known")
+    if axis == own_axis(node, node.attribute("axis", 0), len(data)):
+        raise Refusal("axis", f"GatherElements '{node.label}' mixes the elements of axis {axis}")
+    size, count = data[axis], indices[axis]
+    if size == count:
+        return affine.at(axis)
+    if not isinstance(size, int) or not isinstance(count, int):
+        raise Refusal("axis-unknown", f"the sizes at GatherElements '{node.label}' do not tell how many of axis {axis} it takes")
+    return _chosen_channels(node, affine, axis, size, np.arange(count), source is node.inputs[0], axis)
+
+
+# GatherND takes whole blocks of the axes behind those that its indices name; the first batch_dims axes stay where they are.
+def _gather_blocks(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    indices, batch = graph.sizes(node.input(1)), node.attribute("batch_dims", 0)
+    count = indices[-1] if indices else None
+    if indices is None or not isinstance(count, int):
+        raise Refusal("axis-unknown", f"the shape of the indices of GatherND '{node.label}' is not known")
+    if axis < batch:
+        return affine.at(axis)
+    first, moved = (batch + count, len(indices) - 1) if source is node.inputs[0] else (len(indices) - 1, batch + count)
+    if axis < first:
+        raise Refusal("axis", f"GatherND '{node.label}' chooses along axis {axis}")
+    return affine.at(axis - first + moved)
+
+
 def _gathered_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     data, indices = arrays
     axis = node.attribute("axis", 0)
@@ -198,5 +234,7 @@ def _gathered_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 SELECTION = {
     "Slice": Row(*both_ways(_slice), sized=True, size_slots=(1, 2, 3, 4), result_size=first_size, moved_inputs="first"),
     "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first"),
+    "GatherElements": Row(*both_ways(_gather_elements), sized=True),
+    "GatherND": Row(*both_ways(_gather_blocks), sized=True),
     "Pad": Row(*both_ways(_pad), size_slots=(1, 3)),
 }
