@@ -25,7 +25,8 @@ def used(text, constants):
 
 def backward(nodes, *, x="n,3,h,w", opset=17, w=None, inputs="", channels=4, **constants):
     """Return a convolution, which gives c, `nodes`, which give d, and a BatchNormalization of d."""
-    text = f"(float[{x}] x{inputs}) => (float y) {{ c = Conv <pads = [1, 1, 1, 1]> (x, w) {nodes} y = BatchNormalization(d, s, t, m, v) }}"
+    last = "b = BatchNormalization(d, s, t, m, v) y = Tanh(b)"
+    text = f"(float[{x}] x{inputs}) => (float y) {{ c = Conv <pads = [1, 1, 1, 1]> (x, w) {nodes} {last} }}"
     w = normal(4, 3, 3, 3) if w is None else w
     return model(text, opset=opset, w=w, **norm(channels), **used(text, {**LISTS, **constants}))
 
@@ -91,6 +92,12 @@ PASSES = {
         x="tn,4",
         inputs=", float[t,b] z",
         **GATES,
+    ),
+    "points of all events in one row, as DGCNN writes it": forward(
+        """e = Transpose <perm = [0,2,1]> (n) h = Shape(n) i = Gather(h, zero) j = Gather(h, two) o = Mul(i, j)
+        p = Concat <axis = 0> (o, rest) f = Reshape(e, p) a = Gather(f, points) y = Gemm(a, g)""",
+        x="n,4,w",
+        points=ints(3, 1, 2, 2),
     ),
     "the same through a Transpose and a Dropout": forward(
         f"""h = Shape(z) k = Slice(h, zero, two) o = Concat <axis = 0> (k, rest) f = Reshape(n, o) e = Transpose <perm = [1,0,2]> (f)

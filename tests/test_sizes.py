@@ -145,7 +145,7 @@ KNOWN = {
     "a batch times two": (
         "N,4,6",
         "h = Shape(x) u = Gather(h, zero) a = Mul(u, two) k = Concat <axis = 0> (a, rest) d = Reshape(x, k)",
-        (None, None),
+        (None, 12),
     ),
     "does not divide": (
         "N,2,2",
@@ -174,8 +174,13 @@ KNOWN = {
     ),
     "another axis of a convolution": (
         "1,4,H",
-        "e = Conv(x, kernel) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
+        "e = Conv(x, kernel3) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
         (None, None),
+    ),
+    "another axis of a convolution that keeps it": (
+        "1,4,H",
+        "e = Conv <pads = [1, 1]> (x, kernel3) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
+        (2, None),
     ),
     "behind a sum": (
         "N,4,6",
@@ -230,7 +235,7 @@ KNOWN = {
     "the rest, more than the batch": (
         "N,4,6",
         f"i = Concat <axis = 0> (rest, four) e = Reshape(x, i) {BATCH} d = Reshape(e, k)",
-        (None, None),
+        (None, 24),
     ),
     "behind a Flatten": (
         "N,4,6",
@@ -275,7 +280,14 @@ KNOWN = {
 @pytest.mark.parametrize("case", KNOWN)
 def test_what_is_known_of_a_reshape(case):
     x, nodes, shape = KNOWN[case]
-    weights = {"c6": normal(6, 5), "kernel": normal(2, 4, 1), "c56": normal(5, 6), "c24": normal(24, 5), "one6": normal(6)}
+    weights = {
+        "c6": normal(6, 5),
+        "kernel": normal(2, 4, 1),
+        "kernel3": normal(2, 4, 3),
+        "c56": normal(5, 6),
+        "c24": normal(24, 5),
+        "one6": normal(6),
+    }
     text = f"(float[{x}] x, float[M,5] z, float[L,4,6] other) => (float y) {{ {nodes} y = Identity(d) }}"
     proto = sized(text, {name: values for name, values in weights.items() if name in nodes})
     index = Index(storage.load(proto))

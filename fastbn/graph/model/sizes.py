@@ -1,8 +1,8 @@
 """Sizes that onnx's shape inference leaves open: the integers that a graph computes from shapes, and what a Reshape makes of them.
 
-Each size is a number, a Dim, or None where nothing is known. Two Dims are equal only where they are the same axis of the same value,
-followed through operators that keep it. The names that onnx's inference gives unknown sizes prove nothing of the kind: a file may give
-two inputs of different sizes the same name, and onnxruntime runs it.
+Each size is a number, a Dim, a Product of such, or None where nothing is known. Two Dims are equal only where they are the same axis of
+the same value, followed through operators that keep it. The names that onnx's inference gives unknown sizes prove nothing of the kind: a
+file may give two inputs of different sizes the same name, and onnxruntime runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastbn.graph.model.expressions import Constants, is_expression
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.ops.registry import operator_row
-from fastbn.graph.ops.shape_rules import Dim, Size, Sizes, quotient
+from fastbn.graph.ops.shape_rules import Dim, Size, Sizes, dims_of, quotient
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -139,8 +139,9 @@ class SizeInference:
         for axis, size in enumerate(target):
             if size == 0:
                 size = None if keeps_zero or first is None or axis >= len(first) else first[axis]
-            elif isinstance(size, Dim) and (first is None or size not in first):
-                # In a run it may be 0, which means the size that the data has on this axis: so it is not known.
+            elif not isinstance(size, int) and (first is None or not {*dims_of([size])} <= {*dims_of(first)}):
+                # In a run it may be 0, which means the size that the data has on this axis: so it is not known. A size of the data itself
+                # is 0 only where the data is empty, and so is what is made of it.
                 size = None
             sizes.append(size)
         for axis in [axis for axis, size in enumerate(sizes) if size == -1]:

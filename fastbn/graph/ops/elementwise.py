@@ -25,7 +25,7 @@ from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, same_sizes
+from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ELEMENTWISE"]
@@ -392,7 +392,7 @@ _SAME_EVALUATED = Row(sizes=same_sizes, result_size=broadcast_size)
 ELEMENTWISE = {
     "Add": replace(_SUM, with_constant=_ADD_CONSTANT),
     "Sub": replace(_SUM, with_constant=replace(_ADD_CONSTANT, bound=_sub_bound), bound=_sub_bound),
-    "Mul": replace(_PRODUCT, with_constant=_MULTIPLY_CONSTANT),
+    "Mul": replace(_PRODUCT, with_constant=_MULTIPLY_CONSTANT, list_elements=product_elements),
     "Div": replace(_PRODUCT, with_constant=replace(_MULTIPLY_CONSTANT, result_size=_division_size), result_size=_division_size),
     "Sum": _SUM,
     "Neg": replace(_SAME_EVALUATED, backward=_NEGATIVE[0], forward=_NEGATIVE[1], bound=_neg_bound),

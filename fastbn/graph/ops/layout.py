@@ -24,7 +24,7 @@ from fastbn.graph.ops.placing import (
     own_list,
 )
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import Dim, Size, Sizes, first_size, list_of_sizes, quotient, same_batch, same_sizes
+from fastbn.graph.ops.shape_rules import Product, Size, Sizes, dims_of, first_size, list_of_sizes, quotient, same_batch, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["LAYOUT"]
@@ -84,7 +84,7 @@ def _reshape(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
         if isinstance(size, int) and isinstance(repeats, int) and size % (repeats * channels) == 0:
             return affine.picked(np.arange(countable(size)) // repeats % channels, at)
         is_copy = not isinstance(size, int) and (size in before[:axis] or size in before[axis + 1 :])
-        is_told = merged is not None or repeats is not None or _are_numbers((*before, *after))
+        is_told = isinstance(merged, int) or isinstance(repeats, int) or _are_numbers((*before, *after))
         is_open = is_open or not (is_copy or (isinstance(size, int) and is_told))
     if is_open:
         raise Refusal("axis-unknown", f"the sizes at {node.op} '{node.label}' do not tell where axis {axis} goes: {_text(before, after)}")
@@ -97,10 +97,14 @@ def _are_numbers(sizes: Sizes) -> bool:
 
 def _text(before: Sizes, after: Sizes) -> str:
     """Return two shapes as text, with a letter for each size that only a run tells, the same one where they are equal."""
-    dims = list(dict.fromkeys(size for size in (*before, *after) if isinstance(size, Dim)))
-    letters = dict(zip(dims, "nabcdefghijklm", strict=False))
-    texts = ["x".join(letters.get(size, "?") if isinstance(size, Dim) else str(size) for size in sizes) for sizes in (before, after)]
-    return " becomes ".join(texts)
+    letters = dict(zip(dict.fromkeys(dims_of((*before, *after))), "nabcdefghijklm", strict=False))
+
+    def shown(size: Size) -> str:
+        number = size if isinstance(size, int) else size.number if isinstance(size, Product) else 1
+        names = "".join(letters.get(dim, "?") for dim in dims_of([size]))
+        return f"{number if number != 1 or not names else ''}{names}"
+
+    return " becomes ".join("x".join(map(shown, sizes)) for sizes in (before, after))
 
 
 # Squeeze takes away axes of size 1 and Unsqueeze inserts some: only their place counts.

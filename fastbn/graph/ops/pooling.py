@@ -9,7 +9,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_beside, axis_of, both_ways, known_list, named_axes, own_axis, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import first_size, same_batch
+from fastbn.graph.ops.shape_rules import first_size, product_of_elements, same_batch
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["POOLING"]
@@ -202,7 +202,8 @@ POOLING = {
         "ReduceMin": replace(_REDUCTION, bound=_reduce_min_bound),
         "ReduceL1": _SUM,
         "ReduceL2": _SUM,
-        **dict.fromkeys(("ReduceProd", "ReduceSumSquare"), Row(size_slots=(1,), result_size=first_size)),
+        "ReduceProd": Row(size_slots=(1,), result_size=first_size, list_elements=product_of_elements),
+        "ReduceSumSquare": Row(size_slots=(1,), result_size=first_size),
         **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), Row(size_slots=(1,))),
         "Resize": replace(_RESIZE, size_slots=(1, 2, 3)),
         "Upsample": replace(_RESIZE, size_slots=(1,)),
