@@ -36,8 +36,8 @@ Array: TypeAlias = npt.NDArray[Any]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 # Values per channel, of shape (C,).
 FloatVector: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-# Sizes (N, C, S), perhaps followed by the strides (n, c, s) of each array of a call, in elements.
-Sizes: TypeAlias = tuple[int, ...]
+# (N, C, S): samples, channels, spatial positions.
+Sizes: TypeAlias = tuple[int, int, int]
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 WeightT = TypeVar("WeightT", bound=np.generic)

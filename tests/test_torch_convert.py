@@ -55,7 +55,7 @@ def test_convert_itself_subclasses_and_groups():
     group = convert(nn.BatchNorm2d(3), process_group="world")
     assert group.process_group == "world"
     assert "process_group" not in vars(convert(group, back=True))
-    with pytest.raises(fastbn.ArgumentError, match="Expected no process group on the way back, got one - at `process_group`"):
+    with pytest.raises(fastbn.ArgumentError, match="Cannot convert back with a process group"):
         convert(group, back=True, process_group="world")
 
 

@@ -124,11 +124,13 @@ def parameters_of(function):
 
 
 def parameters_in(arguments):
-    """Return the same of a function in the stub, which here has neither keyword-only nor positional-only parameters."""
-    plain, spread = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    without = len(arguments.args) - len(arguments.defaults)
-    found = [(arg.arg, plain, place >= without) for place, arg in enumerate(arguments.args)]
-    return found + ([(arguments.vararg.arg, spread, False)] if arguments.vararg else [])
+    """Return the same of a function in the stub, which here has no positional-only parameters."""
+    either, spread, keyword = (getattr(inspect.Parameter, kind) for kind in ("POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY"))
+    required = len(arguments.args) - len(arguments.defaults)
+    parameters = [(arg.arg, either, place >= required) for place, arg in enumerate(arguments.args)]
+    parameters += [(arguments.vararg.arg, spread, False)] if arguments.vararg else []
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return parameters + [(arg.arg, keyword, default is not None) for arg, default in keywords]
 
 
 def test_the_stub_is_that_of_the_compiled_part():

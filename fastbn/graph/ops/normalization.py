@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
+from fastbn.affine import batch_norm_affine
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.node import Node

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
