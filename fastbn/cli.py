@@ -101,6 +101,7 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
             freeze_inputs=arguments.freeze_inputs,
             progress=progress,
             workdir=workdir_of(target),
+            explain=names(arguments.explain),
         )
     failed = result.parity is not None and result.parity.status == "failed"
     lines = result.lines()

@@ -213,7 +213,7 @@ STAYS = {
     "Reshape mixes the channels": ("axis", backward("d = Reshape(c, k)", channels=6, k=ints(2, 6, 24))),
     "Reshape of an unknown target": (
         "axis-unknown",
-        forward("k = Shape(x) l = Cast <to = 6> (k) o = Cast <to = 7> (l) d = Reshape(n, o)", x="N,4,6,M", w=W4),
+        forward("k = Shape(x) l = ReduceMax <axes = [0]> (k) o = Concat <axis = 0> (l, l, l, l) d = Reshape(n, o)", x="N,4,6,M", w=W4),
     ),
     "Flatten behind the channels": ("axis", forward("d = Flatten <axis = 2> (n)", w=normal(36, 3))),
     "Concat on another axis": ("other-branch", forward("d = Concat <axis = 2> (n, x)", w=W4)),
@@ -273,7 +273,7 @@ STAYS = {
         forward("d, i = MaxPool <kernel_shape = [2,2]> (n) j = Cast <to = 1> (i)", w=W4, positive=True),
     ),
     "ReduceMean of the channels": ("axis", forward("e = ReduceMean <axes = [1]> (n) d = Concat <axis = 1> (e, e, e, e)", w=W4)),
-    "ReduceSum counts the shift": ("shift-cannot-pass", forward("d = ReduceSum(n, k)", w=normal(5, 4, 1, 2), k=ints(2))),
+    "ReduceSum counts the shift": ("axis-unknown", forward("d = ReduceSum(n, k)", x="2,4,H,6", w=normal(5, 4, 1, 2), k=ints(2))),
     "ReduceMax, negative scale": ("mixed-sign-through-maxpool", backward("d = ReduceMax <axes = [2]> (c)")),
     "Relu, negative scale": ("mixed-sign-through-relu", backward("d = Relu(c)", shift=False)),
     "Relu, shift": ("shift-through-relu", backward("d = Relu(c)", positive=True)),

@@ -10,6 +10,8 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_gather import OTHER_PICKS
+from test_join import PASSES as JOINS
 from test_normalization import BEHIND, behind, deformable
 
 import fastbn
@@ -26,7 +28,7 @@ from fastbn.graph.planner.planning import plan
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
 
-WAYS = ("backward", "forward")
+WAYS = ("backward", "forward", "join")
 
 
 def recurrent(op, gates):
@@ -151,7 +153,8 @@ def crossed(proto):
 def models():
     """Row -> models whose folds use it."""
     found = {}
-    for proto in [*MORE.values(), *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
+    picks = [proto for proto, _ in OTHER_PICKS.values()]
+    for proto in [*MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
         for row in crossed(proto):
             found.setdefault(row, []).append(proto)
     return found

@@ -13,7 +13,7 @@ from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.storage import Source, external_tensors
 from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.results import SCHEMA, Fold, FoldReport, Kept, Parity
+from fastbn.graph.results import SCHEMA, Explanation, Fold, FoldReport, Kept, Parity
 from fastbn.graph.rewrite.output import Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
 
@@ -29,6 +29,8 @@ class FoldResult:
         bn, ops, into, op, channels, error, bound, note; in the order of the graph.
     kept : list of Kept
         bn, ops, code, reason; in the order of the graph.
+    explanations : list of Explanation
+        bn, outcome, steps: the search for a place for each node that `explain` names.
     parity : Parity or None
         The whole model compared with its original; None with verify=False or when nothing was folded.
     notes : tuple of str
@@ -59,6 +61,7 @@ class FoldResult:
         self._planning = planning
         self.folded: list[Fold] = folded
         self.kept: list[Kept] = planning.kept
+        self.explanations: list[Explanation] = planning.explanations
         self.parity: Parity | None = parity
         raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
         self.notes: tuple[str, ...] = (*index.source.notes, *raised)
@@ -105,6 +108,7 @@ class FoldResult:
             "folded": [fold.to_dict() for fold in self.folded],
             "kept": [kept.to_dict() for kept in self.kept],
             "notes": list(self.notes),
+            "explanations": [explanation.to_dict() for explanation in self.explanations],
             "parity": None if self.parity is None else self.parity.to_dict(),
         }
 
@@ -114,7 +118,7 @@ class FoldResult:
         source = self._source
         size = report.size_text(source.size(external_tensors(source.proto)))
         head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
-        lines = [head, *report.result_rows(self.folded, self.kept)]
+        lines = [head, *report.result_rows(self.folded, self.kept), *report.explanation_rows(self.explanations)]
         lines.extend(f"  note    {note}" for note in self.notes)
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}, nodes {before[0]} -> {after[0]}")
         if self.parity is not None:

@@ -20,6 +20,7 @@ from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.advice import advised
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.reasons import first_few
@@ -52,6 +53,7 @@ def fold(
     seed: int = 0,
     progress: Progress | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    explain: Globs | None = None,
 ) -> FoldResult:
     """Fold every inference batch normalization that can be folded exactly into its neighbors' weights.
 
@@ -73,6 +75,8 @@ def fold(
         Called with a line of text before each step of the verification.
     workdir : path, optional
         Where a hidden folder holds the files of a model with external data while it is verified; the system's temporary one by default.
+    explain : str or sequence of str, optional
+        Globs over node names: the whole search for a place for these nodes is told in `FoldResult.explanations`.
 
     Returns
     -------
@@ -95,7 +99,8 @@ def fold(
     ('c', True, 1)
     """
     shapes = checked_shapes(input_shapes)
-    options = _Options(_globs(only, "only"), _globs(skip, "skip"), verify, shapes, freeze_inputs, seed, progress or silent, workdir)
+    globs = _globs(only, "only"), _globs(skip, "skip"), _globs(explain, "explain")
+    options = _Options(*globs, verify, shapes, freeze_inputs, seed, progress or silent, workdir)
     return _folded(storage.load(model), options)
 
 
@@ -105,6 +110,7 @@ class _Options:
 
     only: list[str] | None
     skip: list[str] | None
+    explain: list[str] | None
     verify: bool
     input_shapes: dict[str, tuple[int, ...]]
     freeze_inputs: bool
@@ -130,7 +136,7 @@ class _Job:
         self.original = original
         self.options = options
         self.index = Index(form, options.freeze_inputs, options.input_shapes)
-        _check_globs(self.index, options.only, options.skip)
+        _check_globs(self.index, options)
         # Node -> why it is not folded: verification found its fold wrong.
         self.excluded: dict[NodeKey, str] = {}
         self.checks: dict[PlanKey, FoldParity] = {}
@@ -147,7 +153,13 @@ class _Job:
                 self._exclude(plan, planning)
 
     def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
-        return planner.plan(self.index, self.options.only, self.options.skip, {**self.excluded, **without})
+        options = self.options
+        return planner.plan(self.index, options.only, options.skip, {**self.excluded, **without}, options.explain)
+
+    def _supposed(self, shapes: Mapping[str, tuple[int, ...]]) -> Planning:
+        """Return the planning of the same model with these sizes and with its inputs frozen."""
+        index = Index(self.index.source, True, shapes)
+        return planner.plan(index, self.options.only, self.options.skip, self.excluded)
 
     def _check(self, plan: Plan, planning: Planning) -> FoldParity:
         key = _key(plan)
@@ -180,6 +192,7 @@ class _Job:
     def result(self, planning: Planning) -> FoldResult:
         """Write and verify the whole model; return the FoldResult."""
         planning, output, parity = self._finish(planning)
+        planning.kept = advised(planning, self.index, self._supposed)
         missed: list[Plan] = []
         if parity is not None and parity.status in ("ok", "inconclusive"):
             missed = unreached(self.index, planning, parity.compared, parity.missed)
@@ -348,9 +361,9 @@ def _globs(value: Globs | None, where: str) -> list[str] | None:
     return list(globs)
 
 
-def _check_globs(index: Index, only: list[str] | None, skip: list[str] | None) -> None:
+def _check_globs(index: Index, options: _Options) -> None:
     labels = [node.label for node in index.order]
-    for where, globs in (("only", only), ("skip", skip)):
+    for where, globs in (("only", options.only), ("skip", options.skip), ("explain", options.explain)):
         for glob in globs or ():
             if not any(fnmatchcase(label, glob) for label in labels):
                 names = [node.label for node in index.order if is_batch_norm(node)]

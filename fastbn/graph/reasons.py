@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-__all__ = ["FORWARDS", "REASONS", "ReasonCode", "Refusal", "first_few"]
+__all__ = ["CURABLE", "FORWARDS", "REASONS", "ReasonCode", "Refusal", "first_few"]
 
 # Separates the two parts of a reason: why the search backward failed, and why the search forward did.
 FORWARDS = "; forwards: "
@@ -90,6 +90,10 @@ REASONS: dict[ReasonCode, str] = {
     "flush-to-zero": "a folded weight would become zero in the model's type, beside nothing that hides it",
     "parity": "the fold was tried and differs from the original by more than rounding explains",
 }
+
+
+# What an option may change: sizes that a caller gives (--input-shape), constants that nobody overrides (--freeze-inputs).
+CURABLE: tuple[ReasonCode, ...] = ("axis-unknown", "overridable-parameters", "overridable-weight")
 
 
 class Refusal(Exception):

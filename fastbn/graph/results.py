@@ -5,7 +5,23 @@ from typing import Literal, TypeAlias, TypedDict
 
 from fastbn.graph.reasons import ReasonCode
 
-__all__ = ["SCHEMA", "Change", "Fold", "FoldDict", "FoldReport", "Kept", "KeptDict", "Parity", "ParityDict", "ParityStatus", "json_number"]
+__all__ = [
+    "SCHEMA",
+    "Change",
+    "Explanation",
+    "ExplanationDict",
+    "Fold",
+    "FoldDict",
+    "FoldReport",
+    "Kept",
+    "KeptDict",
+    "Parity",
+    "ParityDict",
+    "ParityStatus",
+    "Step",
+    "StepDict",
+    "json_number",
+]
 
 # Version of the JSON report: it is raised when a field changes its meaning or is removed, not when one is added.
 SCHEMA = 1
@@ -54,6 +70,26 @@ class ParityDict(TypedDict):
     missed: tuple[str, ...]
 
 
+class StepDict(TypedDict):
+    """A Step in the JSON report."""
+
+    strategy: str
+    depth: int
+    direction: str
+    node: str
+    asked: str
+    answer: str
+    code: ReasonCode | None
+
+
+class ExplanationDict(TypedDict):
+    """An Explanation in the JSON report."""
+
+    bn: str
+    outcome: str
+    steps: list[StepDict]
+
+
 class Change(TypedDict):
     """A count before and after folding."""
 
@@ -73,6 +109,7 @@ class FoldReport(TypedDict):
     folded: list[FoldDict]
     kept: list[KeptDict]
     notes: list[str]
+    explanations: list[ExplanationDict]
     parity: ParityDict | None
 
 
@@ -142,6 +179,71 @@ class Kept:
     def to_dict(self) -> KeptDict:
         """Return the fields as JSON holds them."""
         return {"bn": self.bn, "ops": self.ops, "code": self.code, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One question of the search for a place: what a node was asked for, and what it said.
+
+    Attributes
+    ----------
+    strategy : str
+        "plain", "rearrange" (other readers of a changed value undo the change) or "split" (an Add keeps the shift).
+    depth : int
+        How many nodes lie between this one and the batch normalization.
+    direction : str
+        "backward" (against the data flow) or "forward".
+    node : str
+        Operator and label, or the value that no node gives.
+    asked : str
+        The affine.
+    answer : str
+    code : str or None
+        The reason of a refusal.
+    """
+
+    strategy: str
+    depth: int
+    direction: str
+    node: str
+    asked: str
+    answer: str
+    code: ReasonCode | None = None
+
+    def to_dict(self) -> StepDict:
+        """Return the fields as JSON holds them."""
+        return {
+            "strategy": self.strategy,
+            "depth": self.depth,
+            "direction": self.direction,
+            "node": self.node,
+            "asked": self.asked,
+            "answer": self.answer,
+            "code": self.code,
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The whole search for a place for one node.
+
+    Attributes
+    ----------
+    bn : str
+        Its label.
+    outcome : str
+        "folded", or the reason why it stays.
+    steps : list of Step
+        In the order of the questions.
+    """
+
+    bn: str
+    outcome: str
+    steps: list[Step]
+
+    def to_dict(self) -> ExplanationDict:
+        """Return the fields as JSON holds them."""
+        return {"bn": self.bn, "outcome": self.outcome, "steps": [step.to_dict() for step in self.steps]}
 
 
 @dataclass(frozen=True, repr=False)

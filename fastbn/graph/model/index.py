@@ -12,7 +12,9 @@ from fastbn.graph.model.nesting import DEEPEST, bodies, expanded_size, is_standa
 from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import check_node
 from fastbn.graph.model.shapes import Inference, shape_of
+from fastbn.graph.model.sizes import LARGEST_LIST
 from fastbn.graph.model.storage import Source
+from fastbn.graph.ops.shape_rules import Dim, Size, Sizes
 
 __all__ = ["Index"]
 
@@ -217,6 +219,26 @@ class Index:
         if declared is None or inferred is None or len(declared) != len(inferred):
             return inferred if declared is None else declared
         return tuple(other if size is None else size for size, other in zip(declared, inferred, strict=True))
+
+    def sizes(self, value: Value) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells; None where not even the rank is known."""
+        shape = self.shape(value)
+        if shape is None or is_complete(shape):
+            return shape
+        sizes = self._inference().sizes(value)
+        if sizes is None or len(sizes) != len(shape):
+            sizes = tuple(Dim(value, axis) for axis in range(len(shape)))
+        return tuple(named if size is None else size for size, named in zip(shape, sizes, strict=True))
+
+    def elements(self, value: Value) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        constant = self.constant(value)
+        if constant is None:
+            return self._inference().elements(value)
+        if constant.dtype.kind not in "iu" or len(constant.shape) != 1 or constant.size > LARGEST_LIST:
+            return None
+        numbers: list[Size] = constant.array().tolist()
+        return numbers
 
     def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sized
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
@@ -200,10 +201,14 @@ def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from filter(is_external, (each.values, each.indices))
 
 
+# onnx looks the type up in two tables; a large model has thousands of tensors of a few types.
+_dtype_of = lru_cache(maxsize=64)(lambda kind: np.dtype(tensor_dtype_to_np_dtype(kind)))
+
+
 def tensor_dtype(tensor: TensorProto, where: str) -> np.dtype[np.generic]:
     """Return the NumPy dtype of a TensorProto."""
     try:
-        return np.dtype(tensor_dtype_to_np_dtype(tensor.data_type))
+        return _dtype_of(tensor.data_type)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(expected("a tensor of a known type", f"type {tensor.data_type}", where)) from error
 
@@ -270,8 +275,9 @@ class Source:
         """
         where = tensor.name or "a constant"
         dtype = tensor_dtype(tensor, where)
-        if any(dim < 0 for dim in tensor.dims):
-            raise ModelError(expected("sizes that are not negative", f"{list(tensor.dims)}", where))
+        shape = tuple(tensor.dims)
+        if shape and min(shape) < 0:
+            raise ModelError(expected("sizes that are not negative", f"{list(shape)}", where))
         if is_external(tensor):
             raw = self.external(tensor)
         elif tensor.HasField("raw_data"):
@@ -286,10 +292,10 @@ class Source:
         size = _bytes_of(tensor, where)
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
-        if size < math.prod(tensor.dims) * dtype.itemsize:
+        if size < math.prod(shape) * dtype.itemsize:
             packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
             return np.asarray(numpy_helper.to_array(packed), order="C")
-        array = raw.view(dtype).reshape(tuple(tensor.dims))
+        array = raw.view(dtype).reshape(shape)
         return array if array.flags.aligned else array.copy()
 
     def data_files(self) -> set[str]:

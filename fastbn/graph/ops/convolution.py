@@ -16,7 +16,7 @@ from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_batch
+from fastbn.graph.ops.shape_rules import Size, Sizes, same_batch
 from fastbn.graph.ops.weighted import scaled, summed
 from fastbn.graph.reasons import Refusal
 
@@ -270,8 +270,48 @@ def _work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> flo
     return (size if node.op == "Conv" else data.size) * weight.size / max(weight.shape[0] if weight.ndim else 1, 1)
 
 
+# The weight tells the rank, and the channels of both sides.
+def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
+    data, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
+    if weight is None or len(weight) < 3:
+        return same_batch(node, inputs)
+    channels, groups = weight[0 if node.op == "Conv" else 1], node.attribute("group", 1)
+    space: list[Size] = [None] * (len(weight) - 2)
+    if data is not None and len(data) == len(weight) and node.op == "Conv" and _keeps_space(node, weight[2:]):
+        space = [*data[2:]]
+    if isinstance(channels, int) and node.op == "ConvTranspose":
+        channels *= groups
+    return (data[0] if data else None, channels, *space)
+
+
+def _keeps_space(node: Node, kernel: Sizes) -> bool:
+    """Say whether a Conv gives images of the size that it takes: it goes in steps of 1, and the padding is what the window takes away."""
+    count = len(kernel)
+    if node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
+        return all(step == 1 for step in node.attribute("strides", [1] * count))
+    pads, dilations = node.attribute("pads", [0] * 2 * count), node.attribute("dilations", [1] * count)
+    if node.attribute("auto_pad", b"NOTSET") != b"NOTSET" or len(pads) != 2 * count or len(dilations) != count:
+        return False
+    around = [before + behind for before, behind in zip(pads[:count], pads[count:], strict=True)]
+    windows = zip(kernel, dilations, around, strict=True)
+    fits = all(isinstance(size, int) and step * (size - 1) == pad for size, step, pad in windows)
+    return fits and all(step == 1 for step in node.attribute("strides", [1] * count))
+
+
+def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
+    size = weight[1 if node.op == "Conv" else 0] if len(weight) > 2 else None
+    return 1, size * node.attribute("group", 1) if node.op == "Conv" and isinstance(size, int) else size
+
+
 _SHARED = Row(
-    channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch, work=_work
+    channel_axis=1,
+    bias_slot=BIAS,
+    terms=_terms,
+    probe_shapes=_probe_shapes,
+    weight_matrix=_weight_matrix,
+    sizes=_sizes,
+    demanded_size=_demanded_size,
+    work=_work,
 )
 
 CONVOLUTION = {

@@ -243,10 +243,10 @@ def _gemm_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     return (None if node.attribute("transA", 0) else first[0], None)
 
 
-def _data_width(node: Node, weight: Sizes) -> Size:
+def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
     if len(weight) != 2 or node.attribute("transA", 0):
-        return None
-    return weight[1 if node.attribute("transB", 0) else 0]
+        return -1, None
+    return -1, weight[1 if node.attribute("transB", 0) else 0]
 
 
 # MatMul, constant B:  backward (A B)*S = A (B*S) along its columns;  forward (A*S + T) B = A (S*B) + T B along its rows, and T B goes on as
@@ -411,7 +411,7 @@ MATMUL = {
         weight_matrix=_gemm_weight_matrix,
         bound=_gemm_bound,
         sizes=_gemm_sizes,
-        data_width=_data_width,
+        demanded_size=_demanded_size,
         work=_gemm_work,
     ),
     "MatMul": Row(
@@ -422,7 +422,7 @@ MATMUL = {
         probe_shapes=_matmul_probe_shapes,
         weight_matrix=_matmul_weight_matrix,
         sizes=_matmul_sizes,
-        data_width=_data_width,
+        demanded_size=_demanded_size,
         work=_gemm_work,
     ),
     **dict.fromkeys(("MatMulInteger", "QLinearMatMul"), Row(work=_gemm_work)),

@@ -14,7 +14,7 @@ from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import each_once, same_sizes
+from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
@@ -43,6 +43,10 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
         raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
     arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
     channels = arrays["var"].size
+    if arrays["mean"].size == channels == 0 < arrays["scale"].size:
+        raise Refusal(
+            "training", "its mean and variance are empty: it normalizes with the statistics of the batch, as a training graph does"
+        )
     if not channels:
         raise Refusal("bad-parameters", "it has no channels")
     for slot, name in PARAMETERS.items():
@@ -50,20 +54,25 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
             where = f"{node.label}.{node.proto.input[slot]}"
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", where))
     eps = node.attribute("epsilon", EPSILON)
-    good = np.isfinite(np.stack([*arrays.values()])).all(axis=0) & (arrays["var"] + eps > 0)
+    good = arrays["var"] + eps > 0
+    for values in arrays.values():
+        good &= np.isfinite(values)
     if not good.all():
         bad = np.flatnonzero(~good).tolist()
         which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
     abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
-    return Affine(scale, shift, 1, 2, abs_terms)
+    # A value of one channel may be a list: it has no axis 1 then.
+    return Affine(scale, shift, 1, 2 if channels == 1 else 0, abs_terms)
 
 
 def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
     """spatial=0 (before opset 9) has parameters per element; on data of shape (N, C) an element is a channel."""
+    if node.attribute("spatial", 1):
+        return
     rank = graph.rank(node.input(0))
-    if node.attribute("spatial", 1) or rank == 2:
+    if rank == 2:
         return
     if rank is None:
         raise Refusal("axis-unknown", "spatial=0, and the rank of its data is not known: only on (N, C) are its parameters per channel")
@@ -90,7 +99,8 @@ def _refuse_training(node: Node, opset: int) -> None:
     if opset >= 14:
         if node.attribute("training_mode", 0):
             raise Refusal("training", "training_mode=1: it normalizes with the statistics of the batch")
-        if any(value is not None for value in node.outputs[1:]):
+        # In inference these outputs are not defined; where nothing reads them, they leave with the node.
+        if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
             raise Refusal("training", "it hands out running statistics")
     elif len(node.outputs) > 1:
         raise Refusal("training", f"it has {len(node.outputs)} outputs, which before opset 14 means training")
@@ -142,6 +152,10 @@ def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
     if slot == VAR:
         return array
     return np.asarray(-np.abs(array) if slot == MEAN else np.abs(array))
+
+
+def _demanded_size(node: Node, scale: Sizes) -> tuple[int, Size]:
+    return 1, scale[0] if len(scale) == 1 else None
 
 
 # InstanceNormalization, GroupNormalization, LayerNormalization, RMSNormalization, n what they normalize, of the rank of
@@ -218,7 +232,15 @@ _LAST_AXES = Row(
 
 NORMALIZATION = {
     BATCH_NORM: Row(
-        _backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes, work=each_once
+        _backward,
+        _forward,
+        lift=_lift,
+        terms=_terms,
+        probe_shapes=_probe_shapes,
+        magnitude=_magnitude,
+        sizes=same_sizes,
+        demanded_size=_demanded_size,
+        work=each_once,
     ),
     "InstanceNormalization": _CHANNELS,
     "GroupNormalization": _CHANNELS,

@@ -23,6 +23,7 @@ from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.shape_rules import Size, Sizes
+from fastbn.graph.reasons import Refusal
 
 __all__ = [
     "STRATEGIES",
@@ -78,6 +79,12 @@ class PresentGraph(Protocol):
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
         ...
+
+    def sizes(self, value: Value | None) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
+
+    def elements(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
 
     def declared_shape(self, value: Value) -> Shape | None:
         """Return what the file itself says of a shape."""
@@ -197,7 +204,8 @@ class Transfer:
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
     affine). merge is there where the affine goes into a sibling instead. lifted are other nodes with the same affine, which leave with the
-    one that is asked for. skip is asked, backward, of the input at its slot.
+    one that is asked for. skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which
+    counts once all that is asked further would work out.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
@@ -207,6 +215,7 @@ class Transfer:
     merge: SiblingMerge | None = None
     lifted: Sequence[Node] = ()
     skip: tuple[int, Skip] | None = None
+    objection: Refusal | None = None
 
 
 # What a row answers in one direction, see the head of the file; several answers are tried in order.
@@ -245,6 +254,8 @@ class Row:
     ----------
     backward, forward : Rule or None
         What it does with an affine in each direction; None where it has no such fold.
+    join : callable or None
+        (node, input slot -> affine, graph) -> what it does forward with affines that have come in by several of its inputs, or Refusal.
     forward_refusal : str
         What a sentence about the node goes on with where forward is None.
     with_constant : Row or None
@@ -299,8 +310,8 @@ class Row:
         The slots in which it reads sizes, factors or axes by value.
     reshape_target : callable or None
         (node, sizes of the first input, value -> its elements) -> the list of sizes that it makes of its input, which Reshape's rules read.
-    data_width : callable or None
-        (node, sizes of its second input) -> the size that it demands of the last axis of its first input.
+    demanded_size : callable or None
+        (node, sizes of its second input) -> (axis, size) that these demand of its first input.
     result_size : callable or None
         (node, arrays) -> how many elements it gives for constants, told before it is run; None where it is not to be run for them. Without
         it, onnx's shape inference is asked.
@@ -315,6 +326,7 @@ class Row:
 
     backward: Rule | None = None
     forward: Rule | None = None
+    join: Callable[[Node, Mapping[int, Affine], PresentGraph], Transfer] | None = None
     forward_refusal: str = "which cannot take or pass it"
     with_constant: "Row | None" = None
     lift: Callable[[Node, PresentGraph], Affine | None] | None = None
@@ -343,7 +355,7 @@ class Row:
     sizes: Callable[[Node, Sequence[Sizes | None]], Sizes | None] | None = None
     size_slots: tuple[int, ...] = ()
     reshape_target: Callable[[Node, Sizes | None, Callable[[Value | None], list[Size] | None]], list[Size] | None] | None = None
-    data_width: Callable[[Node, Sizes], Size] | None = None
+    demanded_size: Callable[[Node, Sizes], tuple[int, Size]] | None = None
     result_size: Callable[[Node, Sequence[NDArray[Any]]], float | None] | None = None
     work: Callable[[Node, Sequence[NDArray[Any] | None], float], float] | None = None
     list_elements: Callable[[Node, Sizes | None, Sequence[NDArray[Any] | None]], NDArray[Any] | None] | None = None

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.probe import Probe, probes
@@ -84,7 +84,9 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
             return result
         # The sizes are not those of the model: a Reshape, say, may mean something else with them, so the next probe decides.
         first = first or result
-    return first or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+    return first or FoldParity(
+        True, note=f"not run: {complaint or 'its inputs are not known without a run of the model, and onnxruntime cannot run that'}"
+    )
 
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
@@ -288,6 +290,8 @@ def _modern(proto: NodeProto, opset: int) -> NodeProto:
         attributes = [attribute for attribute in copy.attribute if attribute.name not in obsolete]
         del copy.attribute[:]
         copy.attribute.extend(attributes)
+    if copy.op_type == BATCH_NORM:
+        del copy.output[1:]  # running statistics that nothing reads, with which onnxruntime does not run it
     return copy
 
 

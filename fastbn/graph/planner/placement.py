@@ -13,14 +13,15 @@ from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Strategy
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.search import Search
 from fastbn.graph.planner.view import GraphView
-from fastbn.graph.reasons import FORWARDS, Refusal
+from fastbn.graph.reasons import CURABLE, FORWARDS, ReasonCode, Refusal
 
 __all__ = ["Placement", "place", "place_constant"]
 
 # Reasons that only say "nothing there": they give way to one that names a condition.
-VAGUE = ("reads-input", "reads-constant", "no-absorber", "unused")
+VAGUE: tuple[ReasonCode, ...] = ("reads-input", "reads-constant", "no-absorber", "unused")
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,26 @@ class Placement:
     kept_shift: tuple[Node, Dense] | None = None
 
 
-def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, record: Record | None = None) -> Placement:
     """Return where the affine of a lifted node goes; raises Refusal where there is no place."""
     origin = Origin(node, view.source(view.data(node)))
     if strategy == "split" and view.is_refused(node, strategy):
-        return _split(origin, affine, view, strategy, Refusal("no-absorber", "nothing has changed since it was refused"))
+        return _split(origin, affine, view, record, Refusal("no-absorber", "nothing has changed since it was refused"))
     try:
-        return Placement(Search(view, origin, strategy).backward(origin.value, affine, node, view.data_slot(node)))
+        return Placement(Search(view, origin, strategy, record).backward(origin.value, affine, node, view.data_slot(node)))
     except Refusal as refusal:
         behind = refusal.with_traceback(None)
     try:
-        plan = Search(view, origin, strategy).forward(node.outputs[0], affine)
+        plan = Search(view, origin, strategy, record).forward(node.outputs[0], affine)
         _refuse_unknown_width(node, affine, view, plan)
         return Placement(plan, forward=True)
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
     view.note_refused(node, strategy)
-    code = ahead.code if behind.code in VAGUE and ahead.code not in VAGUE else behind.code
+    code = min(behind.code, ahead.code, key=lambda each: _weight(each, view))
     both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
     if strategy == "split":
-        return _split(origin, affine, view, strategy, both)
+        return _split(origin, affine, view, record, both)
     raise both
 
 
@@ -66,6 +67,13 @@ def place_constant(node: Node, constant: Tensor, view: GraphView) -> Placement:
     if any(reader.scopes for reader, _ in readers) or not readers:
         raise Refusal("reads-constant", "it reads a constant, and nothing that takes the result")
     return Placement(Plan(constants=dict.fromkeys(readers, constant), path={reader: None for reader, _ in readers}))
+
+
+def _weight(code: ReasonCode, view: GraphView) -> int:
+    """Return how little a code says: 0 where an option of the user may change it, 3 where there only is nothing."""
+    if code == "axis-unknown" and not view.is_open():  # a size that no option tells
+        return 2
+    return 0 if code in CURABLE else 3 if code in VAGUE else 1
 
 
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
@@ -83,30 +91,30 @@ def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Pla
             raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
 
 
-def _split(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy, refusal: Refusal) -> Placement:
+def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | None, refusal: Refusal) -> Placement:
     """Return a placement that leaves the shift in an Add; raises `refusal` where there is none."""
     for way in (_keep_shift_backward, _keep_shift_forward) if view.keeps_shifts() else ():
         try:
-            return way(origin, affine, view, strategy)
+            return way(origin, affine, view, record)
         except Refusal:
             pass  # what was said about both ways is the better reason
     raise refusal
 
 
-def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
     """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
     node = origin.node
-    plan = Search(view, origin, strategy).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
+    plan = Search(view, origin, "split", record).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
     if not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
     return Placement(plan, False, _shift_node(node, affine, view, plan))
 
 
-def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
     """MatMul(S x + T, W) = MatMul(x + T/S, S W): the scale goes into W, an Add of T/S stays."""
     if (affine.scale == 0).any():
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
-    plan = Search(view, origin, strategy).forward(origin.node.outputs[0], affine.scale_only())
+    plan = Search(view, origin, "split", record).forward(origin.node.outputs[0], affine.scale_only())
     before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.abs_terms / np.abs(affine.scale))
     if not all(row_of(absorber, view).has_no_place_for_shift for absorber in plan.absorbers):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")

@@ -20,10 +20,11 @@ from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.kept import kept_nodes
 from fastbn.graph.planner.placement import Placement, place, place_constant
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
-from fastbn.graph.results import Kept
+from fastbn.graph.results import Explanation, Kept
 
 __all__ = ["NodeKey", "Planning", "key_of", "plan"]
 
@@ -38,11 +39,24 @@ def key_of(node: Node) -> NodeKey:
 
 @dataclass
 class Planning:
-    """What the planner decided: plans, kept nodes, and the view of the graph after all plans."""
+    """What the planner decided.
+
+    Attributes
+    ----------
+    plans : list of Plan
+    kept : list of Kept
+    view : GraphView
+        The graph after all plans.
+    refusals : dict of Node -> Refusal
+        Of every node that could be lifted and has found no place.
+    explanations : list of Explanation
+    """
 
     plans: list[Plan]
     kept: list[Kept]
     view: GraphView
+    refusals: dict[Node, Refusal]
+    explanations: list[Explanation]
 
 
 def plan(
@@ -50,6 +64,7 @@ def plan(
     only: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     excluded: Mapping[NodeKey, str] | None = None,
+    explain: Sequence[str] | None = None,
 ) -> Planning:
     """Plan every fold of a model.
 
@@ -60,19 +75,30 @@ def plan(
         Globs over node names: fold only these, never those.
     excluded : mapping of (scope number, position) -> str
         Nodes whose folds verification has found wrong, and the sentence to report.
+    explain : sequence of str, optional
+        Globs over the names of nodes whose search is written down.
 
     Returns
     -------
     Planning
     """
-    return _Planner(index, only, skip, excluded or {}).run()
+    return _Planner(index, only, skip, excluded or {}, explain).run()
 
 
 class _Planner:
     """One planning on its way: the present graph, the plans so far, the refusals."""
 
-    def __init__(self, index: Index, only: Sequence[str] | None, skip: Sequence[str] | None, excluded: Mapping[NodeKey, str]) -> None:
+    def __init__(
+        self,
+        index: Index,
+        only: Sequence[str] | None,
+        skip: Sequence[str] | None,
+        excluded: Mapping[NodeKey, str],
+        explain: Sequence[str] | None,
+    ) -> None:
         self.index = index
+        self.explain = explain
+        self.records: dict[Node, Record] = {}
         self.only, self.skip, self.excluded = only, skip, excluded
         self.view = GraphView(index)
         self.plans: dict[Plan, None] = {}
@@ -94,7 +120,24 @@ class _Planner:
         view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
         order = {node: number for number, node in enumerate(self.index.order)}
         plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.lifted))
-        return Planning(plans, kept_nodes(self.index, view, refusals), view)
+        refusals = {node: refusal for node, refusal in refusals.items() if node not in view.removed and node not in view.replaced}
+        return Planning(plans, kept_nodes(self.index, view, refusals), view, refusals, self._explanations(refusals))
+
+    def _explanations(self, refusals: Mapping[Node, Refusal]) -> list[Explanation]:
+        explanations = []
+        for node in self.index.order if self.explain else ():
+            outcome = refusals[node].sentence if node in refusals else "folded"
+            if node in self.records:
+                explanations.append(Explanation(node.label, outcome, self.records[node].steps))
+        return explanations
+
+    def _record_of(self, node: Node, strategy: Strategy) -> Record | None:
+        """Return where to write down the search of a node: that of the last round, in which the simplest strategy comes first."""
+        if not self.explain or not any(fnmatchcase(node.label, glob) for glob in self.explain):
+            return None
+        if strategy == STRATEGIES[0] or node not in self.records:
+            self.records[node] = Record()
+        return self.records[node]
 
     def _pass(self, nodes: Sequence[Node], strategy: Strategy) -> tuple[dict[Node, Refusal], set[Node]]:
         """Try each of some nodes once; return (refusals, the nodes that found a place)."""
@@ -127,7 +170,7 @@ class _Planner:
             return None
         self._refuse_unselected(node)
         _refuse_widening(node, self.view)
-        return place(node, affine, self.view, strategy), affine.channels
+        return place(node, affine, self.view, strategy, self._record_of(node, strategy)), affine.channels
 
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:
@@ -198,9 +241,11 @@ def _candidates(index: Index) -> list[Node]:
 
 def _refuse_widening(node: Node, view: GraphView) -> None:
     """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
+    if is_batch_norm(node):
+        return
     value = view.data(node)
     data, out = view.shape(value), view.shape(node.outputs[0])
-    if is_batch_norm(node) or data is None or out is None:
+    if data is None or out is None:
         return
     if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
         raise Refusal("axis", f"its constant widens the value '{value.name}'")

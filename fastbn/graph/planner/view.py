@@ -12,7 +12,7 @@ from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
-from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.affine import Affine
@@ -20,6 +20,7 @@ from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.quantization import dequantized, is_quantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
@@ -110,6 +111,14 @@ class GraphView:
             self._shapes[value] = shape
         return self._shapes[value]
 
+    def sizes(self, value: Value | None) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
+        return None if value is None else self.index.sizes(value)
+
+    def elements(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        return None if value is None else self.index.elements(value)
+
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
         shape = self.shape(value)
@@ -124,6 +133,11 @@ class GraphView:
         if math.prod(shape) > LARGEST_PROBE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
+
+    def is_open(self) -> bool:
+        """Say whether a graph input leaves a size open that the caller could give."""
+        inputs = [value for value in self.index.main.values.values() if value.is_input and value.initializer is None]
+        return any(value.name not in self.index.input_shapes and not is_complete(self.declared_shape(value)) for value in inputs)
 
     def check(self, node: Node) -> None:
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
