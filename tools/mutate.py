@@ -38,7 +38,7 @@ from mutants import ROOT, Mutant, mutants_of
 # The tests that run the code of the ONNX wing in their own process, most of them through whole folds.
 TESTS = (
     "absorb bodies carry comparable consistency economy effort expressions forward gather injected_faults injected_values lift model",
-    "nesting noise odd_nodes peers places plan probe quantised results rewrite rows schemas shapes sizes underflow verify",
+    "nesting noise odd_nodes peers places plan probe quantised results rewrite rows schemas shape_rules shapes sizes underflow verify",
 )
 
 # A test may take ten times as long as without the mutant, and this many seconds more: the machine may be busy.
@@ -198,10 +198,11 @@ class Checker:
         if self.map is not None and self.map.exists():
             kept: Record = pickle.loads(self.map.read_bytes())
             record = kept if kept.sources == sources else record
-        record = self._forked(lambda: self._recorded(record, [item for name, item in items.items() if name not in record.seconds]))
+        new = [item for name, item in items.items() if name not in record.seconds]
+        complete: Record = self._forked(lambda: self._recorded(record, new))
         if self.map is not None:
-            self.map.write_bytes(pickle.dumps(record))
-        return record
+            self.map.write_bytes(pickle.dumps(complete))
+        return complete
 
     def _recorded(self, record: Record, items: list[pytest.Item]) -> Record:
         """Run every test once under a tracer."""
