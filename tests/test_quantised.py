@@ -90,3 +90,14 @@ def test_a_quantised_number_is_no_weight():
         q = DequantizeLinear(k, f) c = Conv(x, q, b) y = BatchNormalization(c, s, t, m, v)
     }"""
     refuses(conv_bn(text, w=None, k=np.int8(3), f=np.float32(0.5)), "dynamic-weight", verify=False)
+
+
+@pytest.mark.parametrize("zero_points", ["", ", zp"])
+def test_forwards_a_shift_is_summed_over_weights_of_several_steps(zero_points):
+    text = f"""(float[N,4,8,8] x) => (float[N,3,6,6] y) {{
+        r = Relu(x)
+        b = BatchNormalization(r, s, t, m, v)
+        w = DequantizeLinear <axis = 1> (q, sc{zero_points})
+        y = Conv(b, w)
+    }}"""
+    folded(model(text, **{**PER_CHANNEL, "q": QUANTISED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))

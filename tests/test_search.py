@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from sketch import folds, model, norm, normal, ops
 
@@ -54,3 +55,52 @@ def test_an_operator_that_gives_two_values_is_not_asked_for_one():
     assert kept(model(INDICES % "r = Tanh(n) j = Cast <to = 1> (i) y = Add(r, j)", **constants))[0] == "other-outputs"
     is_output = model((INDICES % "y = Tanh(n)").replace("=> (float y", "=> (float y, int64 i"), **constants)
     assert kept(is_output)[0] == "other-outputs"
+
+
+TWO_READERS = """(float[2,3,6,6] x) => (float y) {
+    c = Conv(x, w) n = BatchNormalization(c, s, t, m, v) a = Conv(n, w2) b = Conv(c, w3) y = Add(a, b)
+}"""
+
+
+def test_other_readers_are_asked_only_where_nothing_else_takes_the_affine():
+    constants = {"w": normal(4, 3, 1, 1), "w2": normal(4, 4, 1, 1), "w3": normal(4, 4, 1, 1, seed=3)}
+    result = folds(model(TWO_READERS, **constants, **norm(4)), "Conv Conv Conv Add")
+    assert [fold.into for fold in result.folded] == ["a"]
+
+
+def test_a_scale_of_zero_cannot_be_undone_by_other_readers():
+    text = TWO_READERS.replace("a = Conv(n, w2)", "a = Tanh(n)")
+    constants = {"w": normal(4, 3, 1, 1), "w3": normal(4, 4, 1, 1, seed=3), **norm(4)}
+    folds(model(text, **constants), "Conv Tanh Conv Add")
+    constants["s"] = np.float32([0, 1, 2, 3])
+    assert kept(model(text, **constants))[0] == "other-readers"
+
+
+@pytest.mark.parametrize("order", ["(a, b)", "(b, a)"])
+def test_the_operand_that_can_takes_the_shift_of_a_sum(order):
+    text = f"(float[2,3] x) => (float y) {{ a = MatMul(x, w) b = Gemm(x, w2) d = Add{order} y = BatchNormalization(d, s, t, m, v) }}"
+    folds(model(text, w=normal(3, 4), w2=normal(3, 4, seed=2), **norm(4)), "MatMul Gemm Add")
+
+
+def test_a_fold_in_a_body_does_not_reach_the_outer_graph():
+    text = """(float[2,3] x, bool b) => (float y) {
+        c = Gemm(x, w)
+        y = If (b) <then_branch = yes () => (float y1) { y1 = BatchNormalization(c, s, t, m, v) },
+                    else_branch = no () => (float y2) { y2 = Gemm(x, w) }>
+    }"""
+    code, sentence = kept(model(text, w=normal(3, 4), **norm(4)))
+    assert (code, "of Gemm 'c' in an outer graph" in sentence) == ("crosses-scope", True)
+
+
+DECOMPOSED = "(float[2,%s,6,6] x) => (float y) { a = Mul(x, k) n = Add(a, l) y = Conv(n, w) }"
+
+
+@pytest.mark.parametrize(("channels", "code"), [("1", "axis"), ("C", "reads-input"), ("4", "reads-input")])
+def test_constants_that_widen_their_data_stay(channels, code):
+    proto = model((DECOMPOSED % channels).replace("Conv(n, w)", "Tanh(n)"), k=normal(4, 1, 1), l=normal(4, 1, 1, seed=1))
+    assert kept(proto)[0] == code
+
+
+def test_constants_that_do_not_widen_their_data_go():
+    proto = model(DECOMPOSED % "4", k=normal(4, 1, 1), l=normal(4, 1, 1, seed=1), w=normal(5, 4, 1, 1))
+    folds(proto, "Conv")
