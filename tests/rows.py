@@ -37,7 +37,9 @@ def applied(given, array):
 class Setting:
     """One node, named y, in a model; x is its data, z another input."""
 
-    def __init__(self, node, given, *, x=(2, 4, 6, 6), z=None, slot=0, opset=17, unknown=False, strategy="plain", outputs="y", **constants):
+    def __init__(
+        self, node, given, *, x=(2, 4, 6, 6), z=None, slot=0, opset=17, unknown=False, strategy="plain", outputs="y", before="", **constants
+    ):
         self.given, self.slot, self.strategy = given, slot, strategy
         # Negative sizes stand for unknown ones: of the shape, its size is used.
         self.feeds = {"x": normal(*map(abs, x)) + np.float32(0.3)}
@@ -46,10 +48,10 @@ class Setting:
             self.feeds["z"], shapes["z"] = normal(*map(abs, z), seed=4), z
         texts = {name: ",".join("N" if size < 0 else str(size) for size in shape) for name, shape in shapes.items()}
         inputs = ", ".join(f"float[{text}] {name}" for name, text in texts.items())
-        nodes = f"{outputs} = {node}"
+        nodes = f"{before} {outputs} = {node}"
         if unknown:  # a Reshape to a list that the caller gives hides the rank
             hidden = re.sub(r"\bx\b", "h", node)
-            inputs, nodes = f"{inputs}, int64[?] list", f"h = Reshape(x, list) {outputs} = {hidden}"
+            inputs, nodes = f"{inputs}, int64[?] list", f"{before} h = Reshape(x, list) {outputs} = {hidden}"
             self.feeds["list"] = ints(*map(abs, x))
         self.proto = model(f"({inputs}) => ({outputs}) {{ {nodes} }}", opset=opset, **constants)
         self.view = GraphView(Index(storage.load(self.proto)))
