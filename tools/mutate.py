@@ -38,7 +38,7 @@ from mutants import ROOT, Mutant, mutants_of
 # The tests that run the code of the ONNX wing in their own process, most of them through whole folds.
 TESTS = (
     "absorb bodies carry comparable consistency economy effort expressions forward gather graph_affine injected_faults",
-    "injected_values lift model nesting noise odd_nodes peers places plan probe quantised refusals results rewrite rows",
+    "injected_values kept lift model nesting noise odd_nodes peers places plan probe quantised refusals results rewrite rows",
     "schemas search shape_rules shapes sizes transfers underflow verify wrong_nodes",
 )
 
