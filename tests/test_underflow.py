@@ -1,12 +1,13 @@
 """Folded weights that round to zero: refused where a run could tell, folded where it could not. The oracle is onnxruntime."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
 from fastbn.graph.model.constant import Dense
-from fastbn.graph.planner.representable import LARGEST_INPUT, flushed_channels
+from fastbn.graph.planner.representable import LARGEST_INPUT, ROUNDING, flushed_channels
 
 CONV = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
 BEFORE = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Conv(n, w, b) }}"
@@ -103,3 +104,9 @@ def test_what_is_lost_is_not_more_than_rounding(dtype):
     assert (lost[passed].sum(axis=1) * LARGEST_INPUT <= allowed[passed]).all()
     assert (lost[channels].sum(axis=1) * LARGEST_INPUT > allowed[channels]).all()
     assert min(len(channels), (lost[passed].sum(axis=1) > 0).sum()) > 100
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_the_rounding_of_each_type(name):
+    kind = ml_dtypes.finfo(name)
+    assert ROUNDING[name] == (float(kind.eps) / 2, float(kind.smallest_normal))

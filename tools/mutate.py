@@ -39,7 +39,7 @@ from mutants import ROOT, Mutant, mutants_of
 TESTS = (
     "absorb bodies carry comparable consistency economy effort expressions forward gather graph_affine injected_faults",
     "injected_values kept lift model nesting noise odd_nodes peers places plan probe quantised refusals results rewrite rows",
-    "schemas search shape_rules shapes sizes transfers underflow verify wrong_nodes",
+    "schemas search shape_rules shapes sizes transfers underflow verify view wrong_nodes",
 )
 
 # A test may take ten times as long as without the mutant, and this many seconds more: the machine may be busy.
