@@ -1,6 +1,7 @@
 """What the rows of operators say besides their two directions: what verifying a fold and asking for lost weights need to know."""
 
 import numpy as np
+import onnx
 import pytest
 from sketch import model, norm, normal, run
 
@@ -188,3 +189,126 @@ def test_which_inputs_are_read_by_shape_or_type_alone():
     reads = {op: dict(row.reads) for op, row in OPERATORS.items() if row.reads}
     like = ("Shape", "Size", "EyeLike", "RandomNormalLike", "RandomUniformLike")
     assert reads == {**{op: {0: "shape"} for op in like}, "CastLike": {1: "type"}}
+
+
+# What ONNX calls the inputs that an operator reads as sizes, factors, axes or counts.
+SIZE_NAMES = {"K", "axes", "axis", "delta", "depth", "ends", "limit", "pads", "repeats", "roi", "scales", "shape", "sizes", "split"}
+SIZE_NAMES |= {"start", "starts", "steps", "tiles"}
+
+
+def slots_named(op, names):
+    """Return the slots of the inputs that ONNX gives these names to in any version of an operator."""
+    schemas = [schema for schema in onnx.defs.get_all_schemas_with_history() if (schema.name, schema.domain) == (op, "")]
+    return {slot for schema in schemas for slot, given in enumerate(schema.inputs) if given.name in names}
+
+
+@pytest.mark.parametrize("op", sorted(OPERATORS))
+def test_the_slots_that_are_read_as_sizes_are_those_that_onnx_names_so(op):
+    expected = {"Flatten": {1}, "ConstantOfShape": {0}}.get(op, slots_named(op, SIZE_NAMES))  # a Flatten counts as a Reshape
+    assert set(OPERATORS[op].size_slots) == expected
+
+
+def having(fact):
+    return {op for op, row in OPERATORS.items() if fact(row)}
+
+
+def test_whose_results_depend_on_the_sizes_of_what_they_read():
+    """A fold over these is verified in the sizes of the model first."""
+    moving = {"Reshape", "Flatten", "Squeeze", "Split", "DepthToSpace", "Expand", "Slice", "Gather", "Resize", "Upsample"}
+    assert having(lambda row: row.sized) == moving
+    first = {"Reshape", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather"}
+    assert having(lambda row: row.moved_inputs == "first") == first
+    assert having(lambda row: row.moved_inputs == "all") == {"Concat"}
+    assert having(lambda row: row.reshape_target is not None) == {"Reshape", "Flatten"}
+    assert having(lambda row: row.list_elements is not None) == {"Shape", "Identity", "Cast"}
+    assert having(lambda row: row.parts) == {"Split"}
+    assert having(lambda row: row.data_width is not None) == {"Gemm", "MatMul"}
+
+
+def test_the_bias_of_an_operator_and_the_axis_of_its_channels():
+    assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "Gemm"}
+    assert {slot for op in ("Conv", "ConvTranspose") for slot in slots_named(op, "B")} == {OPERATORS["Conv"].bias_slot}
+    assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
+    axes = {op: row.channel_axis for op, row in OPERATORS.items() if row.channel_axis is not None}
+    assert axes == {"Conv": 1, "ConvTranspose": 1, "Gemm": 1}
+        "Conv": 1,
+        "ConvTranspose": 1,
+        "Gemm": 1,
+    }
+    assert having(lambda row: row.has_no_place_for_shift) == {"MatMul"}
+    gemm, _, _ = seen(text("Gemm <beta = 3.0> (x, w)", "9,5"), w=normal(5, 7))
+    plain, _, _ = seen(text("Gemm(x, w)", "9,5"), w=normal(5, 7))
+    assert [OPERATORS["Gemm"].bias_factor(node) for node in (gemm, plain)] == [3, 1]
+    assert OPERATORS["Conv"].bias_factor(plain) == 1
+
+
+def test_operands_that_broadcast_and_constants_among_them():
+    two = {"Add", "Sub", "Mul", "Div"}
+    assert having(lambda row: row.broadcasts) == two | {"Sum"}
+    assert having(lambda row: row.with_constant is not None) == two
+    for op, constant, is_affine in (("Add", "k", True), ("Sub", "k", True), ("Mul", "k", True), ("Add", "i", False), ("Add", "x", False)):
+        node, row, view = seen(text(f"{op}(x, {constant})"), k=normal(4, 1, 1), i=np.ones((4, 1, 1), np.int64))
+        assert (row.lift is not None) == is_affine
+        assert row.transfers
+        assert (view.affine(node) is not None) == is_affine
+        assert row.broadcasts
+    before, row, view = seen(text("Sub(k, x)"), k=normal(4, 1, 1))
+    assert (view.data_slot(before), row.bound is OPERATORS["Sub"].bound) == (1, True)
+    assert not OPERATORS["Shape"].transfers
+    assert (OPERATORS["LSTM"].transfers, OPERATORS["LSTM"].backward) == (True, None)
+
+
+def test_before_opset_7_nothing_broadcasts_by_shape():
+    _, row, _ = seen(text("Add(x, k)"), k=normal(2, 4, 6, 6), opset=6)
+    assert row.lift is None
+    _, row, _ = seen(text("Add(x, k)"), k=normal(2, 4, 6, 6), opset=7)
+    assert row.lift is not None
+
+
+LIFTED = {
+    "Add(x, k)": lambda k: (np.ones(4), k),
+    "Add(k, x)": lambda k: (np.ones(4), k),
+    "Sub(x, k)": lambda k: (np.ones(4), -k),
+    "Sub(k, x)": lambda k: (-np.ones(4), k),
+    "Mul(x, k)": lambda k: (k, np.zeros(4)),
+    "Div(x, k)": lambda k: (1 / k, np.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("source", LIFTED)
+def test_a_node_with_a_constant_as_an_affine(source):
+    constant = normal(4, 1, 1, seed=3)
+    node, _, view = seen(text(source), k=constant)
+    affine = view.affine(node)
+    scale, shift = LIFTED[source](constant.reshape(-1).astype(np.float64))
+    np.testing.assert_array_equal(affine.scale, scale)
+    np.testing.assert_array_equal(affine.shift, shift)
+    assert (affine.axis, affine.rank) == (-3, 3)
+    np.testing.assert_array_equal(affine.abs_terms, np.abs(shift))
+
+
+def lifted(source, **constants):
+    node, _, view = seen(text(source), **constants)
+    return view.affine(node)
+
+
+def test_constants_that_are_no_affine():
+    assert lifted("Add(x, k)", k=normal(4, 1, 6)) is None, "two axes"
+    assert lifted("Add(x, k)", k=normal(1, 4, 1, 1)).rank == 4
+    assert lifted("Add(x, k)", k=np.float32(3)).axis is None
+    assert lifted("Add(x, k)", k=normal(1, 1)).axis is None
+    assert lifted("Mul(x, k)", k=np.float32([1, 2, np.inf, 3, 4, 5])) is None
+    assert lifted("Add(x, k)", k=np.float32([1, 2, np.nan, 3, 4, 5])) is None
+    assert lifted("Div(x, k)", k=np.float32([1, 2, 0, 3, 4, 5])) is None
+    assert lifted("Div(k, x)", k=normal(6)) is None
+
+
+def test_a_batch_normalization_as_an_affine():
+    parameters = norm(4)
+    affine = lifted("BatchNormalization(x, s, t, m, v)", **parameters)
+    s, t, m, v = (parameters[name].astype(np.float64) for name in "stmv")
+    scale = s / np.sqrt(v + np.float32(1e-5))
+    np.testing.assert_allclose(affine.scale, scale, rtol=1e-12)
+    np.testing.assert_allclose(affine.shift, t - m * scale, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(affine.abs_terms, np.abs(t) + np.abs(m * scale), rtol=1e-12)
+    assert (affine.axis, affine.rank) == (1, 2)

@@ -59,32 +59,38 @@ class NotApplied(Exception):
     """A mutant that cannot be put in place."""
 
 
-def put_in_place(mutant: Mutant) -> None:
-    """Make the modules of this process those that the mutant's file would make."""
-    module = _module(mutant.path)
+def functions_of(files: Sequence[Path]) -> dict[str, list[FunctionType]]:
+    """Return the functions of each file that this process holds, closures among them."""
+    functions: dict[str, list[FunctionType]] = {str(path): [] for path in files}
+    for value in gc.get_objects():
+        if isinstance(value, FunctionType) and value.__code__.co_filename in functions:
+            functions[value.__code__.co_filename].append(value)
+    return functions
+
+
+def put_in_place(mutant: Mutant, functions: list[FunctionType]) -> None:
+    """Make a module of this process, with its functions, what the mutant's file would make."""
     code = compile(mutant.tree(), str(mutant.path), "exec")
-    (_replace_functions if mutant.is_inside else _replace_globals)(module, code)
+    if mutant.is_inside:
+        _replace_functions(functions, code)
+    else:
+        _replace_globals(_module(mutant.path), code)
 
 
 def _module(path: Path) -> ModuleType:
     return sys.modules[".".join(path.relative_to(ROOT).with_suffix("").parts)]
 
 
-def _replace_functions(module: ModuleType, code: CodeType) -> None:
-    """Give every function of a module, closures among them, its new code."""
+def _replace_functions(functions: list[FunctionType], code: CodeType) -> None:
+    """Give every function of a module its new code."""
     new = {(each.co_qualname, each.co_firstlineno): each for each in _codes(code)}
-    count = 0
-    for function in gc.get_objects():
-        if isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__:
-            own = function.__code__
-            replacement = new.get((own.co_qualname, own.co_firstlineno))
-            if replacement is not None:
-                if len(replacement.co_freevars) != len(own.co_freevars):
-                    raise NotApplied(f"{own.co_qualname} reads other variables of the functions around it")
-                function.__code__ = replacement
-                count += 1
-    if not count:
-        raise NotApplied(f"no function of {module.__name__} is there")
+    for function in functions:
+        own = function.__code__
+        replacement = new.get((own.co_qualname, own.co_firstlineno))
+        if replacement is not None:
+            if len(replacement.co_freevars) != len(own.co_freevars):
+                raise NotApplied(f"{own.co_qualname} reads other variables of the functions around it")
+            function.__code__ = replacement
 
 
 def _replace_globals(module: ModuleType, code: CodeType) -> None:
@@ -151,6 +157,7 @@ class Checker:
         self.budget: float = options.budget
         self.reports: list[pytest.TestReport] = []
         self.survivors: list[Mutant] = []
+        self.functions: dict[str, list[FunctionType]] = {}
         self.killed = Counter[str]()
 
     def say(self, text: str) -> None:
@@ -173,6 +180,8 @@ class Checker:
         self.say(f"{len(items)} tests; left out, as they fail or take long: {sorted(record.failed)}")
         good = [name for name in items if name not in record.failed and record.seconds[name] <= self.slowest]
         good.sort(key=record.seconds.__getitem__)
+        self.functions = functions_of(self.files)
+        gc.freeze()  # what the children share stays shared
         for number, mutant in enumerate(self.mutants, 1):
             of_line = set().union(*(record.tests.get((str(mutant.path), line), ()) for line in mutant.lines))
             names = [name for name in good if name in of_line or not mutant.is_inside]
@@ -198,7 +207,7 @@ class Checker:
             self.killed[outcome] += 1
         if self.out is not None:
             with self.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"mutant": mutant.text, "line": mutant.lines.start, "outcome": outcome}) + "\n")
+                file.write(json.dumps({"mutant": mutant.text, "line": mutant.lines.start, "outcome": outcome, "tests": count}) + "\n")
 
     def _record(self, items: dict[str, pytest.Item]) -> Record:
         """Return what a run of every test shows; what an earlier run has shown counts while the mutated files are the same."""
@@ -255,7 +264,7 @@ class Checker:
         def run() -> str:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             try:
-                put_in_place(mutant)
+                put_in_place(mutant, self.functions[str(mutant.path)])
             except NotApplied as problem:
                 return f"not applied: {problem}"
             except Exception as error:  # the file could not even be loaded
