@@ -231,10 +231,6 @@ def test_the_bias_of_an_operator_and_the_axis_of_its_channels():
     assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
     axes = {op: row.channel_axis for op, row in OPERATORS.items() if row.channel_axis is not None}
     assert axes == {"Conv": 1, "ConvTranspose": 1, "Gemm": 1}
-        "Conv": 1,
-        "ConvTranspose": 1,
-        "Gemm": 1,
-    }
     assert having(lambda row: row.has_no_place_for_shift) == {"MatMul"}
     gemm, _, _ = seen(text("Gemm <beta = 3.0> (x, w)", "9,5"), w=normal(5, 7))
     plain, _, _ = seen(text("Gemm(x, w)", "9,5"), w=normal(5, 7))
