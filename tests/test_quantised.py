@@ -101,3 +101,10 @@ def test_forwards_a_shift_is_summed_over_weights_of_several_steps(zero_points):
         y = Conv(b, w)
     }}"""
     folded(model(text, **{**PER_CHANNEL, "q": QUANTISED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
+
+
+@pytest.mark.parametrize("wrong", [{"sc": np.ones(3, np.float32)}, {"zp": np.zeros(3, np.int8)}, {"zp": np.int8(0)}])
+def test_scales_and_zero_points_that_do_not_fit(wrong):
+    proto = model(CONV % ("<axis=0>", ", zp", ""), **{**PER_CHANNEL, **wrong}, **norm(4, positive=True))
+    with pytest.raises(fastbn.ModelError, match=r"Expected scales and zero points of shape \(4,\)"):
+        fastbn.fold(proto, verify=False)

@@ -83,6 +83,9 @@ REFUSED = {
     "MatMul from the left, unknown rank": refused(
         "backward", "axis-unknown", "the rank of", "MatMul(w, x)", affine(3, -2, shift=False), x=(5, 4), w=normal(3, 5), unknown=True
     ),
+    "MatMul, the first axis of an unknown rank": refused(
+        "backward", "axis-unknown", "the rank of", "MatMul(x, w)", affine(2, 0, shift=False), x=(2, 4, 5), w=normal(5, 3), unknown=True
+    ),
     "MatMul, widened": refused(
         "backward", "axis-unknown", "of rank 4 may widen", "MatMul(x, w)", affine(3, -1, shift=False, rank=4), x=(2, 5), w=normal(5, 3)
     ),
@@ -189,6 +192,9 @@ REFUSED = {
         "backward", "axis", "splits or mixes the channels of axis 1: 2x6x24", "Reshape(x, k)", affine(6, 1), k=ints(2, 6, 24)
     ),
     "Reshape, unknown": refused("forward", "axis-unknown", "to place axis 1", "Reshape(x, k)", A4, x=(2, -4, 6, 6), k=ints(2, 4, -1)),
+    "Reshape of an unknown rank": refused(
+        "forward", "axis-unknown", "not known well enough to place axis 1", "Reshape(x, k)", A4, k=ints(2, 4, -1), unknown=True
+    ),
     "Reshape, channels": refused("forward", "axis", "3 channels meet axis 1 of Reshape", "Reshape(x, k)", affine(3, 1), k=ints(2, 4, -1)),
     "Concat, another axis": refused("forward", "other-branch", "along another axis", "Concat <axis = 2> (x, z)", A4, z=(2, 4, 6, 6)),
     "Concat, channels": refused(

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from sketch import folds, model, norm, normal, ops
+from sketch import assert_same, folds, model, norm, normal, ops
 
 import fastbn
 from fastbn.graph.planner.search import LONGEST_WAY, MOST_STEPS
@@ -104,3 +104,17 @@ def test_constants_that_widen_their_data_stay(channels, code):
 def test_constants_that_do_not_widen_their_data_go():
     proto = model(DECOMPOSED % "4", k=normal(4, 1, 1), l=normal(4, 1, 1, seed=1), w=normal(5, 4, 1, 1))
     folds(proto, "Conv")
+
+
+NARROW = "(float[2,C,6,6] x) => (float y) { a = Add(x, k) n = Mul(a, l) y = Conv(n, w) }"
+WIDE = [((4, 1, 1), "Mul Conv"), ((1, 4, 1, 1), "Mul Conv"), ((1,), "Add Conv"), ((1, 1, 1), "Add Conv")]
+
+
+@pytest.mark.parametrize(("shape", "left"), WIDE)
+def test_a_constant_that_may_widen_its_data_goes_where_what_reads_it_widens_it_too(shape, left):
+    """The last of them stays: without it, the convolution would read one channel where the caller gives one."""
+    proto = model(NARROW, k=normal(4, 1, 1), l=normal(*shape, seed=1), w=normal(5, 4, 1, 1))
+    result = fastbn.fold(proto, verify=False)
+    assert ops(result.model) == left
+    for channels in (1, 4):
+        assert_same(proto, result.model, {"x": normal(2, channels, 6, 6)})

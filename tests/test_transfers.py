@@ -279,3 +279,37 @@ FORWARD = {
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name):
     check_forward(FORWARD[name]())
+
+
+@pytest.mark.parametrize(("opset", "attributes"), [(6, {"broadcast": 1}), (7, {}), (17, {})])
+@pytest.mark.parametrize("direction", ["backward", "forward"])
+def test_a_new_bias_of_a_gemm_broadcasts(direction, opset, attributes):
+    setting = case("Gemm(x, w, c)", affine(3, 1), x=(2, 3), w=normal(3, 3), c=normal(3), opset=opset)()
+    assert setting.answers(direction)[0].attributes == attributes
+
+
+NUMBERS = {
+    "Slice": ("Slice(x, k, l, a)", {"k": ints(1), "l": ints(3), "a": ints(1)}),
+    "Gather": ("Gather <axis = 1> (x, k)", {"k": ints(3, 0)}),
+    "Pad": ('Pad <mode = "edge"> (x, k)', {"k": ints(0, 1, 1, 2, 0, 0, 0, 1)}),
+    "Resize": ("Resize(x, , k)", {"k": np.float32([1, 2, 2, 2])}),
+    "Expand": ("Expand(x, k)", {"k": ints(3, 1, 1, 1, 1)}),
+    "DepthToSpace": ("DepthToSpace <blocksize = 2> (x)", {}),
+    "Squeeze": ("Squeeze(x)", {}),
+    "Transpose": ("Transpose <perm = [3,2,0,1]> (x)", {}),
+    "ReduceMean": ("ReduceMean <axes = [1]> (x)", {}),
+    "AveragePool": ("AveragePool <kernel_shape = [2,2]> (x)", {}),
+    "GlobalAveragePool": ("GlobalAveragePool(x)", {}),
+    "ConvTranspose": ("ConvTranspose <pads = [1,1,1,1]> (x, w)", {"w": TRANSPOSED}),
+    "Neg": ("Neg(x)", {}),
+}
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_number_for_every_element_passes_whatever_moves(name, unknown):
+    node, constants = NUMBERS[name]
+    hidden = unknown and name not in ("ReduceMean", "ConvTranspose", "Pad")
+    setting = case(node, PER_ELEMENT, unknown=hidden, **constants)
+    check_backward(setting())
+    check_forward(setting())

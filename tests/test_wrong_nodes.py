@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from rows import A4, W, affine, case, ints
-from sketch import normal
+from sketch import norm, normal
 
 from fastbn.errors import ModelError
 
@@ -70,3 +70,9 @@ def test_what_onnx_forbids_is_said(name):
     make, direction, part = WRONG[name]
     with pytest.raises(ModelError, match=part):
         make().answers(direction)
+
+
+def test_a_batch_normalization_has_five_inputs():
+    setting = case("BatchNormalization(x, s, t, m, v, s)", A4, **norm(4))()
+    with pytest.raises(ModelError, match="Expected 5 inputs, got 6"):
+        setting.view.lifted(setting.node)
