@@ -208,7 +208,7 @@ def _check_data_files(sources, paths):
     read = {path for source in sources for path in source.data_files()}
     for path in paths:
         if path not in (None, STREAM) and os.path.realpath(path) in read:
-            raise StorageError(expected("an output that is no data file of the input", "one", str(path)))
+            raise StorageError(f"Cannot write '{path}': it is a data file of the input")
 
 
 def _report_path(where, inputs, outputs, run):
@@ -240,7 +240,8 @@ def _deliver(arguments, run, made, target, where, lines, page=None):
     leaves nothing behind.
     """
     from fastbn.graph.report import size_text
-    from fastbn.graph.rewrite.destination import atomic, is_stream
+    from fastbn.graph.rewrite.destination import is_stream
+    from fastbn.graph.rewrite.replacement import atomic
 
     stream = _stream(arguments, target)
     # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
@@ -319,7 +320,7 @@ def _write_json(path, data):
 
 def _write_report(where, data):
     """Write the report of a command that makes no model."""
-    from fastbn.graph.rewrite.destination import atomic
+    from fastbn.graph.rewrite.replacement import atomic
 
     if where == STREAM:
         _write_json(None, data)

@@ -1,4 +1,8 @@
-"""The errors of fastbn. Every message has one form: "Expected <what>, got <what> - at `<where>`"."""
+"""The errors of fastbn.
+
+A message is one sentence: "Expected <what>, got <what> - at `<where>`" about types, shapes and values, "Cannot <do what>: <reason>" about
+all else.
+"""
 
 __all__ = [
     "ArgumentError",
@@ -46,5 +50,5 @@ class TensorError(FastbnError, RuntimeError):
 
 
 def expected(what: str, got: str, where: str) -> str:
-    """Return the message of an error in the project's one form."""
+    """Return the message of an error about a type, a shape or a value."""
     return f"Expected {what}, got {got} - at `{where}`"

@@ -1,4 +1,4 @@
-"""Models that are none, by seed: sound ones with faults put in.
+"""Malformed models, by seed: valid ones with faults put in.
 
 `python tests/hostile.py FIRST LAST` folds those of the seeds from FIRST to LAST and says how each ends.
 """
@@ -280,7 +280,7 @@ FAULTS: list[Callable[[random.Random, ModelProto], None]] = [
 
 
 def outcome(seed: int) -> str:
-    """Return how the fold of a hostile model ends: "result", "error", "no model", or what is none of these."""
+    """Return how the fold of a hostile model ends: "result", "error", "no model", or a sentence about any other end."""
     try:
         proto = hostile(seed)
     except (DecodeError, IndexError, TypeError, ValueError):  # one fault left nothing for the next one
@@ -297,7 +297,7 @@ def outcome(seed: int) -> str:
 
 
 def main(first: int, last: int) -> int:
-    """Fold the models of these seeds, print how each ended; return how many ended as none should."""
+    """Fold the models of these seeds, print how each ended; return how many ended in neither a result nor an error."""
     warnings.simplefilter("error")
     ends = Counter()
     for seed in range(first, last):

@@ -58,6 +58,35 @@ def test_folds(case):
     folds(FOLDS[case], FOLDS[case].graph.node[0].op_type)
 
 
+CNORM = "y = BatchNormalization(c, s, t, m, v)"
+
+# A is constant (3x5, or 5x3 transposed) and B the data (5x4, or 4x5): name -> (nodes from x (5x6), operators that stay).
+CONSTANT_A = {
+    "columns pass to B": (f"e = Gemm(x, w) c = Gemm(a, e, b) {CNORM}", "Gemm Gemm"),
+    "transposed, no C": (
+        f"e = Gemm <transA = 1, transB = 1> (w, x) c = Gemm <transA = 1, transB = 1, alpha = 0.5> (at, e) {CNORM}",
+        "Gemm Gemm",
+    ),
+    "beta": (f"e = Gemm(x, w) c = Gemm <beta = -2.0> (a, e, b) {CNORM}", "Gemm Gemm"),
+    "rows": ("e = Tanh(x) c = Gemm(a, e) y = Mul(c, kc)", "Tanh Gemm"),
+    "rows of a transposed A": ("e = Tanh(x) c = Gemm <transA = 1> (at, e) y = Mul(c, kc)", "Tanh Gemm"),
+    "a shift of the rows": ("e = Tanh(x) c = Gemm(a, e) y = Add(c, kc)", "Tanh Gemm"),
+    "forward along the rows of B": ("e = Tanh(x) f = Mul(e, r) y = Gemm <alpha = 2.0> (a, f)", "Tanh Gemm"),
+    "forward, a shift": ("e = Tanh(x) f = Add(e, r) y = Gemm(a, f)", "Tanh Gemm"),
+    "forward, transposed": ("e = Tanh(x) g = Transpose(e) f = Mul(g, rt) y = Gemm <transA = 1, transB = 1> (at, f)", "Tanh Transpose Gemm"),
+    "forward along the columns": ("e = Tanh(x) f = Mul(e, q) d = Gemm(a, f, b6) y = MatMul(d, w)", "Tanh Gemm MatMul"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANT_A)
+def test_gemm_of_a_constant_a(case):
+    nodes, expected = CONSTANT_A[case]
+    constants = {"a": normal(3, 5), "at": normal(5, 3), "w": normal(6, 4), "b": B4, "b6": B6, "kc": normal(3, 1), **norm(4)}
+    constants |= {"r": normal(5, 1, seed=2), "rt": normal(5, seed=2), "q": normal(6, seed=3)}
+    used = {name: value for name, value in constants.items() if f"({name}," in nodes or f" {name})" in nodes or f" {name}," in nodes}
+    folds(model(f"(float[5,6] x) => (float y) {{ {nodes} }}", **used), expected)
+
+
 @pytest.mark.parametrize("beta", [0.25, 1.0])
 def test_gemm_beta_goes_into_the_constant(beta):
     result = folds(before_norm(f"Gemm <beta = {beta}> (x, w, b)", "N,5", w=normal(5, 4), b=B4), "Gemm")

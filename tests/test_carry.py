@@ -37,6 +37,16 @@ def forward(nodes, *, x="2,4,6,6", w, positive=False, shift=True, opset=17, **co
     return model(text, opset=opset, w=w, **parameters, **constants)
 
 
+def repeated(nodes, **constants):
+    """Return what `backward` does with a norm whose second half of channels is like the first."""
+    proto = backward(nodes, **constants)
+    for tensor in proto.graph.initializer:
+        if tensor.name in "stmv":
+            values = onnx.numpy_helper.to_array(tensor)
+            tensor.raw_data = np.tile(values[: values.size // 2], 2).tobytes()
+    return proto
+
+
 def gone(proto):
     """Return the operators of a model without its BatchNormalization."""
     return " ".join(op for op in ops(proto).split() if op != "BatchNormalization")
@@ -48,6 +58,8 @@ W4 = normal(5, 4, 2, 2)
 SPREAD = "<kernel_shape = [2,2], dilations = [2,2], pads = [1,1,1,1]>"
 
 # name -> model whose norm goes.
+SWAP, REVERSED = "Transpose <perm = [0,2,1,3]>", "ReverseSequence <time_axis = 1, batch_axis = 0>"
+
 PASSES = {
     "Identity": backward("d = Identity(c)"),
     "Cast to the same type": backward("d = Cast<to = 1>(c)"),
@@ -156,6 +168,23 @@ PASSES = {
     "Add of two branches": backward("e = Conv(x, w2) d = Add(c, e)", w2=normal(4, 3, 3, 3, seed=2)),
     "Sub of two branches": backward("e = Conv(x, w2) d = Sub(e, c)", w2=normal(4, 3, 3, 3, seed=2)),
     "Sum of three branches": backward("e = Conv(x, w2) f = Conv(x, w) d = Sum(e, c, f)", w2=normal(4, 3, 3, 3, seed=2)),
+    "Mean of two branches": backward("e = Conv(x, w2) d = Mean(e, c)", w2=normal(4, 3, 3, 3, seed=2)),
+    "Max of two branches": backward("e = Conv(x, w2) d = Max(e, c)", positive=True, w2=normal(4, 3, 3, 3, seed=2)),
+    "Min of a branch and a constant": backward("d = Min(c, k)", positive=True, k=normal(1, 4, 1, 1)),
+    "Where": backward("e = Conv(x, w2) g = Conv(x, w) f = Greater(g, k) d = Where(f, c, e)", w2=normal(4, 3, 3, 3, seed=2), k=B[:1]),
+    "Where of a constant": backward("e = Conv(x, w) f = Greater(e, l) d = Where(f, c, k)", k=normal(1, 4, 1, 1), l=B[:1]),
+    "Abs": backward("d = Abs(c)", shift=False, positive=True),
+    "Abs forward": forward("d = Abs(n)", w=W4, shift=False, positive=True),
+    "LpPool": backward("d = LpPool <kernel_shape = [2,2], p = 3> (c)", shift=False, positive=True),
+    "LpPool forward": forward("d = LpPool <kernel_shape = [2,2]> (n)", w=W4, shift=False, positive=True),
+    "GlobalLpPool": backward("d = GlobalLpPool(c)", shift=False, positive=True),
+    "GlobalLpPool forward": forward("p = GlobalLpPool(n) d = Flatten(p)", w=normal(4, 3), shift=False, positive=True),
+    "Tile": backward("d = Tile(c, k)", k=ints(1, 1, 2, 1)),
+    "Tile forward": forward("d = Tile(n, k)", w=W4, k=ints(1, 1, 1, 2)),
+    "Tile of the channels": forward("d = Tile(n, k)", w=normal(5, 8, 1, 1), k=ints(1, 2, 1, 1)),
+    "Tile of the channels, backward": repeated("d = Tile(c, k)", w=normal(2, 3, 3, 3), k=ints(1, 2, 1, 1)),
+    "ReverseSequence": backward(f"e = {SWAP} (c) f = {REVERSED} (e, k) d = {SWAP} (f)", k=ints(3, 2)),
+    "ReverseSequence forward": forward(f"e = {SWAP} (n) f = {REVERSED} (e, k) d = {SWAP} (f)", w=W4, k=ints(3, 2)),
     "Mul by a mask, no shift": backward(
         "p = Sigmoid(x) q = ReduceMean <axes = [1]> (p) e = AveragePool <kernel_shape = [3,3]> (q) d = Mul(c, e)", shift=False
     ),
@@ -273,6 +302,19 @@ STAYS = {
     "Mul by a mask, shift": ("shift-cannot-pass", forward("p = Sigmoid(x) d = Mul(n, p)", w=W4)),
     "Cast to another type and back": ("graph-output", backward("h = Cast<to = 11>(c) d = Cast<to = 1>(h)")),
     "Cast forward": ("no-absorber", forward("h = Cast<to = 11>(n) d = Cast<to = 1>(h)", w=W4)),
+    "Max, scale of mixed signs": (
+        "mixed-sign-through-maxpool",
+        backward("e = Conv(x, w2) d = Max(e, c)", w2=normal(4, 3, 3, 3, seed=2)),
+    ),
+    "Where forward": ("no-absorber", forward("f = Greater(x, k) d = Where(f, n, x)", w=W4, k=B[:1])),
+    "Abs of a shift": ("shift-through-relu", forward("d = Abs(n)", w=W4, positive=True)),
+    "LpPool of a shift": ("shift-cannot-pass", forward("d = LpPool <kernel_shape = [2,2]> (n)", w=W4, positive=True)),
+    "Tile of channels that differ": ("axis", backward("d = Tile(c, k)", channels=8, k=ints(1, 2, 1, 1))),
+    "ReverseSequence of the channels": (
+        "axis",
+        backward("e = Transpose <perm = [1,0,2,3]> (c) f = ReverseSequence(e, k) d = Transpose <perm = [1,0,2,3]> (f)", k=ints(3, 2)),
+    ),
+    "Mean of a scale forward": ("other-branch", forward("d = Mean(n, x)", w=W4)),
     "Div by the value": ("no-absorber", forward("p = Sigmoid(x) d = Div(p, n)", w=W4, shift=False)),
     "Softmax": ("graph-output", backward("d = Softmax <axis = 1> (c)")),
     "graph output": (

@@ -1,4 +1,4 @@
-"""The check of what is written: faults of the writer, each of which would make a wrong or invalid model, are said and not written."""
+"""The check of written models: a fault of the writer that makes a wrong or invalid model is an error, and nothing is written."""
 
 import pytest
 from onnx import helper
@@ -34,7 +34,7 @@ def body():
 
 def _rebuilt(self, order):
     ordered = order(list(enumerate(self.graphs)))
-    gone = {(node.scope.number, node.position) for node in self.gone}
+    gone = {(node.scope.number, node.position) for node in self.unwritten}
     for number, graph in ordered:
         nodes = [node for position, node in enumerate(graph.node) if (number, position) not in gone]
         del graph.node[:]
@@ -42,11 +42,11 @@ def _rebuilt(self, order):
 
 
 def misnamed(self):
-    """Leave the names as they are: what read the norm reads nothing."""
+    """Leave the names as they are: the readers of the norm then read a value that no node gives."""
 
 
 def unwritten(self, node, slot, constant):
-    """Hand out the name of the old constant without writing the new one."""
+    """Return the name of the old constant without writing the new one."""
     return node.input(slot).name if node.input(slot) is not None else node.inputs[1].name
 
 
@@ -74,7 +74,7 @@ def misdirected(original):
 
 
 def dropped(original):
-    """Lose a node that is not to go."""
+    """Leave out a node that no plan removes."""
 
     def rebuild(self):
         original(self)

@@ -275,17 +275,17 @@ def test_a_model_that_only_the_data_can_run_is_compared_with_a_warning(here, cap
 
 
 @pytest.mark.parametrize("broken", ["original", "folded"])
-def test_a_stage_that_the_optimiser_of_onnxruntime_breaks_on_is_not_shipped(broken, here, capsys, monkeypatch):
+def test_a_stage_that_the_optimizer_of_onnxruntime_breaks_on_is_not_shipped(broken, here, capsys, monkeypatch):
     real = pipeline.session
 
     def session(model, **options):
-        if options.get("optimise") and (broken in model or (broken == "original" and model == "in.onnx")):
-            raise RuntimeError("the optimiser broke")
+        if options.get("optimize") and (broken in model or (broken == "original" and model == "in.onnx")):
+            raise RuntimeError("the optimizer broke")
         return real(model, **options)
 
     monkeypatch.setattr(pipeline, "session", session)
     report = as_json(capsys, "--data", "data.npz", code=1 if broken == "folded" else 0)
-    assert report["stages"][broken == "folded"]["refused"] == "onnxruntime cannot load it: the optimiser broke"
+    assert report["stages"][broken == "folded"]["refused"] == "onnxruntime cannot load it: the optimizer broke"
     assert report["shipped"] == (None if broken == "folded" else "folded")
     report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")
     assert report["shipped"] == "quantized"
@@ -415,7 +415,6 @@ BAD = {
     "the same file": (["in.onnx", "in.onnx"], "an OUT that is not IN, got the same file - at `in.onnx`"),
     "missing model": (["none.onnx", "out.onnx"], "a file that can be used, got no such file or directory - at `none.onnx`"),
     "no model": (["data.npz", "out.onnx"], "an ONNX model, got"),
-    "missing folder": (["in.onnx", "none/out.onnx"], "an existing output folder, got none - at `none`"),
     "missing data": (
         ["in.onnx", "out.onnx", "--data", "none.npz"],
         "a file that can be used, got no such file or directory - at `none.npz`",
@@ -481,12 +480,19 @@ def test_samples_that_the_model_does_not_run_on(here, capsys):
     assert files(here) == ["data.npz", "in.onnx"]
 
 
+def test_a_missing_folder(here, capsys):
+    before = files(here)
+    assert main(["deploy", "in.onnx", "none/out.onnx"]) == 2
+    assert capsys.readouterr().err == "fastbn: Cannot write 'none/out.onnx': there is no folder 'none'\n"
+    assert files(here) == before
+
+
 def test_a_read_only_folder(here, capsys, monkeypatch):
     (here / "locked").mkdir()
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
     assert main(["deploy", "in.onnx", "locked/out.onnx"]) == 2
-    assert "Expected a writable output folder, got one that is not - at `locked`" in capsys.readouterr().err
+    assert "Cannot write 'locked/out.onnx': no file can be made in the folder 'locked'" in capsys.readouterr().err
     assert files(here / "locked") == []
 
 

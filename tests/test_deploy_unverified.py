@@ -162,12 +162,12 @@ def test_where_no_stage_loads_nothing_is_shipped(here, capsys, monkeypatch):
     real = pipeline.session
 
     def session(path, **options):
-        if options.get("optimise"):
-            raise RuntimeError("the optimiser broke")
+        if options.get("optimize"):
+            raise RuntimeError("the optimizer broke")
         return real(path, **options)
 
     monkeypatch.setattr(pipeline, "session", session)
     found, _, err = deploy(capsys, "--data", "data.npz", code=1)
-    assert found["decision"] == "folded: onnxruntime cannot load it: the optimiser broke"
+    assert found["decision"] == "folded: onnxruntime cannot load it: the optimizer broke"
     assert found["latency"] == []
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Where files go: old whole or new whole, devices and pipes written through, leftovers removed, nothing replaced that was not asked for."""
+"""Where files go: each is the old one or the new one as a whole, devices and pipes are written into, leftovers of killed runs removed."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ from sketch import assert_same, conv_bn, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.graph.rewrite import destination, writer
+from fastbn.graph.rewrite.workdir import Workdir
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root may give files away and make devices")
@@ -42,7 +43,7 @@ def _external(here, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_child_that_loads(monkeypatch):
-    """A deployment measures the memory of its stages in processes of their own: no matter here."""
+    """Skip the processes in which a deployment measures the memory of its stages."""
     monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)
 
 
@@ -119,7 +120,7 @@ def test_leftovers_are_removed_and_what_lives_is_not(here):
         (here / name).mkdir()
     (here / ".fastbn-00000000000000ff").symlink_to(others[0])
     (here / ".fastbn-00000000000000fe").write_text("a file")
-    with destination.Room(here) as alive:
+    with Workdir(here) as alive:
         (alive.path / "file").write_text("at work")
         fastbn.fold("in.onnx").save("out.onnx")
         assert (alive.path / "file").read_text() == "at work"
@@ -127,27 +128,27 @@ def test_leftovers_are_removed_and_what_lives_is_not(here):
     assert files(here) == sorted([*others, ".fastbn-00000000000000fe", ".fastbn-00000000000000ff", "in.onnx", "out.onnx"])
 
 
-def test_the_room_of_another_process_is_left_alone(here, environment):
-    code = "from fastbn.graph.rewrite.destination import Room; room = Room(); print(room.path, flush=True); input()"
+def test_the_workdir_of_another_process_is_left_alone(here, environment):
+    code = "from fastbn.graph.rewrite.workdir import Workdir; workdir = Workdir(); print(workdir.path, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**environment, "TMPDIR": str(here)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        room = Path(process.stdout.readline().strip())
-        assert room.parent == here
-        destination.Room(here).close()
-        assert room.exists()
+        workdir = Path(process.stdout.readline().strip())
+        assert workdir.parent == here
+        Workdir(here).close()
+        assert workdir.exists()
         process.send_signal(signal.SIGKILL)
-    destination.Room(here).close()
-    assert not room.exists()
+    Workdir(here).close()
+    assert not workdir.exists()
 
 
 @needs_root
 def test_leftovers_of_another_user_stay(here):
-    room = here / ".fastbn-0123456789abcdef"
-    room.mkdir()
-    os.chown(room, 1234, 1234)
-    destination.Room(here).close()
-    assert room.exists()
+    workdir = here / ".fastbn-0123456789abcdef"
+    workdir.mkdir()
+    os.chown(workdir, 1234, 1234)
+    Workdir(here).close()
+    assert workdir.exists()
 
 
 @needs_root
@@ -223,7 +224,7 @@ def test_long_names(length, model, here, capsys):
 
 @contextlib.contextmanager
 def reading(path):
-    """Read a FIFO meanwhile; yield a list that has its bytes afterwards."""
+    """Read a FIFO while the block runs; yield a list that holds its bytes afterwards."""
     found = []
     thread = threading.Thread(target=lambda: found.append(Path(path).read_bytes()), daemon=True)
     thread.start()
@@ -326,7 +327,7 @@ def test_what_is_no_file_is_refused(arguments, kind, here, capsys):
 
 
 def test_names_that_mean_open_streams(here, environment):
-    """/dev/stdout is what - is, whatever it leads to; other open streams are written where they stand."""
+    """/dev/stdout means the same as -, whatever it leads to; other open streams are written from their present position."""
     model = fastbn.fold("in.onnx").to_bytes()
     for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "-"):
         with open("redirected", "wb") as file:
@@ -386,7 +387,7 @@ def test_a_report_that_cannot_be_written_leaves_no_model(arguments, here, capsys
 @pytest.mark.usefixtures("external")
 @pytest.mark.parametrize("moment", ["os.link", "os.replace"])
 def test_an_interrupt_while_files_take_their_places(moment, here, capsys, monkeypatch):
-    """It waits until they have, and the sentence says so."""
+    """The interrupt waits until all files are in place, and the message says that they are."""
     real = getattr(os, moment.split(".")[1])
 
     def interrupting(*arguments):
@@ -401,7 +402,7 @@ def test_an_interrupt_while_files_take_their_places(moment, here, capsys, monkey
 
 
 def test_a_rename_that_fails(here, capsys, monkeypatch):
-    """The one thing that can fail after the table."""
+    """Only this can fail after the table is printed."""
 
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
@@ -419,7 +420,7 @@ def test_a_sticky_folder_keeps_other_peoples_files(here, monkeypatch):
     destination.check_destination(here / "in.onnx")
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     destination.check_destination(here / "new.onnx")
-    with pytest.raises(fastbn.StorageError, match="another user's, in a folder where only its owner may"):
+    with pytest.raises(fastbn.StorageError, match="it is another user's, and in this folder only the owner may replace a file"):
         destination.check_destination(here / "in.onnx")
 
 

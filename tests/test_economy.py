@@ -13,7 +13,7 @@ from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.planner import planning
 from fastbn.graph.rewrite import writer
 
-# Runs of whole models, folded, disturbed or as they came, for a model whose parity is plain.
+# Runs of whole models (original, perturbed or folded) for a model that needs no comparison piece by piece.
 MOST_RUNS = 8
 
 
@@ -121,11 +121,11 @@ def chain(count):
     return model(f"(float[1,4,3,3] x) => (float[1,4,3,3] y) {{ {' '.join(steps)} }}", w=normal(4, 4, 1, 1), **constants)
 
 
-def spoil_writer(monkeypatch, home):
+def spoil_writer(monkeypatch, absorber):
     """Write the weight of one convolution wrongly."""
 
     def wrong_write(self, node, slot, constant, write=writer._Writer._write_constant):
-        if node.label == home and slot == 1:
+        if node.label == absorber and slot == 1:
             constant = constant.times(constant.layout, np.full(4, 1.5))
         return write(self, node, slot, constant)
 

@@ -63,7 +63,7 @@ def listed(name, values, opset, first):
     return ([ints(*values)], {}) if opset >= first else ([], {name: list(values)})
 
 
-# Each case: choose, opset -> (arrays, attributes, what NumPy makes of them as a list of outputs).
+# Each case: choose, opset -> (arrays, attributes, the list of outputs as NumPy computes them).
 
 
 def squeeze(choose, opset):
@@ -145,7 +145,7 @@ def gather(choose, opset):
 def slices(choose, opset):
     x = some(choose, *[choose.randint(2, 5) for _ in range(choose.randint(1, 4))])
     axes = choose.sample(range(x.ndim), choose.randint(1, x.ndim))
-    # Onnx counts from the end where a bound is negative, as Python does; the end of a backward run to the front is far below 0.
+    # A negative bound counts from the end, as in Python; a backward slice that includes the first element ends far below 0.
     runs = [choose.choice([(0, 2, 1), (1, 1 << 40, 1), (-2, -1, 1), (-1, -(1 << 40), -1), (3, 0, -2), (0, 1 << 40, 2)]) for _ in axes]
     if opset < 10:
         runs = [choose.choice([(0, 2, 1), (1, 1 << 40, 1), (-2, -1, 1)]) for _ in axes]
@@ -347,7 +347,7 @@ CASES = {
 
 
 def opsets(op):
-    """Return the opsets in which an operator became another one, and the latest."""
+    """Return the opsets in which an operator changed, and the latest one."""
     first = CASES[op][0]
     versions = {schema.since_version for schema in onnx.defs.get_all_schemas_with_history() if schema.name == op and schema.domain == ""}
     return sorted({first, *(version for version in versions if first < version <= LATEST), LATEST})
@@ -388,7 +388,7 @@ def without_runtime(monkeypatch):
     expressions._operator.cache_clear()
 
 
-# Of bfloat16, and of a few more, onnx's own evaluator knows less than the runtime; what it gives must be right.
+# onnx's own evaluator lacks bfloat16 and a few operators; what it does compute must be right.
 @pytest.mark.parametrize("op", CASES)
 def test_without_the_runtime_a_constant_is_right_or_none(op, without_runtime):
     choose = random.Random(op)
@@ -442,7 +442,7 @@ def test_bfloat16_travels():
     assert found.tobytes() == normal(5).astype(ml_dtypes.bfloat16).tobytes()
 
 
-# What integer division has no result for stops the process on some processors; the runtime is not asked.
+# An integer division without a result ends the process on some processors, so the runtime must not run it.
 @pytest.mark.parametrize("op", ["Div", "Mod"])
 @pytest.mark.parametrize(("a", "b"), [(ints(1, 2), ints(1, 0)), (ints(-(1 << 63), 2), ints(-1, 1))])
 def test_an_integer_division_without_a_result_is_none(op, a, b):
@@ -471,7 +471,7 @@ def test_what_cannot_be_computed_is_none(op, arrays, attributes):
 
 MANY = 1 << 13
 
-# Sizes that are taken, and the same operator a little beyond; LARGEST_RESULT is 1 << 13 there.
+# Sizes within the limit, and the same operator a little beyond it; LARGEST_RESULT is 1 << 13 in the test.
 LIMITS = {
     "Concat": ([normal(MANY // 2)] * 2, [normal(MANY // 2 + 1)] * 2, {"axis": 0}),
     "ConstantOfShape": ([ints(MANY)], [ints(MANY + 1)], {}),

@@ -30,8 +30,8 @@ FLOORS = [
     ["graph.model.__init__", "graph.ops.__init__", "graph.planner.__init__", "graph.rewrite.__init__", "graph.parity.__init__"],
     ["graph.reasons", "graph.ranges", "graph.model.nesting", "graph.model.storage", "graph.ops.affine"],
     ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination"],
-    ["graph.report", "graph.model.constant", "graph.ops.shape_rules"],
-    ["graph.ops.row"],
+    ["graph.report", "graph.model.constant", "graph.ops.shape_rules", "graph.rewrite.workdir"],
+    ["graph.ops.row", "graph.rewrite.replacement", "graph.rewrite.data_files"],
     ["graph.ops.placing", "graph.ops.weighted"],
     [
         "graph.ops.activation",

@@ -10,6 +10,7 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_normalization import BEHIND, behind, deformable
 
 import fastbn
 from fastbn.graph import job
@@ -50,7 +51,19 @@ CRD = """(float[2,8,3,3] x) => (float y) {
     d = DepthToSpace <blocksize = 2, mode = "CRD"> (n)
     y = Conv(d, w)
 }"""
+DEFORMABLE = "DeformConv <pads = [1,1,1,1]>"
+RMS = """(float[7,4] x) => (float y) {
+    c = RMSNormalization(x, g)
+    y = Mul(c, k)
+}"""
 MORE = {
+    **{f"a norm behind {op}": behind(op) for op in BEHIND},
+    "Mul behind an RMSNormalization": model(RMS, opset=23, ir_version=10, g=normal(4), k=normal(4, seed=1)),
+    "DeformConv": deformable(f"c = {DEFORMABLE} (x, w, o, b) y = BatchNormalization(c, s, t, m, v)", **norm(4)),
+    "DeformConv forward": deformable(f"r = Tanh(x) n = Mul(r, k) y = {DEFORMABLE} (n, w, o, b)", k=normal(1, 4, 1, 1)),
+    "Mean forward": model(
+        "(float[2,4,6,6] x) => (float y) { r = Tanh(x) f = Add(r, k) d = Mean(f, x) y = Conv(d, w) }", w=W4, k=normal(4, 1, 1)
+    ),
     "LSTM": recurrent("LSTM", 4),
     "GRU": recurrent("GRU", 3),
     "RNN": recurrent("RNN", 1),
@@ -184,7 +197,7 @@ def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
     for data, expected in right.items():
         wrong = fastbn.fold(data, verify=False)
         if not wrong.folded or wrong.to_bytes() == expected.to_bytes():
-            continue  # one channel cannot be permuted; a wrong affine may find no home
+            continue  # one channel cannot be permuted; a wrong affine may find no absorber
         caught += 1
         assert expected.folded
         assert_left_out(data, wrong, monkeypatch, by_model=False)
@@ -195,7 +208,7 @@ def test_a_wrong_rule_is_caught(row, change, models, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [off, permuted])
-def test_a_wrong_scale_of_a_quantised_weight_is_caught(change, monkeypatch):
+def test_a_wrong_scale_of_a_quantized_weight_is_caught(change, monkeypatch):
     """DequantizeLinear has no row of its own: the scale of a fold goes into its scale."""
     text = (
         "(float[2,3,6,6] x) => (float y) { w = DequantizeLinear <axis = 0> (q, sc) c = Conv(x, w) y = BatchNormalization(c, s, z, z, v) }"

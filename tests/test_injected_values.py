@@ -86,17 +86,17 @@ def test_every_evaluated_operator_is_here():
     assert set(NODES) == EVALUATED
 
 
-def off(values):
-    """Return values that are not those: the negation, one more, or 5 %."""
+def wrong_values(values):
+    """Return other values: the negation, one more, or 5 % more."""
     if values.dtype.kind == "b":
         return ~values
     return values + 1 if values.dtype.kind in "iu" else (values * 1.05 + 0.01).astype(values.dtype)
 
 
-def last_off(values):
-    """Return values of which the last one is not that."""
+def last_wrong(values):
+    """Return the values with another last one."""
     wrong = values.copy()
-    wrong.reshape(-1)[-1:] = off(values.reshape(-1)[-1:])
+    wrong.reshape(-1)[-1:] = wrong_values(values.reshape(-1)[-1:])
     return wrong
 
 
@@ -110,7 +110,7 @@ def computed(nodes, place):
     return model(text, w=normal(4, 3, 2, 2), v=normal(4), **{name: values for name, values in CONSTANTS.items() if name in words})
 
 
-@pytest.mark.parametrize(("change", "place"), [(off, "factor"), (last_off, "norm")])
+@pytest.mark.parametrize(("change", "place"), [(wrong_values, "factor"), (last_wrong, "norm")])
 @pytest.mark.parametrize("op", sorted(EVALUATED))
 def test_a_wrong_value_is_caught(op, change, place, monkeypatch):
     data = computed(NODES[op], place).SerializeToString()

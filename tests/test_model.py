@@ -1,4 +1,4 @@
-"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and graphs that are none."""
+"""The index: constants however they are written, scopes, captures, readers, what a caller may override, and malformed graphs."""
 
 import numpy as np
 import onnx
@@ -9,6 +9,7 @@ from sketch import assert_same, conv_bn, folds, model, norm, normal, ops, refuse
 import fastbn
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
+from fastbn.graph.model.node import Node
 
 # A bias of shape (4,), as exporters write it; z, four, two and one are initializers.
 BIASES = {
@@ -305,3 +306,24 @@ def test_a_graph_that_is_none_is_refused_in_one_line(case):
     with pytest.raises(fastbn.ModelError, match=message) as caught:
         fastbn.fold(change(conv_bn()))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, list[int]])
+def test_an_attribute_has_the_type_that_is_asked_for(kind):
+    proto = helper.make_node("Custom", ["x"], ["y"], domain="local", axes=[1, 2], scale=0.5)
+    node = Node(proto, Index(storage.load(conv_bn())).main, 0)
+    assert node.find_attribute("axes", kind) == node.attribute("axes", [0]) == node.attribute("axes") == [1, 2]
+    assert node.find_attribute("other", kind) is None
+    with pytest.raises(fastbn.ModelError, match="Expected an attribute 'scale' of type INTS, got FLOAT - at `y`"):
+        node.find_attribute("scale", kind)
+
+
+def test_an_input_or_output_that_must_be_there():
+    index = Index(storage.load(conv_bn()))
+    node = index.order[0]
+    assert node.required_input(0).name == "x"
+    assert node.required_output() is node.outputs[0]
+    with pytest.raises(fastbn.ModelError, match="Expected an input 9 of Conv, got none - at `c`"):
+        node.required_input(9)
+    with pytest.raises(fastbn.ModelError, match="Expected an output 1 of Conv, got none - at `c`"):
+        node.required_output(1)

@@ -249,7 +249,7 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("node", MALFORMED)
 def test_what_is_wrong_with_a_node_is_said(node):
-    """A scale alone passes them all, so that each is asked."""
+    """A scale alone passes all of them, so each one is tested."""
     scale = {**norm(4, positive=True), "t": np.zeros(4, np.float32), "m": np.zeros(4, np.float32)}
     used = {name: values for name, values in CONSTANTS.items() if re.search(rf"[ (]{name}[,)]", node)}
     proto = model(f"{IMAGE} {node} y = Tanh(n) }}", **used, **scale)
@@ -266,7 +266,7 @@ def test_an_empty_list_of_axes_reduces_all():
 
 
 def test_operators_that_name_the_axis_of_broadcasting_are_left_alone():
-    """Before opset 7: the second operand is one number per channel, which from the right it would not be."""
+    """Before opset 7 the attribute axis aligns the second operand with the channels; aligned from the right it would not be."""
     text = """(float[2,4,6,4] x) => (float[2,4,6,4] y) {
         c = Conv(x, w)
         g = Tanh(k)
@@ -288,7 +288,7 @@ def test_an_attribute_of_a_function_is_said_outside_of_one():
 
 
 def test_the_indices_of_a_pooling_are_no_data():
-    """They are a value that it gives, and nothing that an affine of them could go through."""
+    """The indices are an output too, which no affine can pass."""
     text = """(float[2,4,6,6] x) => (float[2,4,5,5] y) {
         c = Conv(x, w)
         p, i = MaxPool<kernel_shape = [2, 2]>(c)

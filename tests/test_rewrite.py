@@ -1,4 +1,4 @@
-"""The writer: names stay, what no fold names comes back byte for byte, what died leaves, and nothing else."""
+"""The writer: names stay, all that no fold changes stays byte for byte, and unused nodes and constants are removed."""
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ import fastbn
 
 
 def decorated():
-    """Return Conv and BatchNormalization amid everything a ModelProto can carry."""
+    """Return Conv and BatchNormalization in a model that has every field of ModelProto."""
     proto = conv_bn(
         """(float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z, float[N,4,6,6] u) {
             c = Conv(x, w, b)
@@ -43,7 +43,7 @@ def decorated():
 
 
 def with_unknown_field(data):
-    """Append field 1999 to a serialised message, as a later version of ONNX may."""
+    """Append field 1999 to a serialized message, as a later version of ONNX may."""
     return data + b"\xfa\x7c\x05later"
 
 

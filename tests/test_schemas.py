@@ -1,4 +1,4 @@
-"""What is demanded of a node: inputs, outputs and attributes as the schema of its operator has them."""
+"""The inputs, outputs and attributes that the schema of an operator demands of a node."""
 
 import onnx
 import pytest
@@ -66,7 +66,7 @@ def test_an_operator_lacks_what_it_demands():
         fastbn.fold(proto, verify=False)
 
 
-# A later version of the operator has the attribute: the type is demanded, no more.
+# Only another version of the operator has the attribute: its type is checked, and that this opset lacks it is no error.
 def test_an_attribute_of_another_version_has_its_type():
     text = "(float[N,3,8,8] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) y = Squeeze <axes = %s> (n) }"
     assert ops(fastbn.fold(conv_bn(text % "[0]"), verify=False).model) == "Conv Squeeze"
@@ -82,7 +82,7 @@ def test_an_opset_that_is_none_is_refused(version):
         fastbn.fold(proto, verify=False)
 
 
-# The checker of the first versions demands a hint that no exporter after them writes.
+# The first schemas demand a hint, consumed_inputs, which later exporters do not write.
 def test_the_first_opset_is_read():
     proto = conv_bn(opset=1)
     assert proto.graph.node[1].op_type == "BatchNormalization"

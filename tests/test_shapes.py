@@ -1,4 +1,4 @@
-"""What inference finds: the sizes behind constants, however they are written, and models that would end the process.
+"""Shape inference: the sizes behind constants, however they are written, and models that would end the process.
 
 The oracle of the shapes is a run in onnxruntime.
 """
@@ -161,7 +161,7 @@ def passes(monkeypatch):
     return seen
 
 
-# A Mul or Add of a value of unknown rank is left out while the elements of lists are followed: ranks are spread before that.
+# While inference follows the elements of lists, a Mul or Add of unknown rank is left out, so ranks must be inferred before that.
 @pytest.mark.parametrize("x", ["2,4,6", "N,4,6"])
 def test_a_long_chain_of_computed_reshapes_takes_few_passes(x, passes):
     blocks, value = "", "x"

@@ -1,4 +1,4 @@
-"""Sizes that a graph computes from shapes: what a Reshape of them is known to give, and the batch normalizations that may pass it."""
+"""Sizes that a graph computes from shapes: the known shape behind a Reshape to them, and batch normalizations that are folded across it."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def dense(nodes, *, x="N,4,6,6", rows=144, inputs=""):
     return sized(text, norm(4, positive=True), w=normal(rows, 3))
 
 
-# An Identity behind the Reshape keeps the rows of the matrix from telling its sizes.
+# The Identity behind the Reshape is there so that the rows of the matrix do not determine its sizes.
 @pytest.mark.parametrize("case", FLATTENING)
 def test_a_norm_passes_a_flattening_of_unknown_batches(case):
     target = FLATTENING[case].format(v="n")

@@ -13,7 +13,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from sketch import assert_same, conv_bn, initializers, norm, normal, ops, random_feeds, run
 
 import fastbn
-from fastbn.graph.rewrite import destination, output, writer
+from fastbn.graph.rewrite import data_files, replacement, writer
 
 
 def save_external(proto, folder, name="model.onnx", data="model.data", threshold=0):
@@ -31,7 +31,7 @@ def loaded(path):
 
 @pytest.fixture(name="big", scope="module")
 def _big():
-    """Weights above the size that a fold writes into the model file."""
+    """A model with a weight above LARGEST_INLINE."""
     text = """(float[N,512,2,2] x) => (float[N,600,2,2] y) {
         c = Conv(x, w)
         y = BatchNormalization(c, s, t, m, v)
@@ -205,7 +205,7 @@ def test_a_tensor_of_external_data_in_a_constant_node(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_large_model_of_make_models(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(output, "WRITERS", threads)
+    monkeypatch.setattr(data_files, "WRITERS", threads)
     path = make_models.large(tmp_path, layers=3, channels=640)
     result = fastbn.fold(path)
     assert (len(result.folded), result.parity.status) == (3, "ok")
@@ -253,7 +253,7 @@ def test_bad_channels_are_found_block_by_block():
 def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), destination.atomic(path) as temporary:
+    with pytest.raises(ZeroDivisionError), replacement.atomic(path) as temporary:
         temporary.write_text(f"{1 / 0}")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
@@ -263,7 +263,7 @@ def test_atomic_replaces_and_keeps_the_mode(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(0o640)
-    with destination.atomic(path) as temporary:
+    with replacement.atomic(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         assert temporary.parent.parent == path.parent, "renamed, never copied"

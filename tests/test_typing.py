@@ -17,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted((ROOT / "tests" / "typing").glob("*.py"))
 TYPED = ["_check", "_types", "affine", "config", "errors", "folding", "functional", "geometry", "halves"]
 TYPED += ["layers", "memory", "reference", "stats", "sync"]
-TYPED += [f"graph.{name}" for name in ("reasons", "results", "report")]
-TYPED += [f"graph.parity.{name}" for name in ("branches", "comparable", "cuts", "difference", "feeds", "model_parity", "reach")]
-TYPED += [f"graph.parity.{name}" for name in ("reference", "verdict")]
+TYPED += ["graph", *(f"graph.{name}" for name in ("fold_result", "job", "ranges", "reasons", "report", "results", "runtime"))]
+TYPED += ["graph.parity", *(f"graph.parity.{path.stem}" for path in (ROOT / "fastbn/graph/parity").glob("[a-z]*.py"))]
 REPORT = re.compile(r"(?P<path>[^:]+):(?P<line>\d+): error: .*\[(?P<code>[a-z-]+)\]$")
 PLANTED = re.compile(r"# error: ([a-z-]+)$")
 

@@ -78,7 +78,7 @@ def test_a_wrong_rule_is_caught_named_and_left_out_and_the_others_stay(change, m
 
 
 def test_without_verification_a_wrong_rule_goes_through(monkeypatch):
-    """The test above would pass with a rule that never folds: here the same wrong rule does fold."""
+    """The test above would pass if the rule folded nothing: this shows that the same wrong rule folds when nothing verifies it."""
     wrong(monkeypatch, "Gemm", permute_channels)
     result = fastbn.fold(mixed(), verify=False)
     assert len(result.folded) == 3
@@ -94,7 +94,7 @@ def test_every_wrong_fold_is_left_out(monkeypatch):
 
 
 def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
-    """Two nodes share a home, one of them is read wrongly: the other one stays folded."""
+    """Two nodes share an absorber, and one of them is lifted wrongly: the other one stays folded."""
     row = OPERATORS["BatchNormalization"]
 
     def wrong_lift(node, graph):
@@ -116,7 +116,7 @@ def test_only_the_wrong_link_of_a_chain_is_left_out(monkeypatch):
 
 
 def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
-    """Every site holds, and the writer spoils one node: bisection finds it, the other folds are written."""
+    """Every fold parity holds, and the writer writes one node wrongly: bisection finds it, the other folds are written."""
     write = writer._Writer._write_constant
 
     def wrong_write(self, node, slot, constant):
@@ -135,7 +135,7 @@ def test_the_one_fold_that_spoils_the_whole_model_is_left_out(monkeypatch):
 
 
 def tampered(monkeypatch):
-    """Make the writer wrong: every fold is right, the file is not."""
+    """Let the writer change a weight: every fold is right, the file is not."""
     fill = writer._Writer._fill
 
     def wrong_fill(self, scope, tensor, constant):
@@ -171,7 +171,7 @@ def test_a_wrong_file_fails_whole_model_parity_and_is_not_written(monkeypatch, t
     result = fastbn.fold(deep(10))
     assert result.parity.status == "failed"
     assert result.parity.error > result.parity.allowed
-    with pytest.raises(ValueError, match="Expected parity with the original"):
+    with pytest.raises(ValueError, match="Cannot save the folded model: it differs from the original"):
         result.save(tmp_path / "out.onnx")
     (tmp_path / "in.onnx").write_bytes(deep(10).SerializeToString())
     assert main(["fold", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--json", str(tmp_path / "r.json"), "-q"]) == 1
@@ -206,14 +206,14 @@ def test_verify_of_equal_and_of_folded_models_is_ok():
     assert (same.status, same.error) == ("ok", 0.0)
     folded = fastbn.verify(proto, fastbn.fold(proto, verify=False).model)
     assert folded.status == "ok"
-    assert 0 < folded.error <= folded.allowed, "optimiser off on both sides: an exact zero would mean both were folded"
+    assert 0 < folded.error <= folded.allowed, "optimizer off on both sides: an exact zero would mean both were folded"
     assert folded.inputs == 3
 
 
-def test_the_optimiser_is_off_unless_it_is_asked_for():
+def test_the_optimizer_is_off_by_default():
     data = mixed().SerializeToString()
-    for optimise, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
-        assert session(data, optimize=optimise).get_session_options().graph_optimization_level.name == level
+    for optimize, level in ((False, "ORT_DISABLE_ALL"), (True, "ORT_ENABLE_ALL")):
+        assert session(data, optimize=optimize).get_session_options().graph_optimization_level.name == level
 
 
 def test_outputs_that_differ_in_name_or_shape():

@@ -1,4 +1,4 @@
-"""What stands where a model is to go: a version of it is replaced, anything else only with --force, and what is read never."""
+"""A file at the destination: a version of the model is replaced, another file only with --force, and a file that is read never."""
 
 from pathlib import Path
 

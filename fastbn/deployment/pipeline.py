@@ -23,7 +23,8 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.reasons import first_few
-from fastbn.graph.rewrite.destination import is_stream, work_room
+from fastbn.graph.rewrite.destination import is_stream
+from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
 __all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
@@ -167,8 +168,8 @@ def check_paths(model, output, report, force):
 def deploy_watched(model, options, *, command, stage=None, progress=None):
     """Do what `deploy` does but for the writing; tell `progress`, a callable of (number, total, step, detail), what is being done, and put
     what lies between into a hidden folder in `stage`, a temporary one without it."""
-    with work_room(stage) as room:
-        return _Pipeline(model, options, command, room.path, progress or (lambda *_: None)).run()
+    with runtime_workdir(stage) as workdir:
+        return _Pipeline(model, options, command, workdir.path, progress or (lambda *_: None)).run()
 
 
 class _Pipeline:

@@ -15,8 +15,8 @@ from fastbn.errors import ParityError, expected
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.report import size_text, table
 from fastbn.graph.results import json_number
-from fastbn.graph.rewrite.destination import atomic
 from fastbn.graph.rewrite.output import prepared_bytes
+from fastbn.graph.rewrite.replacement import atomic
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
 

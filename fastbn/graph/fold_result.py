@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from fastbn.errors import ParityError, expected
+from fastbn.errors import ParityError
 from fastbn.graph import report
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
@@ -89,7 +89,7 @@ class FoldResult:
     def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
         """Return a context in which the files of `save` are written under other names; they are renamed when it ends without an error."""
         if self.parity is not None and self.parity.status == "failed":
-            raise ParityError(expected("parity with the original", str(self.parity), "fold"))
+            raise ParityError(f"Cannot save the folded model: it differs from the original: {self.parity}")
         return self._output.prepared(path)
 
     def to_dict(self) -> FoldReport:

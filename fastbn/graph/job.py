@@ -20,15 +20,15 @@ from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.planner.view import Plan
 from fastbn.graph.reasons import first_few
 from fastbn.graph.results import Fold, Parity
 from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.writer import rewrite
 from fastbn.graph.runtime import Runnable
 
-# Folds that are excluded one by one because the whole model fails with them.
+# Folds that are excluded one by one because the whole model fails with them: docs/numerics.md, "Limits of effort".
 MOST_EXCLUDED = 8
 
 Globs: TypeAlias = str | list[str] | tuple[str, ...]
@@ -222,7 +222,7 @@ class _Job:
             return output, None
         if output.is_external:
             self.options.progress("writing the folded model for its verification")
-            path = output.stage(self.options.workdir)
+            path = output.save_in_workdir(self.options.workdir)
             folded = Runnable(os.fspath(path), path.parent)
         else:
             folded = Runnable(output.to_bytes())

@@ -65,6 +65,12 @@ def _runtime() -> Any:  # a module without types
     return onnxruntime
 
 
+def _exceptions() -> Any:  # a module without types
+    from onnxruntime.capi import onnxruntime_pybind11_state  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without a stub
+
+    return onnxruntime_pybind11_state
+
+
 def said(error: Exception) -> str:
     """Return the first line of an error of onnxruntime, without its prefix."""
     line = str(error).strip().splitlines()[0]
@@ -75,23 +81,21 @@ def said(error: Exception) -> str:
 
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that onnxruntime raises."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = _exceptions()
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException", "EPFail", "NoSuchFile")
     return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
 
 
 def says_invalid(error: Exception) -> bool:
     """Say whether onnxruntime calls a model invalid, and not only one that it cannot run."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = _exceptions()
     return isinstance(error, (state.InvalidGraph, state.Fail, state.InvalidProtobuf)) and "opset" not in str(error).lower()
 
 
 def _utf8(path: str | os.PathLike[str]) -> str:
     text = utf8_path(path)
     if text is None:
-        raise StorageError(expected("a name that is UTF-8, as onnxruntime takes it", "another", str(path)))
+        raise StorageError(f"Cannot open {str(path)!r} in onnxruntime: its name is not UTF-8")
     return text
 
 

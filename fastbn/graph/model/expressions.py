@@ -319,7 +319,6 @@ def _reference(proto: NodeProto, model: onnx.ModelProto) -> Run:
 
     def run(feeds: Mapping[str, Array]) -> list[Array]:
         with np.errstate(all="ignore"):
-            results = evaluator.run(None, dict(feeds))
-        return list(results)
+            return [np.asarray(result) for result in evaluator.run(None, dict(feeds))]
 
     return run

@@ -1,6 +1,6 @@
 """Values, nodes and scopes of a model, with their names resolved."""
 
-from typing import TypeAlias, TypeGuard, overload
+from typing import TypeAlias, TypeGuard, get_origin, overload
 
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
@@ -141,7 +141,7 @@ class Node:
             It has another type.
         """
         attribute = self.attributes.get(name)
-        return None if attribute is None else self._value_of(attribute, kind)
+        return None if attribute is None else self._value_of(attribute, get_origin(kind) or kind)
 
     def _value_of(self, attribute: AttributeProto, kind: type | None) -> object:
         wanted = attribute.type if kind is None else KINDS.get(kind, attribute.type)

@@ -139,6 +139,7 @@ class Inference:
         levels = crop_levels(self._main, self._proto.functions, self._number, self._is_known)
         self._crops = {node: [] for node in levels}
         skeleton, scopes = self._skeleton()
+        graph = skeleton.graph
         last = max((level for level in levels.values() if level <= MOST_LEVELS), default=0)
         for level in range(last + 1):
             for node, added in self._crops.items():

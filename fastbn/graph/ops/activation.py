@@ -12,7 +12,7 @@ from fastbn.graph.reasons import Refusal
 __all__ = ["ACTIVATION"]
 
 
-# Relu, LeakyRelu, PRelu:  f(S x) = S f(x) where S > 0; a shift moves the bend.
+# Relu, LeakyRelu, PRelu, Abs:  f(S x) = S f(x) where S > 0; a shift moves the bend.
 def _piecewise_linear(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     require_sign(node, affine, 1)
     if affine.shifts:
@@ -24,6 +24,7 @@ _PIECEWISE_LINEAR = Row(*both_ways(_piecewise_linear), sizes=same_sizes)
 
 ACTIVATION = {
     "Relu": replace(_PIECEWISE_LINEAR, result_size=broadcast_size),
+    "Abs": replace(_PIECEWISE_LINEAR, result_size=broadcast_size),
     "LeakyRelu": _PIECEWISE_LINEAR,
     "PRelu": _PIECEWISE_LINEAR,
     **dict.fromkeys(("Sigmoid", "Softplus", "Tanh"), Row(sizes=same_sizes, result_size=broadcast_size)),

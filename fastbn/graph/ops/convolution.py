@@ -1,4 +1,4 @@
-"""Conv and ConvTranspose, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
+"""Conv, ConvTranspose and DeformConv, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Constant, Dense
+from fastbn.graph.model.constant import Constant, Dense, Requantized
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
@@ -21,6 +21,9 @@ from fastbn.graph.reasons import Refusal
 __all__ = ["CONVOLUTION", "merged_into_sibling"]
 
 WEIGHT, BIAS = 1, 2
+
+# Of a DeformConv.
+OFFSET, DEFORM_BIAS, MASK = 2, 3, 4
 
 
 def _weight(node: Node, graph: PresentGraph) -> tuple[Constant, int]:
@@ -35,7 +38,7 @@ def _weight(node: Node, graph: PresentGraph) -> tuple[Constant, int]:
             raise ModelError(expected(f"{length} {name} for {count} axes", f"{sizes}", node.label))
     data = node.inputs[0]
     declared = None if data is None else graph.declared_shape(data)
-    channels = weight.shape[1] * groups if node.op == "Conv" else weight.shape[0]
+    channels = weight.shape[0] if node.op == "ConvTranspose" else weight.shape[1] * groups
     if declared and (len(declared) != len(weight.shape) or declared[1] not in (None, channels)):
         raise ModelError(expected(f"weights for an input of shape {declared}", f"shape {weight.shape}", node.label))
     return weight, groups
@@ -46,7 +49,35 @@ def _weight(node: Node, graph: PresentGraph) -> tuple[Constant, int]:
 def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     weight, _ = _weight(node, graph)
     layout = WeightLayout(1, 1, weight.shape[0], math.prod(weight.shape[1:]))
-    return _into_outputs(node, traveler.affine, graph, weight, layout, weight.shape[0])
+    transfer = _into_outputs(node, traveler.affine, graph, weight, layout, weight.shape[0])
+    skip = traveler.skip
+    if skip is None:
+        return transfer
+    # S*(W x + b) + T + R x = (S*W + R at the center) x + (S*b + T), where the convolution reads the same x.
+    added = None
+    if node.inputs[0] is not None and graph.source(node.inputs[0]) is skip.source:
+        scaled_weight = transfer.constants.get(WEIGHT, weight)
+        assert not isinstance(scaled_weight, Requantized), "a float weight"
+        added = _added_to_center(node, skip.scale, scaled_weight)
+    if added is None:
+        raise Refusal("other-branch", f"Conv '{node.label}' does not see each element of '{skip.source.name}' at its center")
+    transfer.constants[WEIGHT] = added
+    return transfer
+
+
+# DeformConv:  as Conv, but that its samples may lie beyond the border, where a shift would be missing.
+def _deform_conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, _ = _weight(node, graph)
+    layout = WeightLayout(1, 1, weight.shape[0], math.prod(weight.shape[1:]))
+    return _into_outputs(node, traveler.affine, graph, weight, layout, weight.shape[0], DEFORM_BIAS)
+
+
+def _deform_conv_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    weight, groups = _weight(node, graph)
+    if traveler.affine.shifts:
+        raise Refusal("padding", f"DeformConv '{node.label}' may sample beyond the border, where a shift would be missing")
+    layout = WeightLayout(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
+    return _into_inputs(node, traveler, traveler.affine, graph, weight, layout, weight.shape[0])
 
 
 def _conv_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -101,7 +132,9 @@ def _sums_whole_kernels(node: Node, weight: Constant) -> bool:
     return plain and none_added and all(s == 1 for s in strides) and all(pads[i] >= r <= pads[i + count] for i, r in enumerate(reach))
 
 
-def _into_outputs(node: Node, affine: Affine, graph: PresentGraph, weight: Constant, layout: WeightLayout, channels: int) -> Transfer:
+def _into_outputs(
+    node: Node, affine: Affine, graph: PresentGraph, weight: Constant, layout: WeightLayout, channels: int, bias_slot: int = BIAS
+) -> Transfer:
     """Return the transfer of an affine of the output: into the weight along its output channels, and into the bias."""
     require_axis(node, affine, axis_in(node, affine, len(weight.shape)), 1, "output")
     require_channels(node, affine, channels, "output")
@@ -109,8 +142,8 @@ def _into_outputs(node: Node, affine: Affine, graph: PresentGraph, weight: Const
     transfer = Transfer()
     if affine.scales:
         transfer.constants[WEIGHT] = scaled(weight, layout, scale)
-    if affine.shifts or graph.has(node, BIAS):
-        transfer.constants[BIAS] = graph.bias(node, BIAS, (channels,), weight.dtype).affine(scale, shift, abs_terms)
+    if affine.shifts or graph.has(node, bias_slot):
+        transfer.constants[bias_slot] = graph.bias(node, bias_slot, (channels,), weight.dtype).affine(scale, shift, abs_terms)
     return transfer
 
 
@@ -153,16 +186,18 @@ def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> 
         if sibling.is_op("Add") and constant_slot(sibling, graph) is None:
             pending.extend((slot, sibling, [*via, sibling]) for slot in range(len(sibling.inputs)))
         elif sibling.is_op("Conv") and sibling.inputs[0] is not None and graph.source(sibling.inputs[0]) is traveler.origin.value:
-            constants = _added_to_center(sibling, traveler.affine, graph)
-            if constants is not None:
-                return Transfer(merge=SiblingMerge(sibling, constants, via, 1 - traveler.slot))
+            weight, _ = _weight(sibling, graph)
+            added = _added_to_center(sibling, traveler.affine, weight)
+            if added is not None:
+                channels = weight.shape[0]
+                bias = graph.bias(sibling, BIAS, (channels,), weight.dtype).affine(1.0, *traveler.affine.along(channels)[1:])
+                return Transfer(merge=SiblingMerge(sibling, {WEIGHT: added, BIAS: bias}, via, 1 - traveler.slot))
     return None
 
 
-def _added_to_center(conv: Node, affine: Affine, graph: PresentGraph) -> dict[int, Constant] | None:
-    """Return the weight and bias of a convolution that gives the affine of its input as well, None where it does not see each element."""
-    weight, groups = _weight(conv, graph)
-    channels = weight.shape[0]
+def _added_to_center(conv: Node, affine: Affine, weight: Constant) -> Dense | None:
+    """Return a weight with the affine's scale on the tap that sees each element itself, None where there is no such tap."""
+    groups, channels = conv.attribute("group", 1), weight.shape[0]
     count = len(weight.shape) - 2
     pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
     plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))
@@ -171,25 +206,24 @@ def _added_to_center(conv: Node, affine: Affine, graph: PresentGraph) -> dict[in
         return None
     if affine.axis is not None and (affine.axis % len(weight.shape) != 1 or affine.channels != channels):
         return None
-    scale, shift, abs_terms = affine.along(channels)
-    tap = tuple(pads[i] // dilations[i] for i in range(count))
+    scale = affine.along(channels)[0]
+    tap = (np.asarray(pads[i] // dilations[i]) for i in range(count))
     dense = Dense.of(weight)
     values, sizes = dense.values.copy(), dense.abs_terms.copy()
-    at = (np.arange(channels), np.arange(channels) % weight.shape[1], *map(np.asarray, tap))
+    at = (np.arange(channels), np.arange(channels) % weight.shape[1], *tap)
     values[at] += scale
     sizes[at] += np.abs(scale)
-    bias = graph.bias(conv, BIAS, (channels,), weight.dtype).affine(1.0, shift, abs_terms)
-    return {WEIGHT: Dense(weight.dtype, values, sizes), BIAS: bias}
+    return Dense(weight.dtype, values, sizes)
 
 
 def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
     shape = graph.weight(node, WEIGHT).shape
     groups = node.attribute("group", 1)
-    channels = shape[1] * groups if node.op == "Conv" else shape[0]
+    channels = shape[0] if node.op == "ConvTranspose" else shape[1] * groups
     kernel, count = shape[2:], len(shape) - 2
     dilations = node.attribute("dilations", [1] * count)
     strides = node.attribute("strides", [1] * count)
-    if node.op == "Conv":
+    if node.op != "ConvTranspose":
         spatial = [d * (k - 1) + 1 + s for k, d, s in zip(kernel, dilations, strides, strict=True)]
     else:
         pads = node.attribute("pads", [0] * 2 * count)
@@ -197,16 +231,28 @@ def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] 
     return {0: (2, channels, *spatial)}
 
 
+def _deform_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
+    kernel = graph.weight(node, WEIGHT).shape[2:]
+    count = len(kernel)
+    data = _probe_shapes(node, graph)[0]
+    assert data is not None, "made of the weight"
+    ones = [1] * count
+    dilations, strides, pads = node.attribute("dilations", ones), node.attribute("strides", ones), node.attribute("pads", [0] * 2 * count)
+    out = [(size + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i, size in enumerate(data[2:])]
+    points = node.attribute("offset_group", 1) * math.prod(kernel)
+    return {0: data, OFFSET: (data[0], points * count, *out), MASK: (data[0], points, *out)}
+
+
 def _terms(node: Node, graph: PresentGraph) -> int:
     shape = graph.weight(node, WEIGHT).shape
-    inputs = shape[1] if node.op == "Conv" else shape[0] // node.attribute("group", 1)
+    inputs = shape[0] // node.attribute("group", 1) if node.op == "ConvTranspose" else shape[1]
     return inputs * math.prod(shape[2:])
 
 
 def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] | None:
     if slot != WEIGHT:
         return None
-    if node.op == "Conv":
+    if node.op != "ConvTranspose":
         return values.reshape(values.shape[0], -1)
     groups = node.attribute("group", 1)
     grouped = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
@@ -216,6 +262,17 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
 _SHARED = Row(channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch)
 
 CONVOLUTION = {
-    "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward),
+    "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward, takes_skip=True),
     "ConvTranspose": replace(_SHARED, backward=_conv_transpose_backward, forward=_conv_transpose_forward),
+    # Each sample is an average of four elements.
+    "DeformConv": replace(
+        _SHARED,
+        backward=_deform_conv_backward,
+        forward=_deform_conv_forward,
+        bias_slot=DEFORM_BIAS,
+        probe_shapes=_deform_probe_shapes,
+        signed_slots=(OFFSET,),
+        terms=lambda node, graph: 4 * _terms(node, graph),
+        sized=True,
+    ),
 }

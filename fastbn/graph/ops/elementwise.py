@@ -23,8 +23,8 @@ from fastbn.graph.model.constant import Dense
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
-from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot
-from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
+from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
+from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, same_sizes
 from fastbn.graph.reasons import Refusal
 
@@ -189,22 +189,38 @@ def _constant_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[i
 # Add, Sub, Sum of values that are no constants:  S (a + b) + T = (S a + T) + S b: the scale goes to each, the shift to one of them.
 # Forward a scale needs every operand to have it, a shift passes.  Where the other operand is a convolution of the same value, the affine
 # becomes the center of its kernel (RepVGG); otherwise the producers of the other operands are asked to make up for it.
-def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer | Iterable[Transfer]:
+def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Iterable[Transfer]:
     affine = traveler.affine
     parts = [_narrowed(node, affine, traveler.value, value, graph) for value in node.inputs]
-    if not affine.shifts:
-        return Transfer(passed_on=[*enumerate(parts)])
     scales = [part.scale_only() for part in parts]
+    takers = range(len(parts)) if affine.shifts or traveler.skip is not None else range(1)
+    if traveler.skip is not None and node.op == "Sub":
+        raise Refusal("other-branch", f"Sub '{node.label}' would have to add '{traveler.skip.source.name}'")
     if node.op == "Sub":
         parts[1] = parts[1].negated_shift()
-    return (
-        Transfer(
-            passed_on=[
-                (slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot == taker or affine.scales
-            ]
-        )
-        for taker in range(len(parts))
-    )
+    for taker in takers:
+        passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot == taker or affine.scales]
+        skip = None if traveler.skip is None else (taker, traveler.skip)
+        yield Transfer(passed_on=passed_on, skip=skip)
+    if affine.scales and traveler.skip is None and node.op != "Sub":
+        yield from _around_operands(node, parts, scales, graph)
+
+
+def _around_operands(node: Node, parts: list[Affine], scales: list[Affine], graph: PresentGraph) -> Iterable[Transfer]:
+    """S (a + x) + T = (S a + T + (S - 1) x) + x: an operand x stays as it is where a convolution of x among the others makes up for it."""
+    for stays, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        skip = Skip(graph.source(value), _less_one(parts[stays]))
+        for taker in range(len(parts)):
+            if taker != stays:
+                passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot != stays]
+                yield Transfer(passed_on=passed_on, skip=(taker, skip))
+
+
+def _less_one(affine: Affine) -> Affine:
+    zeros = np.zeros_like(affine.shift)
+    return Affine(affine.scale - 1, zeros, affine.axis, affine.rank, zeros)
 
 
 def _sum_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -274,6 +290,26 @@ def _refuse_shift(node: Node, affine: Affine) -> None:
         raise Refusal("shift-cannot-pass", f"a shift cannot pass {node.op} '{node.label}' of two values")
 
 
+# Mean of n values:  S mean(a, b) + T = mean(S a + T, S b + T); forward a shift T of one of them is T / n behind it.
+# Max, Min:  S max(a, b) + T = max(S a + T, S b + T) where S >= 0.  Where:  either value.
+def _each_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    if node.op in ("Max", "Min"):
+        require_sign(node, traveler.affine, 0)
+    slots = range(1, 3) if node.op == "Where" else range(len(node.inputs))
+    return Transfer(passed_on=[(slot, _narrowed(node, traveler.affine, traveler.value, node.inputs[slot], graph)) for slot in slots])
+
+
+def _mean_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    if traveler.affine.scales:
+        raise Refusal("other-branch", f"Mean '{node.label}' joins it with a value that does not have its scale")
+    behind, count = _narrowed(node, traveler.affine, traveler.value, node.outputs[0], graph), len(node.inputs)
+    return Transfer(passed_on=[(0, Affine(behind.scale, behind.shift / count, behind.axis, behind.rank, behind.abs_terms / count))])
+
+
+def _number_of_operands(node: Node, graph: PresentGraph) -> int:
+    return len(node.inputs)
+
+
 # Neg:  -(S x + T) = S (-x) - T.
 def _negative(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     return affine.negated_shift()
@@ -302,7 +338,7 @@ def _division_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 
 _TWO = Row(broadcasts=True, terms=_one_term, sizes=broadcast_sizes, result_size=broadcast_size)
-_SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward)
+_SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, takes_skip=True)
 _PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward)
 _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_constant_probe_shapes)
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
@@ -319,14 +355,17 @@ ELEMENTWISE = {
     "Div": replace(_PRODUCT, with_constant=replace(_MULTIPLY_CONSTANT, result_size=_division_size), result_size=_division_size),
     "Sum": _SUM,
     "Neg": replace(_SAME_EVALUATED, backward=_NEGATIVE[0], forward=_NEGATIVE[1], bound=_neg_bound),
-    **dict.fromkeys(("Max", "Min", "Pow"), Row(sizes=broadcast_sizes, result_size=broadcast_size)),
+    **dict.fromkeys(("Max", "Min"), Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)),
+    "Where": Row(_each_backward, broadcasts=True, result_size=broadcast_size),
+    "Mean": Row(_each_backward, _mean_forward, broadcasts=True, terms=_number_of_operands, result_size=broadcast_size),
+    "Pow": Row(sizes=broadcast_sizes, result_size=broadcast_size),
     "Mod": Row(result_size=_division_size),
     **dict.fromkeys(
-        ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mean", "Not", "Or", "Where", "Xor"),
+        ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor"),
         Row(result_size=broadcast_size),
     ),
     **dict.fromkeys(("Acos", "Asin", "Atan", "Cos", "Round", "Sign", "Sin", "Tan"), Row(result_size=broadcast_size)),
-    **dict.fromkeys(("Abs", "Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
+    **dict.fromkeys(("Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
     "Clip": Row(sizes=same_sizes, result_size=first_size),
     "Erf": _SAME_EVALUATED,
 }

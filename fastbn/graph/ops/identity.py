@@ -18,6 +18,15 @@ __all__ = ["IDENTITY"]
 # A Cast to one of these types leaves a size as it is.
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 
+# (wider floating type, narrower one).
+WIDER = {
+    (TensorProto.DOUBLE, TensorProto.FLOAT),
+    (TensorProto.DOUBLE, TensorProto.FLOAT16),
+    (TensorProto.DOUBLE, TensorProto.BFLOAT16),
+    (TensorProto.FLOAT, TensorProto.FLOAT16),
+    (TensorProto.FLOAT, TensorProto.BFLOAT16),
+}
+
 
 def _identity(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     return affine
@@ -34,13 +43,13 @@ def _dropout(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
     return affine
 
 
-# Cast to the type that a value already has is Identity, as some exporters write it; any other rounds or converts.
+# Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may go to the
+# side of the narrower one: what is there rounds to that type with the affine as it did without. Any other Cast rounds or converts.
 def _cast(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
-    data = node.inputs[0]
-    kind = 0 if data is None else graph.kind(data)
-    if kind == 0 or kind != node.attribute("to"):
-        name = "" if data is None else data.name
-        raise Refusal("no-absorber", f"Cast '{node.label}' may change the type of '{name}'")
+    kind, narrower = graph.kind(source), graph.kind(target)
+    is_known = kind != 0 and narrower != 0
+    if not is_known or (kind != narrower and (kind, narrower) not in WIDER):
+        raise Refusal("no-absorber", f"Cast '{node.label}' may change the type of '{node.required_input(0).name}'")
     return affine
 
 

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import axis_in, axis_of, both_ways, countable, only_data, own_axis
+from fastbn.graph.ops.placing import axis_in, axis_of, both_ways, countable, only_data, own_axis, own_list
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import Size, Sizes, first_size, list_of_sizes, same_batch
+from fastbn.graph.ops.shape_rules import Size, Sizes, first_size, list_of_sizes, same_batch, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["LAYOUT"]
+
+# Before this opset Tile repeats one axis, which an input names.
+FIRST_TILE_OF_A_LIST = 6
 
 
 # Transpose moves the axis: axis j of the output is axis perm[j] of the input.
@@ -92,7 +95,12 @@ def _concat_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tra
 def _concat_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     axis, sizes = _concat_axis(node, traveler, graph)
     if axis is None:
-        raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
+        others = [(slot, value) for slot, value in enumerate(node.inputs) if slot != traveler.slot and value is not None]
+        alike = [_giver(node, slot, value, traveler.affine, graph) for slot, value in others]
+        lifted = [other for other in alike if other is not None]
+        if len(lifted) < len(node.inputs) - 1:
+            raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
+        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -161,7 +169,12 @@ def _split_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
 def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     axis, sizes = _split_axis(node, traveler, graph)
     if axis is None:
-        raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
+        others = [value for value in node.outputs if value is not None and value is not traveler.value]
+        alike = [_only_reader(value, traveler.affine, graph) for value in others]
+        lifted = [other for other in alike if other is not None]
+        if len(lifted) < len(others):
+            raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
+        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -178,6 +191,32 @@ def _split_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[in
     if rank is None or len(known) < len(shapes):
         raise Refusal("axis-unknown", f"the sizes of the outputs of Split '{node.label}' are not known")
     return axis, known
+
+
+# Ghost batch normalization: the batch is split, every part has the same affine, and they are joined. All of them leave together.
+def _only_reader(value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
+    """Return the node that is the one reader of a value, where it is the same affine."""
+    readers = graph.readers(value)
+    return readers[0][0] if len(readers) == 1 and _is_same(readers[0][0], affine, graph) else None
+
+
+def _giver(node: Node, slot: int, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
+    """Return the node that gives an input, where it is the same affine and nothing else reads what it gives."""
+    giver = graph.producer(graph.source(value))
+    if giver is None or giver.scope is not node.scope or not _is_same(giver, affine, graph):
+        return None
+    graph.refuse_readers(value, node, slot)
+    return giver
+
+
+def _is_same(node: Node, affine: Affine, graph: PresentGraph) -> bool:
+    own = graph.affine(node)
+    return (
+        own is not None
+        and own.axis == affine.axis
+        and own.channels == affine.channels
+        and bool((own.scale == affine.scale).all() and (own.shift == affine.shift).all())
+    )
 
 
 # DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
@@ -220,6 +259,37 @@ def _expand(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
     return affine.at(behind + len(want))
 
 
+# Tile repeats the whole of an axis: channel c of the output is channel c % C of the input; forward the repeats have the channels of it.
+def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    repeats = graph.constant(node.input(1))
+    if graph.opset < FIRST_TILE_OF_A_LIST or repeats is None:
+        raise Refusal("dynamic-index", f"how often Tile '{node.label}' repeats is no constant list")
+    listed = own_list(node, repeats)
+    count = listed[own_axis(node, axis, len(listed))]
+    if count == 1:
+        return affine.at(axis)
+    if source is node.inputs[0]:
+        return affine.picked(np.arange(countable(affine.channels * count)) % affine.channels, axis)
+    if count < 1 or affine.channels % count:
+        raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of Tile '{node.label}', which repeats it {count} times")
+    first = affine.picked(np.arange(affine.channels // count), axis)
+    copies = np.arange(affine.channels) % first.channels
+    if (first.scale[copies] != affine.scale).any() or (first.shift[copies] != affine.shift).any():
+        raise Refusal("axis", f"Tile '{node.label}' makes channels of different affines of one")
+    return first
+
+
+# ReverseSequence turns the order of some elements along two axes; along another one every element keeps its channel.
+def _reverse_sequence(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is not None and axis in (node.attribute("time_axis", 0), node.attribute("batch_axis", 1)):
+        raise Refusal("axis", f"ReverseSequence '{node.label}' changes the order of axis {axis}")
+    return affine
+
+
 def _expanded_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     # Not by np.broadcast_shapes, which takes no sizes beyond the address space.
     data, sizes = arrays
@@ -248,6 +318,7 @@ LAYOUT = {
     "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch),
     "SpaceToDepth": Row(sizes=same_batch),
     "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
-    "Tile": Row(size_slots=(1, 2), result_size=_tiled_size),
+    "Tile": Row(*both_ways(_tile), sized=True, size_slots=(1, 2), result_size=_tiled_size),
+    "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes),
     "CenterCropPad": Row(size_slots=(1,)),
 }

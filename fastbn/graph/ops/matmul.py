@@ -12,7 +12,7 @@ from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Size, Sizes
@@ -37,6 +37,8 @@ def _matrix(node: Node, graph: PresentGraph) -> tuple[Constant, bool, tuple[int,
 # Gemm:  backward S*(alpha A B + beta C) + T = alpha A (B*S) + (beta*C*S + T), S along the columns of B;  forward
 # alpha (A*S + T) B + beta C = alpha A (S*B) + (beta*C + alpha T B), S along the rows of B.
 def _gemm_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    if _has_constant_a(node, graph):
+        return _constant_a_backward(node, traveler, graph)
     affine = traveler.affine
     weight, columns_first, (rows, channels) = _matrix(node, graph)
     require_axis(node, affine, axis_in(node, affine, 2), 1, "output")
@@ -54,6 +56,8 @@ def _gemm_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
 
 def _gemm_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     affine = traveler.affine
+    if traveler.slot == MATRIX and _has_constant_a(node, graph):
+        return _constant_a_forward(node, traveler, graph)
     if traveler.slot != 0:
         raise Refusal("no-absorber", f"it is not the first operand of Gemm '{node.label}'")
     weight, columns_first, (rows, channels) = _matrix(node, graph)
@@ -71,6 +75,94 @@ def _gemm_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transf
         transfer.constants[BIAS] = bias.affine(1.0, alpha * (shift @ matrix), abs(alpha) * (abs_terms @ np.abs(matrix)))
         _set_bias_attributes(node, graph, transfer)
     return transfer
+
+
+# Gemm, constant A, B the data:  a scale along the columns passes to those of B, one along the rows goes into those of A;  forward
+# alpha A (B*S + T) + beta C = alpha (A*S) B + (beta*C + alpha A T) along the rows of B, and along its columns a scale goes on.
+def _has_constant_a(node: Node, graph: PresentGraph) -> bool:
+    return graph.constant(node.inputs[0]) is not None and graph.constant(node.inputs[1]) is None
+
+
+def _constant_a(node: Node, graph: PresentGraph) -> tuple[Constant, bool]:
+    """Return (A, whether its columns, which meet the rows of B, come first)."""
+    weight = graph.weight(node, 0)
+    if len(weight.shape) != 2:
+        raise ModelError(expected("a matrix", f"shape {weight.shape}", node.label))
+    return weight, bool(node.attribute("transA", 0))
+
+
+def _constant_a_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine = traveler.affine
+    axis = axis_in(node, affine, 2)
+    weight, columns_first = _constant_a(node, graph)
+    rows, inner = weight.shape[::-1] if columns_first else weight.shape
+    transfer = Transfer()
+    if axis == 0:
+        require_channels(node, affine, rows, "output")
+        layout = WeightLayout(1, inner, rows, 1) if columns_first else WeightLayout(1, 1, rows, inner)
+        transfer.constants[0] = scaled(weight, layout, affine.along(rows)[0])
+    elif affine.scales:
+        transfer.passed_on.append((MATRIX, affine.scale_only().at(_axis_of_b(node, axis or 0))))
+    if affine.shifts or _has_bias(node) or graph.is_changed(node, BIAS):
+        channels = affine.channels if axis is not None else 1
+        shape = (channels, 1) if axis == 0 else (channels,)
+        scale, shift, abs_terms = (part.reshape(shape) for part in affine.along(channels))
+        _change_bias(node, graph, transfer, weight.dtype, shape, scale, shift, abs_terms)
+    return transfer
+
+
+def _constant_a_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine = traveler.affine
+    weight, columns_first = _constant_a(node, graph)
+    rows, inner = weight.shape[::-1] if columns_first else weight.shape
+    axis = axis_in(node, affine, 2)
+    transfer = Transfer()
+    if axis == _axis_of_b(node, 1):
+        if affine.shifts or (affine.scale == 0).any():
+            raise Refusal("shift-cannot-pass", f"a shift along the columns of B, or a scale of zero, cannot pass Gemm '{node.label}'")
+        transfer.passed_on.append((0, affine.at(1)))
+        if _has_bias(node) or graph.is_changed(node, BIAS):
+            _change_bias(node, graph, transfer, weight.dtype, (affine.channels,), 1 / affine.scale, 0.0, 0.0)
+        return transfer
+    require_channels(node, affine, inner, "input")
+    scale, shift, abs_terms = affine.along(inner)
+    if affine.scales:
+        layout = WeightLayout(1, 1, inner, rows) if columns_first else WeightLayout(1, rows, inner, 1)
+        transfer.constants[0] = scaled(weight, layout, scale)
+    if affine.shifts:
+        matrix = Dense.of(weight).values.T if columns_first else Dense.of(weight).values
+        alpha = node.attribute("alpha", 1.0)
+        added, size = (alpha * (matrix @ shift))[:, None], (abs(alpha) * (np.abs(matrix) @ abs_terms))[:, None]
+        _change_bias(node, graph, transfer, weight.dtype, (rows, 1), 1.0, added, size)
+    return transfer
+
+
+def _axis_of_b(node: Node, axis: int) -> int:
+    """Return the axis of B that is its rows (0) or its columns (1)."""
+    return 1 - axis if node.attribute("transB", 0) else axis
+
+
+def _change_bias(
+    node: Node,
+    graph: PresentGraph,
+    transfer: Transfer,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    scale: FloatArray | float,
+    shift: FloatArray | float,
+    abs_terms: FloatArray | float,
+) -> None:
+    """Put scale * beta * C + shift into a transfer; Refusal where C would grow."""
+    if graph.is_changed(node, BIAS) or _has_bias(node):
+        bias = graph.dense(node, BIAS)
+        bias = bias if graph.is_changed(node, BIAS) else bias.times(_beta(node))
+    else:
+        bias = Dense.zeros(shape, dtype)
+    changed = bias.affine(scale, shift, abs_terms)
+    if changed.values.size > max(bias.values.size, math.prod(shape)) and bias.values.size > 1:
+        raise Refusal("grows", f"C of Gemm '{node.label}' would grow from {bias.values.size} to {changed.values.size} values")
+    transfer.constants[BIAS] = changed
+    _set_bias_attributes(node, graph, transfer)
 
 
 def _has_bias(node: Node) -> bool:
@@ -101,17 +193,27 @@ def _set_bias_attributes(node: Node, graph: PresentGraph, transfer: Transfer) ->
 
 
 def _gemm_terms(node: Node, graph: PresentGraph) -> int:
+    if _has_constant_a(node, graph):
+        weight, columns_first = _constant_a(node, graph)
+        return weight.shape[0 if columns_first else 1]
     return _matrix(node, graph)[2][0]
 
 
 def _gemm_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
     inner = _gemm_terms(node, graph)
+    if _has_constant_a(node, graph):
+        data = node.inputs[MATRIX]
+        known = None if data is None else graph.probe_shape(data)
+        columns = 3 if known is None or len(known) != 2 else known[_axis_of_b(node, 1)]
+        return {MATRIX: (columns, inner) if node.attribute("transB", 0) else (inner, columns)}
     bias = graph.constant(node.input(BIAS))
     rows = bias.shape[0] if bias is not None and len(bias.shape) == 2 and bias.shape[0] > 1 else 3
     return {0: (inner, rows) if node.attribute("transA", 0) else (rows, inner)}
 
 
 def _gemm_weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] | None:
+    if slot == 0:
+        return values.T if node.attribute("transA", 0) else values
     if slot != MATRIX:
         return None
     return values if node.attribute("transB", 0) else values.T

@@ -1,16 +1,17 @@
-"""BatchNormalization; other normalizations, of which only the sizes are known."""
+"""BatchNormalization; other normalizations, whose own scale and bias take an affine that stands behind them."""
 
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import NodeProto, helper
 
 from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
-from fastbn.graph.ops.placing import axis_of, require_axis, require_channels
+from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import same_sizes
 from fastbn.graph.reasons import Refusal, first_few
@@ -20,6 +21,9 @@ __all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
 BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
 PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
+
+# Why an affine does not pass the other normalizations along the data flow.
+NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
 
 # ONNX's default: an attribute is a float32, which a float64 model feels.
 EPSILON = float(np.float32(1e-5))
@@ -33,8 +37,7 @@ def is_batch_norm(node: Node) -> bool:
 # scale = weight / sqrt(var + eps), shift = bias - mean * scale, along axis 1.
 def _lift(node: Node, graph: PresentGraph) -> Affine:
     _refuse_training(node, graph.opset)
-    if node.attribute("spatial", 1) == 0:
-        raise Refusal("per-element", "spatial=0: its parameters are per element, not per channel")
+    _refuse_per_element(node, graph)
     if len(node.inputs) != 5 or any(value is None for value in node.inputs):
         raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
     arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
@@ -54,6 +57,17 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
     abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
     return Affine(scale, shift, 1, 2, abs_terms)
+
+
+def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
+    """spatial=0 (before opset 9) has parameters per element; on data of shape (N, C) an element is a channel."""
+    rank = graph.rank(node.input(0))
+    if node.attribute("spatial", 1) or rank == 2:
+        return
+    if rank is None:
+        raise Refusal("axis-unknown", "spatial=0, and the rank of its data is not known: only on (N, C) are its parameters per channel")
+    repair = "onnxruntime does not run it; where the exporter meant parameters per channel (MXNet), spatial=1 is the repair"
+    raise Refusal("per-element", f"spatial=0 on data of rank {rank}: its parameters are per element, not per channel; {repair}")
 
 
 def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatArray:
@@ -129,7 +143,81 @@ def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(-np.abs(array) if slot == MEAN else np.abs(array))
 
 
+# InstanceNormalization, GroupNormalization, LayerNormalization, RMSNormalization, n what they normalize, of the rank of
+# the input:  backward S*(scale * n + bias) + T = (S*scale) n + (S*bias + T).
+def _channels_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine = traveler.affine
+    scale, bias = graph.dense(node, SCALE), graph.dense(node, BIAS)
+    require_axis(node, affine, axis_of(node, affine, node.required_input(0), graph), 1, "output")
+    require_channels(node, affine, scale.shape[0], "output")
+    factor, shift, abs_terms = affine.along(scale.shape[0])
+    return Transfer({SCALE: scale.times(factor), BIAS: bias.affine(factor, shift, abs_terms)})
+
+
+def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    affine, scale = traveler.affine, graph.dense(node, SCALE)
+    rank = graph.rank(node.input(0))
+    if rank is None and affine.axis is not None and affine.axis >= 0:
+        raise Refusal("axis-unknown", f"the rank of '{traveler.value.name}' at {node.op} '{node.label}' is not known")
+    if rank is not None:
+        axis_in(node, affine, rank)
+    factor, shift, abs_terms = affine.shaped(rank)
+    if np.broadcast_shapes(factor.shape, scale.shape) != scale.shape:
+        raise Refusal("axis", f"its channels are not those that the scale of {node.op} '{node.label}' of shape {scale.shape} runs along")
+    transfer = Transfer({SCALE: scale.times(factor)})
+    if node.op == "RMSNormalization" and affine.shifts:
+        raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no bias to take the shift")
+    if affine.shifts or graph.has(node, BIAS):
+        zeros = np.zeros(scale.shape)
+        bias = graph.bias(node, BIAS, scale.shape, scale.dtype)
+        transfer.constants[BIAS] = bias.affine(factor + zeros, shift + zeros, abs_terms + zeros)
+    return transfer
+
+
+def _last_axes_bound(proto: NodeProto) -> list[NodeProto]:
+    """4 |scale| + |bias|: a normalized number is seldom larger than 4. The output is made of zeros like the data."""
+    data, scale, output = proto.input[0], proto.input[1], proto.output[0]
+    bias = proto.input[2] if len(proto.input) > 2 else ""
+    names = [f"{output}/{step}" for step in ("zeros", "ones", "twos", "fours", "scaled")]
+    _become(proto, "Sub", [data, data], names[0])
+    last = names[4] if bias else output
+    nodes = [
+        helper.make_node("Exp", [names[0]], [names[1]]),
+        helper.make_node("Add", [names[1], names[1]], [names[2]]),
+        helper.make_node("Add", [names[2], names[2]], [names[3]]),
+        helper.make_node("Mul", [names[3], scale], [last]),
+    ]
+    return [*nodes, helper.make_node("Add", [last, bias], [output])] if bias else nodes
+
+
+def _channels_bound(proto: NodeProto) -> list[NodeProto]:
+    """The same per channel, as a BatchNormalization of zeros with a mean of -4 and a variance of 1."""
+    (data, scale, bias), output = proto.input[:3], proto.output[0]
+    names = [f"{output}/{step}" for step in ("zeros", "nothing", "ones", "twos", "fours", "mean")]
+    _become(proto, "Sub", [data, data], names[0])
+    return [
+        helper.make_node("Sub", [scale, scale], [names[1]]),
+        helper.make_node("Exp", [names[1]], [names[2]]),
+        helper.make_node("Add", [names[2], names[2]], [names[3]]),
+        helper.make_node("Add", [names[3], names[3]], [names[4]]),
+        helper.make_node("Neg", [names[4]], [names[5]]),
+        helper.make_node("BatchNormalization", [names[0], scale, bias, names[5], names[2]], [output]),
+    ]
+
+
+def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
+    proto.Clear()
+    proto.CopyFrom(helper.make_node(op, inputs, [output]))
+
+
+_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes)
+_LAST_AXES = Row(_last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes)
+
 NORMALIZATION = {
     BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),
-    **dict.fromkeys(("InstanceNormalization", "LRN", "LayerNormalization"), Row(sizes=same_sizes)),
+    "InstanceNormalization": _CHANNELS,
+    "GroupNormalization": _CHANNELS,
+    "LayerNormalization": _LAST_AXES,
+    "RMSNormalization": _LAST_AXES,
+    "LRN": Row(sizes=same_sizes),
 }

@@ -65,6 +65,15 @@ def _max_pool(node: Node, affine: Affine, source: Value, target: Value, graph: P
     return affine
 
 
+# LpPool, GlobalLpPool:  the p-norm of S x is S times that of x where S >= 0; zeros of padding add nothing to it.
+def _lp_pool(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    _require_no_pooled_axis(node, affine, source, graph)
+    if affine.shifts:
+        raise Refusal("shift-cannot-pass", f"a shift cannot pass {node.op} '{node.label}'")
+    require_sign(node, affine, 0)
+    return affine
+
+
 # ReduceMean over other axes:  as an average. ReduceSum: the scale only. ReduceMax: as MaxPool; ReduceMin too.
 def _reduce(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
@@ -166,6 +175,8 @@ POOLING = {
         "GlobalAveragePool": _GLOBAL_AVERAGE,
         "MaxPool": _MAXIMUM,
         "GlobalMaxPool": _MAXIMUM,
+        "LpPool": Row(*both_ways(_lp_pool), terms=_window_terms),
+        "GlobalLpPool": Row(*both_ways(_lp_pool), terms=_reduced_terms),
         "ReduceMean": _SUM,
         "ReduceSum": _SUM,
         "ReduceMax": _REDUCTION,

@@ -31,6 +31,7 @@ __all__ = [
     "Row",
     "Rule",
     "SiblingMerge",
+    "Skip",
     "Strategy",
     "Transfer",
     "Traveler",
@@ -85,6 +86,9 @@ class PresentGraph(Protocol):
     def producer(self, value: Value) -> Node | None:
         """Return the node that gives a value now."""
 
+    def readers(self, value: Value) -> list[tuple[Node, int]]:
+        """Return (node, slot) of everything that sees the elements of a value now; Refusal where the caller of the model does."""
+
     def refuse_readers(self, value: Value, asker: Node, slot: int) -> None:
         """Refuse when anything but this slot of `asker` sees a value."""
 
@@ -119,11 +123,19 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """What else is asked for backward: the value must become S * value + T + scale * source, with `source` another value of the graph."""
+
+    source: Value
+    scale: Affine
+
+
+@dataclass(frozen=True)
 class Traveler:
     """An affine on its way: where it is now, how far the planner goes for it, where it comes from.
 
     value is the output that is to become the affine of itself (backward) or the input that lacks the affine (forward), slot its number
-    among the outputs or the inputs of the node at hand.
+    among the outputs or the inputs of the node at hand. skip is there only where the row says that it takes one.
     """
 
     affine: Affine
@@ -131,6 +143,7 @@ class Traveler:
     slot: int
     strategy: Strategy
     origin: Origin
+    skip: Skip | None = None
 
     @property
     def may_rearrange(self) -> bool:
@@ -157,7 +170,8 @@ class Transfer:
 
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
-    affine). merge is there where the affine goes into a sibling instead.
+    affine). merge is there where the affine goes into a sibling instead. lifted are other nodes with the same affine, which leave with the
+    one that is asked for. skip is asked, backward, of the input at its slot.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
@@ -165,6 +179,8 @@ class Transfer:
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None
+    lifted: Sequence[Node] = ()
+    skip: tuple[int, Skip] | None = None
 
 
 # What a row answers in one direction, see the head of the file; several answers are tried in order.
@@ -203,6 +219,8 @@ class Row:
     ----------
     backward, forward : Rule or None
         What it does with an affine in each direction; None where it has no such fold.
+    forward_refusal : str
+        What a sentence about the node goes on with where forward is None.
     with_constant : Row or None
         The row that counts instead where one of its two operands is a constant (Add of a value and a constant, for example).
     lift : callable or None
@@ -211,6 +229,8 @@ class Row:
         (node, graph) -> the input slot of the data of a node that is lifted.
     broadcasts : bool
         Its operands broadcast: a constant may widen the data.
+    takes_skip : bool
+        Its backward rule knows of `Traveler.skip`.
     parts : bool
         It hands out parts of its input, and one of its outputs may change alone.
     reads : mapping of int -> "shape" or "type"
@@ -242,6 +262,8 @@ class Row:
         Edits a NodeProto so that, run on absolute values, it bounds the size of what the node rounds; returns the nodes that follow it.
     magnitude : callable
         (slot, array) -> a floating constant for that run.
+    signed_slots : tuple of int
+        Inputs that say where to read, not what: they keep their signs in that run.
     least_magnitude : float
         The least size of what the node rounds.
 
@@ -263,10 +285,12 @@ class Row:
 
     backward: Rule | None = None
     forward: Rule | None = None
+    forward_refusal: str = "which cannot take or pass it"
     with_constant: "Row | None" = None
     lift: Callable[[Node, PresentGraph], Affine | None] | None = None
     data_slot: Callable[[Node, PresentGraph], int] = _first_slot
     broadcasts: bool = False
+    takes_skip: bool = False
     parts: bool = False
     reads: Mapping[int, Literal["shape", "type"]] = field(default_factory=dict)
 
@@ -283,6 +307,7 @@ class Row:
     sized: bool = False
     bound: Callable[[NodeProto], list[NodeProto]] = _as_it_is
     magnitude: Callable[[int, NDArray[Any]], NDArray[Any]] = _absolute
+    signed_slots: tuple[int, ...] = ()
     least_magnitude: float = 0.0
 
     sizes: Callable[[Node, Sequence[Sizes | None]], Sizes | None] | None = None

@@ -1,1 +1,1 @@
-"""The proofs: parity of one fold, and of a whole model."""
+"""Verification: parity of one fold, and of a whole model."""

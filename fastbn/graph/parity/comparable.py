@@ -1,6 +1,6 @@
 """Copies of a model that can be compared: random numbers repeat, every output is a tensor of numbers, every branch can be chosen.
 
-Both models get the same change, so it makes no difference between them.
+Both models get the same change, so it makes no difference between them. The limits: docs/numerics.md, "Limits of effort".
 """
 
 import itertools

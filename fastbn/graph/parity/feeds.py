@@ -44,14 +44,16 @@ class ModelNotRun(Exception):
     """A model that onnxruntime cannot run, in its words."""
 
 
-class Runs(Protocol):
+class InputSession(Protocol):
     """A session of a model, or what stands for one."""
 
     def get_inputs(self) -> Sequence[ValueInfo]:
         """Return what onnxruntime says of the graph inputs."""
+        ...
 
     def run(self, outputs: None, feed: Feed, /) -> Sequence[object]:
         """Return all outputs."""
+        ...
 
 
 class Feeds:
@@ -84,7 +86,7 @@ class Feeds:
         return _feed(self.inputs, self.shapes, kind, np.random.default_rng([self.seed, ALL_KINDS.index(kind)]))
 
 
-def feeds_of(session: Runs, index: Index, input_shapes: Shapes, seed: int) -> Feeds:
+def feeds_of(session: InputSession, index: Index, input_shapes: Shapes, seed: int) -> Feeds:
     """Return the inputs of a model, in sizes with which onnxruntime runs it.
 
     Parameters
@@ -134,7 +136,7 @@ def _too_large(info: onnx.ValueInfoProto, shape: tuple[int, ...], input_shapes: 
     return f"the input '{info.name}' of shape {','.join(map(str, shape))} would hold more than {limit} elements"
 
 
-def random_feeds(session: Runs, index: Index, input_shapes: Shapes, seed: int, count: int) -> list[Feed]:
+def random_feeds(session: InputSession, index: Index, input_shapes: Shapes, seed: int, count: int) -> list[Feed]:
     """Return that many dicts of seeded normal inputs, in sizes that the model accepts; input_shapes as in feeds_of."""
     feeds = feeds_of(session, index, input_shapes, seed)
     return [_feed(feeds.inputs, feeds.shapes, KINDS[0], np.random.default_rng([seed, number])) for number in range(count)]

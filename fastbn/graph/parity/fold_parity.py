@@ -2,7 +2,7 @@
 
 The segment is the nodes that the plan names. What is allowed follows from rounding theory: the folded segment evaluated with absolute
 values, |W'| |x| + |b'|, bounds element by element the size of what was rounded, so the difference may be (8 + 2 sqrt(terms)) u times that,
-u the unit round-off and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
+u the unit roundoff and terms the length of the sums. Derivation: docs/numerics.md, "The bound of a fold".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
@@ -89,13 +89,13 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
     for amplitude in AMPLITUDES:
-        before, after, size = segment.run(probe.make(np.random.default_rng(seed), amplitude))
+        before, after, abs_terms = segment.run(probe.make(np.random.default_rng(seed), amplitude))
         if np.isfinite(before).all():
             break
     else:
         return FoldParity(True, note="not run: the original overflows on every input tried")
     note = "run in float32: onnxruntime has no bfloat16 kernels" if segment.promoted else None
-    allowed = segment.units() * size
+    allowed = segment.units() * abs_terms
     error = np.abs(after - before)
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.where(error == 0, 0.0, error / allowed)
@@ -136,14 +136,20 @@ class _Segment:
         return sorted(nodes, key=lambda node: self.order[node])
 
     def _data_type(self) -> DType:
-        """Return the type of the data: that of any constant, but the parameters of a BatchNormalization may have another."""
+        """Return the coarsest type of a constant; that of a BatchNormalization's parameters only where there is no other."""
         constants = [
-            (is_batch_norm(node), constant.dtype)
+            (not is_batch_norm(node), UNIT[constant.dtype.name], constant.dtype)
             for node in self.before
             for constant in map(self.index.constant, node.inputs)
             if constant is not None and constant.dtype.name in UNIT
         ]
-        return min(constants, key=lambda entry: entry[0])[1]
+        return max(constants, key=lambda entry: entry[:2])[2]
+
+    def _type_of(self, value: Value) -> DType:
+        """Return the type of a value, that of the constants where it is not known."""
+        kind = self.index.kind(value)
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind)) if kind else self.dtype
+        return dtype if dtype.name in UNIT else self.dtype
 
     def _leaves(self, value: Value) -> bool:
         """Say whether something outside the segment reads a value of it."""
@@ -152,24 +158,25 @@ class _Segment:
         return any(node not in self.before and not ignores_elements(node, slot) for node, slot in value.readers)
 
     def units(self) -> float:
-        """Return the bound of an error as a multiple of the size of the terms."""
+        """Return the bound of an error as a multiple of the absolute size of the terms."""
         unit = UNIT[self.dtype.name]
         terms = sum(row_of(node, self.view).terms(node, self.view) for node in self.before if node not in self.lifted)
         return float(8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"]))
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return (before, after, size of the terms), all results of the segment as one vector; raises _NotRun."""
-        feed = {name: self._typed(np.asarray(values)) for name, values in inputs.items()}
+        """Return (before, after, absolute size of the terms), each with all results of the segment as one vector; raises _NotRun."""
+        values = {value.name: value for node in self.before for value in node.inputs if value is not None}
+        feed = {name: self._typed(np.asarray(array), values[name]) for name, array in inputs.items()}
         try:
             before = _joined(self._run_original(feed))
             after = _joined(self._run(self._folded(feed, magnitudes=False)))
-            size = _joined(self._run(self._folded(feed, magnitudes=True)))
+            abs_terms = _joined(self._run(self._folded(feed, magnitudes=True)))
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
             raise _NotRun("what comes out of the site is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
-        return before, after, np.maximum(size, least)
+        return before, after, np.maximum(abs_terms, least)
 
     def _run_original(self, feed: Feed) -> list[Array]:
         """Run the original nodes, with the nodes that compute their constants where onnxruntime has kernels for them."""
@@ -181,8 +188,19 @@ class _Segment:
     def _run(self, model: _Model) -> list[Array]:
         return _run_nodes(model.nodes, model.feed, model.results, self.index.opset)
 
-    def _typed(self, values: Array) -> Array:
-        return values.astype(np.float32 if self.promoted else self.dtype) if values.dtype.kind == "f" else values
+    def _runnable(self, node: Node) -> NodeProto:
+        """Return a copy of a node that onnxruntime has a kernel for."""
+        proto = _modern(node.proto, self.index.opset)
+        for attribute in proto.attribute:
+            if self.promoted and proto.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+        return proto
+
+    def _typed(self, array: Array, value: Value) -> Array:
+        if array.dtype.kind != "f":
+            return array
+        dtype = self._type_of(value)
+        return array.astype(np.float32 if dtype.name == "bfloat16" else dtype)
 
     def _original(self, feed: Feed, evaluated: bool) -> _Model:
         """Return the original segment; with `evaluated` the values of its constants are inputs, without it their own nodes compute them."""
@@ -196,18 +214,23 @@ class _Segment:
             elif node is not None and node not in computing:
                 computing[node] = None
                 pending.extend(read for read in node.inputs if read is not None)
-        nodes = [_modern(node.proto, self.index.opset) for node in self._sorted({*computing, *self.before})]
+        nodes = [self._runnable(node) for node in self._sorted({*computing, *self.before})]
         return _Model(nodes, feed, [value.name for value in self.results])
 
     def _folded(self, feed: Feed, magnitudes: bool) -> _Model:
         """Return the folded segment; with magnitudes, every input and constant is its absolute value and every difference is a sum."""
-        feed = {name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" else values for name, values in feed.items()}
+        signed = {node.inputs[slot] for node in self.before for slot in operator_row(node).signed_slots if node.input(slot) is not None}
+        names = {value.name for value in signed if value is not None}
+        feed = {
+            name: np.asarray(np.abs(values)) if magnitudes and values.dtype.kind == "f" and name not in names else values
+            for name, values in feed.items()
+        }
         nodes: list[NodeProto] = []
         for node in self.before:
             if node in self.view.removed:
                 continue
             node = self.plan.replaced.get(node, node)
-            proto = _modern(node.proto, self.index.opset)
+            proto = self._runnable(node)
             self._connect(node, proto, feed, magnitudes)
             edited(proto, {}, self.plan.attributes.get(node, {}))
             nodes.append(proto)

@@ -30,7 +30,7 @@ from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said
 
 __all__ = ["Comparison"]
 
-# Kinds of input on which the models are compared piece by piece because the outputs are zero.
+# Kinds of input on which the models are compared piece by piece because the outputs are zero: docs/numerics.md, "Limits of effort".
 MOST_CUT = 2
 
 # Draws of the noise for a small channel: docs/numerics.md, "Small channels".
@@ -246,7 +246,8 @@ class _Check:
         if not np.isfinite(worst.worst.error):
             return self._result("failed", worst, "Inf or NaN on one side only")
         cut: CutParity | None = None
-        for kind in dict.fromkeys(entry.kind for entry in different):
+        kinds: list[InputKind] = [entry.kind for entry in different]
+        for kind in dict.fromkeys(kinds):
             cut = self._cuts(kind)
             if cut is None or cut.status != "ok":
                 break
@@ -261,7 +262,8 @@ class _Check:
     def _zeros_by_cuts(self) -> Parity:
         compared: tuple[str, ...] = ()
         if not self.suffices(self._proven()):
-            for kind in [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs][:MOST_CUT]:
+            kinds: list[InputKind] = [kind for kind in (*KINDS[:2], *MORE_KINDS) if kind in self.reference.outputs]
+            for kind in kinds[:MOST_CUT]:
                 cut = self._cuts(kind)
                 if cut is not None and cut.status == "ok":
                     return self._held_by(cut)

@@ -1,5 +1,5 @@
 """The rounding noise of a model: the original with the parameters of every affine as graph inputs, so that they can be perturbed by a few
-units of round-off. What is perturbed, and by how much: docs/numerics.md, "The noise of a model".
+units of roundoff. What is perturbed, and by how much: docs/numerics.md, "The noise of a model".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOISE", "Noise"]
 
-# Noise of a parameter in units of round-off: with 2, every parameter moves to a neighbor in its type.
+# Noise of a parameter in units of roundoff: with 2, every parameter moves to a neighbor in its type.
 NOISE = 2
 
 # The signs of the noise of an input repeat after this many elements: a prime, so that no axis has it as its length in practice.
@@ -61,7 +61,7 @@ class Noise:
     proto : onnx.ModelProto
         The copy whose parameters are graph inputs.
     unit : float
-        The largest unit of round-off of the parameters.
+        The largest unit of roundoff of the parameters.
     """
 
     def __init__(self, index: Index, proto: ModelProto, inputs_only: bool = False) -> None:
@@ -87,7 +87,7 @@ class Noise:
         if len(constants) < 4:
             return []
         scale, bias, mean, var = map(float64_of, constants)
-        # Parameters may be float32 beside float16 data: the type of the data decides the unit of round-off.
+        # Parameters may be float32 beside float16 data: the type of the data decides the unit of roundoff.
         kind = self.index.kind(node.required_output()) or self.index.kind(node.required_input(0))
         name = np.dtype(helper.tensor_dtype_to_np_dtype(kind)).name if kind else ""
         unit = UNIT.get(name, UNIT[constants[0].dtype.name])
@@ -119,16 +119,16 @@ class Noise:
     def perturbed(self, feed: Feed, rng: np.random.Generator, sums: bool = False) -> Feed:
         """Return the inputs of `proto` with noise of random sign.
 
-        Every element of a graph input moves to a neighbor in its type, every parameter by NOISE units of round-off; with `sums`, also by
+        Every element of a graph input moves to a neighbor in its type, every parameter by NOISE units of roundoff; with `sums`, also by
         the rounding error of the sums before and after its affine.
         """
         noisy: Feed = {}
         for name, each in self._parameters.items():
-            size = NOISE * each.unit * each.abs_terms
+            change = NOISE * each.unit * each.abs_terms
             if sums:
-                size = size + self._sum_units(each.node) * min(each.unit, UNIT["float32"]) * each.abs_terms
+                change = change + self._sum_units(each.node) * min(each.unit, UNIT["float32"]) * each.abs_terms
             with np.errstate(over="ignore"):
-                noisy[name] = np.asarray(each.values + size * rng.choice([-1.0, 1.0], each.values.shape)).astype(each.dtype)
+                noisy[name] = np.asarray(each.values + change * rng.choice([-1.0, 1.0], each.values.shape)).astype(each.dtype)
         for name, values in feed.items():
             noisy[name] = values
             if values.dtype.kind == "f":
@@ -138,7 +138,7 @@ class Noise:
         return noisy
 
     def _sum_units(self, node: Node) -> float:
-        """Return how many units of round-off the sums may err from which or into which the affine of a node may go."""
+        """Return how many units of roundoff the sums may err from which or into which the affine of a node may go."""
         if node not in self._units:
             units = [_units(each, self._view) for forward in (False, True) for each in _neighbors(node, forward)]
             self._units[node] = max(units, default=0.0)
@@ -147,7 +147,7 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class _Parameter:
-    """A parameter that is perturbed: the node that reads it, its values, the absolute size of its terms, and the unit of round-off."""
+    """A parameter that is perturbed: the node that reads it, its values, the absolute size of its terms, and the unit of roundoff."""
 
     node: Node
     values: FloatArray
@@ -175,7 +175,7 @@ def _neighbors(node: Node, forward: bool) -> list[Node]:
 
 
 def _units(node: Node, view: GraphView) -> float:
-    """Return how many units of round-off the sum of a node may err, divided by MARGIN: docs/numerics.md, "The noise of a model"."""
+    """Return how many units of roundoff the sum of a node may err, divided by MARGIN: docs/numerics.md, "The noise of a model"."""
     row = row_of(node, view)
     try:
         terms = row.terms(node, view)

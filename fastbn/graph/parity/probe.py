@@ -21,8 +21,8 @@ from fastbn.graph.runtime import runtime_errors, session
 
 __all__ = ["Probe", "probes"]
 
-# Elements of one input that has the sizes of the model, unless nothing smaller can be run.
-LARGEST_STATED = 1 << 23
+# Elements of one input that has the sizes of the model, unless nothing smaller can be run: docs/numerics.md, "Inputs".
+LARGEST_PROBE = 1 << 23
 
 # The shape of each input of a segment.
 ProbeShapes: TypeAlias = dict[Value, tuple[int, ...]]
@@ -68,7 +68,7 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
                 proposed[value] = shape
     complete = set(proposed) == set(needed)
     stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
-    is_small = all(math.prod(shape) <= LARGEST_STATED for shape in stated.values())
+    is_small = all(math.prod(shape) <= LARGEST_PROBE for shape in stated.values())
     if complete:
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
         sized = any(operator_row(node).sized for node in nodes)
@@ -107,7 +107,7 @@ def _captured(index: Index, values: list[Value]) -> Feed | None:
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     folder = index.source.path.parent if index.source.path else None
-    failures = (*runtime_errors(), ModelNotRun, ModelError)
+    failures: tuple[type[Exception], ...] = (*runtime_errors(), ModelNotRun, ModelError)
     try:
         run = session(serialize(proto, index.source.name), folder)
         outputs = run.run(names, feeds_of(run, index, index.input_shapes, seed=0)[0])

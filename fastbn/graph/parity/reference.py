@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from onnx import ModelProto
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.parity.comparable import comparable, is_random
@@ -27,7 +27,7 @@ __all__ = ["Progress", "Reference", "copied", "feeds_for", "reference_of", "sile
 # Draws of the noise where the first one does not explain a difference: docs/numerics.md, "The bound of an output".
 MORE_DRAWS = 5
 
-# The copy of an output of more bytes is a temporary file.
+# The copy of an output of more bytes is a temporary file: docs/numerics.md, "Limits of effort".
 LARGEST_IN_MEMORY = 1 << 24
 
 Progress: TypeAlias = Callable[[str], None]
@@ -72,7 +72,7 @@ def feeds_for(model: Runnable, index: Index, input_shapes: Shapes | None = None,
             _load(runner, index)
             return feeds_of(runner, index, input_shapes or {}, seed)
         except ModelNotRun as reason:
-            raise ModelError(expected("a model that onnxruntime runs", str(reason), index.source.name)) from reason
+            raise ModelError(f"Cannot run '{index.source.name}': {reason}") from reason
 
 
 def _load(runner: Runner, index: Index) -> None:
@@ -81,7 +81,7 @@ def _load(runner: Runner, index: Index) -> None:
         runner.session()
     except runtime_errors() as error:
         if says_invalid(error) and not index.proto.functions and all(is_standard(node.domain) for node in index.order):
-            raise ModelError(expected("a valid model", f"one of which onnxruntime says: {said(error)}", index.source.name)) from error
+            raise ModelError(f"Cannot load '{index.source.name}', which onnxruntime finds invalid: {said(error)}") from error
         raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
 
 
@@ -175,7 +175,7 @@ class Reference:
 
     def measure(self) -> None:
         """Measure how far the noise moves each output, as a part of its largest value: one draw, on the first kind of input."""
-        kind = next((kind for kind in KINDS if kind in self.outputs), None)
+        kind: InputKind | None = next((kind for kind in KINDS if kind in self.outputs), None)
         if kind is None or self._relative:
             return
         self.progress("measuring the rounding noise")

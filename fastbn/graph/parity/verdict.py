@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MARGIN", "ModelsDiffer", "Verdict", "judged"]
 
-# The bound is this many times the measured effect of the noise, plus this many units of round-off of the largest value.
+# The bound is this many times the measured effect of the noise, plus this many units of roundoff of the largest value.
 MARGIN, FLOOR = 4, 16
 
 # A bound above this part of the largest value proves nothing.
@@ -83,7 +83,7 @@ def judged(name: str, before: Array, after: Array, noise: float, unit: float, no
     noise : float
         How far rounding moves `before`.
     unit : float
-        The unit of round-off.
+        The unit of roundoff.
     noisy : numpy.ndarray, optional
         `before` with noise. Where a few elements move by a whole step (a rounding to integers), the quantiles of the errors of all channels
         are compared in the place of the largest error.

@@ -36,6 +36,8 @@ class Plan:
         Those that absorb.
     crossed : dict of node -> None
         Removed nodes in whose place an affine passed.
+    alike : dict of node -> None
+        Nodes with the same affine that are lifted too.
     channels : int
     number : int
         Its age: the number of owned nodes when it was made.
@@ -51,6 +53,7 @@ class Plan:
     path: dict[Node, None] = field(default_factory=dict)
     absorbers: dict[Node, None] = field(default_factory=dict)
     crossed: dict[Node, None] = field(default_factory=dict)
+    alike: dict[Node, None] = field(default_factory=dict)
     channels: int = 0
     number: int = 0
     joined: Optional["Plan"] = None
@@ -64,6 +67,7 @@ class Plan:
         self.path.update(other.path)
         self.absorbers.update(other.absorbers)
         self.crossed.update(other.crossed)
+        self.alike.update(other.alike)
         self.lifted.extend(other.lifted)
         self.channels = max(self.channels, other.channels)
 

@@ -80,16 +80,16 @@ class _Planner:
     def run(self) -> Planning:
         refusals: dict[Node, Refusal] = {}
         candidates = waiting = _candidates(self.index)
-        level = 0
-        while level < len(STRATEGIES):
-            if level > 0:
+        step = 0
+        while step < len(STRATEGIES):
+            if step > 0:
                 waiting = [node for node in candidates if node in refusals and is_batch_norm(node)]
-            refused, placed = self._pass(waiting, STRATEGIES[level])
-            if level == 0:
+            refused, placed = self._pass(waiting, STRATEGIES[step])
+            if step == 0:
                 refusals = refused
             # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
             waiting = [node for node in refusals if node not in placed][::-1]
-            level = 0 if placed else level + 1
+            step = 0 if placed else step + 1
         view = self.view
         view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
         order = {node: number for number, node in enumerate(self.index.order)}
@@ -100,6 +100,8 @@ class _Planner:
         """Try each of some nodes once; return (refusals, the nodes that found a place)."""
         refused, placed = {}, set()
         for node in nodes:
+            if node in placed:
+                continue
             try:
                 affine = self.view.lifted(node)
                 if affine is None:
@@ -107,9 +109,11 @@ class _Planner:
                 self._refuse_unselected(node)
                 _refuse_widening(node, self.view)
                 placement = place(node, affine, self.view, strategy)
+                for other in placement.plan.alike:
+                    self._refuse_unselected(other)
                 refuse_unrepresentable(placement.plan, self.view)
                 self._record(node, affine, placement)
-                placed.add(node)
+                placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
         return refused, placed
@@ -124,36 +128,40 @@ class _Planner:
 
     def _record(self, node: Node, affine: Affine, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""
-        view, found = self.view, placement.plan
-        if not found.absorbers:  # constants that a node on the way moves
-            found.absorbers = dict.fromkeys(reader for reader, _ in found.constants)
+        view, new = self.view, placement.plan
+        if not new.absorbers:  # constants that a node on the way moves
+            new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
-        leaving = [node, *found.bypassed]
-        target = self._joined_plan(node, found, leaving)
+        leaving = [node, *new.alike, *new.bypassed]
+        target = self._joined_plan(node, new, leaving)
         for gone in leaving:
             target.forget(gone)
-        found.lifted.append(node)
-        found.channels = affine.channels
+        new.lifted.extend([node, *new.alike])
+        new.channels = affine.channels
         if placement.kept_shift is None:
             view.remove(node, value)
             if placement.forward:
                 view.forwarded.add(node)
         else:
             add, constant = placement.kept_shift
-            found.replaced[node] = add
-            found.constants[add, 1] = constant
+            new.replaced[node] = add
+            new.constants[add, 1] = constant
             view.replaced[node] = add
-        for gone, operand in found.bypassed.items():
+        for other in new.alike:
+            view.remove(other, view.source(view.data(other)))
+            if placement.forward:
+                view.forwarded.add(other)
+        for gone, operand in new.bypassed.items():
             view.remove(gone, operand)
-        target.join(found)
-        view.apply(found)
-        view.owner.update(dict.fromkeys([*found.path, *found.replaced.values(), *leaving], target))
+        target.join(new)
+        view.apply(new)
+        view.owner.update(dict.fromkeys([*new.path, *new.replaced.values(), *leaving], target))
 
-    def _joined_plan(self, node: Node, found: Plan, leaving: list[Node]) -> Plan:
+    def _joined_plan(self, node: Node, new: Plan, leaving: list[Node]) -> Plan:
         """Return the oldest plan that a new one touches, with all others that it touches joined to it, or a fresh one."""
         view = self.view
         before = view.data(node).producer
-        touched = [*found.path, *found.crossed, *leaving, *([before] if before is not None and before in view.removed else [])]
+        touched = [*new.path, *new.crossed, *leaving, *([before] if before is not None and before in view.removed else [])]
         owners = dict.fromkeys(owner for owner in map(view.owned, touched) if owner is not None)
         target = min(owners, key=lambda each: each.number, default=None) or Plan(number=len(view.owner))
         self.plans[target] = None

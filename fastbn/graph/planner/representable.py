@@ -1,18 +1,11 @@
 """Folded constants that the model's type cannot hold: Inf, NaN, and weights that round to zero where that matters.
 
-An output channel sums W[k] x[k] and b. Weights below half the least number that the type holds become zero; what the sum loses for inputs
-up to X is at most d X, d the sum of their true sizes. The sum is rounded anyway: with u the unit roundoff, A the largest weight of the
-channel and v the least normal number, a product of A is rounded by up to u A X, the bias by u |b|, and what is smaller than v by u v, half
-the least number that the type holds. So nothing that a run could tell from rounding is lost where
+An output channel sums W[k] x[k] and b. Let X be the largest input, d the sum of the sizes of the weights that become zero, A the largest
+weight, u the unit roundoff and v the least normal number. Nothing that a run could tell from rounding is lost where
 
     d X <= u max(A X, |b|, v)
 
-X is 2**16: float16 ends there, in which networks are commonly run. It is the sum as it is folded that counts, so the same holds for a
-scale on the output channels and on the input channels.
-
-What weight decay leaves of a dead channel in float32 (|W| near 1e-41 beside a scale near 1e-38) passes by thirty orders of magnitude: its
-products round to zero in the original too, in which onnxruntime keeps numbers below v. In float16 (v is 6e-5) a channel of small weights
-does not.
+Derivation: docs/numerics.md, "Weights that become zero".
 """
 
 from collections.abc import Callable
@@ -30,6 +23,7 @@ from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["flushed_channels", "refuse_unrepresentable"]
 
+# X: float16 ends there.
 LARGEST_INPUT = 2.0**16
 
 # Type -> (unit roundoff, least normal number).
@@ -66,9 +60,9 @@ def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphV
         return 0, []
 
     def matrix(values: NDArray[np.generic]) -> NDArray[np.generic]:
-        found = weight_matrix(node, slot, values)
-        assert found is not None, "asked before"
-        return found
+        rows = weight_matrix(node, slot, values)
+        assert rows is not None, "asked before"
+        return rows
 
     at = row.bias_slot
     bias = None if at is None else plan.constants.get((node, at)) or view.tensor(node, at)

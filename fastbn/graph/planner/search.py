@@ -9,7 +9,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
-from fastbn.graph.ops.row import Origin, Row, Strategy, Transfer, Traveler
+from fastbn.graph.ops.row import Origin, Row, Skip, Strategy, Transfer, Traveler
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import ReasonCode, Refusal
@@ -22,8 +22,8 @@ MOST_STEPS = 30
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
 
-# What asks further, behind a node forward and before it backward: (slot, affine) -> Plan.
-_Follow: TypeAlias = Callable[[int, Affine], Plan]
+# What asks further, behind a node forward and before it backward: (slot, affine, skip) -> Plan.
+_Follow: TypeAlias = Callable[[int, Affine, Skip | None], Plan]
 
 
 class Search:
@@ -42,13 +42,13 @@ class Search:
         self.view = view
         self.origin = origin
         self.strategy = strategy
-        self._refused: dict[tuple[Value, bool, bool], tuple[ReasonCode, str]] = {}
+        self._refused: dict[tuple[Value, bool, bool, Value | None], tuple[ReasonCode, str]] = {}
         self._open: set[Value] = set()
         self._steps = 0
 
     # ---- against the data flow ----
 
-    def backward(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int = 0) -> Plan:
+    def backward(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int = 0, skip: Skip | None = None) -> Plan:
         """Return a Plan that makes the producer of `value` give the affine of it; this slot of `asker` is the one reader that may be.
 
         Raises
@@ -56,18 +56,20 @@ class Search:
         Refusal
             There is no such plan.
         """
-        key = value, affine.scales, affine.shifts
+        key = value, affine.scales, affine.shifts, None if skip is None else skip.source
         if key in self._refused:
             raise Refusal(*self._refused[key])
         try:
-            return self._ask_producer(value, affine, asker, slot, depth)
+            return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
             if refusal.code != "reads-twice":  # that one depends on the way taken
                 self._refused[key] = refusal.code, refusal.sentence
             raise
 
-    def _ask_producer(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int) -> Plan:
+    def _ask_producer(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int, skip: Skip | None) -> Plan:
         if depth and self.view.constant(value) is not None:
+            if skip is not None:
+                raise _refused_source(value)
             return self._into_constant(asker, slot, affine)
         crossed = {value.producer: None} if value.producer is not None and value.producer in self.view.removed else {}
         value = self.view.source(value)
@@ -75,16 +77,19 @@ class Search:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
         node, row = self._producer(value, asker, depth)
+        if skip is not None and not row.takes_skip:
+            raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
         try:
-            transfers = row.backward and row.backward(node, Traveler(affine, value, value.slot, self.strategy, self.origin), self.view)
+            traveler = Traveler(affine, value, value.slot, self.strategy, self.origin, skip)
+            transfers = row.backward and row.backward(node, traveler, self.view)
         except Refusal as refusal:
             if refusal.code == "axis" and is_batch_norm(asker) and row.channel_axis is not None and affine.channels > 1:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
         assert transfers is not None, "_producer has refused a row without it"
 
-        def follow(at: int, asked: Affine) -> Plan:
-            return self._ask_input(node, at, asked, depth)
+        def follow(at: int, asked: Affine, added: Skip | None) -> Plan:
+            return self._ask_input(node, at, asked, depth, added)
 
         self._open.add(value)
         try:
@@ -110,10 +115,10 @@ class Search:
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
         return node, row
 
-    def _ask_input(self, node: Node, slot: int, affine: Affine, depth: int) -> Plan:
+    def _ask_input(self, node: Node, slot: int, affine: Affine, depth: int, skip: Skip | None = None) -> Plan:
         value = node.inputs[slot]
         assert value is not None, "a row asks the inputs that there are"
-        return self.backward(value, affine, node, slot, depth + 1)
+        return self.backward(value, affine, node, slot, depth + 1, skip)
 
     def _other_readers(self, value: Value, affine: Affine, asker: Node, slot: int) -> list[tuple[Node, int]]:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
@@ -171,11 +176,11 @@ class Search:
             raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
         row = self._row(node, depth)
         if row.forward is None:
-            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, which cannot take or pass it")
+            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, {row.forward_refusal}")
         read = node.inputs[slot]
         assert read is not None, "a reader reads"
         transfers = row.forward(node, Traveler(affine, read, slot, self.strategy, self.origin), self.view)
-        plan = self._first(transfers, node, lambda at, behind: self.forward(node.outputs[at], behind, depth + 1), depth)
+        plan = self._first(transfers, node, lambda at, behind, _: self.forward(node.outputs[at], behind, depth + 1), depth)
         if read is not value and read.producer is not None:
             plan.crossed[read.producer] = None
         return plan
@@ -196,16 +201,18 @@ class Search:
         return row
 
     def _first(self, transfers: Transfer | Iterable[Transfer], node: Node, follow: _Follow, depth: int) -> Plan:
-        """Return the plan of the first transfer that works out; the refusal of the last one otherwise."""
-        refused: tuple[ReasonCode, str] = "no-absorber", f"{node.op} '{node.label}' of nothing takes nothing"
+        """Return the plan of the first transfer that works out; Refusal where none does."""
+        refused: tuple[ReasonCode, str] | None = None
         for transfer in [transfers] if isinstance(transfers, Transfer) else transfers:
             try:
                 return self._followed(transfer, node, follow, depth)
             except Refusal as refusal:
-                refused = refusal.code, refusal.sentence
+                # Why a way around an operand failed says less than why the operand cannot take the scale.
+                if refused is None or transfer.skip is None:
+                    refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
                     break
-        raise Refusal(*refused)
+        raise Refusal(*(refused or ("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")))
 
     def _is_exhausted(self) -> bool:
         return self._steps > MOST_STEPS and self.strategy != "plain"
@@ -214,7 +221,8 @@ class Search:
         """Return the plan of a transfer and of everything that it asks further."""
         plan = _plan_of(transfer, node)
         for at, affine in transfer.passed_on:
-            _add_branch(plan, follow(at, affine))
+            skip = transfer.skip[1] if transfer.skip is not None and transfer.skip[0] == at else None
+            _add_branch(plan, follow(at, affine, skip))
         for at, affine in transfer.required:
             _add_branch(plan, self._ask_input(node, at, affine, depth))
         return plan
@@ -222,7 +230,7 @@ class Search:
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None})
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:

@@ -1,22 +1,32 @@
-"""A check of every model that is written: it is the graph that was planned, value by value, before anybody may see it.
+"""A check of every written model, before it is returned or saved: it must be the graph that was planned, value by value.
 
 The writer works on names; this reads the names that it wrote as a runtime would, and compares what they mean with the planner's view.
 """
 
-from collections import Counter
+from __future__ import annotations
 
-from onnx import ModelProto, helper
+from collections import Counter
+from collections.abc import Sequence, Set
+from typing import NoReturn, TypeAlias
+
+from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
+from fastbn.graph.model.node import Node, Scope, Use, Value
 from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 
 __all__ = ["check_written"]
 
 
-def check_written(index: Index, view: GraphView, plans: list, gone: set, proto: ModelProto) -> None:
+# What a name means in a written graph: (scope, position of the node that gives it, slot), or (scope, name) of an input or initializer.
+Meaning: TypeAlias = tuple[int, int | None, int] | tuple[int, str]
+
+
+def check_written(index: Index, view: GraphView, plans: Sequence[Plan], unwritten: Set[Node], proto: ModelProto) -> None:
     """Raise ModelError unless a written model is what its plans say.
 
     Parameters
@@ -26,12 +36,17 @@ def check_written(index: Index, view: GraphView, plans: list, gone: set, proto: 
     view : view.GraphView
         The present graph after all plans.
     plans : list of view.Plan
-    gone : set of model.Node
-        The nodes that are not written: removed and replaced ones, and constants that nobody reads any more.
+    unwritten : set of model.Node
+        The nodes that are not written: removed and replaced ones, and constants that no node reads any more.
     proto : onnx.ModelProto
-        What was written.
+        The written model.
+
+    Raises
+    ------
+    ModelError
+        They differ.
     """
-    check = _Check(index, view, plans, gone, proto)
+    check = _Check(index, view, plans, unwritten, proto)
     check.count()
     for number in range(len(check.graphs)):
         check.define(number)
@@ -41,64 +56,62 @@ def check_written(index: Index, view: GraphView, plans: list, gone: set, proto: 
 
 
 class _Check:
-    def __init__(self, index, view, plans, gone, proto):
+    """The comparison of one written model: first `count`, then `define` and `compare` for each graph by its number, then `finish`."""
+
+    def __init__(self, index: Index, view: GraphView, plans: Sequence[Plan], unwritten: Set[Node], proto: ModelProto) -> None:
         self.index = index
         self.view = view
         self.plans = plans
         self.graphs = scopes_of(proto.graph)
         replaced = view.replaced
-        self.nodes = [[replaced.get(node, node) for node in each.nodes if node in replaced or node not in gone] for each in index.scopes]
-        self.place = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
+        self.nodes = [
+            [replaced.get(node, node) for node in scope.nodes if node in replaced or node not in unwritten] for scope in index.scopes
+        ]
+        self.positions = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.constants = {use: constant for plan in plans for use, constant in plan.constants.items()}
         self.attributes = {node: attributes for plan in plans for node, attributes in plan.attributes.items()}
-        self.meanings = []
-        self.reads = Counter()
-        self.holds = {}
+        self.meanings: list[dict[str, Meaning]] = []
+        self.reads: Counter[Meaning | None] = Counter()
+        self.constants_met: dict[Use, Meaning | None] = {}
 
-    def count(self):
+    def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
-        found = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
+        written = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
         lifted = sum(is_batch_norm(node) for plan in self.plans for node in plan.lifted)
         planned = sum(map(is_batch_norm, self.index.order)) - lifted
-        if found != planned:
-            _fail(f"it has {found} BatchNormalization, planned are {planned}")
+        if written != planned:
+            _fail(f"it has {written} BatchNormalization, planned are {planned}")
         for nodes, graph in zip(self.nodes, self.graphs, strict=True):
             if len(nodes) != len(graph.node):
                 _fail(f"graph '{graph.name}' has {len(graph.node)} nodes, planned are {len(nodes)}")
 
-    def define(self, number):
-        """Note what each name of a written graph means: (scope, position of its node, slot), or (scope, name) where no node gives it."""
+    def define(self, number: int) -> None:
+        """Note what each name of a written graph means."""
         graph = self.graphs[number]
-        found = {info.name: (number, info.name) for info in graph.input}
+        meanings: dict[str, Meaning] = {info.name: (number, info.name) for info in graph.input}
         for name in (*(tensor.name for tensor in graph.initializer), *(tensor.values.name for tensor in graph.sparse_initializer)):
-            found[name] = number, name
+            meanings[name] = number, name
         if len(self.tensors[number]) < len(graph.initializer):
             _fail(f"graph '{graph.name}' has two initializers of one name")
         for position, node in enumerate(graph.node):
             for slot, name in enumerate(node.output):
-                if name in found:
+                if name in meanings:
                     _fail(f"the value '{name}' has two sources")
                 if name:
-                    found[name] = number, position, slot
-        self.meanings.append(found)
+                    meanings[name] = number, position, slot
+        self.meanings.append(meanings)
 
-    def compare(self, number):
+    def compare(self, number: int) -> None:
         """Compare the nodes and the outputs of a written graph with the present graph."""
         graph, scope = self.graphs[number], self.index.scopes[number]
         for node, written in zip(self.nodes[number], graph.node, strict=True):
             if node.op != written.op_type or node.proto.name != written.name:
                 _fail(f"{written.op_type} '{written.name}' is in the place of {node.op} '{node.label}'")
-            for slot, name in enumerate(written.input):
-                meaning = self._meaning(number, name)
-                self.reads[meaning] += 1
-                if (node, slot) in self.constants:
-                    self._compare_constant(node, slot, meaning)
-                elif meaning != self._planned(node.input(slot)):
-                    _fail(f"input {slot} of {node.op} '{node.label}' is not the value that is planned")
-            found = {attribute.name: attribute for attribute in written.attribute}
+            self._compare_inputs(number, node, written)
+            attributes: dict[str, AttributeProto] = {attribute.name: attribute for attribute in written.attribute}
             for name, value in self.attributes.get(node, {}).items():
-                if name not in found or helper.get_attribute_value(found[name]) != value:
+                if name not in attributes or helper.get_attribute_value(attributes[name]) != value:
                     _fail(f"attribute '{name}' of {node.op} '{node.label}' is not {value}")
         for info in graph.output:
             meaning = self._meaning(number, info.name)
@@ -106,45 +119,53 @@ class _Check:
             if meaning != self._planned(scope.find(info.name)):
                 _fail(f"the output '{info.name}' is not the value that is planned")
 
-    def finish(self):
-        """Demand that each planned constant has been met, and that nothing else reads it."""
-        for use in self.constants.keys() - self.holds.keys():
+    def finish(self) -> None:
+        """Check that each planned constant has been met, and that nothing else reads it."""
+        for use in self.constants.keys() - self.constants_met.keys():
             _fail(f"input {use[1]} of {use[0].op} '{use[0].label}' is planned and not written")
-        for (node, slot), meaning in self.holds.items():
+        for (node, slot), meaning in self.constants_met.items():
             if self.reads[meaning] != 1:
                 _fail(f"the constant of input {slot} of {node.op} '{node.label}' has {self.reads[meaning]} readers")
 
-    def _compare_constant(self, node, slot, meaning):
+    def _compare_inputs(self, number: int, node: Node, written: NodeProto) -> None:
+        for slot, name in enumerate(written.input):
+            meaning = self._meaning(number, name)
+            self.reads[meaning] += 1
+            if (node, slot) in self.constants:
+                self._compare_constant(node, slot, meaning)
+            elif meaning != self._planned(node.input(slot)):
+                _fail(f"input {slot} of {node.op} '{node.label}' is not the value that is planned")
+
+    def _compare_constant(self, node: Node, slot: int, meaning: Meaning | None) -> None:
         constant = self.constants[node, slot]
-        scope, name = meaning if meaning is not None and len(meaning) == 2 else (0, None)
-        tensor = self.tensors[scope].get(name)
+        tensor = self.tensors[meaning[0]].get(meaning[1]) if meaning is not None and len(meaning) == 2 else None
         kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
         if tensor is None or tuple(tensor.dims) != constant.shape or tensor.data_type != kind:
             _fail(f"input {slot} of {node.op} '{node.label}' is not the constant that is planned")
-        self.holds[node, slot] = meaning
+        self.constants_met[node, slot] = meaning
 
-    def _meaning(self, number, name):
+    def _meaning(self, number: int, name: str) -> Meaning | None:
         """Return what a name means in a written graph, None for an empty name."""
-        scope = self.index.scopes[number] if name else None
+        scope: Scope | None = self.index.scopes[number] if name else None
         while scope is not None:
-            found = self.meanings[scope.number].get(name)
-            if found is not None:
-                return found
+            meaning = self.meanings[scope.number].get(name)
+            if meaning is not None:
+                return meaning
             scope = scope.parent
         if name:
             _fail(f"nothing gives the value '{name}'")
         return None
 
-    def _planned(self, value):
-        """Return the meaning of what stands for a value of the original in the present graph."""
+    def _planned(self, value: Value | None) -> Meaning | None:
+        """Return what the name of a value of the original must mean in the written graphs, as the plans say."""
         if value is None:
             return None
         root = self.view.source(value)
         producer = self.view.producer(root)
         if producer is None:
             return root.scope.number, root.name
-        return producer.scope.number, self.place.get(producer), root.slot
+        return producer.scope.number, self.positions.get(producer), root.slot
 
 
-def _fail(sentence):
+def _fail(sentence: str) -> NoReturn:
     raise ModelError(f"Cannot write the model: {sentence}")

@@ -1,28 +1,46 @@
-"""The only writer: applies plans to a copy of the model and hands out the result."""
+"""The only writer: edits the graphs of a copy of the model as plans say, and returns the copy as an Output."""
+
+from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, MutableSequence, Sequence
+from typing import TypeVar
 
-import onnx
-from onnx import helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from fastbn.graph.model.constant import Scaled
+from fastbn.graph.model.constant import Constant, Scaled
+from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
-from fastbn.graph.model.storage import external_tensors, is_external, location_of
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.storage import is_external
 from fastbn.graph.ops.registry import operator_row
+from fastbn.graph.planner.planning import Planning
 from fastbn.graph.rewrite.consistency import check_written
-from fastbn.graph.rewrite.output import Output, Patch
+from fastbn.graph.rewrite.data_files import Patches
+from fastbn.graph.rewrite.output import Output
 
 __all__ = ["edited", "raises_ir_version", "rewrite"]
 
-# A weight that needs a new place goes to the end of the data file when it is larger than this, into the model file otherwise.
+# A folded weight of more bytes stays in the data file of its original; a smaller one goes into the model file.
 LARGEST_INLINE = 1 << 20
 
-# From this IR version on an initializer need not be a graph input too.
+# From this IR version on, an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
 
 
-def edited(proto, constants, attributes):
-    """Change a NodeProto: constants is slot -> name, attributes name -> value. Returns it."""
+MessageT = TypeVar("MessageT")
+
+
+def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, object]) -> NodeProto:
+    """Change a NodeProto in place and return it.
+
+    Parameters
+    ----------
+    proto : onnx.NodeProto
+    constants : mapping of int -> str
+        Input slot -> name of the value that the node reads there.
+    attributes : mapping of str -> value
+    """
     for slot, name in constants.items():
         while len(proto.input) <= slot:
             proto.input.append("")
@@ -35,18 +53,13 @@ def edited(proto, constants, attributes):
     return proto
 
 
-def raises_ir_version(index):
-    """Say whether the model must have a later IR version, because its initializers leave the graph inputs."""
+def raises_ir_version(index: Index) -> bool:
+    """Say whether the written model needs a later IR version, because its initializers are no graph inputs any more."""
     return index.freeze_inputs and index.proto.ir_version < FIRST_IR_OF_CONSTANTS and bool(index.proto.graph.initializer)
 
 
-def rewrite(index, planning):
-    """Apply the plans to a copy of the model.
-
-    Returns
-    -------
-    Output
-        Everything that no plan names is as it was.
+def rewrite(index: Index, planning: Planning) -> Output:
+    """Apply the plans to a copy of the model; everything that no plan names is as it was.
 
     Raises
     ------
@@ -57,29 +70,35 @@ def rewrite(index, planning):
 
 
 class _Writer:
-    def __init__(self, index, planning):
+    """The edits of one model.
+
+    unwritten holds the nodes that are not written; unused_constants and unused_values hold, by scope number, the names of initializers and
+    of values that no node reads or gives any more.
+    """
+
+    def __init__(self, index: Index, planning: Planning) -> None:
         self.index = index
         self.view = planning.view
         self.plans = planning.plans
-        self.proto = onnx.ModelProto()
+        self.proto = ModelProto()
         self.proto.CopyFrom(index.proto)
         self.graphs = scopes_of(self.proto.graph)
         self.added = {add: _copy(add.proto) for plan in self.plans for add in plan.replaced.values()}
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
-        self.gone = {*self.view.removed, *self.view.replaced}
+        self.unwritten = {*self.view.removed, *self.view.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
-        self.duplicates = {}
-        self.patches = []
+        self.duplicates: dict[Node, str] = {}
+        self.patches = Patches(index.source)
         self.names = {name for scope in index.scopes for name in scope.values}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
-        self.dead_tensors = defaultdict(set)
-        self.vanished = defaultdict(set)
-        self.infos = {}
-        self.extents = None
+        self.unused_constants: defaultdict[int, set[str]] = defaultdict(set)
+        self.unused_values: defaultdict[int, set[str]] = defaultdict(set)
+        self.infos: dict[int, defaultdict[str, list[ValueInfoProto]]] = {}
 
-    def output(self):
+    def output(self) -> Output:
+        """Make all edits, in this order: they read what the ones before have noted."""
         self._take_over_names()
-        self._bury_dead()
+        self._find_unused()
         for plan in self.plans:
             for (node, slot), constant in plan.constants.items():
                 edited(self._proto(node), {slot: self._write_constant(node, slot, constant)}, {})
@@ -88,48 +107,48 @@ class _Writer:
         self._rebuild_graphs()
         if self.index.freeze_inputs:
             self._freeze_inputs()
-        check_written(self.index, self.view, self.plans, self.gone, self.proto)
+        check_written(self.index, self.view, self.plans, self.unwritten, self.proto)
         changed = bool(self.plans) or self.index.freeze_inputs
-        return Output(self.proto, self.patches, self.index.source, self.duplicates, changed)
+        return Output(self.proto, self.patches.entries, self.index.source, self.duplicates, changed)
 
-    def _proto(self, node):
+    def _proto(self, node: Node) -> NodeProto:
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
 
-    def _take_over_names(self):
-        """Give the value before a removed node the name of the one behind it, wherever it is written or read.
+    def _take_over_names(self) -> None:
+        """Give the input of each removed node the name of its output, wherever that is written or read.
 
-        Where the affine went forward, the value behind is gone and its readers read the one before.
+        Where the affine was folded forward, the name of the input stays, and the readers of the output read it.
         """
-        names = {}
+        names: dict[Value, str] = {}
         for node, value in self.view.removed.items():
-            # Where the node that had taken this affine in went forward itself, what stands before it may be seen from elsewhere.
-            seen = value.producer is None or value.is_output or value.scope is not node.scope
-            if node not in self.view.forwarded and not seen:
-                names[value] = node.outputs[0].name
+            # A graph input or output, or a value of another scope, keeps its name: it may be read by that name from elsewhere.
+            keeps_name = value.producer is None or value.is_output or value.scope is not node.scope
+            if node not in self.view.forwarded and not keeps_name:
+                names[value] = node.required_output().name
         for node, value in self.view.removed.items():
-            names[node.outputs[0]] = names.get(value, value.name)
+            names[node.required_output()] = names.get(value, value.name)
         for value, name in names.items():
             if value.name == name:
                 continue
-            self.vanished[value.scope.number].add(value.name)
+            self.unused_values[value.scope.number].add(value.name)
             producer = self.view.producer(value)
-            if producer is not None and producer not in self.gone:
+            if producer is not None and producer not in self.unwritten:
                 self._proto(producer).output[value.slot] = name
             for reader, slot in value.readers:
                 present = self.view.replaced.get(reader, reader)
-                if present not in self.gone:
+                if present not in self.unwritten:
                     self._proto(present).input[slot] = name
 
-    def _write_constant(self, node, slot, constant):
-        """Put a folded constant where the old one was if nobody else reads that, else under a new name; return the name."""
+    def _write_constant(self, node: Node, slot: int, constant: Constant) -> str:
+        """Write a folded constant in the place of the old one if no other node reads that, else under a new name; return the name."""
         old = self.before[node].inputs[2] if node in self.before else node.input(slot)
-        if old is not None and old.name in self.dead_tensors[old.scope.number]:
+        if old is not None and old.name in self.unused_constants[old.scope.number]:
             scope = old.scope
             tensor = self.tensors[scope.number][old.name]
-            self.dead_tensors[scope.number].remove(old.name)
-            self._announce(scope.number, old.name, constant)
+            self.unused_constants[scope.number].remove(old.name)
+            self._declare(scope.number, old.name, constant)
         else:
-            # Before IR 4 a constant must be a graph input too, which a body cannot have: it reads the outer graph's.
+            # Before IR 4 a constant must be a graph input too. The constants of a body, which has no such inputs, go into the main graph.
             scope = self.index.main if self.proto.ir_version < FIRST_IR_OF_CONSTANTS else node.scope
             tensor = self.graphs[scope.number].initializer.add()
             if old is not None and old.initializer is not None:
@@ -141,10 +160,10 @@ class _Writer:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
         self._fill(scope.number, tensor, constant)
-        return tensor.name
+        return str(tensor.name)
 
-    def _announce(self, scope, name, constant):
-        """Let the graph input or value_info of a constant say its new shape and type."""
+    def _declare(self, scope: int, name: str, constant: Constant) -> None:
+        """Write the shape and type of a constant into its graph input and value_info, where it has these."""
         if scope not in self.infos:
             self.infos[scope] = defaultdict(list)
             for info in (*self.graphs[scope].input, *self.graphs[scope].value_info):
@@ -153,7 +172,7 @@ class _Writer:
             kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
             info.type.CopyFrom(helper.make_tensor_type_proto(kind, constant.shape))
 
-    def _new_name(self, wanted):
+    def _new_name(self, wanted: str) -> str:
         name, number = wanted, 1
         while name in self.names:
             number += 1
@@ -161,9 +180,10 @@ class _Writer:
         self.names.add(name)
         return name
 
-    def _fill(self, scope, tensor, constant):
+    def _fill(self, scope: int, tensor: TensorProto, constant: Constant) -> None:
+        """Write the values of a constant into its tensor, or leave them to a patch of the data file."""
         if is_external(tensor) and isinstance(constant, Scaled) and constant.size * constant.dtype.itemsize > LARGEST_INLINE:
-            self._patch(scope, tensor, constant)
+            self.patches.add(scope, tensor, constant)
             return
         for values in ("float_data", "double_data", "int32_data", "raw_data", "external_data", "data_location"):
             tensor.ClearField(values)
@@ -171,89 +191,78 @@ class _Writer:
         tensor.dims[:] = constant.shape
         tensor.raw_data = constant.array().tobytes()
 
-    def _patch(self, scope, tensor, constant):
-        """Leave a large weight in its data file: over its old bytes if they are its own, else behind the last byte."""
-        location, offset = location_of(tensor), self.index.source.place(tensor).offset
-        stop = offset + constant.size * constant.dtype.itemsize
-        users = sum(1 for start, end in self._extents()[location] if start < stop and offset < end)
-        taken = any(patch.location == location and patch.offset == offset for patch in self.patches)
-        self.patches.append(Patch(scope, tensor, constant, location, None if users > 1 or taken else offset))
-
-    def _extents(self):
-        """Return location -> byte ranges of all external tensors of the model."""
-        if self.extents is None:
-            self.extents = defaultdict(list)
-            for tensor in external_tensors(self.index.proto):
-                offset = self.index.source.place(tensor).offset
-                self.extents[location_of(tensor)].append((offset, offset + self.index.source.external(tensor).size))
-        return self.extents
-
-    def _bury_dead(self):
-        """Mark the constants that only removed nodes and changed slots read, and the nodes that computed them."""
+    def _find_unused(self) -> None:
+        """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
         reads = self._reads()
-        pending = [value for node in self.gone for value in node.inputs if value is not None]
-        pending += [node.input(slot) for node, slot in self.freed if node not in self.added and node.input(slot) is not None]
+        pending = [value for node in self.unwritten for value in node.inputs if value is not None]
+        freed = [node.input(slot) for node, slot in self.freed if node not in self.added]
+        pending += [value for value in freed if value is not None]
         while pending:
             value = pending.pop()
-            if value.producer in self.gone or reads[value]:
+            if value.producer in self.unwritten or reads[value]:
                 continue
             node = value.producer
             if value.initializer is not None:
-                self.dead_tensors[value.scope.number].add(value.name)
+                self.unused_constants[value.scope.number].add(value.name)
             elif node is not None and self.index.constant(value) is not None:
                 outputs = [output for output in node.outputs if output is not None]
                 if any(reads[output] for output in outputs):
                     continue
-                self.gone.add(node)
-                self.vanished[node.scope.number].update(output.name for output in outputs)
-                read = [value for value in node.inputs if value is not None]
-                reads.subtract(map(self.view.source, read))
-                pending.extend(read)
+                self.unwritten.add(node)
+                self.unused_values[node.scope.number].update(output.name for output in outputs)
+                inputs = [value for value in node.inputs if value is not None]
+                reads.subtract(map(self.view.source, inputs))
+                pending.extend(inputs)
 
-    def _reads(self):
-        """Return value -> how often the present graph reads it, itself or in the place of nodes that are removed."""
-        reads = Counter()
+    def _reads(self) -> Counter[Value]:
+        """Return value -> how often the written graph reads it; a removed node's output counts as its input."""
+        reads: Counter[Value] = Counter()
         for node in self.index.order:
-            present = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
-            if node in self.gone:  # an Add in its place reads the data
-                present = [self.view.data_slot(node)] if node in self.view.replaced else []
-            reads.update(self.view.source(node.inputs[slot]) for slot in present if node.inputs[slot] is not None)
+            slots = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
+            if node in self.unwritten:  # the Add that replaces a node reads its data input
+                slots = [self.view.data_slot(node)] if node in self.view.replaced else []
+            reads.update(self.view.source(value) for slot in slots if (value := node.inputs[slot]) is not None)
         for scope in self.index.scopes:
             reads.update(self.view.source(value) for value in scope.values.values() if value.is_output)
         return reads
 
-    def _rebuild_graphs(self):
-        removed = defaultdict(dict)
-        for node in self.gone:
-            removed[node.scope.number][node.position] = self.added.get(self.view.replaced.get(node))
+    def _rebuild_graphs(self) -> None:
+        """Remove the nodes, constants and declarations that are not needed any more, and put the nodes in that replace others."""
+        # Scope number -> position of a node that is not written -> the node in its place, or None.
+        changed: defaultdict[int, dict[int, NodeProto | None]] = defaultdict(dict)
+        for node in self.unwritten:
+            replacement = self.view.replaced.get(node)
+            changed[node.scope.number][node.position] = None if replacement is None else self.added[replacement]
         # Innermost first: a graph that is rebuilt holds copies of its nodes, and of the bodies in them.
         for number, graph in reversed([*enumerate(self.graphs)]):
-            if number in removed:
-                nodes = [removed[number].get(position, node) for position, node in enumerate(graph.node)]
+            if number in changed:
+                nodes = [changed[number].get(position, node) for position, node in enumerate(graph.node)]
                 del graph.node[:]
                 graph.node.extend(node for node in nodes if node is not None)
-            dead = self.dead_tensors[number]
-            _keep(graph.initializer, lambda tensor, names=dead: tensor.name not in names)
-            _keep(graph.input, lambda info, names=dead: info.name not in names)
-            gone = self.vanished[number] | dead
-            _keep(graph.value_info, lambda info, names=gone: info.name not in names)
-            _keep(graph.quantization_annotation, lambda entry, names=gone: entry.tensor_name not in names)
+            constants = self.unused_constants[number]
+            values = self.unused_values[number] | constants
+            _remove(graph.initializer, [tensor.name in constants for tensor in graph.initializer])
+            _remove(graph.input, [info.name in constants for info in graph.input])
+            _remove(graph.value_info, [info.name in values for info in graph.value_info])
+            _remove(graph.quantization_annotation, [entry.tensor_name in values for entry in graph.quantization_annotation])
 
-    def _freeze_inputs(self):
+    def _freeze_inputs(self) -> None:
+        """Take the initializers out of the graph inputs, so that a caller cannot override them."""
         constants = {tensor.name for tensor in (*self.index.proto.graph.initializer, *self.proto.graph.initializer)}
         if raises_ir_version(self.index):
             self.proto.ir_version = FIRST_IR_OF_CONSTANTS
-        _keep(self.proto.graph.input, lambda info: info.name not in constants)
+        _remove(self.proto.graph.input, [info.name in constants for info in self.proto.graph.input])
 
 
-def _keep(entries, wanted):
-    kept = [entry for entry in entries if wanted(entry)]
-    if len(kept) < len(entries):
+def _remove(entries: MutableSequence[MessageT], unwanted: Sequence[bool]) -> None:
+    """Remove the entries of a repeated field that are unwanted."""
+    if any(unwanted):
+        kept = [entry for entry, is_unwanted in zip(entries, unwanted, strict=True) if not is_unwanted]
         del entries[:]
         entries.extend(kept)
 
 
-def _copy(proto):
-    copy = type(proto)()
+def _copy(proto: NodeProto) -> NodeProto:
+    copy = NodeProto()
     copy.CopyFrom(proto)
     return copy

@@ -1,0 +1,142 @@
+"""Sums in which an operand stays as it is because a convolution of it makes up for it (RepViT), and parts of a batch (ghost BN)."""
+
+import numpy as np
+import pytest
+from sketch import codes, folds, model, norm, normal, ops, refuses
+
+import fastbn
+
+X = normal(1, 4, 1, 1, seed=9)
+WEIGHTS = {
+    "dw": normal(4, 1, 3, 3),
+    "dw1": normal(4, 1, 1, 1, seed=1),
+    "full": normal(4, 4, 3, 3, seed=2),
+    "half": normal(4, 2, 3, 3, seed=3),
+    "b": normal(4, seed=4),
+    "k": X,
+    **norm(4),
+}
+DW = "Conv <group = 4, pads = [1,1,1,1]> (x, dw)"
+DW1 = "Conv <group = 4> (x, dw1, b)"
+FULL = "Conv <pads = [1,1,1,1]> (x, full, b)"
+HALF = "Conv <group = 2, pads = [1,1,1,1]> (x, half)"
+NORM = "y = BatchNormalization(d, s, t, m, v)"
+
+# x is Tanh of the input, and more than the convolutions read it.
+AROUND = {
+    "3x3 and 1x1": f"c = {DW} e = {DW1} f = Add(c, e) d = Add(f, x)",
+    "the value first": f"c = {DW} e = {DW1} f = Add(c, e) d = Add(x, f)",
+    "one depthwise convolution": f"c = {DW} d = Add(c, x)",
+    "a 1x1 alone": f"c = {DW1} d = Add(c, x)",
+    "a full convolution": f"c = {FULL} d = Add(x, c)",
+    "groups": f"c = {HALF} d = Add(c, x)",
+    "the value within the sum": f"c = {DW} e = Add(c, x) f = {FULL} d = Add(e, f)",
+    "three operands": f"c = {DW} e = {FULL} d = Sum(c, x, e)",
+}
+
+
+def around(nodes, **changes):
+    used = {name: value for name, value in {**WEIGHTS, **changes}.items() if f"{name})" in nodes or f"{name}," in nodes}
+    return model(f"(float[2,4,6,6] u) => (float y, float z) {{ x = Tanh(u) {nodes} z = Relu(x) }}", **used)
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_an_operand_may_stay(case):
+    proto = around(f"{AROUND[case]} {NORM}")
+    expected = " ".join(node.op_type for node in proto.graph.node if node.op_type != "BatchNormalization")
+    result = folds(proto, expected)
+    assert all(fold.error is not None for fold in result.folded)
+
+
+def test_a_scale_on_the_value_goes_into_the_convolution_first():
+    folds(around(f"c = {DW} g = Mul(x, k) d = Add(c, g) {NORM}"), "Tanh Conv Relu")
+
+
+def test_behind_a_concat():
+    nodes = f"c = {DW} e = Add(c, x) f = {FULL} d = Concat <axis = 1> (e, f) y = BatchNormalization(d, s, t, m, v)"
+    folds(around(nodes, **norm(8)), "Tanh Conv Add Conv Concat Relu")
+
+
+HALVED = "e = AveragePool <kernel_shape = [2,2], strides = [2,2]> (x)"
+
+# A convolution that does not see each element at its center cannot make up for it.
+NOT_AROUND = {
+    "another value": "c = Conv <pads = [1,1,1,1]> (u, full, b) d = Add(c, x)",
+    "a stride": f"c = Conv <group = 4, pads = [1,1,1,1], strides = [2,2]> (x, dw) {HALVED} d = Add(c, e)",
+    "uneven padding": "c = Conv <group = 4, pads = [2,2,0,0], dilations = [2,2]> (x, dw) e = Slice(x, o, l, a) d = Add(c, e)",
+    "a subtraction": f"c = {DW} d = Sub(c, x)",
+}
+LISTS = {"o": np.array([0, 0]), "l": np.array([4, 4]), "a": np.array([2, 3])}
+
+
+@pytest.mark.parametrize("case", NOT_AROUND)
+def test_an_operand_may_not_stay(case):
+    result = fastbn.fold(around(f"{NOT_AROUND[case]} {NORM}", **LISTS))
+    assert not result.folded
+    assert codes(result) == {"other-readers": 1} or codes(result) == {"graph-output": 1}
+
+
+# ---- parts of a batch ----
+
+PART = "BatchNormalization({}, s, t, m, v)"
+
+
+def ghost(parts, nodes="", behind="y = Tanh(d)", **changes):
+    """Return a Gemm whose result is split along the batch, with one norm of the same parameters for each part, joined in d."""
+    names = [f"p{number}" for number in range(parts)]
+    split = f"{', '.join(names)} = Split <axis = 0> (c, k)"
+    norms = " ".join(f"n{number} = {PART.format(name)}" for number, name in enumerate(names))
+    joined = f"d = Concat <axis = 0> ({', '.join(f'n{number}' for number in range(parts))})"
+    constants = {"w": normal(5, 4), "b": normal(4, seed=5), "k": np.full(parts, 2, np.int64), **norm(4), **changes}
+    return model(f"(float[{2 * parts},5] x) => (float y) {{ c = Gemm(x, w, b) {split} {norms} {nodes} {joined} {behind} }}", **constants)
+
+
+def test_the_norms_of_all_parts_leave_together():
+    result = folds(ghost(3), "Gemm Split Concat Tanh")
+    (fold,) = result.folded
+    assert fold.bn == "n0+n1+n2"
+    assert fold.ops == ("BatchNormalization",) * 3
+
+
+def test_along_the_data_flow_too():
+    text = """(float[6,4] x) => (float y) {
+        r = Tanh(x)
+        p0, p1, p2 = Split <axis = 0> (r, k)
+        n0 = BatchNormalization(p0, s, t, m, v)
+        n1 = BatchNormalization(p1, s, t, m, v)
+        n2 = BatchNormalization(p2, s, t, m, v)
+        d = Concat <axis = 0> (n0, n1, n2)
+        y = Gemm(d, w, b)
+    }"""
+    folds(model(text, w=normal(4, 5), b=normal(5), k=np.full(3, 2, np.int64), **norm(4)), "Tanh Split Concat Gemm")
+
+
+def test_parts_of_other_parameters_stay():
+    proto = ghost(3)
+    proto.graph.initializer.add().CopyFrom(next(tensor for tensor in proto.graph.initializer if tensor.name == "s"))
+    proto.graph.initializer[-1].name = "other"
+    proto.graph.initializer[-1].raw_data = normal(4, seed=7).tobytes()
+    next(node for node in proto.graph.node if node.name == "n1").input[1] = "other"
+    result = fastbn.fold(proto, verify=False)
+    assert codes(result) == {"other-outputs": 3}
+
+
+def test_a_part_that_something_else_reads_stays():
+    result = fastbn.fold(ghost(2, nodes="z = Relu(p1)", behind="e = Add(d, d) y = Tanh(e)"), verify=False)
+    assert ops(result.model).count("BatchNormalization") == 2
+
+
+def test_a_part_that_is_not_selected_keeps_all():
+    result = fastbn.fold(ghost(3), skip="n1")
+    assert not result.folded
+    assert codes(result)["not-selected"] >= 1
+
+
+def test_a_chain_before_the_norms_does_not_pass():
+    assert refuses(
+        model(
+            "(float[4,4] x) => (float y) { r = Tanh(x) p, q = Split <axis = 0> (r, k) y = BatchNormalization(p, s, t, m, v) }",
+            k=np.full(2, 2, np.int64),
+            **norm(4),
+        )
+    )
