@@ -215,6 +215,7 @@ def having(fact):
 def test_whose_results_depend_on_the_sizes_of_what_they_read():
     """A fold over these is verified in the sizes of the model first."""
     moving = {"Reshape", "Flatten", "Squeeze", "Split", "DepthToSpace", "Expand", "Slice", "Gather", "Resize", "Upsample"}
+    moving |= {"Tile", "ReverseSequence", "DeformConv"}
     assert having(lambda row: row.sized) == moving
     first = {"Reshape", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather"}
     assert having(lambda row: row.moved_inputs == "first") == first
@@ -226,11 +227,11 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
 
 
 def test_the_bias_of_an_operator_and_the_axis_of_its_channels():
-    assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "Gemm"}
+    assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "DeformConv", "Gemm"}
     assert {slot for op in ("Conv", "ConvTranspose") for slot in slots_named(op, "B")} == {OPERATORS["Conv"].bias_slot}
     assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
     axes = {op: row.channel_axis for op, row in OPERATORS.items() if row.channel_axis is not None}
-    assert axes == {"Conv": 1, "ConvTranspose": 1, "Gemm": 1}
+    assert axes == {"Conv": 1, "ConvTranspose": 1, "DeformConv": 1, "Gemm": 1}
     assert having(lambda row: row.has_no_place_for_shift) == {"MatMul"}
     gemm, _, _ = seen(text("Gemm <beta = 3.0> (x, w)", "9,5"), w=normal(5, 7))
     plain, _, _ = seen(text("Gemm(x, w)", "9,5"), w=normal(5, 7))
@@ -240,7 +241,7 @@ def test_the_bias_of_an_operator_and_the_axis_of_its_channels():
 
 def test_operands_that_broadcast_and_constants_among_them():
     two = {"Add", "Sub", "Mul", "Div"}
-    assert having(lambda row: row.broadcasts) == two | {"Sum"}
+    assert having(lambda row: row.broadcasts) == two | {"Sum", "Max", "Min", "Mean", "Where"}
     assert having(lambda row: row.with_constant is not None) == two
     for op, constant, is_affine in (("Add", "k", True), ("Sub", "k", True), ("Mul", "k", True), ("Add", "i", False), ("Add", "x", False)):
         node, row, view = seen(text(f"{op}(x, {constant})"), k=normal(4, 1, 1), i=np.ones((4, 1, 1), np.int64))

@@ -23,6 +23,9 @@ def check_backward(setting):
     for transfer in answers:
         assert not [*transfer.required]
         inputs = {slot: applied(given, setting.read(slot)) for slot, given in transfer.passed_on}
+        if transfer.skip is not None:
+            slot, skip = transfer.skip
+            inputs[slot] = inputs[slot] + applied(skip.scale, setting.feeds[skip.source.name])
         found = setting.outputs({slot: new.array() for slot, new in transfer.constants.items()}, inputs, transfer.attributes)
         expected = [applied(setting.given, values) if at == setting.slot else values for at, values in enumerate(plain)]
         for got, wanted in zip(found, expected, strict=True):

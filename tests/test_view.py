@@ -142,7 +142,7 @@ def test_plans_that_join_are_one():
     assert view.owned(nodes["a"]) is third
     assert view.owned(nodes["b"]) is None
     a, b, new = nodes["a"], nodes["b"], Dense.zeros((4,), np.dtype(np.float32))
-    other = Plan({(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, {a: b}, {a: None}, {b: None}, {a: None}, 4)
+    other = Plan({(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, {a: b}, {a: None}, {b: None}, {a: None}, {b: None}, 4)
     second.join(other)
     assert (second.constants, second.attributes, second.lifted, second.bypassed) == (
         {(a, 1): new},
@@ -150,6 +150,7 @@ def test_plans_that_join_are_one():
         [a],
         {b: a.outputs[0]},
     )
+    assert [*second.alike] == [b]
     assert ([*second.replaced], [*second.path], [*second.absorbers], [*second.crossed], second.channels) == ([a], [a], [b], [a], 5)
     first.join(other)
     assert first.channels == 4

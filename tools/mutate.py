@@ -37,9 +37,9 @@ from mutants import ROOT, Mutant, mutants_of
 
 # The tests that run the code of the ONNX wing in their own process, most of them through whole folds.
 TESTS = (
-    "absorb bodies carry comparable consistency economy effort expressions forward gather graph_affine injected_faults",
-    "injected_values kept lift model nesting noise odd_nodes peers places plan probe quantised refusals results rewrite rows",
-    "schemas search shape_rules shapes sizes transfers underflow verify view wrong_nodes",
+    "absorb around bodies carry comparable consistency economy effort expressions forward gather graph_affine injected_faults",
+    "injected_values kept lift mixed_types model nesting noise normalization odd_nodes peers places plan probe quantised",
+    "refusals results rewrite rows schemas search shape_rules shapes sizes transfers underflow verify view wrong_nodes",
 )
 
 # A test may take ten times as long as without the mutant, and this many seconds more: the machine may be busy.
@@ -309,8 +309,8 @@ def main() -> int:
     parser.add_argument("--again", type=Path, help="only the survivors of the run that wrote this file")
     parser.add_argument("--out", type=Path, help="append the outcome of each mutant to this file, as lines of JSON")
     parser.add_argument("--map", type=Path, help="keep what the first run of the tests shows in this file, for the next time")
-    parser.add_argument("--slowest", type=float, default=2.0, help="leave out tests that take more seconds of CPU (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of tests that a mutant may survive (default: %(default)s)")
+    parser.add_argument("--slowest", type=float, default=1.0, help="leave out tests that take more seconds of CPU (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of tests that a mutant may survive (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
     options = parser.parse_args()
     paths = [path.resolve() for path in options.paths]
