@@ -12,7 +12,7 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.registry import row_of
-from fastbn.graph.ops.row import Origin, Transfer, Traveler
+from fastbn.graph.ops.row import Origin, Skip, Transfer, Traveler
 from fastbn.graph.planner.view import GraphView
 
 
@@ -38,9 +38,22 @@ class Setting:
     """One node, named y, in a model; x is its data, z another input."""
 
     def __init__(
-        self, node, given, *, x=(2, 4, 6, 6), z=None, slot=0, opset=17, unknown=False, strategy="plain", outputs="y", before="", **constants
+        self,
+        node,
+        given,
+        *,
+        x=(2, 4, 6, 6),
+        z=None,
+        slot=0,
+        opset=17,
+        unknown=False,
+        strategy="plain",
+        outputs="y",
+        before="",
+        skip=None,
+        **constants,
     ):
-        self.given, self.slot, self.strategy = given, slot, strategy
+        self.given, self.slot, self.strategy, self.skip = given, slot, strategy, skip
         # Negative sizes stand for unknown ones: of the shape, its size is used.
         self.feeds = {"x": normal(*map(abs, x)) + np.float32(0.3)}
         shapes = {"x": x}
@@ -62,9 +75,13 @@ class Setting:
         """Return the transfers of a row as a list."""
         values = self.node.outputs if direction == "backward" else self.node.inputs
         value = values[self.slot]
-        traveler = Traveler(self.given, value, self.slot, self.strategy, Origin(self.node, value))
+        traveler = Traveler(self.given, value, self.slot, self.strategy, Origin(self.node, value), self.added())
         found = getattr(self.row, direction)(self.node, traveler, self.view)
         return [found] if isinstance(found, Transfer) else [*found]
+
+    def added(self):
+        """Return what is asked for besides the affine: the data, scaled, in the sum."""
+        return None if self.skip is None else Skip(next(value for value in self.node.inputs if value.name == "x"), self.skip)
 
     def outputs(self, changes, inputs, attributes):
         """Return the outputs of the node with other constants, inputs and attributes."""

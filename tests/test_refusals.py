@@ -371,6 +371,63 @@ REFUSED = {
     "ReduceMean of computed axes": refused(
         "forward", "axis", "axes that are not known", "ReduceMean(x, u)", A4, z=(1,), before="u = Cast <to = 7> (z)", opset=18
     ),
+    "Conv that does not see each element": refused(
+        "backward", "other-branch", "does not see each element of 'x'", "Conv(x, w)", A4, skip=A4S, w=W
+    ),
+    "Conv of steps": refused(
+        "backward", "other-branch", "does not see each", "Conv <pads = [1,1,1,1], strides = [2,2]> (x, w)", A4, skip=A4S, w=W
+    ),
+    "Conv of other channels": refused(
+        "backward", "other-branch", "does not see each", "Conv <pads = [1,1,1,1]> (x, w)", affine(5, 1), skip=A4S, w=normal(5, 4, 3, 3)
+    ),
+    "Sub that would have to add": refused("backward", "other-branch", "would have to add 'x'", "Sub(z, x)", A4, z=(2, 4, 6, 6), skip=A4S),
+    "DeformConv, shift": refused(
+        "forward", "padding", "may sample beyond the border", "DeformConv(x, w, z)", A4, opset=19, z=(2, 18, 4, 4), w=W
+    ),
+    "Gemm of a constant, shift of columns": refused(
+        "forward", "shift-cannot-pass", "a shift along the columns of B", "Gemm(w, x)", affine(2, 1), x=(5, 2), w=normal(3, 5), slot=1
+    ),
+    "Gemm of a constant grows": refused(
+        "backward", "grows", "would grow from 2 to 6", "Gemm(w, x, c)", affine(3, 0), x=(5, 2), w=normal(3, 5), c=normal(2)
+    ),
+    "Gemm of a constant, channels": refused(
+        "backward", "axis", "4 channels meet the 3 output", "Gemm(w, x)", affine(4, 0), x=(5, 2), w=normal(3, 5)
+    ),
+    "LayerNormalization, another axis": refused("backward", "axis", "runs along", "LayerNormalization(x, s)", A4, s=normal(6)),
+    "LayerNormalization of an unknown rank": refused(
+        "backward", "axis-unknown", "is not known", "LayerNormalization(x, s)", affine(6, 3), s=normal(6), unknown=True
+    ),
+    "RMSNormalization, shift": refused(
+        "backward", "shift-cannot-pass", "has no bias", "RMSNormalization(x, s)", affine(6, 3), opset=23, s=normal(6)
+    ),
+    "InstanceNormalization, axis": refused(
+        "backward", "axis", "axis 2, the output", "InstanceNormalization(x, s, t)", affine(6, 2), s=normal(4), t=normal(4)
+    ),
+    "InstanceNormalization, channels": refused(
+        "backward", "axis", "5 channels meet", "InstanceNormalization(x, s, t)", affine(5, 1), s=normal(4), t=normal(4)
+    ),
+    "Max, negative": refused("backward", "mixed-sign-through-maxpool", "negative in channels 1, 3", "Max(x, z)", A4, z=(2, 4, 6, 6)),
+    "Min, negative": refused("backward", "mixed-sign-through-maxpool", "negative in channels 1, 3", "Min(x, z)", A4, z=(2, 4, 6, 6)),
+    "Mean, scale": refused("forward", "other-branch", "does not have its scale", "Mean(x, z)", A4, z=(2, 4, 6, 6)),
+    "Tile, other channels": refused(
+        "backward", "axis", "which repeats it 2 times", "Tile(x, k)", affine(3, 1), x=(2, 2, 3), k=ints(1, 2, 1)
+    ),
+    "Tile, different scales": refused(
+        "backward", "axis", "of different affines", "Tile(x, k)", affine(4, 1, shift=False, positive=True), x=(2, 2, 3), k=ints(1, 2, 1)
+    ),
+    "Tile, different shifts": refused("backward", "axis", "of different affines", "Tile(x, k)", A4T, x=(2, 2, 3), k=ints(1, 2, 1)),
+    "Tile by a computed list": refused(
+        "forward", "dynamic-index", "is no constant list", "Tile(x, u)", A4, z=(4,), before="u = Cast <to = 7> (z)"
+    ),
+    "ReverseSequence, time": refused(
+        "forward", "axis", "the order of axis 0", "ReverseSequence(x, k)", affine(3, 0), x=(3, 2, 4), k=ints(1, 3)
+    ),
+    "ReverseSequence, batch": refused(
+        "backward", "axis", "the order of axis 1", "ReverseSequence(x, k)", affine(2, 1), x=(3, 2, 4), k=ints(1, 3)
+    ),
+    "LpPool, shift": refused("backward", "shift-cannot-pass", "cannot pass LpPool", "LpPool <kernel_shape = [2,2]> (x)", A4P),
+    "LpPool, negative": refused("backward", "mixed-sign-through-maxpool", "in channels 1, 3", "LpPool <kernel_shape = [2,2]> (x)", A4S),
+    "Abs, negative": refused("backward", "mixed-sign-through-relu", "not positive in channels 1, 3", "Abs(x)", A4S),
 }
 
 

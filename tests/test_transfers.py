@@ -28,6 +28,8 @@ def check_backward(setting):
             inputs[slot] = inputs[slot] + applied(skip.scale, setting.feeds[skip.source.name])
         found = setting.outputs({slot: new.array() for slot, new in transfer.constants.items()}, inputs, transfer.attributes)
         expected = [applied(setting.given, values) if at == setting.slot else values for at, values in enumerate(plain)]
+        if setting.skip is not None:
+            expected[setting.slot] = expected[setting.slot] + applied(setting.skip, setting.feeds["x"])
         for got, wanted in zip(found, expected, strict=True):
             close(got, wanted)
         assert_terms(transfer)
@@ -176,6 +178,43 @@ BACKWARD = {
     "Resize of unknown sizes": case("Resize(x, , k)", A4, k=np.float32([1, 1, 2, 2]), x=(-2, -4, 6, 6)),
 }
 
+LAYER = {"s": normal(6, seed=5), "t": normal(6, seed=6)}
+R4 = affine(4, 1, shift=False, positive=True)
+TILED = Affine(np.tile([2.0, 3], 2), np.tile([1.0, 5], 2), 1)
+BACKWARD |= {
+    "Conv adds its data": case("Conv <pads = [1,1,1,1]> (x, w)", A4, skip=R4, w=W),
+    "Conv of groups adds its data": case("Conv <pads = [1,1,1,1], group = 2> (x, w, b)", A4T, skip=R4, w=normal(4, 2, 3, 3), b=normal(4)),
+    "Conv off its center adds its data": case("Conv <pads = [2,0,0,2], dilations = [1,1]> (x, w)", A4S, skip=R4, w=W),
+    "Conv of spread taps adds its data": case("Conv <pads = [2,1,2,1], dilations = [2,1]> (x, w)", A4S, skip=R4, w=W),
+    "Add of two that adds its data": case("Add(z, x)", A4, z=(2, 4, 6, 6), skip=R4),
+    "Add of two that adds its data, shift": case("Add(z, x)", A4T, z=(2, 4, 6, 6), skip=R4),
+    "DeformConv": case("DeformConv(x, w, z, b)", A4, opset=19, z=(2, 18, 4, 4), w=W, b=normal(4)),
+    "DeformConv without a bias": case("DeformConv <group = 2> (x, w, z)", A4, opset=19, z=(2, 18, 4, 4), w=normal(4, 2, 3, 3)),
+    "Gemm of a constant, rows": case("Gemm(w, x, c)", affine(3, 0), x=(5, 2), w=normal(3, 5), c=normal(3, 1)),
+    "Gemm of a constant, rows, no bias": case("Gemm <transA = 1> (w, x)", affine(3, 0), x=(5, 2), w=normal(5, 3)),
+    "Gemm of a constant, columns": case("Gemm <beta = 2.0> (w, x, c)", affine(2, 1), x=(5, 2), w=normal(3, 5), c=normal(2)),
+    "Gemm of a constant, columns of transB": case("Gemm <transB = 1> (w, x)", affine(2, 1), x=(2, 5), w=normal(3, 5)),
+    "Gemm of a constant, one number": case("Gemm <alpha = 0.5> (w, x, c)", PER_ELEMENT, x=(5, 2), w=normal(3, 5), c=normal(3, 2)),
+    "InstanceNormalization": case("InstanceNormalization(x, s, t)", A4, s=normal(4), t=normal(4, seed=5)),
+    "GroupNormalization": case("GroupNormalization <num_groups = 2> (x, s, t)", A4, opset=21, s=normal(4), t=normal(4, seed=5)),
+    "LayerNormalization": case("LayerNormalization(x, s, t)", affine(6, 3), **LAYER),
+    "LayerNormalization from the end, no bias": case("LayerNormalization(x, s)", affine(6, -1), s=LAYER["s"], unknown=True),
+    "LayerNormalization of more axes": case("LayerNormalization <axis = 1> (x, s, t)", A4, s=normal(4, 6, 6), t=normal(4, 6, 6, seed=5)),
+    "LayerNormalization, scale": case("LayerNormalization(x, s)", affine(6, 3, shift=False), s=LAYER["s"]),
+    "LayerNormalization, one number": case("LayerNormalization(x, s, t)", PER_ELEMENT, **LAYER),
+    "RMSNormalization": case("RMSNormalization(x, s)", affine(6, 3, shift=False), opset=23, s=LAYER["s"]),
+    "Max": case("Max(x, z)", A4P, z=(4, 6, 6)),
+    "Min": case("Min(x, z)", A4P, z=(2, 4, 6, 6)),
+    "Mean": case("Mean(x, z)", A4, z=(2, 4, 6, 6)),
+    "Where": case("Where(q, x, z)", A4, z=(2, 4, 6, 6), before="q = Greater(x, z)"),
+    "Abs": case("Abs(x)", affine(4, 1, shift=False, positive=True)),
+    "Tile": case("Tile(x, k)", TILED, x=(2, 2, 3), k=ints(1, 2, 1)),
+    "Tile of another axis": case("Tile(x, k)", A4, k=ints(2, 1, 3, 1)),
+    "ReverseSequence": case("ReverseSequence(x, k)", affine(4, 2), x=(3, 2, 4), k=ints(1, 3)),
+    "LpPool": case("LpPool <kernel_shape = [2,2]> (x)", affine(4, 1, shift=False, positive=True)),
+    "GlobalLpPool": case("GlobalLpPool(x)", affine(4, 1, shift=False, positive=True)),
+}
+
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
@@ -276,6 +315,24 @@ FORWARD = {
     "ReduceMean": case("ReduceMean <axes = [0, -1], keepdims = 0> (x)", A4),
     "ReduceMin": case("ReduceMin <axes = [3]> (x)", A4P),
     "Resize": case("Resize(x, , k)", A4, k=np.float32([1, 1, 2, 2])),
+}
+
+FORWARD |= {
+    "DeformConv, scale": case("DeformConv <group = 2> (x, w, z)", A4S, opset=19, z=(2, 18, 4, 4), w=normal(4, 2, 3, 3)),
+    "Gemm of a constant, rows of B": case("Gemm(w, x, c)", affine(5, 0), x=(5, 2), w=normal(3, 5), c=normal(3, 1), slot=1),
+    "Gemm of a constant, rows of B, alpha": case(
+        "Gemm <transA = 1, transB = 1, alpha = -2.0> (w, x)", affine(5, 1), x=(2, 5), w=normal(5, 3), slot=1
+    ),
+    "Gemm of a constant, one number": case("Gemm(w, x)", PER_ELEMENT, x=(5, 2), w=normal(3, 5), slot=1),
+    "Gemm of a constant, columns of B": case(
+        "Gemm <beta = 3.0> (w, x, c)", affine(2, 1, shift=False), x=(5, 2), w=normal(3, 5), c=normal(2), slot=1
+    ),
+    "Gemm of a constant, columns of B, no bias": case("Gemm(w, x)", affine(2, 1, shift=False), x=(5, 2), w=normal(3, 5), slot=1),
+    "Mean, shift": case("Mean(x, z)", A4T, z=(2, 4, 6, 6)),
+    "Abs": case("Abs(x)", affine(4, 1, shift=False, positive=True)),
+    "Tile": case("Tile(x, k)", affine(2, 1), x=(2, 2, 3), k=ints(1, 2, 1)),
+    "ReverseSequence": case("ReverseSequence(x, k)", affine(4, 2), x=(3, 2, 4), k=ints(1, 3)),
+    "LpPool": case("LpPool <kernel_shape = [2,2]> (x)", affine(4, 1, shift=False, positive=True)),
 }
 
 

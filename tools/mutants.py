@@ -151,7 +151,7 @@ class _Finder:
             if isinstance(node, ast.FunctionDef):
                 self._functions.pop()
             self._scope.pop()
-        elif isinstance(node, ast.arguments):  # defaults are evaluated outside of their function
+        elif isinstance(node, ast.arguments) and isinstance(parent, ast.FunctionDef):  # defaults are evaluated outside of their function
             function = self._functions.pop()
             self._look(node)
             self._functions.append(function)
