@@ -110,3 +110,30 @@ def test_what_is_lost_is_not_more_than_rounding(dtype):
 def test_the_rounding_of_each_type(name):
     kind = ml_dtypes.finfo(name)
     assert ROUNDING[name] == (float(kind.eps) / 2, float(kind.smallest_normal))
+
+
+def half(values):
+    return np.asarray(values, np.float16)
+
+
+def scaling(channels, scale):
+    """Return the parameters of a normalization that only scales."""
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    return {"s": half(ones * scale), "t": half(zeros), "m": half(zeros), "v": half(ones)}
+
+
+def test_a_weight_without_a_bias_has_nothing_to_hide_it():
+    """3 * 1e-9 * 65536 is 2e-4: more than a unit roundoff of the largest product, less than one of a bias of 1."""
+    text = "(float16[5,3] x) => (float16[5,4] y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    small = model(text, w=half(np.full((3, 4), 1e-4)), **scaling(4, 1e-5))
+    assert "12 values of input 1 of MatMul 'c'" in refuses(small, "flush-to-zero")
+
+
+@pytest.mark.parametrize(
+    ("c", "beta", "left"), [(8.0, 1.0, "Gemm"), (8.0, 0.0, ""), ([[8.0], [0.0]], 1.0, ""), ([[8.0], [9.0]], 1.0, "Gemm")]
+)
+def test_the_bias_that_hides_is_the_least_of_each_column_times_beta(c, beta, left):
+    text = f"(float16[2,3] x) => (float16[2,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Gemm <beta = {beta}> (n, w, c) }}"
+    bias = half(np.broadcast_to(c, (2, 4) if isinstance(c, list) else (4,)))
+    result = fastbn.fold(model(text, w=half(np.full((3, 4), 1e-4)), c=bias, **scaling(3, 1e-4)), verify=False)
+    assert ops(result.model) == (left or "BatchNormalization Gemm")
