@@ -118,3 +118,21 @@ def test_a_constant_that_may_widen_its_data_goes_where_what_reads_it_widens_it_t
     assert ops(result.model) == left
     for channels in (1, 4):
         assert_same(proto, result.model, {"x": normal(2, channels, 6, 6)})
+
+
+@pytest.mark.parametrize("tail", ["d = Sub(c, n)", "d = Sub(n, c)", "e = Neg(r) d = Sum(c, n, e)", "e = Neg(n) d = Add(c, e)"])
+def test_only_a_sum_of_two_makes_the_affine_part_of_a_sibling(tail):
+    """Without verification, which would find out."""
+    text = f"""(float[2,4,6,6] x) => (float y) {{
+        r = Tanh(x) c = Conv <pads = [1,1,1,1]> (r, w) n = BatchNormalization(r, s, t, m, v) {tail} y = Tanh(d)
+    }}"""
+    proto = model(text, w=normal(4, 4, 3, 3), **norm(4))
+    result = fastbn.fold(proto, verify=False)
+    assert "BatchNormalization" in ops(result.model) or "Neg" in tail
+    assert_same(proto, result.model)
+
+
+def test_other_readers_are_asked_for_a_batch_normalization_alone():
+    text = TWO_READERS.replace("n = BatchNormalization(c, s, t, m, v)", "n = Mul(c, k)").replace("a = Conv(n, w2)", "a = Tanh(n)")
+    proto = model(text, w=normal(4, 3, 1, 1), w3=normal(4, 4, 1, 1, seed=3), k=normal(4, 1, 1))
+    assert fastbn.fold(proto, verify=False).to_bytes() == proto.SerializeToString()

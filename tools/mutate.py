@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -116,8 +116,13 @@ def _replace_globals(module: ModuleType, code: CodeType) -> None:
                     setattr(user, name, new)
 
 
-def _replace_attributes(old: object, new: type) -> None:
-    """Give a class the defaults of another: those of its functions, and those that dataclasses keep in what they generate."""
+def _replace_attributes(old: Any, new: Any) -> None:  # classes, dataclasses among them
+    """Give a class the defaults of another, and its instances where they have the default: rows are made when a module is loaded."""
+    for before, after in zip(fields(old), fields(new), strict=True) if is_dataclass(old) else ():
+        if isinstance(before.default, bool | int | float) and before.default != after.default:
+            for instance in [each for each in gc.get_objects() if isinstance(each, old)]:
+                if getattr(instance, before.name) == before.default:
+                    object.__setattr__(instance, before.name, after.default)
     for name, value in vars(new).items():
         own = getattr(old, name, None)
         if isinstance(value, FunctionType) and isinstance(own, FunctionType) and value.__code__.co_filename.endswith(".py"):
