@@ -108,3 +108,11 @@ def test_scales_and_zero_points_that_do_not_fit(wrong):
     proto = model(CONV % ("<axis=0>", ", zp", ""), **{**PER_CHANNEL, **wrong}, **norm(4, positive=True))
     with pytest.raises(fastbn.ModelError, match=r"Expected scales and zero points of shape \(4,\)"):
         fastbn.fold(proto, verify=False)
+
+
+def test_a_new_scale_is_called_so():
+    """The old one may be read by others, so the new one has a name of its own."""
+    text = (CONV % ("", ", zp", "")).replace("y = B", "z = Mul(sc, sc) y = B").replace("y) {", "y, float z) {")
+    result = fastbn.fold(model(text, **PER_TENSOR, **norm(4, positive=True)))
+    (name,) = (tensor.name for tensor in result.model.graph.initializer if list(tensor.dims) == [4] and "scale" in tensor.name)
+    assert result.model.graph.node[0].input[1] == name
