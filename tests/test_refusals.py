@@ -427,6 +427,7 @@ REFUSED = {
     ),
     "LpPool, shift": refused("backward", "shift-cannot-pass", "cannot pass LpPool", "LpPool <kernel_shape = [2,2]> (x)", A4P),
     "LpPool, negative": refused("backward", "mixed-sign-through-maxpool", "in channels 1, 3", "LpPool <kernel_shape = [2,2]> (x)", A4S),
+    "LpPool over the space": refused("backward", "axis", "elements of axis 2", "GlobalLpPool(x)", affine(6, 2, shift=False, positive=True)),
     "Abs, negative": refused("backward", "mixed-sign-through-relu", "not positive in channels 1, 3", "Abs(x)", A4S),
 }
 

@@ -241,6 +241,7 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
     assert having(lambda row: row.reshape_target is not None) == {"Reshape", "Flatten"}
     assert having(lambda row: row.list_elements is not None) == {"Shape", "Identity", "Cast"}
     assert having(lambda row: row.parts) == {"Split"}
+    assert having(lambda row: row.takes_skip) == {"Conv", "Add", "Sub", "Sum"}
     assert having(lambda row: row.data_width is not None) == {"Gemm", "MatMul"}
 
 

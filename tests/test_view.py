@@ -193,3 +193,20 @@ def test_what_planning_leaves():
     ]
     assert view.owned(nodes["c"]) is view.owned(nodes["n"]) is planning.plans[0]
     assert view.affine(nodes["r"]) is None
+
+
+def lifted_together(text, **constants):
+    return [[node.label for node in each.lifted] for each in plan(Index(storage.load(model(text, **constants)))).plans]
+
+
+def test_a_fold_behind_a_removed_node_is_one_with_that_nodes_fold():
+    """The MatMul takes the scale before it, the Gemm the rest: the second fold stands on the first."""
+    text = "(float[2,3] x) => (float y) { c = MatMul(x, w) a = Mul(c, k) n = BatchNormalization(a, s, t, m, v) y = Gemm(n, w2) }"
+    assert lifted_together(text, w=normal(3, 4), k=normal(4), w2=normal(4, 5), **norm(4)) == [["a", "n"]]
+    apart = text.replace("a = Mul(c, k)", "b = Mul(c, k) a = Tanh(b)")
+    assert lifted_together(apart, w=normal(3, 4), k=normal(4), w2=normal(4, 5), **norm(4)) == [["b"], ["n"]]
+
+
+def test_nodes_are_taken_in_the_order_of_the_data_flow_whatever_they_are_called():
+    text = "(float[2,3] x) => (float y) { c = Gemm(x, w) z = BatchNormalization(c, s, t, m, v) b = Mul(z, k) a = Add(b, k) y = Tanh(a) }"
+    assert lifted_together(text, w=normal(3, 4), k=normal(4), **norm(4)) == [["z", "b", "a"]]
