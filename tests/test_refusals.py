@@ -428,6 +428,19 @@ REFUSED = {
     "LpPool, shift": refused("backward", "shift-cannot-pass", "cannot pass LpPool", "LpPool <kernel_shape = [2,2]> (x)", A4P),
     "LpPool, negative": refused("backward", "mixed-sign-through-maxpool", "in channels 1, 3", "LpPool <kernel_shape = [2,2]> (x)", A4S),
     "LpPool over the space": refused("backward", "axis", "elements of axis 2", "GlobalLpPool(x)", affine(6, 2, shift=False, positive=True)),
+    "MatMul, an axis that a matrix has not, of an unknown rank": refused(
+        "backward", "axis", "widens the value", "MatMul(x, w)", affine(2, -3, shift=False), x=(2, 4, 5), w=normal(5, 3), unknown=True
+    ),
+    "Conv that adds its data along another axis": refused(
+        "backward",
+        "other-branch",
+        "does not see",
+        "Conv <pads = [1,1,1,1]> (x, w)",
+        A4,
+        x=(2, 4, 4, 4),
+        skip=affine(4, 2, shift=False),
+        w=W,
+    ),
     "Abs, negative": refused("backward", "mixed-sign-through-relu", "not positive in channels 1, 3", "Abs(x)", A4S),
 }
 
