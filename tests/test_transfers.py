@@ -203,6 +203,8 @@ BACKWARD |= {
     "LayerNormalization, scale": case("LayerNormalization(x, s)", affine(6, 3, shift=False), s=LAYER["s"]),
     "LayerNormalization, one number": case("LayerNormalization(x, s, t)", PER_ELEMENT, **LAYER),
     "RMSNormalization": case("RMSNormalization(x, s)", affine(6, 3, shift=False), opset=23, s=LAYER["s"]),
+    "Add of two, one number": case("Add(x, z)", PER_ELEMENT, z=(4, 6, 6)),
+    "Mul of two, one number": case("Mul(x, z)", affine(1, None, shift=False), z=(4, 6, 6)),
     "Max": case("Max(x, z)", A4P, z=(4, 6, 6)),
     "Min": case("Min(x, z)", A4P, z=(2, 4, 6, 6)),
     "Mean": case("Mean(x, z)", A4, z=(2, 4, 6, 6)),

@@ -210,3 +210,13 @@ def test_a_fold_behind_a_removed_node_is_one_with_that_nodes_fold():
 def test_nodes_are_taken_in_the_order_of_the_data_flow_whatever_they_are_called():
     text = "(float[2,3] x) => (float y) { c = Gemm(x, w) z = BatchNormalization(c, s, t, m, v) b = Mul(z, k) a = Add(b, k) y = Tanh(a) }"
     assert lifted_together(text, w=normal(3, 4), k=normal(4), **norm(4)) == [["z", "b", "a"]]
+
+
+def test_nodes_with_the_same_affine_that_leave_with_another_have_gone_the_same_way():
+    text = """(float[2,4,6,6] x) => (float y) {
+        r = Tanh(x) a, b = Split <axis = 0> (r, k) n = BatchNormalization(a, s, t, m, v) o = BatchNormalization(b, s, t, m, v)
+        d = Concat <axis = 0> (n, o) y = Conv(d, w)
+    }"""
+    planning = plan(Index(storage.load(model(text, k=np.array([1, 1]), w=normal(5, 4, 1, 1), **norm(4)))))
+    assert {node.label for node in planning.view.forwarded} == {"n", "o"}
+    assert [[node.label for node in each.lifted] for each in planning.plans] == [["n", "o"]]
