@@ -119,7 +119,7 @@ REFUSED = {
         r=normal(1, 8, 2),
     ),
     "Add, scale of zero": refused(
-        "forward", "no-absorber", "a scale of zero cannot be taken out", "Add(x, k)", Affine(np.array([0.0, 1, 2, 3]), np.ones(4), 1), k=K
+        "forward", "no-absorber", "a scale of zero cannot be taken out", "Add(x, k)", Affine(np.array([0.0, 2, 3, 4]), np.ones(4), 1), k=K
     ),
     "Add grows": refused("backward", "grows", "would grow from 6 to 24 values", "Add(x, k)", A4, k=LEFT[1]),
     "Add grows, forward": refused("forward", "grows", "would grow from 6 to 24 values", "Add(x, k)", A4, k=LEFT[1]),
@@ -132,7 +132,7 @@ REFUSED = {
     ),
     "Div, its divisor": refused("forward", "no-absorber", "it is the divisor of Div", "Div(k, x)", A4S, k=K, slot=1),
     "Div, scale of zero": refused(
-        "backward", "no-absorber", "cannot go into the divisor", "Div(x, k)", Affine(np.array([0.0, 1, 2, 3]), np.zeros(4), 1), k=K
+        "backward", "no-absorber", "cannot go into the divisor", "Div(x, k)", Affine(np.array([0.0, 2, 3, 4]), np.zeros(4), 1), k=K
     ),
     "Add of unknown rank": refused("backward", "axis-unknown", "so axis 1 cannot be placed", "Add(x, k)", A4, k=K, unknown=True),
     "Add of unknown rank, widened": refused(
@@ -164,7 +164,7 @@ REFUSED = {
         "other-branch",
         "does not have its scale",
         "Add(x, z)",
-        Affine(np.array([0.0, 1, 2, 3]), np.ones(4), 1),
+        Affine(np.array([0.0, 2, 3, 4]), np.ones(4), 1),
         z=(2, 4, 6, 6),
         strategy="rearrange",
     ),
@@ -180,7 +180,7 @@ REFUSED = {
         "backward", "mixed-sign-through-relu", "lets only a positive scale pass; it is not positive in channels 1, 3", "Relu(x)", A4S
     ),
     "Relu, zero": refused(
-        "backward", "mixed-sign-through-relu", "not positive in channels 0", "Relu(x)", Affine(np.array([0.0, 1, 2, 3]), np.zeros(4), 1)
+        "backward", "mixed-sign-through-relu", "not positive in channels 0", "Relu(x)", Affine(np.array([0.0, 2, 3, 4]), np.zeros(4), 1)
     ),
     "Relu, shift": refused("backward", "shift-through-relu", "a shift cannot pass Relu", "Relu(x)", A4P),
     "Cast": refused("backward", "no-absorber", "may change the type of 'x'", "Cast <to = 7> (x)", A4),

@@ -34,6 +34,13 @@ def test_the_longest_way(count):
         assert "the way is longer than 100 nodes at Gemm 'c'" in sentence
 
 
+@pytest.mark.parametrize(("count", "left"), [(LONGEST_WAY, "Tanh"), (LONGEST_WAY + 1, "Tanh BatchNormalization")])
+def test_the_longest_way_forward(count, left):
+    text = f"(float[2,3] x) => (float y) {{ r = Tanh(x) c = BatchNormalization(r, s, t, m, v) {identities(count)} y = Gemm(d, w) }}"
+    result = fastbn.fold(model(text, w=normal(3, 4), **norm(3)), verify=False)
+    assert ops(result.model) == " ".join([left, *["Identity"] * count, "Gemm"])
+
+
 @pytest.mark.parametrize("count", [MOST_STEPS - 1, MOST_STEPS])
 def test_the_most_nodes_that_are_asked_for_a_fold_that_leaves_an_add(count):
     """With the MatMul that takes the scale, 30 nodes."""

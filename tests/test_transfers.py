@@ -158,7 +158,7 @@ BACKWARD = {
         "MaxPool <kernel_shape = [2,2], dilations = [2,2], pads = [1,1,1,1]> (x)", A4P, x=(2, 4, 2, 2)
     ),
     "MaxPool, long windows without padding": case("MaxPool <kernel_shape = [1,1], dilations = [9,9]> (x)", A4P),
-    "MaxPool, scale of zero": case("MaxPool <kernel_shape = [2,2]> (x)", Affine(np.array([0.0, 1, 2, 3]), np.ones(4), 1)),
+    "MaxPool, scale of zero": case("MaxPool <kernel_shape = [2,2]> (x)", Affine(np.array([0.0, 2, 3, 4]), np.ones(4), 1)),
     "GlobalMaxPool": case("GlobalMaxPool(x)", A4P),
     "ReduceMean": case("ReduceMean <axes = [2]> (x)", A4),
     "ReduceMean, axes taken out": case("ReduceMean <axes = [0, -1], keepdims = 0> (x)", affine(4, 0)),
@@ -330,6 +330,7 @@ FORWARD |= {
         "Gemm <beta = 3.0> (w, x, c)", affine(2, 1, shift=False), x=(5, 2), w=normal(3, 5), c=normal(2), slot=1
     ),
     "Gemm of a constant, columns of B, no bias": case("Gemm(w, x)", affine(2, 1, shift=False), x=(5, 2), w=normal(3, 5), slot=1),
+    "Add, one scale is 1": case("Add(x, k)", Affine(np.array([1.0, 2, 3, 4]), np.ones(4), 1), k=K),
     "Mean, shift": case("Mean(x, z)", A4T, z=(2, 4, 6, 6)),
     "Abs": case("Abs(x)", affine(4, 1, shift=False, positive=True)),
     "Tile": case("Tile(x, k)", affine(2, 1), x=(2, 2, 3), k=ints(1, 2, 1)),
