@@ -203,6 +203,7 @@ BACKWARD |= {
     "LayerNormalization, scale": case("LayerNormalization(x, s)", affine(6, 3, shift=False), s=LAYER["s"]),
     "LayerNormalization, one number": case("LayerNormalization(x, s, t)", PER_ELEMENT, **LAYER),
     "RMSNormalization": case("RMSNormalization(x, s)", affine(6, 3, shift=False), opset=23, s=LAYER["s"]),
+    "MatMul by a vector, one number": case("MatMul(x, w)", affine(1, None, shift=False), x=(2, 4, 5), w=normal(5)),
     "Add of two, one number": case("Add(x, z)", PER_ELEMENT, z=(4, 6, 6)),
     "Mul of two, one number": case("Mul(x, z)", affine(1, None, shift=False), z=(4, 6, 6)),
     "Max": case("Max(x, z)", A4P, z=(4, 6, 6)),

@@ -38,7 +38,7 @@ from mutants import ROOT, Mutant, mutants_of
 # The tests of the rows and of the planner, by themselves and through whole folds; those of verification and of writing take too long.
 TESTS = (
     "absorb around bodies carry effort expressions forward gather graph_affine injected_faults injected_values kept lift",
-    "mixed_types model nesting normalization odd_nodes plan probe quantised refusals results rows schemas search shape_rules",
+    "mixed_types nesting normalization odd_nodes plan probe quantised refusals results rows search shape_rules",
     "shapes sizes transfers underflow view wrong_nodes",
 )
 
