@@ -1,5 +1,7 @@
 """What the rows of operators say besides their two directions: what verifying a fold and asking for lost weights need to know."""
 
+from functools import cache
+
 import numpy as np
 import onnx
 import pytest
@@ -214,10 +216,16 @@ SIZE_NAMES = {"K", "axes", "axis", "delta", "depth", "ends", "limit", "pads", "r
 SIZE_NAMES |= {"start", "starts", "steps", "tiles"}
 
 
+@cache
+def inputs_of_schemas():
+    """Return (operator, slot, what ONNX calls that input) for every version of every operator."""
+    schemas = [schema for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""]
+    return {(schema.name, slot, given.name) for schema in schemas for slot, given in enumerate(schema.inputs)}
+
+
 def slots_named(op, names):
     """Return the slots of the inputs that ONNX gives these names to in any version of an operator."""
-    schemas = [schema for schema in onnx.defs.get_all_schemas_with_history() if (schema.name, schema.domain) == (op, "")]
-    return {slot for schema in schemas for slot, given in enumerate(schema.inputs) if given.name in names}
+    return {slot for name, slot, given in inputs_of_schemas() if name == op and given in names}
 
 
 @pytest.mark.parametrize("op", sorted(OPERATORS))
