@@ -253,17 +253,20 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
     assert having(lambda row: row.data_width is not None) == {"Gemm", "MatMul"}
 
 
-def test_the_bias_of_an_operator_and_the_axis_of_its_channels():
+def test_the_bias_of_an_operator():
     assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "DeformConv", "Gemm"}
     assert {slot for op in ("Conv", "ConvTranspose") for slot in slots_named(op, "B")} == {OPERATORS["Conv"].bias_slot}
     assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
-    axes = {op: row.channel_axis for op, row in OPERATORS.items() if row.channel_axis is not None}
-    assert axes == {"Conv": 1, "ConvTranspose": 1, "DeformConv": 1, "Gemm": 1}
     assert having(lambda row: row.has_no_place_for_shift) == {"MatMul"}
     gemm, _, _ = seen(text("Gemm <beta = 3.0> (x, w)", "9,5"), w=normal(5, 7))
     plain, _, _ = seen(text("Gemm(x, w)", "9,5"), w=normal(5, 7))
     assert [OPERATORS["Gemm"].bias_factor(node) for node in (gemm, plain)] == [3, 1]
     assert OPERATORS["Conv"].bias_factor(plain) == 1
+
+
+def test_the_axis_whose_size_a_weight_fixes():
+    axes = {op: row.channel_axis for op, row in OPERATORS.items() if row.channel_axis is not None}
+    assert axes == {"Conv": 1, "ConvTranspose": 1, "DeformConv": 1, "Gemm": 1}
 
 
 def test_operands_that_broadcast_and_constants_among_them():
