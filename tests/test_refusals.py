@@ -452,17 +452,3 @@ def test_refuses(name):
         make().answers(direction)
     assert caught.value.code == code, caught.value.sentence
     assert part in caught.value.sentence
-
-
-@pytest.mark.parametrize(
-    ("shape", "unknown", "code"), [((2, 4), False, None), ((2, 4, 6), False, "per-element"), ((2, 4), True, "axis-unknown")]
-)
-def test_parameters_per_element(shape, unknown, code):
-    constants = {name: normal(4, seed=7) ** 2 + 1 for name in "stmv"}
-    setting = case("BatchNormalization <spatial = 0> (x, s, t, m, v)", A4, x=shape, opset=8, unknown=unknown, **constants)()
-    if code is None:
-        assert setting.view.lifted(setting.node).channels == 4
-    else:
-        with pytest.raises(Refusal) as caught:
-            setting.view.lifted(setting.node)
-        assert caught.value.code == code

@@ -6,6 +6,7 @@ from rows import A4, W, affine, case, ints
 from sketch import norm, normal
 
 from fastbn.errors import ModelError
+from fastbn.graph.reasons import Refusal
 
 
 def refused(direction, part, *arguments, **options):
@@ -76,3 +77,17 @@ def test_a_batch_normalization_has_five_inputs():
     setting = case("BatchNormalization(x, s, t, m, v, s)", A4, **norm(4))()
     with pytest.raises(ModelError, match="Expected 5 inputs, got 6"):
         setting.view.lifted(setting.node)
+
+
+@pytest.mark.parametrize(
+    ("shape", "unknown", "code"), [((2, 4), False, None), ((2, 4, 6), False, "per-element"), ((2, 4), True, "axis-unknown")]
+)
+def test_parameters_per_element(shape, unknown, code):
+    constants = {name: normal(4, seed=7) ** 2 + 1 for name in "stmv"}
+    setting = case("BatchNormalization <spatial = 0> (x, s, t, m, v)", A4, x=shape, opset=8, unknown=unknown, **constants)()
+    if code is None:
+        assert setting.view.lifted(setting.node).channels == 4
+    else:
+        with pytest.raises(Refusal) as caught:
+            setting.view.lifted(setting.node)
+        assert caught.value.code == code
