@@ -3,9 +3,9 @@ PYTHON ?= python3
 
 .PHONY: build test sanitize neon lint format clean
 
-# Kernels alone, for a target without Python.
+# Kernels alone, for a target without Python, with their preconditions checked.
 KERNELS = src_c/*.c tests/check_bits.c
-KERNEL_FLAGS = -std=c11 -O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Isrc_c
+KERNEL_FLAGS = -std=c11 -O2 -DFASTBN_DEBUG -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Isrc_c
 
 build:
 	$(PYTHON) setup.py build_ext --inplace
@@ -13,15 +13,17 @@ build:
 test: build
 	$(PYTHON) -m pytest
 
-# The test-suite over a build with one sanitizer: address, undefined or thread. Python itself is not instrumented, so its library is preloaded.
+# The test-suite, or TESTS of it, over a build with one sanitizer (address, undefined or thread) and with the preconditions of the kernels
+# checked. Python itself is not instrumented, so the library of the sanitizer is preloaded.
 SANITIZER ?= address
+TESTS ?=
 sanitize:
-	FASTBN_CFLAGS="-O1 -g -fsanitize=$(SANITIZER)" $(PYTHON) setup.py build_ext --force --build-temp build/$(SANITIZER) --build-lib build/$(SANITIZER)/lib
-	cp fastbn/*.py build/$(SANITIZER)/lib/fastbn/
-	cp -r fastbn/graph fastbn/deployment build/$(SANITIZER)/lib/fastbn/
+	mkdir -p build/$(SANITIZER)/lib
+	cp -r fastbn build/$(SANITIZER)/lib/
+	FASTBN_CFLAGS="-O1 -g -DFASTBN_DEBUG -fsanitize=$(SANITIZER)" $(PYTHON) setup.py build_ext --force --build-temp build/$(SANITIZER) --build-lib build/$(SANITIZER)/lib
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD=$$($(CC) -print-file-name=lib$(patsubst address,a,$(patsubst undefined,ub,$(patsubst thread,t,$(SANITIZER))))san.so) \
-	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x -p no:cacheprovider
+	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x -p no:cacheprovider $(TESTS)
 
 # The same bits under NEON as here, with a cross compiler and user-mode emulation.
 AARCH64_CC ?= aarch64-linux-gnu-gcc

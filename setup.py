@@ -18,14 +18,14 @@ class BuildExt(build_ext):
 
         def compile_side_by_side(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = pool.map(lambda source: compile_in_turn([source], **options), sources)
-                return [name for names in found for name in names]
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [name for names in objects for name in names]
 
         self.compiler.compile = compile_side_by_side
         super().build_extensions()
 
 
-# FASTBN_CFLAGS adds flags for a sanitizer or a debug build; no -march: one build runs on every CPU of its family.
+# FASTBN_CFLAGS adds flags, as -DFASTBN_DEBUG and those of a sanitizer; no -march: one build runs on every CPU of its family.
 # No product may merge with a sum into one rounding: that is what makes the same bits everywhere.
 flags = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Some interpreters ask for debug information, which would make the file twelve times as large and the build twice as slow.

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 try:
     from fastbn import _native  # noqa: F401
 except ImportError as error:
-    from fastbn.errors import expected
-
-    found = "a source folder in which it is not built: start elsewhere, or run `python setup.py build_ext --inplace`"
-    raise ImportError(expected("the compiled part of fastbn", found, __path__[0])) from error
+    reason = "it is not built in this source folder: start elsewhere, or run `python setup.py build_ext --inplace`"
+    raise ImportError(f"Cannot load the compiled part of fastbn from '{__path__[0]}': {reason}") from error
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError
 from fastbn.folding import fold_conv, fold_linear

@@ -1,4 +1,4 @@
-"""Every rule about arguments: each function returns what it checked, or raises with the project's one form of message."""
+"""Every rule about arguments: each function returns what it checked, or raises."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar, ov
 import numpy as np
 
 from fastbn import _native
-from fastbn.affine import DTYPES
+from fastbn.dtypes import DTYPES, dtype_code, dtype_name
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from fastbn._types import Activation, Array, FloatVector, Sizes, TensorLike
+    from fastbn._types import Activation, Array, FloatVector, Parameter, TensorLike
 
     ValueT = TypeVar("ValueT")
     ResultT = TypeVar("ResultT")
@@ -27,11 +27,11 @@ __all__ = [
     "activation_of",
     "axis_of",
     "batch_stats_of",
+    "common",
     "converted",
     "eps_of",
     "fold_weight",
     "isa_of",
-    "layout",
     "momentum_of",
     "output",
     "parameter",
@@ -45,8 +45,6 @@ __all__ = [
 ]
 
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "relu6": 3}
-# dtype -> its number in fbn_dtype; bfloat16 joins when the first array of it is seen.
-_CODES: dict[np.dtype[Any], int] = {np.dtype(name): DTYPES[name] for name in ("float32", "float64", "float16")}
 _PARAMETERS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -62,7 +60,7 @@ def converted(read: Callable[[ValueT], ResultT], value: ValueT, what: str, where
 
 def _array(value: npt.ArrayLike, where: str) -> Array:
     array = converted(np.asarray, value, "an array", where)
-    if array.dtype.name not in DTYPES:
+    if dtype_name(array.dtype) not in DTYPES:
         got = type(value).__name__ if array.dtype == object else str(array.dtype)
         raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", got, where))
     return array
@@ -155,13 +153,6 @@ def isa_of(value: str) -> str:
     return value
 
 
-def _dtype_code(dtype: np.dtype[Any]) -> int | None:
-    code = _CODES.get(dtype)
-    if code is None and dtype.name == "bfloat16":
-        code = _CODES[dtype] = DTYPES["bfloat16"]
-    return code
-
-
 def _ndarray(value: TensorLike | None, where: str) -> Array:
     """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
     return np.asarray(value) if isinstance(value, np.ndarray) else converted(_view, value, "an array in CPU memory", where)
@@ -181,10 +172,10 @@ def tensor(value: TensorLike, where: str) -> tuple[Array, int]:
     if code >= 0:
         return value, code  # type: ignore[return-value]  # numpy_code knows arrays alone
     array = value if type(value) is np.ndarray else _ndarray(value, where)
-    known = _dtype_code(array.dtype)
+    known = dtype_code(array.dtype)
     if known is None:
         native = array.dtype.newbyteorder("=")
-        known = _dtype_code(native)
+        known = dtype_code(native)
         if known is None:
             raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", str(array.dtype), where))
         array = array.astype(native)
@@ -221,6 +212,19 @@ def parameter(value: TensorLike | None, where: str, channels: int, *, required: 
     return array if _native.is_aligned(array) else array.copy()
 
 
+def common(
+    x: TensorLike, weight: Parameter, bias: Parameter, eps: SupportsFloat, axis: SupportsIndex, activation: Activation | None
+) -> tuple[Array, int, int, int, FloatVector | None, FloatVector | None, float, int]:
+    """Return what every call has: (x, its number in fbn_dtype, axis, channels, weight, bias, eps, the number of the activation)."""
+    array, dtype = tensor(x, "x")
+    axis = axis_of(axis, array)
+    eps = eps_of(eps)
+    channels = array.shape[axis]
+    weight = parameter(weight, "weight", channels)
+    bias = parameter(bias, "bias", channels)
+    return array, dtype, axis, channels, weight, bias, eps, 0 if activation is None else activation_of(activation)
+
+
 def running_variance(value: TensorLike, where: str, channels: int, eps: float) -> FloatVector:
     """Return a parameter whose values plus eps are positive, or NaN."""
     array = parameter(value, where, channels, required=True)
@@ -235,10 +239,12 @@ def running(value: TensorLike | None, where: str, channels: int, *tensors: Array
     if value is None:
         return None
     array = parameter(value, where, channels)
+    if array is value and _native.is_like(array, array) and _native.is_disjoint(array, *tensors):
+        return array
     if array is not value and not (array.size == 0 or np.shares_memory(array, _ndarray(value, where))):
         raise ArgumentError(expected("aligned values in native byte order", "others", where))
     _writable(array, where)
-    if _meets_itself(array.shape, array.strides):
+    if _overlaps_itself(array.shape, array.strides):
         raise ArgumentError(expected("a value of its own for each channel", "an array that overlaps itself", where))
     if any(other is not None and _native.may_overlap(array, other) and np.shares_memory(array, other) for other in tensors):
         raise ArgumentError(expected("memory of its own", "an array that overlaps another", where))
@@ -256,9 +262,9 @@ def same_shape(value: TensorLike, where: str, x: Array) -> Array:
 
 
 def output(value: TensorLike | None, x: Array, *inputs: Array | None) -> Array:
-    """Return the array to write: a new one, or value, which is an input itself or apart from all of them."""
+    """Return the array to write: a new one, or value, which is an input itself or overlaps none of them."""
     if value is None:
-        return np.empty_like(x)
+        return _native.new_like(x)
     array: Array
     if _native.is_like(value, x):
         array = value
@@ -271,11 +277,11 @@ def output(value: TensorLike | None, x: Array, *inputs: Array | None) -> Array:
         if not _native.is_aligned(array):
             raise ArgumentError(expected("aligned memory", "an unaligned array", "out"))
         _writable(array, "out")
-        if _meets_itself(array.shape, array.strides):
+        if _overlaps_itself(array.shape, array.strides):
             raise ArgumentError(expected("an element of its own for each result", "an array that overlaps itself", "out"))
-    if not _native.is_apart(array, x, *inputs):
+    if not _native.is_separate(array, x, *inputs):
         for other in (x, *inputs):
-            _apart(array, other, "out")
+            _check_separate(array, other, "out")
     return array
 
 
@@ -284,7 +290,7 @@ def _writable(array: Array, where: str) -> None:
         raise ArgumentError(expected("a writable array", "a read-only one", where))
 
 
-def _apart(array: Array, other: Array | None, where: str) -> None:
+def _check_separate(array: Array, other: Array | None, where: str) -> None:
     if other is None or other is array or not _native.may_overlap(array, other):
         return
     same = array.ctypes.data == other.ctypes.data and array.shape == other.shape and array.strides == other.strides
@@ -293,14 +299,14 @@ def _apart(array: Array, other: Array | None, where: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def _meets_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     if 0 in shape:
         return False
-    reach = 0
+    span = 0  # bytes from the first element to the last of the axes so far
     for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
-        if stride <= reach:
+        if stride <= span:
             return True
-        reach += stride * (size - 1)
+        span += stride * (size - 1)
     return False
 
 
@@ -315,40 +321,3 @@ def batch_stats_of(value: BatchStats, channels: int, count: int | None) -> Batch
     if count is None and value.count == 0:
         raise ArgumentError(expected("statistics of at least one value", "none", "stats"))
     return value
-
-
-@lru_cache(maxsize=1024)
-def layout(shape: tuple[int, ...], axis: int, itemsize: int, *strides: tuple[int, ...]) -> Sizes | None:
-    """Return (N, C, S, n, c, s, ...): the sizes, and for each array its strides in elements; None when there is no such view.
-
-    `strides` are those of the arrays of one call, all of the same shape. The axes beside the channel axis are taken in the order in which
-    they lie in the first array's memory and joined where that works for every array. At most two may remain, and either the last of them
-    or the channel axis must have stride 1 in every array.
-    """
-    channels = shape[axis]
-    steps = [[stride // itemsize for stride in array] for array in strides]
-    if 0 in shape:
-        return (0, channels, 1, *[1] * 3 * len(steps))
-    groups: list[tuple[int, list[int]]] = []
-    for place in sorted((i for i, size in enumerate(shape) if i != axis and size > 1), key=lambda i: -abs(steps[0][i])):
-        size, along = shape[place], [array[place] for array in steps]
-        if groups and all(outer == inner * size for outer, inner in zip(groups[-1][1], along, strict=True)):
-            groups[-1] = (groups[-1][0] * size, along)
-        else:
-            groups.append((size, along))
-    if len(groups) > 2:
-        return None
-    ones = [1] * len(steps)
-    along_c = ones if channels == 1 else [array[axis] for array in steps]
-    if groups and groups[-1][1] == ones:
-        S, along_s = groups.pop()
-        if channels == 1:
-            along_c = [S] * len(steps)
-        N, along_n = groups[0] if groups else (1, [channels * S] * len(steps))
-    elif along_c == ones:
-        N, along_n = groups[0] if groups else (1, [channels] * len(steps))
-        S, along_s = groups[1] if len(groups) == 2 else (1, ones)
-    else:
-        return None
-    triples = zip(along_n, along_c, along_s, strict=True)
-    return (N, channels, S, *(step for triple in triples for step in triple))

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 from fastbn._types import Array, FloatArray, FloatVector, Sizes
+from fastbn.geometry import Layout
 
-# An array, or the address of a framework's memory.
-_Memory: TypeAlias = Array | int
-# Values per channel: an array, or (address, stride in elements, whether it is float64, ...).
-_Vector: TypeAlias = Array | tuple[object, ...] | None
+# An array, or (address, strides in elements, owner) of a framework's tensor.
+_Memory: TypeAlias = Array | tuple[int, tuple[int, ...], object]
+# Values per channel: an array, or (address, stride in elements, whether they are float64, owner).
+_Values: TypeAlias = Array | tuple[int, int, bool, object]
 
 class _Tensor(Protocol):
     """A tensor of PyTorch, as far as this module asks it."""
@@ -17,8 +18,79 @@ class _Tensor(Protocol):
     def is_neg(self) -> bool: ...
     def numel(self) -> int: ...
 
-class Exchange:
-    def __init__(self, capsule: object, new_like: Callable[..., object], kind: type, parameter: type) -> None: ...
+class Job:
+    def __init__(self, layout: Sizes | Layout, dtype: int, activation: int = 0, eps: float = 0, threads: int = 0) -> None: ...
+    def set_running(self, running_mean: _Values | None, running_var: _Values | None, momentum: float, unbiased: bool) -> None: ...
+    def infer(
+        self,
+        *,
+        x: _Memory,
+        out: _Memory,
+        residual: _Memory | None,
+        mean: _Values | None,
+        var: _Values | None,
+        weight: _Values | None,
+        bias: _Values | None,
+    ) -> None: ...
+    def train(
+        self,
+        *,
+        x: _Memory,
+        out: _Memory,
+        residual: _Memory | None,
+        weight: _Values | None,
+        bias: _Values | None,
+        batch_mean: FloatArray,
+        batch_m2: FloatArray,
+    ) -> None: ...
+    def stats(self, *, x: _Memory, batch_mean: FloatArray, batch_m2: FloatArray) -> None: ...
+    def backward(
+        self,
+        *,
+        x: _Memory,
+        dx: _Memory,
+        dy: _Memory,
+        residual: _Memory | None,
+        dresidual: _Memory | None,
+        dweight: _Values | None,
+        dbias: _Values | None,
+        weight: _Values | None,
+        bias: _Values | None,
+        batch_mean: FloatArray,
+        batch_m2: FloatArray,
+        count: int,
+        frozen: bool,
+    ) -> None: ...
+    def backward_sums(
+        self,
+        *,
+        x: _Memory,
+        dy: _Memory,
+        dweight: _Values | None,
+        dbias: _Values | None,
+        weight: _Values | None,
+        bias: _Values | None,
+        batch_mean: FloatArray,
+        batch_m2: FloatArray,
+        count: int,
+        sums: FloatArray,
+    ) -> None: ...
+    def backward_input(
+        self,
+        *,
+        x: _Memory,
+        dx: _Memory,
+        dy: _Memory,
+        weight: _Values | None,
+        bias: _Values | None,
+        batch_mean: FloatArray,
+        batch_m2: FloatArray,
+        count: int,
+        sums: FloatArray,
+    ) -> None: ...
+
+class PlainTensors:
+    def __init__(self, capsule: object, new_like: Callable[..., object], tensor_class: type, parameter_class: type) -> None: ...
     def have_memory(self, *tensors: _Tensor | None) -> bool: ...
     def train(
         self,
@@ -52,8 +124,8 @@ class Exchange:
         dy: _Tensor,
         weight: _Tensor | None,
         bias: _Tensor | None,
-        batch_mean: Array,
-        batch_m2: Array,
+        batch_mean: FloatArray | _Tensor,
+        batch_m2: FloatArray | _Tensor,
         count: int,
         eps: float,
         frozen: bool,
@@ -62,101 +134,18 @@ class Exchange:
     ) -> tuple[Any, Any, Any] | None: ...
 
 def scale_weight(out: int, weight: int, scale: int, G: int, M: int, C: int, S: int, dtype: int) -> tuple[int, int]: ...
-def infer(
-    x: _Memory,
-    out: _Memory,
-    residual: _Memory | None,
-    mean: _Vector,
-    var: _Vector,
-    weight: _Vector,
-    bias: _Vector,
-    view: Sizes,
-    dtype: int,
-    activation: int,
-    eps: float,
-    threads: int = 0,
-) -> None: ...
-def train(
-    x: _Memory,
-    out: _Memory,
-    residual: _Memory | None,
-    running_mean: _Vector,
-    running_var: _Vector,
-    weight: _Vector,
-    bias: _Vector,
-    batch_mean: Array,
-    batch_m2: Array,
-    view: Sizes,
-    dtype: int,
-    activation: int,
-    eps: float,
-    momentum: float,
-    unbiased: bool,
-    threads: int = 0,
-) -> None: ...
-def stats(x: _Memory, batch_mean: Array, batch_m2: Array, view: Sizes, dtype: int, threads: int = 0) -> None: ...
-def backward(
-    x: _Memory,
-    dx: _Memory,
-    dy: _Memory,
-    residual: _Memory | None,
-    dresidual: _Memory | None,
-    dweight: _Vector,
-    dbias: _Vector,
-    weight: _Vector,
-    bias: _Vector,
-    batch_mean: Array,
-    batch_m2: Array,
-    count: int,
-    view: Sizes,
-    dtype: int,
-    activation: int,
-    eps: float,
-    frozen: bool,
-    threads: int = 0,
-) -> None: ...
-def backward_sums(
-    x: _Memory,
-    dy: _Memory,
-    dweight: _Vector,
-    dbias: _Vector,
-    weight: _Vector,
-    bias: _Vector,
-    batch_mean: Array,
-    batch_m2: Array,
-    count: int,
-    sums: Array,
-    view: Sizes,
-    dtype: int,
-    activation: int,
-    eps: float,
-    threads: int = 0,
-) -> None: ...
-def backward_input(
-    x: _Memory,
-    dx: _Memory,
-    dy: _Memory,
-    weight: _Vector,
-    bias: _Vector,
-    batch_mean: Array,
-    batch_m2: Array,
-    count: int,
-    sums: Array,
-    view: Sizes,
-    dtype: int,
-    activation: int,
-    eps: float,
-    threads: int = 0,
-) -> None: ...
 def first_without_root(var: Array, eps: float) -> int: ...
-def dense_view(axis: int, arrays: tuple[object, ...]) -> Sizes | None: ...
+def dense_layout(axis: int, arrays: tuple[object, ...]) -> Sizes | None: ...
 def new_moments(channels: int) -> tuple[FloatArray, FloatArray]: ...
+def new_like(array: FloatVector | Array) -> Array: ...
+def dtype_codes() -> dict[str, int]: ...
 def numpy_code(array: object) -> int: ...
 def is_vector(array: object, length: int) -> TypeGuard[FloatVector]: ...
 def is_like(array: object, other: Array) -> TypeGuard[Array]: ...
 def is_aligned(array: Array) -> bool: ...
 def may_overlap(a: Array, b: Array) -> bool: ...
-def is_apart(array: Array, *others: Array | None) -> bool: ...
+def is_separate(array: Array, *others: Array | None) -> bool: ...
+def is_disjoint(array: Array, *others: Array | None) -> bool: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...

@@ -1,18 +1,27 @@
 # cython: boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap."""
+"""The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap.
 
+`_job.pxi` is the one way into a kernel; `_dlpack.pxi` reads tensors of a framework for it."""
+
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Clear
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 
 cnp.import_array()
 
 
+cdef extern from "numpy/arrayobject.h":  # not in Cython's own declarations
+    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
+
+
 cdef extern from "fastbn.h" nogil:
     ctypedef enum fbn_dtype:
-        pass
+        FBN_FLOAT32
+        FBN_FLOAT64
+        FBN_FLOAT16
+        FBN_BFLOAT16
 
     ctypedef enum fbn_activation:
         pass
@@ -62,7 +71,7 @@ cdef extern from "fastbn.h" nogil:
 
 
 def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, int64_t M, int64_t C, int64_t S, int dtype):
-    """Write round(weight * scale) over the view (G, M, C, S), or only look when out is 0; return (nonfinite, flushed)."""
+    """Write round(weight * scale) of shape (G, M, C, S), or only look when out is 0; return (nonfinite, flushed)."""
     cdef fbn_scale_report report
     check_address(<void *>weight, G * M * C * S, "weight")
     check_address(<void *>scale, G * C, "scale")
@@ -71,182 +80,8 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
     return report.nonfinite, report.flushed
 
 
-cdef int check_address(const void *address, int64_t elements, str where) except -1:
-    """Raise where elements have no memory, as those of a tensor that only stands for others: 0 means None to the kernels."""
-    if address is NULL and elements:
-        raise RuntimeError(f"Expected memory, got address 0 for {elements} elements - at `{where}`")
-    return 0
-
-
-cdef fbn_job new_job(tuple view, int dtype, int activation, double eps, int threads):
-    """`threads`, where not 0, are the most that the caller wants beside the most that the process may use."""
-    cdef fbn_job job
-    cdef int most = fbn_num_threads()
-    memset(&job, 0, sizeof(job))
-    job.N, job.C, job.S = view[0], view[1], view[2]
-    job.dtype = <fbn_dtype>dtype
-    job.activation = <fbn_activation>activation
-    job.eps = eps
-    job.threads = threads if 0 < threads < most else most
-    return job
-
-
-cdef int set_tensor(fbn_tensor *tensor, object array, tuple view, int *index, str where) except -1:
-    """The strides of the arrays that are there, or of those whose address is given, follow the sizes in view, in the order of the calls; a
-    view of sizes alone is of C-contiguous arrays."""
-    if array is None:
-        return 0
-    tensor.data = <char *><uintptr_t>array if isinstance(array, int) else <char *>cnp.PyArray_DATA(array)
-    check_address(tensor.data, <int64_t>view[0] * <int64_t>view[1] * <int64_t>view[2], where)
-    if len(view) == 3:
-        tensor.n, tensor.c, tensor.s = <int64_t>view[1] * <int64_t>view[2], view[2], 1
-        return 0
-    tensor.n, tensor.c, tensor.s = view[index[0]], view[index[0] + 1], view[index[0] + 2]
-    index[0] += 3
-    return 0
-
-
-cdef int set_vector(fbn_vector *vector, object array, int64_t length, str where) except -1:
-    """From an array, or from a tuple (address, stride in elements, whether it is float64, ...)."""
-    if array is None:
-        return 0
-    if isinstance(array, tuple):
-        vector.data = <char *><uintptr_t>array[0]
-        vector.stride = array[1]
-        vector.is_f64 = array[2]
-    else:
-        vector.data = <char *>cnp.PyArray_DATA(array)
-        vector.is_f64 = cnp.PyArray_ITEMSIZE(array) == 8
-        vector.stride = cnp.PyArray_STRIDE(array, 0) // cnp.PyArray_ITEMSIZE(array)
-    return check_address(vector.data, length, where)
-
-
-cdef int set_moments(fbn_job *job, object batch_mean, object batch_m2) except -1:
-    job.batch_mean = <double *>cnp.PyArray_DATA(batch_mean)
-    job.batch_m2 = <double *>cnp.PyArray_DATA(batch_m2)
-    check_address(job.batch_mean, job.C, "batch_mean")
-    return check_address(job.batch_m2, job.C, "batch_m2")
-
-
-cdef void *new_work(const fbn_job *job) except NULL:
-    cdef void *work = malloc(<size_t>fbn_work_bytes(job) + 1)
-    if work is NULL:
-        raise MemoryError
-    return work
-
-
-def infer(x, out, residual, mean, var, weight, bias, tuple view, int dtype, int activation, double eps, int threads=0):
-    """y into out; view holds the sizes and the strides of x, out and residual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_tensor(&job.out, out, view, &index, "out")
-    set_tensor(&job.residual, residual, view, &index, "residual")
-    set_vector(&job.mean, mean, job.C, "mean")
-    set_vector(&job.var, var, job.C, "var")
-    set_vector(&job.weight, weight, job.C, "weight")
-    set_vector(&job.bias, bias, job.C, "bias")
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_infer(&job, work)
-        free(work)
-
-
-def train(x, out, residual, running_mean, running_var, weight, bias, batch_mean, batch_m2, tuple view, int dtype, int activation, double eps,
-          double momentum, bint unbiased, int threads=0):
-    """y into out, statistics into batch_mean and batch_m2, running statistics moved; view as in infer."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_tensor(&job.out, out, view, &index, "out")
-    set_tensor(&job.residual, residual, view, &index, "residual")
-    set_vector(&job.mean, running_mean, job.C, "running_mean")
-    set_vector(&job.var, running_var, job.C, "running_var")
-    set_vector(&job.weight, weight, job.C, "weight")
-    set_vector(&job.bias, bias, job.C, "bias")
-    set_moments(&job, batch_mean, batch_m2)
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_train(&job, momentum, unbiased, work)
-        free(work)
-
-
-def stats(x, batch_mean, batch_m2, tuple view, int dtype, int threads=0):
-    """Statistics into batch_mean and batch_m2; view holds the sizes and the strides of x."""
-    cdef fbn_job job = new_job(view, dtype, 0, 0, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_moments(&job, batch_mean, batch_m2)
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_stats(&job, work)
-        free(work)
-
-
-def backward(x, dx, dy, residual, dresidual, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, tuple view, int dtype,
-             int activation, double eps, bint frozen, int threads=0):
-    """Gradients into dx, dresidual, dweight and dbias; view holds the sizes and the strides of x, dx, dy, residual and dresidual."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_tensor(&job.out, dx, view, &index, "dx")
-    set_tensor(&job.dy, dy, view, &index, "dy")
-    set_tensor(&job.residual, residual, view, &index, "residual")
-    set_tensor(&job.dresidual, dresidual, view, &index, "dresidual")
-    set_vector(&job.dweight, dweight, job.C, "dweight")
-    set_vector(&job.dbias, dbias, job.C, "dbias")
-    set_vector(&job.weight, weight, job.C, "weight")
-    set_vector(&job.bias, bias, job.C, "bias")
-    set_moments(&job, batch_mean, batch_m2)
-    job.count = count
-    job.frozen = frozen
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_backward(&job, work)
-        free(work)
-
-
-def backward_sums(x, dy, dweight, dbias, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation,
-                  double eps, int threads=0):
-    """Sums of shape (2, C), dweight and dbias of these values; view holds the sizes and the strides of x and dy."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_tensor(&job.dy, dy, view, &index, "dy")
-    set_vector(&job.dweight, dweight, job.C, "dweight")
-    set_vector(&job.dbias, dbias, job.C, "dbias")
-    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_backward_sums(&job, work)
-        free(work)
-
-
-def backward_input(x, dx, dy, weight, bias, batch_mean, batch_m2, int64_t count, sums, tuple view, int dtype, int activation, double eps,
-                   int threads=0):
-    """dx of sums over `count` values per channel; view holds the sizes and the strides of x, dx and dy."""
-    cdef fbn_job job = new_job(view, dtype, activation, eps, threads)
-    cdef int index = 3
-    set_tensor(&job.x, x, view, &index, "x")
-    set_tensor(&job.out, dx, view, &index, "dx")
-    set_tensor(&job.dy, dy, view, &index, "dy")
-    set_halves(&job, weight, bias, batch_mean, batch_m2, count, sums)
-    cdef void *work = new_work(&job)
-    with nogil:
-        fbn_backward_input(&job, work)
-        free(work)
-
-
-cdef int set_halves(fbn_job *job, object weight, object bias, object batch_mean, object batch_m2, int64_t count, object sums) except -1:
-    set_vector(&job.weight, weight, job.C, "weight")
-    set_vector(&job.bias, bias, job.C, "bias")
-    set_moments(job, batch_mean, batch_m2)
-    job.count = count
-    job.sums = <double *>cnp.PyArray_DATA(sums)
-    return check_address(job.sums, job.C, "sums")
-
-
-include "_exchange.pxi"
+include "_job.pxi"
+include "_dlpack.pxi"
 
 
 def first_without_root(var, double eps):
@@ -256,8 +91,8 @@ def first_without_root(var, double eps):
     return fbn_first_without_root(&vector, cnp.PyArray_DIM(var, 0), eps)
 
 
-def dense_view(int axis, tuple arrays):
-    """(N, C, S) where all arrays that are there are C-contiguous, with elements and more than one channel; else None."""
+def dense_layout(int axis, tuple arrays):
+    """(N, C, S) where all arrays but None are C-contiguous, with elements and more than one channel; else None."""
     cdef int i
     cdef int64_t before = 1, behind = 1
     x = arrays[0]
@@ -280,13 +115,27 @@ def new_moments(int64_t channels):
     return cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0), cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0)
 
 
+def dtype_codes():
+    """The storage types by name, with their numbers in fbn_dtype."""
+    return {"float32": <int>FBN_FLOAT32, "float64": <int>FBN_FLOAT64, "float16": <int>FBN_FLOAT16, "bfloat16": <int>FBN_BFLOAT16}
+
+
+def new_like(array):
+    """A new array of array's dtype, shape and memory order, as np.empty_like makes it."""
+    return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
+
+
 def numpy_code(array):
     """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
     cdef int number
     if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISBEHAVED_RO(array):
         return -1
     number = cnp.PyArray_TYPE(array)
-    return 0 if number == cnp.NPY_FLOAT32 else 1 if number == cnp.NPY_FLOAT64 else 2 if number == cnp.NPY_FLOAT16 else -1
+    if number == cnp.NPY_FLOAT32:
+        return <int>FBN_FLOAT32
+    if number == cnp.NPY_FLOAT64:
+        return <int>FBN_FLOAT64
+    return <int>FBN_FLOAT16 if number == cnp.NPY_FLOAT16 else -1
 
 
 def is_vector(array, int64_t length):
@@ -324,33 +173,45 @@ def is_aligned(array):
 
 def may_overlap(a, b):
     """Whether the address ranges of two arrays meet."""
-    cdef uintptr_t a_low, a_high, b_low, b_high
+    return ranges_meet(a, b)
+
+
+cdef bint ranges_meet(object a, object b) noexcept:
+    cdef uintptr_t a_low = 0, a_high = 0, b_low = 0, b_high = 0
     address_range(a, &a_low, &a_high)
     address_range(b, &b_low, &b_high)
     return a_low < b_high and b_low < a_high
 
 
-def is_apart(array, *others):
-    """Whether each of the others that is there is array itself or has an address range of its own."""
+def is_separate(array, *others):
+    """Whether each of the others but None is array itself or has an address range of its own."""
     for other in others:
-        if other is not None and other is not array and may_overlap(array, other):
+        if other is not None and other is not array and ranges_meet(array, other):
             return False
     return True
 
 
-cdef void address_range(object array, uintptr_t *low, uintptr_t *high):
+def is_disjoint(array, *others):
+    """Whether each of the others but None has an address range of its own."""
+    for other in others:
+        if other is not None and ranges_meet(array, other):
+            return False
+    return True
+
+
+cdef void address_range(object array, uintptr_t *low, uintptr_t *high) noexcept:
     cdef int i
-    cdef int64_t reach
+    cdef int64_t span
     low[0] = high[0] = <uintptr_t>cnp.PyArray_DATA(array)
     if cnp.PyArray_SIZE(array) == 0:
         return
     high[0] += <uintptr_t>cnp.PyArray_ITEMSIZE(array)
     for i in range(cnp.PyArray_NDIM(array)):
-        reach = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
-        if reach < 0:
-            low[0] -= <uintptr_t>-reach
+        span = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
+        if span < 0:
+            low[0] -= <uintptr_t>-span
         else:
-            high[0] += <uintptr_t>reach
+            high[0] += <uintptr_t>span
 
 
 def isas():

@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeAli
 
 import numpy as np
 import numpy.typing as npt
+import typing_extensions
 
 __all__ = [
     "Activation",
@@ -35,8 +36,8 @@ Array: TypeAlias = npt.NDArray[Any]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 # Values per channel, of shape (C,).
 FloatVector: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-# Sizes (N, C, S), perhaps followed by the strides (n, c, s) of each array of a call, in elements.
-Sizes: TypeAlias = tuple[int, ...]
+# (N, C, S): samples, channels, spatial positions.
+Sizes: TypeAlias = tuple[int, int, int]
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 WeightT = TypeVar("WeightT", bound=np.generic)
@@ -74,7 +75,8 @@ TensorLike: TypeAlias = Array | SupportsDLPack | SupportsArrayInterface | Suppor
 Parameter: TypeAlias = TensorLike | None
 
 
-class State(TypedDict, total=False):
+# Closed: a checker knows that `np.savez(path, **state)` passes arrays and nothing else.
+class State(typing_extensions.TypedDict, total=False, closed=True):
     """What `BatchNorm.state_dict` returns: the arrays that the layer has, under PyTorch's names."""
 
     weight: FloatVector

@@ -1,4 +1,4 @@
-"""The fact both wings live on: in inference, batch normalization is y = scale * x + shift per channel, in float64.
+"""The fact that both wings use: in inference, batch normalization is y = scale * x + shift per channel, in float64.
 
 With weight (gamma), bias (beta), mean, var of length C and eps (Ioffe & Szegedy 2015, algorithm 2):
 
@@ -9,28 +9,19 @@ Folding multiplies a producer's weights by scale; `scale_weight` does that in fl
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
 from fastbn import _native
+from fastbn.dtypes import DTYPES, dtype_name
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fastbn._types import Array, FloatArray, ScalarT
 
-__all__ = ["DTYPES", "WeightLayout", "batch_norm_affine", "dtype_name", "narrow", "scale_weight"]
-
-# dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
-DTYPES: dict[str, int] = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-
-
-@cache
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """Return the name of a NumPy dtype, which NumPy builds anew each time that it is asked."""
-    return dtype.name
+__all__ = ["WeightLayout", "batch_norm_affine", "narrow", "scale_weight"]
 
 
 class WeightLayout(NamedTuple):
@@ -96,7 +87,7 @@ def scale_weight(
     Returns
     -------
     (out, nonfinite, flushed)
-        nonfinite counts results that are Inf or NaN, flushed counts zeros that came of a weight and a scale that are not zero.
+        nonfinite counts results that are Inf or NaN, flushed counts zero results of a weight and a scale that are not zero.
     """
     factors = np.ascontiguousarray(scale, dtype=np.float64)
     address = 0
@@ -115,7 +106,7 @@ def narrow(values: npt.ArrayLike, dtype: np.dtype[ScalarT]) -> npt.NDArray[Scala
     if dtype_name(dtype) in ("float32", "float16"):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return exact.astype(dtype)
-    # NumPy's bfloat16 goes through float32 and rounds twice: let it see only values that are already rounded.
+    # ml_dtypes converts float64 by way of float32, which rounds twice: round to 8 bits first, after which both steps are exact.
     _, exponent = np.frexp(exact)
     ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)
     with np.errstate(over="ignore", invalid="ignore"):

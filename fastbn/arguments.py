@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Callable, Mapping
+from typing import Literal, NoReturn
 
 from fastbn.errors import ArgumentError, expected
 
-__all__ = ["input_shapes", "names", "parser"]
+__all__ = ["Arguments", "input_shapes", "names", "parser"]
 
 # Digits of the largest size that a file can hold; int() refuses thousands of them.
 MOST_DIGITS = 19
@@ -16,15 +18,57 @@ MOST_SHOWN = 200
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
 
+class Arguments(argparse.Namespace):
+    """What the command line says: its words, the name of the command, and the attributes that its function `_add_...` adds, no others."""
+
+    line: str
+    command: str
+    debug: bool = False
+    quiet: bool = False
+
+    # Models and options of verification.
+    input: str
+    original: str
+    folded: str
+    other: str | None
+    input_shape: list[str]
+    freeze_inputs: bool
+    only: list[str] | None
+    skip: list[str] | None
+
+    # What is written.
+    output: str
+    chosen_output: str | None
+    json: str | None
+    as_json: bool
+    report: str | None
+    force: bool
+    in_place: bool
+    dry_run: bool
+    no_verify: bool
+    strict: bool
+
+    # Options of a deployment.
+    data: str | None
+    quantize: bool
+    max_drop: float | None
+    metric: Literal["auto", "top-1", "error"]
+    quantize_timeout: float
+    runs: int
+    samples: int
+    min_samples: int
+    seed: int
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
 
-    def error(self, message):
-        raise ArgumentError(expected("arguments as in --help", message, self.prog))
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"Cannot read the arguments: {message} ({self.prog} --help shows them)")
 
 
-def parser(commands) -> argparse.ArgumentParser:
-    """Return the parser of the command; commands is name -> the function that runs it, whose docstring describes it."""
+def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
+    """Return the parser of the command line; commands is name -> the function that runs the command, whose docstring describes it."""
     top = _Parser(prog="fastbn", description="Batch normalization on CPUs: fold it out of ONNX models, verify, measure.")
     _add_debug(top)
     below = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -32,17 +76,17 @@ def parser(commands) -> argparse.ArgumentParser:
         each = below.add_parser(name, help=summary, description=commands[name].__doc__)
         add(each)
         _add_debug(each)
-        each.set_defaults(run=commands[name])
+        each.set_defaults(command=name)
     return top
 
 
-def _add_debug(each):
+def _add_debug(each: argparse.ArgumentParser) -> None:
     each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an unexpected fault")
 
 
-def _add_fold(fold):
+def _add_fold(fold: argparse.ArgumentParser) -> None:
     fold.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
-    fold.add_argument("output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
+    fold.add_argument("chosen_output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
     fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
     fold.add_argument("--json", metavar="FILE", help=JSON)
     _add_selection(fold)
@@ -54,11 +98,11 @@ def _add_fold(fold):
     _add_input_shape(fold)
 
 
-def _add_deploy(deploy):
+def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
     deploy.add_argument("output", metavar="OUT", help="where the best stage that is good enough goes; - writes it to stdout")
     deploy.add_argument("--data", metavar="PATH", help="samples: .npz, .npy, .pb, or a folder of them; without it, random numbers")
-    deploy.add_argument("--quantize", action="store_true", help="try static int8 quantisation, calibrated on the data")
+    deploy.add_argument("--quantize", action="store_true", help="try static int8 quantization, calibrated on the data")
     deploy.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
     deploy.add_argument("--json", metavar="FILE", help=JSON)
     deploy.add_argument("--force", action="store_true", help="replace an existing --report, and an OUT that is no version of IN")
@@ -66,7 +110,7 @@ def _add_deploy(deploy):
         "--max-drop", type=float, metavar="X", help="the most a stage may lose: 0.01 is 1 %% of the decisions, or of the outputs' size"
     )
     deploy.add_argument(
-        "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantising the model may take at most (300)"
+        "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantizing the model may take at most (300)"
     )
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
     deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
@@ -78,7 +122,7 @@ def _add_deploy(deploy):
     _add_input_shape(deploy)
 
 
-def _add_verify(verify):
+def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("original", metavar="A")
     verify.add_argument("folded", metavar="B")
     verify.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the line")
@@ -86,57 +130,57 @@ def _add_verify(verify):
     _add_input_shape(verify)
 
 
-def _add_bench(bench):
+def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("original", metavar="A")
-    bench.add_argument("folded", metavar="B", nargs="?", help="without it, A folded in memory")
+    bench.add_argument("other", metavar="B", nargs="?", help="without it, A folded in memory")
     bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
     _add_input_shape(bench)
 
 
-def _add_show_config(config):
-    config.add_argument("--json", action="store_true", help="as JSON")
+def _add_show_config(config: argparse.ArgumentParser) -> None:
+    config.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "fold": (_add_fold, "fold every batch normalization that can be folded exactly"),
-    "deploy": (_add_deploy, "fold, verify, quantise on request, compare and measure"),
+    "deploy": (_add_deploy, "fold, verify, quantize on request, compare and measure"),
     "verify": (_add_verify, "compare two models on the same inputs"),
     "bench": (_add_bench, "latency of two models in onnxruntime, side by side"),
     "show-config": (_add_show_config, "versions and kernels in use"),
 }
 
 
-def _add_selection(each):
+def _add_selection(each: argparse.ArgumentParser) -> None:
     each.add_argument("--only", metavar="GLOB", action="append", help="fold only nodes of these names (repeatable)")
     each.add_argument("--skip", metavar="GLOB", action="append", help="never fold nodes of these names (repeatable)")
     each.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
 
 
-def _add_input_shape(each):
+def _add_input_shape(each: argparse.ArgumentParser) -> None:
     each.add_argument("--input-shape", metavar="NAME=D,D,...", action="append", default=[], help="sizes of a graph input (repeatable)")
 
 
-def names(texts) -> list[str] | None:
+def names(texts: list[str] | None) -> list[str] | None:
     """Return arguments that are names inside a model, which are UTF-8 whatever the locale is."""
-    return texts and [_utf8(text) for text in texts]
+    return None if texts is None else [_utf8(text) for text in texts]
 
 
-def _utf8(text):
+def _utf8(text: str) -> str:
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
         return text
 
 
-def _is_size(text):
+def _is_size(text: str) -> bool:
     return text.isdecimal() and len(text) <= MOST_DIGITS and int(text) > 0
 
 
-def input_shapes(arguments) -> dict[str, tuple[int, ...]]:
+def input_shapes(arguments: Arguments) -> dict[str, tuple[int, ...]]:
     """Return --input-shape as name -> sizes."""
-    shapes = {}
-    for text in names(arguments.input_shape):
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in map(_utf8, arguments.input_shape):
         name, equals, sizes = text.rpartition("=")
         numbers = sizes.split(",") if sizes else []
         if not (name and equals) or not all(map(_is_size, numbers)):

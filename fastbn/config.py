@@ -1,4 +1,4 @@
-"""What runs here: versions, kernels, threads. The one page to attach to a bug report."""
+"""What runs here: versions, kernels, threads; what a bug report should contain."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def kernels() -> list[str]:
     Returns
     -------
     list of str
-        One row of the table that the calls go through, chosen by the CPU, by the environment variable FASTBN_ISA or by `use_isa`.
+        Those of one instruction set, chosen by the CPU, by the environment variable FASTBN_ISA or by `use_isa`.
+
+    Examples
+    --------
+    >>> with use_isa("scalar"):
+    ...     print(kernels()[0].startswith("fbn_"), kernels()[0].endswith("_scalar"))
+    True True
     """
     return _native.kernel_names()
 
@@ -46,6 +52,11 @@ def get_num_threads() -> int:
     """Return the most threads that a call uses.
 
     At first these are FASTBN_NUM_THREADS or the CPUs that the affinity mask and the cgroup quota leave to this process.
+
+    Examples
+    --------
+    >>> get_num_threads() >= 1
+    True
     """
     return _native.num_threads()
 
@@ -62,6 +73,14 @@ def set_num_threads(n: int | np.integer) -> None:
     ------
     ArgumentError, ArgumentTypeError
         n is not an integer of at least 1.
+
+    Examples
+    --------
+    >>> before = get_num_threads()
+    >>> set_num_threads(2)
+    >>> get_num_threads()
+    2
+    >>> set_num_threads(before)
     """
     _native.set_num_threads(min(_check.positive_int(n, "n"), 256))
 
@@ -106,7 +125,7 @@ class use_isa:
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         with _lock:
-            last = max(place for place, (block, _) in enumerate(_open) if block is self)
+            last = max(index for index, (block, _) in enumerate(_open) if block is self)
             del _open[last]
             _native.use_isa(_open[-1][1])
             if len(_open) == 1:
@@ -121,6 +140,12 @@ def show_config() -> Config:
     dict
         version, isa (in use), isa_available (names, the best first), threads (the most that a call uses), python, platform, machine,
         cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
+
+    Examples
+    --------
+    >>> config = show_config()
+    >>> config["isa"] in config["isa_available"]
+    True
     """
     import platform
     from importlib import metadata

@@ -58,9 +58,8 @@ def fold_conv(
 ) -> tuple[Array, Array]:
     """Fold an inference batch normalization into the convolution before it.
 
-    ``BN(conv(x, weight) + bias)`` equals ``conv(x, weight') + bias'`` with
-    ``scale = gamma / sqrt(var + eps)``, ``weight' = weight * scale`` on the output channels and
-    ``bias' = (bias - mean) * scale + beta`` (Ioffe & Szegedy 2015, algorithm 2). All of it is computed in float64 and rounded once.
+    ``BN(conv(x, weight) + bias)`` is ``conv(x, weight') + bias'``, where ``scale = gamma / sqrt(var + eps)``, ``weight' = weight * scale``
+    on the output channels and ``bias' = (bias - mean) * scale + beta`` (Ioffe & Szegedy 2015, algorithm 2), in float64 and rounded once.
 
     Parameters
     ----------
@@ -74,10 +73,8 @@ def fold_conv(
         The weight and bias of the batch normalization; None means ones and zeros.
     eps : float
         Added to var.
-    groups : int
-        Groups of the convolution; depthwise is groups == C_in.
-    transposed : bool
-        The weight belongs to a transposed convolution.
+    groups, transposed : int, bool
+        Groups of the convolution (depthwise is groups == C_in), and whether it is a transposed one.
 
     Returns
     -------
@@ -102,11 +99,9 @@ def fold_conv(
     groups = _check.positive_int(groups, "groups")
     if weight.shape[0] % groups:
         raise ArgumentError(expected(f"a first axis that {groups} groups divide", f"shape {weight.shape}", "weight"))
-    inner = int(np.prod(weight.shape[2:]))
-    if transposed:
-        layout = WeightLayout(groups, weight.shape[0] // groups, weight.shape[1], inner)
-    else:
-        layout = WeightLayout(1, 1, weight.shape[0], weight.shape[1] * inner)
+    outputs, inner = weight.shape[int(transposed)], int(np.prod(weight.shape[2:]))
+    rows = weight.shape[0] // groups
+    layout = WeightLayout(groups, rows, outputs, inner) if transposed else WeightLayout(1, 1, outputs, weight.shape[1] * inner)
     return _fold(weight, bias, mean, var, gamma, beta, eps, layout)
 
 

@@ -1,4 +1,11 @@
-"""Public array functions: check, allocate, call."""
+"""Public array functions: check, allocate, call.
+
+What holds for all of them: float16 and bfloat16 are computed in float32 and rounded once. Results are the same bits for any number of
+threads and on every instruction set (any NaN counts as the same), for one shape and one set of strides. The strides decide in which order
+sums are added: a slice and its contiguous copy may differ by rounding. Channels first, channels last and every slice of them are read in
+place; only where neither the channels nor the innermost axis have stride 1, or the arrays of the call lie in different orders, the call
+works on C-contiguous copies.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,8 @@ from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex, overload
 
 import numpy as np
 
-from fastbn import _check, _native
+from fastbn import _check
+from fastbn._native import Job, new_like
 from fastbn.geometry import arrange, deliver, values_per_channel
 from fastbn.stats import BatchStats
 
@@ -57,17 +65,14 @@ def batch_norm(
     residual: TensorLike | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Normalise with given statistics: the inference form.
+    """Normalize with given statistics: the inference form.
 
     ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` per channel (Ioffe & Szegedy 2015, algorithm 2).
 
     Parameters
     ----------
     x : array of float32, float64, float16 or bfloat16
-        Shape (N, C), (N, C, S), (N, C, H, W), (N, C, D, H, W) or any other; the channels are those of `axis`. Any object with a CPU
-        DLPack, buffer or array interface, in any strides. Channels first, channels last and every slice of them are read in place;
-        only where neither the channels nor the innermost axis have stride 1, or the arrays of the call lie in different orders, the call
-        works on C-contiguous copies.
+        Any shape and strides, with C channels along `axis`. Any object with a CPU DLPack, buffer or array interface.
     mean, var : array of shape (C,), float32 or float64
         var is the variance; var + eps must be positive.
     weight, bias : array of shape (C,), float32 or float64, or None
@@ -78,26 +83,18 @@ def batch_norm(
         The channel axis; -1 for channels last.
     activation : None, "relu", "leaky_relu" or "relu6"
         Applied last; the leak is 0.01. NaN stays NaN.
-    residual : array of x's shape and dtype, or None
-        Added before the activation.
-    out : array of x's shape and dtype, or None
-        Receives y; it may be x or residual itself (in place), with the same result, but may not overlap them otherwise.
+    residual, out : array of x's shape and dtype, or None
+        Added before the activation; receives y: it may be x or residual itself, with the same result, but may not overlap them otherwise.
 
     Returns
     -------
     y : array of x's shape and dtype
-        `out` where it was given, else a new array in the memory order of x.
+        `out` where it was given, else a new array in the memory order of x; without elements where x has none.
 
     Raises
     ------
     ArgumentError, ArgumentTypeError
         An argument that cannot be used; nothing has been written.
-
-    Notes
-    -----
-    float16 and bfloat16 are computed in float32 and rounded once. The result is the same bits for any number of threads and on every
-    instruction set (any NaN counts as the same), for one shape and one set of strides. A constant channel gives exactly bias when mean is
-    its value. An x without elements gives a y without elements.
 
     Examples
     --------
@@ -106,20 +103,13 @@ def batch_norm(
     >>> batch_norm(x, mean=np.array([1.0, 2.0]), var=np.array([4.0, 4.0]), eps=0.0).tolist()
     [[0.0, 0.0], [1.0, 2.0]]
     """
-    x, dtype = _check.tensor(x, "x")
-    axis = _check.axis_of(axis, x)
-    eps = _check.eps_of(eps)
-    channels = x.shape[axis]
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     mean = _check.parameter(mean, "mean", channels, required=True)
     var = _check.running_variance(var, "var", channels, eps)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    code = _check.activation_of(activation)
-    if residual is not None:
-        residual = _check.same_shape(residual, "residual", x)
-    y = _check.output(out, x, residual)
-    view, (x, target, residual) = arrange(axis, x, y, residual)
-    _native.infer(x, target, residual, mean, var, weight, bias, view, dtype, code, eps)
+    added = None if residual is None else _check.same_shape(residual, "residual", x)
+    y = _check.output(out, x, added)
+    layout, (x, target, added) = arrange(axis, x, y, added)
+    Job(layout, dtype, code, eps).infer(x=x, out=target, residual=added, mean=mean, var=var, weight=weight, bias=bias)
     return deliver(out, y, target)
 
 
@@ -146,68 +136,46 @@ def batch_norm_train(
     residual: TensorLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, BatchStats]:
-    """Normalise with the statistics of the batch: the training form.
+    """Normalize with the statistics of the batch: the training form.
 
-    ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` over all axes but the channels', n values per channel, then
-    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` (Ioffe & Szegedy 2015, algorithm 1).
+    ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` over the n values of a channel; then ``batch_norm(x, mean, var, weight, bias)``
+    (Ioffe & Szegedy 2015, algorithm 1). A constant channel gives exactly bias, also with eps=0.
 
     Parameters
     ----------
     x, weight, bias, eps, axis, activation, residual, out
-        As in `batch_norm`.
+        As in `batch_norm`, which says what is raised, too.
     running_mean, running_var : array of shape (C,), float32 or float64, or None
         Updated in place: ``running = (1 - momentum) * running + momentum * batch``. An x without elements leaves them alone.
     momentum : float
         The weight of this batch, 0 to 1: PyTorch's meaning. Keras and ONNX call 1 - momentum by that name.
     unbiased : bool
-        running_var receives ``var * n / (n - 1)``, as in PyTorch; False gives it the biased variance, as Keras and ONNX do. With one value
-        per channel there is nothing to correct and it receives the biased variance, 0.
+        running_var receives ``var * n / (n - 1)``, or var where n = 1, as in PyTorch; False gives it var, as Keras and ONNX do.
 
     Returns
     -------
     y : array of x's shape and dtype
-        `out` where it was given.
     stats : BatchStats
         n, mean and ``m2 = n * var`` in float64, for `batch_norm_backward` and `merge_stats`; zeros where x has no elements.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        An argument that cannot be used; nothing has been written.
-
-    Notes
-    -----
-    In float32, for mean/std from 0 to 1e7, the error of y stays below ``2e-6 * (1 + |y|)`` with unit weight and no bias, and that of var
-    below 1e-6 of var. A constant channel gives exactly bias, also with eps=0. NaN and Inf make NaN of their own channel only.
-    Bits and in-place use are as in `batch_norm`. The strides decide in which order sums are added: a slice and its contiguous copy may
-    differ by rounding.
 
     Examples
     --------
     >>> import numpy as np
-    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
-    >>> y, stats = batch_norm_train(x, bias=np.array([0.0, 7.0]), eps=0.0)
+    >>> y, stats = batch_norm_train(np.array([[1.0, 5.0], [3.0, 5.0]]), bias=np.array([0.0, 7.0]), eps=0.0)
     >>> y.tolist(), stats.mean.tolist(), stats.var.tolist()
     ([[-1.0, 7.0], [1.0, 7.0]], [2.0, 5.0], [1.0, 0.0])
     """
-    x, dtype = _check.tensor(x, "x")
-    axis = _check.axis_of(axis, x)
-    eps = _check.eps_of(eps)
-    channels = x.shape[axis]
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    code = _check.activation_of(activation)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     momentum = _check.momentum_of(momentum)
-    if residual is not None:
-        residual = _check.same_shape(residual, "residual", x)
-    y = _check.output(out, x, residual)
+    added = None if residual is None else _check.same_shape(residual, "residual", x)
+    y = _check.output(out, x, added)
     running_mean = _check.running(running_mean, "running_mean", channels, x, y)
     running_var = _check.running(running_var, "running_var", channels, x, y, running_mean)
     stats = BatchStats._new(values_per_channel(x, channels), channels)
-    view, (x, target, residual) = arrange(axis, x, y, residual)
-    _native.train(
-        x, target, residual, running_mean, running_var, weight, bias, stats.mean, stats.m2, view, dtype, code, eps, momentum, unbiased
-    )
+    layout, (x, target, added) = arrange(axis, x, y, added)
+    job = Job(layout, dtype, code, eps)
+    job.set_running(running_mean, running_var, momentum, unbiased)
+    job.train(x=x, out=target, residual=added, weight=weight, bias=bias, batch_mean=stats.mean, batch_m2=stats.m2)
     return deliver(out, y, target), stats
 
 
@@ -293,19 +261,19 @@ def batch_norm_backward(
 ) -> tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, TensorLike]:
     """Gradients of `batch_norm_train`, or of `batch_norm` with frozen statistics.
 
-    With ``g = dy`` where the activation passed its input (recomputed from x, no mask is stored), ``xhat = (x - mean) / sqrt(var + eps)``:
-    ``dbias = sum(g)``, ``dweight = sum(g * xhat)`` and, in training,
-    ``dx = weight / sqrt(var + eps) * (g - dbias/n - xhat * dweight/n)`` (Ioffe & Szegedy 2015, section 3); with frozen statistics
+    With ``xhat = (x - mean) / sqrt(var + eps)`` and g, dy times the gradient of the activation (computed again from x; at the corners 0 for
+    relu and relu6, 0.01 for leaky_relu): ``dbias = sum(g)``, ``dweight = sum(g * xhat)`` and
+    ``dx = weight / sqrt(var + eps) * (g - dbias/n - xhat * dweight/n)`` (Ioffe & Szegedy 2015, section 3), or, with frozen statistics,
     ``dx = weight / sqrt(var + eps) * g``.
 
     Parameters
     ----------
     dy, x : arrays of one shape and dtype
-        The gradient of y, and the input of the forward pass, in the types and strides that `batch_norm` takes.
+        The gradient of y, and the input of the forward pass.
     stats : BatchStats
         Those that `batch_norm_train` returned. With training=False, for example ``BatchStats(1, running_mean, running_var)``.
     weight, bias, eps, axis, activation, residual
-        Those of the forward pass.
+        Those of the forward pass. `batch_norm` says what is raised.
     training : bool
         False when the forward pass used given statistics, which then have no gradient.
     out : array of x's shape and dtype, or None
@@ -315,68 +283,61 @@ def batch_norm_backward(
     -------
     dx : array of x's shape and dtype
     dweight, dbias : arrays of shape (C,) and the dtype of weight and bias
-        None where weight or bias is None: what is not wanted is not computed.
+        None where weight or bias is None: what is not wanted is not computed. Zeros where x has no elements.
     dresidual : array of x's shape and dtype
         Only with a residual. Without an activation it equals dy, and is dy itself unless out is.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        An argument that cannot be used; nothing has been written.
-
-    Notes
-    -----
-    Bits are as in `batch_norm`. At the corners the gradient of relu and relu6 is 0 and that of leaky_relu is 0.01. An x without elements
-    gives zeros for dweight and dbias.
 
     Examples
     --------
     >>> import numpy as np
-    >>> x = np.array([[1.0], [3.0]])
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.0]])
     >>> y, stats = batch_norm_train(x, eps=0.0)
-    >>> dx, dweight, dbias = batch_norm_backward(np.array([[1.0], [0.0]]), x, stats, np.ones(1), np.zeros(1), eps=0.0)
-    >>> dx.tolist(), dweight.tolist(), dbias.tolist()
-    ([[0.0], [0.0]], [-1.0], [1.0])
+    >>> [gradient.tolist() for gradient in batch_norm_backward(dy, x, stats, np.ones(1), np.zeros(1), eps=0.0)]
+    [[[0.0], [0.0]], [-1.0], [1.0]]
     """
-    x, dtype = _check.tensor(x, "x")
+    return _backward(dy, x, stats, weight, bias, eps, axis, training, activation, residual, out)
+
+
+def _backward(
+    dy: TensorLike,
+    x: TensorLike,
+    stats: BatchStats,
+    weight: Parameter,
+    bias: Parameter,
+    eps: SupportsFloat,
+    axis: SupportsIndex,
+    training: bool,
+    activation: Activation | None,
+    residual: TensorLike | None,
+    out: Array | None,
+) -> tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, TensorLike]:
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     given_dy, dy = dy, _check.same_shape(dy, "dy", x)
-    axis = _check.axis_of(axis, x)
-    eps = _check.eps_of(eps)
-    channels = x.shape[axis]
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    code = _check.activation_of(activation)
     stats = _check.batch_stats_of(stats, channels, values_per_channel(x, channels) if training else None)
-    if residual is not None:
-        residual = _check.same_shape(residual, "residual", x)
-    dx = _check.output(out, x, dy, residual)
-    dweight = None if weight is None else np.empty_like(weight)
-    dbias = None if bias is None else np.empty_like(bias)
+    added = None if residual is None else _check.same_shape(residual, "residual", x)
+    dx = _check.output(out, x, dy, added)
+    dweight, dbias = None if weight is None else new_like(weight), None if bias is None else new_like(bias)
     dresidual: TensorLike | None = None
-    masked: Array | None = None
-    if residual is not None and code:
-        dresidual = masked = np.empty_like(x)
-    elif residual is not None:
-        dresidual, residual = (dy.copy() if dx is dy or np.may_share_memory(dx, dy) else given_dy), None
-    view, (x, target, dy, residual, masked_target) = arrange(axis, x, dx, dy, residual, masked)
-    _native.backward(
-        x,
-        target,
-        dy,
-        residual,
-        masked_target,
-        dweight,
-        dbias,
-        weight,
-        bias,
-        stats.mean,
-        stats.m2,
-        stats.count,
-        view,
-        dtype,
-        code,
-        eps,
-        not training,
+    masked: Array | None = None  # the gradient behind the activation, where there is one
+    if added is not None and code:
+        dresidual = masked = new_like(x)
+    elif added is not None:
+        dresidual, added = (dy.copy() if dx is dy or np.may_share_memory(dx, dy) else given_dy), None
+    layout, (x, target, dy, added, masked_target) = arrange(axis, x, dx, dy, added, masked)
+    Job(layout, dtype, code, eps).backward(
+        x=x,
+        dx=target,
+        dy=dy,
+        residual=added,
+        dresidual=masked_target,
+        dweight=dweight,
+        dbias=dbias,
+        weight=weight,
+        bias=bias,
+        batch_mean=stats.mean,
+        batch_m2=stats.m2,
+        count=stats.count,
+        frozen=not training,
     )
     dx = deliver(out, dx, target)
     if dresidual is None:
@@ -386,7 +347,7 @@ def batch_norm_backward(
     return dx, dweight, dbias, dresidual
 
 
-def normalise_with(
+def normalize_with(
     x: TensorLike,
     stats: BatchStats,
     weight: Parameter = None,
@@ -401,21 +362,16 @@ def normalise_with(
 
     The arguments are those of `batch_norm_train`; eps=0 with a variance of 0 gives bias, as there.
     """
-    x, dtype = _check.tensor(x, "x")
-    axis = _check.axis_of(axis, x)
-    channels = x.shape[axis]
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     stats = _check.batch_stats_of(stats, channels, None)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
     y = _check.output(out, x)
-    view, (x, target) = arrange(axis, x, y)
-    code = _check.activation_of(activation)
-    _native.infer(x, target, None, stats.mean, stats.var, weight, bias, view, dtype, code, _check.eps_of(eps))
+    layout, (x, target) = arrange(axis, x, y)
+    Job(layout, dtype, code, eps).infer(x=x, out=target, residual=None, mean=stats.mean, var=stats.var, weight=weight, bias=bias)
     return deliver(out, y, target)
 
 
 def batch_stats(x: TensorLike, *, axis: SupportsIndex = 1) -> BatchStats:
-    """Return the statistics of a batch, without normalising it.
+    """Return the statistics of a batch, without normalizing it.
 
     ``mean = sum(x)/n`` and ``m2 = sum((x - mean)**2)`` over all axes but the channels', in float64 (Chan, Golub & LeVeque 1979).
 
@@ -445,6 +401,6 @@ def batch_stats(x: TensorLike, *, axis: SupportsIndex = 1) -> BatchStats:
     axis = _check.axis_of(axis, x)
     channels = x.shape[axis]
     stats = BatchStats._new(values_per_channel(x, channels), channels)
-    view, (source,) = arrange(axis, x)
-    _native.stats(source, stats.mean, stats.m2, view, dtype)
+    layout, (source,) = arrange(axis, x)
+    Job(layout, dtype).stats(x=source, batch_mean=stats.mean, batch_m2=stats.m2)
     return stats

@@ -1,12 +1,13 @@
-"""Where the elements of the arrays of one call lie, as the kernels need it."""
+"""Where the elements of the tensors of one call lie, as the kernels need it: the one translation of shapes and strides into (N, C, S)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastbn import _check, _native
+from fastbn import _native
 
 if TYPE_CHECKING:
     from typing import TypeVarTuple
@@ -15,21 +16,68 @@ if TYPE_CHECKING:
 
     ArraysT = TypeVarTuple("ArraysT")
 
-__all__ = ["arrange", "deliver", "values_per_channel"]
+__all__ = ["Layout", "arrange", "deliver", "find_layout", "values_per_channel"]
 
 
-def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes, tuple[*ArraysT]]:
-    """Return the view of the kernels and the arrays it is of: those given, or C-contiguous copies where they have no common view."""
-    view = _native.dense_view(axis, arrays)
-    if view is not None:
-        return view, arrays
+class Layout(NamedTuple):
+    """Tensors of one shape and one channel axis seen as (N, C, S), each with the strides that it has along three of its axes.
+
+    An axis of -1 stands for the stride of C-contiguous memory: C * S along N, S along C and 1 along S; with `channels_last` it is 1 along
+    C. A plain tuple (N, C, S) is the layout of C-contiguous tensors.
+    """
+
+    N: int
+    C: int
+    S: int
+    channels_last: bool = False
+    n_axis: int = -1
+    c_axis: int = -1
+    s_axis: int = -1
+
+
+def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*ArraysT]]:
+    """Return the layout of the arrays of one call, and these arrays, or C-contiguous copies where they have no layout in common."""
+    sizes = _native.dense_layout(axis, arrays)
+    if sizes is not None:
+        return sizes, arrays
     given: tuple[Any, ...] = arrays  # arrays and None, which a checker cannot be told of ArraysT
     x = given[0]
-    view = _check.layout(x.shape, axis, x.itemsize, *(array.strides for array in given if array is not None))
-    if view is not None:
-        return view, arrays
+    layout = find_layout(x.shape, axis, x.itemsize, *[array.strides for array in given if array is not None])
+    if layout is not None:
+        return layout, arrays
     copies: tuple[*ArraysT] = tuple(array if array is None else array.copy(order="C") for array in given)  # type: ignore[assignment]
     return arrange(axis, *copies)
+
+
+@lru_cache(maxsize=1024)
+def find_layout(shape: tuple[int, ...], axis: int, itemsize: int, *strides: tuple[int, ...]) -> Layout | None:
+    """Return the layout of tensors of one shape; None when they have none in common.
+
+    `strides` are those of each tensor, in units of which an element has `itemsize`. The axes beside the channel axis are taken in the order
+    in which they lie in the first tensor's memory and joined where that works for every tensor. At most two may remain, and either the last
+    of them or the channel axis must have stride 1 in every tensor.
+    """
+    channels = shape[axis]
+    if 0 in shape:
+        return Layout(0, channels, 1)
+    groups: list[tuple[int, int]] = []  # the size of joined axes, and the innermost of them, whose stride they have
+    for inner in sorted((i for i, size in enumerate(shape) if i != axis and size > 1), key=lambda i: -abs(strides[0][i])):
+        size = shape[inner]
+        if groups and all(steps[groups[-1][1]] == steps[inner] * size for steps in strides):
+            groups[-1] = (groups[-1][0] * size, inner)
+        else:
+            groups.append((size, inner))
+    if len(groups) > 2:
+        return None
+    if groups and all(steps[groups[-1][1]] == itemsize for steps in strides):
+        S, _ = groups.pop()
+        N, n_axis = groups[0] if groups else (1, -1)
+        return Layout(N, channels, S, n_axis=n_axis, c_axis=-1 if channels == 1 else axis)
+    if channels == 1 or all(steps[axis] == itemsize for steps in strides):
+        N, n_axis = groups[0] if groups else (1, -1)
+        S, s_axis = groups[1] if len(groups) == 2 else (1, -1)
+        return Layout(N, channels, S, True, n_axis, -1, s_axis)
+    return None
 
 
 def deliver(out: Array | None, result: Array, computed: Array) -> Array:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypedDict, cast, overload
 
 import numpy as np
 
-from fastbn import _check, functional, halves, sync
+from fastbn import _check, backward_halves, conversion, functional, sync
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.stats import BatchStats
 
@@ -45,7 +45,7 @@ class BatchNorm:
     affine : bool
         Learn a weight (gamma, at first ones) and a bias (beta, at first zeros).
     track_running_stats : bool
-        Keep running statistics for eval mode. Without them eval mode normalises with the statistics of the batch, too.
+        Keep running statistics for eval mode. Without them eval mode normalizes with the statistics of the batch, too.
     activation : None, "relu", "leaky_relu" or "relu6"
         Applied last, forward and backward.
     comm : communicator or None
@@ -123,12 +123,12 @@ class BatchNorm:
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Normalise with the statistics of each batch from here on; return self."""
+        """Normalize with the statistics of each batch from here on; return self."""
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Normalise with the running statistics from here on; return self."""
+        """Normalize with the running statistics from here on; return self."""
         return self.train(False)
 
     @overload
@@ -164,8 +164,8 @@ class BatchNorm:
 
         Notes
         -----
-        In training the running statistics move, ``running = (1 - momentum) * running + momentum * batch``; a batch without elements leaves
-        them alone. One value per channel gives y = bias and a variance of 0.
+        In training, ``running = (1 - momentum) * running + momentum * batch``, unless the batch has no elements.
+        One value per channel gives y = bias and a variance of 0.
         """
         x, _ = _check.tensor(x, "x")
         if x.shape[_check.axis_of(self.axis, x)] != self.num_features:
@@ -208,9 +208,9 @@ class BatchNorm:
         y = _check.output(out, x)
         stats = sync.merge(functional.batch_stats(x, axis=self.axis), comm.allgather)
         if x.size:
-            functional.normalise_with(x, stats, self.weight, self.bias, **options, out=y)
+            functional.normalize_with(x, stats, self.weight, self.bias, **options, out=y)
         if self.track_running_stats:
-            sync.move_running(self.running_mean, self.running_var, stats, self._factor(), self.unbiased)
+            sync.update_running(self.running_mean, self.running_var, stats, self._factor(), self.unbiased)
         return y, stats
 
     @overload
@@ -236,10 +236,17 @@ class BatchNorm:
         Raises
         ------
         ArgumentError, ArgumentTypeError
-            No forward pass to go back through, or an argument that cannot be used.
+            No forward pass before this, or an argument that cannot be used.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(1, eps=0.0)
+        >>> y = layer(np.array([[1.0], [3.0]]))
+        >>> [gradient.tolist() for gradient in layer.backward(np.array([[1.0], [0.0]]))]
+        [[[0.0], [0.0]], [-1.0], [1.0]]
         """
         if self._saved is None:
-            raise ArgumentError(expected("a forward pass that kept its x", "none", "backward"))
+            raise ArgumentError("Cannot go backward: there is no forward pass, or it has overwritten its x")
         x, stats, by_batch, comm = self._saved
         options: _Options = {"eps": self.eps, "axis": self.axis, "activation": self.activation}
         if comm is None:
@@ -247,19 +254,24 @@ class BatchNorm:
         dy = _check.same_shape(dy, "dy", x)
         dx = _check.output(out, x, dy)
         if x.size:
-            sums, dweight, dbias = halves.backward_sums(dy, x, stats, self.weight, self.bias, **options)
+            sums, dweight, dbias = backward_halves.backward_sums(dy, x, stats, self.weight, self.bias, **options)
         else:
             sums = np.zeros((2, self.num_features))
             dweight, dbias = (None if values is None else np.zeros_like(values) for values in (self.weight, self.bias))
         sums = sync.add_up(sums, comm.allgather)
         if x.size:
-            halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
+            backward_halves.backward_input(dy, x, stats, sums, self.weight, self.bias, **options, out=dx)
         return dx, dweight, dbias
 
     def state_dict(self) -> State:
         """Return a copy of the state under PyTorch's names: weight, bias, running_mean, running_var and num_batches_tracked, as arrays.
 
         Those that the layer does not have are left out, as in PyTorch.
+
+        Examples
+        --------
+        >>> BatchNorm(2, affine=False).state_dict()["running_var"].tolist()
+        [1.0, 1.0]
         """
         state: State = {}
         for name in _ARRAYS:
@@ -282,6 +294,13 @@ class BatchNorm:
         ------
         ArgumentError, ArgumentTypeError
             A name too many or too few, or another shape; the layer is unchanged.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(2, track_running_stats=False)
+        >>> layer.load_state_dict({"weight": [1.0, 2.0], "bias": [0.0, 3.0]})
+        >>> layer.weight.tolist()
+        [1.0, 2.0]
         """
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
@@ -314,21 +333,7 @@ class BatchNorm:
         ArgumentTypeError
             Another module.
         """
-        names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "weight", "bias", "num_batches_tracked")
-        if not all(hasattr(module, name) for name in names):
-            raise ArgumentTypeError(expected("a batch normalization of PyTorch", type(module).__name__, "module"))
-        layer = cls(
-            module.num_features,
-            eps=module.eps,
-            momentum=module.momentum,
-            affine=module.affine,
-            track_running_stats=module.track_running_stats,
-        )
-        for name in _ARRAYS:
-            values = getattr(module, name)
-            setattr(layer, name, None if values is None else values.detach().cpu().float().numpy().copy())
-        layer.num_batches_tracked = int(module.num_batches_tracked or 0)
-        return layer.train(module.training)
+        return cls._of(conversion.from_torch(module))
 
     def to_torch(self, dimensions: int = 2) -> torch.nn.modules.batchnorm._BatchNorm:
         """Return a ``torch.nn.BatchNorm1d``, 2d or 3d with copies of this layer's parameters, statistics and settings.
@@ -348,22 +353,7 @@ class BatchNorm:
         ModuleNotFoundError
             PyTorch is not installed.
         """
-        self._convertible(dimensions, (1, 2, 3))
-        if self.axis != 1:
-            raise ArgumentError(expected("axis 1, that of PyTorch", f"{self.axis}", "axis"))
-        import torch
-
-        module = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)[dimensions - 1](
-            self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats
-        )
-        for name in ("weight", "bias"):
-            values = getattr(self, name)
-            module.register_parameter(name, None if values is None else torch.nn.Parameter(torch.from_numpy(values.copy())))
-        if self.track_running_stats:
-            module.running_mean.copy_(torch.from_numpy(self.running_mean))
-            module.running_var.copy_(torch.from_numpy(self.running_var))
-            module.num_batches_tracked.fill_(self.num_batches_tracked)
-        return module.train(self.training)
+        return conversion.to_torch(self._data(), dimensions)
 
     @classmethod
     def from_keras(cls, layer: keras.layers.BatchNormalization) -> Self:
@@ -380,22 +370,9 @@ class BatchNorm:
         Raises
         ------
         ArgumentError, ArgumentTypeError
-            Another layer, one that is not built, or one that normalises over several axes.
+            Another layer, one that is not built, or one that normalizes over several axes.
         """
-        names = ("axis", "momentum", "epsilon", "center", "scale", "built", "get_weights")
-        if not all(hasattr(layer, name) for name in names):
-            raise ArgumentTypeError(expected("a BatchNormalization of Keras", type(layer).__name__, "layer"))
-        if not layer.built:
-            raise ArgumentError(expected("a layer that has been built", "one without weights", "layer"))
-        if not isinstance(layer.axis, int):
-            raise ArgumentError(expected("one axis", f"{layer.axis}", "axis"))
-        values = [np.array(array, np.float32) for array in layer.get_weights()]
-        new = cls(values[0].size, eps=layer.epsilon, momentum=1 - layer.momentum, axis=layer.axis, affine=layer.center or layer.scale)
-        new.running_mean, new.running_var = values[-2:]
-        new.weight = values[0] if layer.scale else None
-        new.bias = values[int(layer.scale)] if layer.center else None
-        new.unbiased = False
-        return new
+        return cls._of(conversion.from_keras(layer))
 
     def to_keras(self, dimensions: int = 2) -> keras.layers.BatchNormalization:
         """Return a built ``keras.layers.BatchNormalization`` with copies of this layer's parameters, statistics and settings.
@@ -415,26 +392,32 @@ class BatchNorm:
         ModuleNotFoundError
             Keras is not installed.
         """
-        self._convertible(dimensions, (0, 1, 2, 3))
-        if self.momentum is None or not self.track_running_stats:
-            what = "momentum None" if self.momentum is None else "no running statistics"
-            raise ArgumentError(expected("running statistics with a momentum, as Keras has", what, "momentum"))
-        import keras
+        return conversion.to_keras(self._data(), dimensions)
 
-        new = keras.layers.BatchNormalization(
-            axis=self.axis, momentum=1 - self.momentum, epsilon=self.eps, center=self.bias is not None, scale=self.weight is not None
+    @classmethod
+    def _of(cls, data: conversion.LayerData) -> Self:
+        affine, tracked = data.weight is not None or data.bias is not None, data.running_mean is not None
+        layer = cls(data.num_features, eps=data.eps, momentum=data.momentum, axis=data.axis, affine=affine, track_running_stats=tracked)
+        layer.weight, layer.bias = data.weight, data.bias
+        layer.running_mean, layer.running_var = data.running_mean, data.running_var
+        layer.num_batches_tracked, layer.unbiased = data.num_batches_tracked, data.unbiased
+        return layer.train(data.training)
+
+    def _data(self) -> conversion.LayerData:
+        return conversion.LayerData(
+            num_features=self.num_features,
+            eps=self.eps,
+            momentum=self.momentum,
+            axis=self.axis,
+            activation=self.activation,
+            unbiased=self.unbiased,
+            training=self.training,
+            weight=self.weight,
+            bias=self.bias,
+            running_mean=self.running_mean if self.track_running_stats else None,
+            running_var=self.running_var if self.track_running_stats else None,
+            num_batches_tracked=self.num_batches_tracked,
         )
-        shape: list[int | None] = [None] * (2 + dimensions)
-        shape[self.axis] = self.num_features
-        new.build(tuple(shape))
-        new.set_weights([values for values in (getattr(self, name) for name in _ARRAYS) if values is not None])
-        return new
-
-    def _convertible(self, dimensions: int, possible: Collection[int]) -> None:
-        if dimensions not in possible:
-            raise ArgumentError(expected(f"one of {', '.join(map(str, possible))}", f"{dimensions!r}", "dimensions"))
-        if self.activation is not None:
-            raise ArgumentError(expected("no activation, which the framework keeps in a layer of its own", self.activation, "activation"))
 
 
 _ARRAYS: tuple[StateName, ...] = ("weight", "bias", "running_mean", "running_var")

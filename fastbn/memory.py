@@ -1,4 +1,4 @@
-"""Memory of large results, kept when it is given up and lent again: fresh pages cost more than the kernels that fill them in."""
+"""A pool of memory for large results: fresh pages from the system cost more time than the kernels that fill them in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["KEPT", "lend", "release"]
 # Bytes that are kept at most while nobody uses them.
 KEPT = 1 << 28
 
-# Bytes of a cache line: blocks begin at one, as a framework's own memory does; operators behind ours would be slower elsewhere.
+# Bytes of a cache line: blocks are aligned to it, as a framework's own memory is, for the speed of the operators that read them.
 _LINE = 64
 
 _idle: dict[int, list[_Block]] = {}  # size in bytes -> blocks, the size given back last at the end
@@ -26,7 +26,8 @@ _lent: dict[int, tuple[weakref.ref[Array], _Block]] = {}  # id of a weak referen
 
 
 class _Block(np.ndarray[tuple[Any, ...], np.dtype[np.uint8]]):
-    """Memory, of a type of its own: a view of a view refers to the last array of its own type, which must be the one that is watched."""
+    """Memory of the pool. NumPy shortens a chain of views among arrays of one class. This is another class: the array that `lend` returns
+    stays the base of all its views, and the end of its weak reference says that nobody uses the memory."""
 
 
 def _new_block(size: int) -> _Block:
@@ -36,7 +37,14 @@ def _new_block(size: int) -> _Block:
 
 
 def lend(shape: tuple[int, ...], dtype: np.dtype[ScalarT]) -> npt.NDArray[ScalarT]:
-    """Return an uninitialised C-contiguous array, whose memory comes back here when the last reference to it is gone."""
+    """Return an uninitialized C-contiguous array, whose memory comes back here when the last reference to it is gone.
+
+    Examples
+    --------
+    >>> array = lend((2, 3), np.dtype(np.float32))
+    >>> array.shape, array.flags.c_contiguous
+    ((2, 3), True)
+    """
     size = math.prod(shape) * dtype.itemsize
     try:
         block = _idle[size].pop()
@@ -49,12 +57,17 @@ def lend(shape: tuple[int, ...], dtype: np.dtype[ScalarT]) -> npt.NDArray[Scalar
 
 
 def release() -> None:
-    """Free what is kept and not in use."""
+    """Free the memory that is kept and not in use.
+
+    Examples
+    --------
+    >>> release()
+    """
     _idle.clear()
 
 
 def _take_back(reference: weakref.ref[Array]) -> None:
-    # This runs wherever a reference ends, even within itself: each step stands alone, and the worst of a race is a block freed early.
+    # The interpreter may call this at any point, also within itself. Every step is atomic: at worst a race drops an idle block.
     _, block = _lent.pop(id(reference))
     blocks = _idle.pop(block.nbytes, [])
     blocks.append(block)

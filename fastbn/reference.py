@@ -1,4 +1,4 @@
-"""The readable truth: NumPy twins of the array functions in float64, with the same signatures, and the oracle of their tests."""
+"""Reference implementation: NumPy twins of the array functions in float64, with the same signatures; the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_train", "batch_stats", "fold_conv", "fold_linear"]
 
 
-def _along(values: ArrayLike, x: Array, axis: int) -> FloatArray:
+def _broadcast(values: ArrayLike, x: Array, axis: int) -> FloatArray:
     """Per-channel values, in a shape that broadcasts against x."""
     return np.asarray(values, dtype=np.float64).reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
@@ -28,7 +28,7 @@ def _sum(x: FloatArray, axis: int) -> FloatArray:
     return total
 
 
-def _inverse_std(var: FloatArray, eps: float) -> FloatArray:
+def _invstd(var: FloatArray, eps: float) -> FloatArray:
     """1/sqrt(var + eps), and 0 where there is nothing to divide by."""
     with np.errstate(divide="ignore"):
         return np.where(var + eps == 0, 0.0, 1 / np.sqrt(var + eps))
@@ -43,7 +43,7 @@ def _activate(z: FloatArray, activation: Activation | None) -> FloatArray:
     return np.where(z > 6, 6.0, z) if activation == "relu6" else z
 
 
-def _passed(dy: FloatArray, z: FloatArray, activation: Activation | None) -> FloatArray:
+def _activation_gradient(dy: FloatArray, z: FloatArray, activation: Activation | None) -> FloatArray:
     """The gradient of `_activate` at z, times dy."""
     if activation == "leaky_relu":
         return np.where(z <= 0, 0.01 * dy, dy)
@@ -52,13 +52,13 @@ def _passed(dy: FloatArray, z: FloatArray, activation: Activation | None) -> Flo
     return np.where(z >= 6, 0.0, dy) if activation == "relu6" else dy
 
 
-def _normalised(
+def _normalized(
     x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, axis: int, residual: Array | None
 ) -> tuple[FloatArray, FloatArray]:
-    """(xhat, z) in float64: the normalised values, and what the activation sees."""
-    xhat = (x.astype(np.float64) - _along(mean, x, axis)) * _along(_inverse_std(np.asarray(var, np.float64), eps), x, axis)
-    z = xhat if weight is None else xhat * _along(weight, x, axis)
-    z = z if bias is None else z + _along(bias, x, axis)
+    """(xhat, z) in float64: the normalized values, and what the activation sees."""
+    xhat = (x.astype(np.float64) - _broadcast(mean, x, axis)) * _broadcast(_invstd(np.asarray(var, np.float64), eps), x, axis)
+    z = xhat if weight is None else xhat * _broadcast(weight, x, axis)
+    z = z if bias is None else z + _broadcast(bias, x, axis)
     return xhat, z if residual is None else z + residual.astype(np.float64)
 
 
@@ -84,7 +84,7 @@ def batch_norm(
     out: NDArray[ScalarT] | None = None,
 ) -> NDArray[ScalarT]:
     """Twin of `fastbn.batch_norm`, without its checks."""
-    _, z = _normalised(x, mean, var, weight, bias, eps, axis, residual)
+    _, z = _normalized(x, mean, var, weight, bias, eps, axis, residual)
     return _into(out, _activate(z, activation), x.dtype)
 
 
@@ -97,9 +97,9 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     values = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         mean = _sum(values, axis) / count
-        # The second pass also takes out what the rounding of the first left in the mean.
-        mean = mean + _sum(values - _along(mean, x, axis), axis) / count
-        return BatchStats(count, mean, _sum((values - _along(mean, x, axis)) ** 2, axis))
+        # The second pass also corrects the rounding error that the first left in the mean.
+        mean = mean + _sum(values - _broadcast(mean, x, axis), axis) / count
+        return BatchStats(count, mean, _sum((values - _broadcast(mean, x, axis)) ** 2, axis))
 
 
 def batch_norm_train(
@@ -173,12 +173,12 @@ def batch_norm_backward(
     out: NDArray[ScalarT] | None = None,
 ) -> tuple[NDArray[ScalarT], Array | None, Array | None] | tuple[NDArray[ScalarT], Array | None, Array | None, NDArray[ScalarT]]:
     """Twin of `fastbn.batch_norm_backward`, without its checks."""
-    xhat, z = _normalised(x, stats.mean, stats.var, weight, bias, eps, axis, residual)
-    g = _passed(dy.astype(np.float64), z, activation)
+    xhat, z = _normalized(x, stats.mean, stats.var, weight, bias, eps, axis, residual)
+    g = _activation_gradient(dy.astype(np.float64), z, activation)
     dbias, dweight = _sum(g, axis), _sum(g * xhat, axis)
     n = max(x.size // max(x.shape[axis], 1), 1)
-    dx = g - (_along(dbias / n, x, axis) + xhat * _along(dweight / n, x, axis) if training else 0)
-    dx = dx * _along((1 if weight is None else weight) * _inverse_std(stats.var, eps), x, axis)
+    dx = g - (_broadcast(dbias / n, x, axis) + xhat * _broadcast(dweight / n, x, axis) if training else 0)
+    dx = dx * _broadcast((1 if weight is None else weight) * _invstd(stats.var, eps), x, axis)
     gradients = (
         _into(out, dx, x.dtype),
         None if weight is None else narrow(dweight, weight.dtype),
@@ -218,14 +218,14 @@ def fold_conv(
 ) -> tuple[NDArray[ScalarT], NDArray[ScalarT]]:
     """Twin of `fastbn.fold_conv`, without its checks."""
 
-    def along_output_channels(scale: FloatArray) -> FloatArray:
+    def per_output_channel(scale: FloatArray) -> FloatArray:
         if not transposed:
             return scale.reshape(-1, *[1] * (weight.ndim - 1))
         # (C_in, C_out / groups, ...): input channel i belongs to group i // (C_in / groups), which owns that group's outputs.
         per_group = scale.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
         return per_group.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
 
-    return _fold(weight, bias, mean, var, gamma, beta, eps, along_output_channels)
+    return _fold(weight, bias, mean, var, gamma, beta, eps, per_output_channel)
 
 
 def fold_linear(

@@ -28,7 +28,7 @@ class BatchStats:
     mean, m2 : array of shape (C,)
         Held as float64; m2 is ``sum((x - mean)**2)``.
 
-    To run the backward pass through frozen statistics, pass ``BatchStats(1, running_mean, running_var)``.
+    For the backward pass with frozen statistics, pass ``BatchStats(1, running_mean, running_var)``.
 
     Raises
     ------
@@ -61,7 +61,7 @@ class BatchStats:
 
     @classmethod
     def _new(cls, count: int, channels: int) -> BatchStats:
-        """Statistics that a kernel will fill in: a small call cannot afford the checks of what it made itself."""
+        """Statistics that a kernel will fill in, without the checks of `__init__`."""
         stats = object.__new__(cls)
         stats.count = count
         stats.mean, stats.m2 = _native.new_moments(channels)
@@ -76,7 +76,14 @@ class BatchStats:
         return self.m2 / max(self.count, 1)
 
     def merge(self, other: BatchStats) -> BatchStats:
-        """Return the statistics of both batches together (Chan, Golub & LeVeque 1979)."""
+        """Return the statistics of both batches together (Chan, Golub & LeVeque 1979).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> BatchStats(1, np.array([2.0]), np.array([0.0])).merge(BatchStats(1, np.array([4.0]), np.array([0.0]))).var.tolist()
+        [1.0]
+        """
         if not isinstance(other, BatchStats):
             raise ArgumentTypeError(expected("a BatchStats", type(other).__name__, "other"))
         if other.mean.shape != self.mean.shape:

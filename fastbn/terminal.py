@@ -4,8 +4,11 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self, TextIO
 
-from fastbn.errors import StorageError, expected
+from fastbn.errors import StorageError
 
 __all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
 
@@ -32,31 +35,31 @@ def open_streams() -> set[str]:
     return closed
 
 
-def width_of(stream) -> int | None:
+def width_of(stream: TextIO) -> int | None:
     """Return the columns of a terminal, None for another stream."""
     return max(NARROWEST, shutil.get_terminal_size().columns) if stream.isatty() else None
 
 
-def printable(text, stream) -> str:
+def printable(text: str, stream: TextIO) -> str:
     """Return a text as a stream takes it: names may hold control characters, or some that it has no code for."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def emit(text, stream) -> None:
-    """Print one line, coloured on a terminal. A reader that has gone away has had enough; a full disk is a StorageError."""
+def emit(text: str, stream: TextIO) -> None:
+    """Print one line, colored on a terminal. Nothing happens where the reader of a pipe has ended; a full disk is a StorageError."""
     with _writing(stream):
-        print(_coloured(printable(text, stream), stream), file=stream)
+        print(_colored(printable(text, stream), stream), file=stream)
 
 
-def flush(stream) -> None:
+def flush(stream: TextIO) -> None:
     """Hand over what has been printed."""
     with _writing(stream):
         stream.flush()
 
 
-def complain(text) -> None:
+def complain(text: str) -> None:
     """Print one line on stderr, if that takes it."""
     with contextlib.suppress(StorageError):
         emit(text, sys.stderr)
@@ -64,7 +67,7 @@ def complain(text) -> None:
 
 
 @contextlib.contextmanager
-def _writing(stream):
+def _writing(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
@@ -72,10 +75,10 @@ def _writing(stream):
     except OSError as error:
         give_up(stream)
         name = "stdout" if stream is sys.stdout else "stderr"
-        raise StorageError(expected("a stream that takes the output", (error.strerror or str(error)).lower(), name)) from error
+        raise StorageError(f"Cannot write to {name}: {(error.strerror or str(error)).lower()}") from error
 
 
-def give_up(stream):
+def give_up(stream: TextIO) -> None:
     """Let the rest of a stream go nowhere: Python would try once more when it exits."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -83,51 +86,60 @@ def give_up(stream):
         os.close(null)
 
 
-def _coloured(line, stream):
+def _colored(line: str, stream: TextIO) -> str:
     if os.environ.get("NO_COLOR") or not stream.isatty():
         return line
-    for word, colour in (("  folded", 32), ("  kept", 33), ("parity", 36), ("WARNING", 33), ("shipped", 36)):
+    for word, color in (("  folded", 32), ("  kept", 33), ("parity", 36), ("WARNING", 33), ("shipped", 36)):
         if line.startswith(word):
-            return f"\x1b[{colour}m{word}\x1b[0m{line[len(word) :]}"
+            return f"\x1b[{color}m{word}\x1b[0m{line[len(word) :]}"
     return line
 
 
-class Progress:
-    """One line on stderr that says what is being verified, when stderr is a terminal; gone when the work is done."""
+class _StatusLine:
+    """One line on stderr that is overwritten, when stderr is a terminal; it is cleared when the block ends."""
 
-    def __init__(self, quiet):
+    def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and sys.stderr.isatty()
-        self.width = 0
+        self._length = 0
 
-    def __call__(self, text):
+    def show(self, text: str) -> None:
+        """Replace the line."""
         if self.shown:
-            text = printable(text, sys.stderr)[: width_of(sys.stderr) - 1]
-            self._show(f"\r{text:<{self.width}}")
-            self.width = len(text)
+            width = width_of(sys.stderr)
+            text = printable(text, sys.stderr)[: width and width - 1]
+            self._print(f"\r{text:<{self._length}}")
+            self._length = len(text)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
-        if self.shown and self.width:
-            self._show(f"\r{'':<{self.width}}\r")
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.shown and self._length:
+            self._print(f"\r{'':<{self._length}}\r")
 
-    def _show(self, text):
+    def _print(self, text: str) -> None:
         with contextlib.suppress(StorageError), _writing(sys.stderr):
             print(text, end="", file=sys.stderr, flush=True)
 
 
-class Steps(Progress):
-    """A bar with what is being done behind it, on a terminal; one line a step in a log."""
+class Progress(_StatusLine):
+    """What is being verified, as the status line."""
 
-    def __init__(self, quiet):
+    def __call__(self, text: str) -> None:
+        self.show(text)
+
+
+class Steps(_StatusLine):
+    """The step of a deployment: a bar and what is being done, as the status line; where stderr is no terminal, a line for each step."""
+
+    def __init__(self, quiet: bool) -> None:
         super().__init__(quiet)
-        self.logged = not quiet and not self.shown
-        self.number = 0
+        self._logs = not quiet and not self.shown
+        self._number = 0
 
-    def __call__(self, number, total, step, detail=""):
-        if self.logged and number != self.number:
+    def __call__(self, number: int, total: int, step: str, detail: str = "") -> None:
+        if self._logs and number != self._number:
             complain(f"fastbn: {number}/{total} {step}")
-        self.number = number
+        self._number = number
         bar = "#" * round(BAR * (number - 1) / total)
-        super().__call__(f"[{bar:-<{BAR}}] {number}/{total} {step}{': ' if detail else ''}{detail}")
+        self.show(f"[{bar:-<{BAR}}] {number}/{total} {step}{': ' if detail else ''}{detail}")

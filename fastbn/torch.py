@@ -6,19 +6,41 @@ input. The memory of large results is kept for the next ones (at most `fastbn.me
 frees them). At most `torch.get_num_threads()` threads work on a call, and no more than `fastbn.get_num_threads()`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
 import torch
+from torch import Tensor
 
-from fastbn import _autograd, _check, _operators, _torch
-from fastbn.errors import ArgumentError, TensorError, expected
+from fastbn import _check
+from fastbn._torch import autograd, distributed, kernels, operators
+from fastbn._torch.kernels import forward_ad, mode_count, transforms_active
+from fastbn.errors import ArgumentError
 
-# Found once: looking these up costs a small batch as much as calling them.
+if TYPE_CHECKING:
+    ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+    # What torch.distributed takes as a group, or the whole world.
+    ProcessGroup: TypeAlias = torch.distributed.ProcessGroup | Literal["world"]
+
+# Looked up once: for a small batch a look-up costs as much as the call.
 _Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
-_forward_ad, _transforms_active, _modes = _torch.forward_ad, _torch.transforms_active, _torch.modes
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, process_group=None):
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
     """Batch normalization of a tensor, with the arguments of `torch.nn.functional.batch_norm`, and a process group.
 
     Parameters
@@ -63,73 +85,82 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     tensor([[-1.,  7.],
             [ 1.,  7.]], dtype=torch.float64)
     """
-    return _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, None, _eager(input))
+    return _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, None, _is_eager(input))
 
 
-def _call(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, batches, eager):
-    """`batches`, where given, counts one more when training."""
+def _call(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    process_group: ProcessGroup | None,
+    batches: Tensor | None,
+    eager: bool,
+) -> Tensor:
+    """Choose the route of a call and take it; `batches`, where given, counts one more when training.
+
+    1. Plain tensors in eager mode: steps of autograd around the kernels, without the dispatch of operators.
+    2. A training batch of several processes: the same, with an exchange of statistics.
+    3. torch.func and forward-mode differentiation: torch's own batch normalization, as they know torch's operators alone.
+    4. All else, such as compiled and traced calls, dispatch modes and tensors without memory of their own: the custom operators.
+    """
     eps = _check.eps_of(eps)
-    eager = eager and _torch.plain.have_memory(input, running_mean, running_var, weight, bias, batches)
-    if eager and (process_group is None or not training):
-        return _autograd.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
-    y = _apart(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager)
+    shared = training and process_group is not None
+    eager = eager and kernels.plain.have_memory(input, running_mean, running_var, weight, bias, batches)
+    if eager and not shared:
+        return autograd.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them: no checks then.
+    tracing = not eager and torch.jit.is_tracing()
+    if not tracing:
+        kernels.check_input(input)
+        if not shared:
+            kernels.check_statistics(input, running_mean, running_var, training)
+    if shared:
+        y = distributed.apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group, eager)
+    elif kernels.is_transformed():
+        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    else:
+        if not tracing:
+            for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
+                kernels.check_values(tensor, where, input)
+        y = operators.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if batches is not None:
         batches.add_(1)
     return y
 
 
-def _apart(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group, eager):
-    """What is not a plain call of one process."""
-    # In a trace of torch.jit sizes are tensors, and comparing them would freeze them.
-    tracing = not eager and torch.jit.is_tracing()
-    if not tracing:
-        _torch.check_input(input)
-    if training and process_group is not None:
-        return _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group, eager)
-    if not tracing:
-        _torch.check_statistics(input, running_mean, running_var, training)
-    if _torch.transformed():  # torch.func and forward-mode differentiation know torch's operators alone
-        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if not tracing:
-        for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
-            _torch.check_vector(tensor, where, input)
-    return _operators.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-@torch.compiler.disable
-def _shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group, eager):
-    if not eager:
-        raise TensorError(expected("plain tensors beside a process group, and no traced or transformed call", "others", "process_group"))
-    return _autograd.apply_shared(input, running_mean, running_var, weight, bias, momentum, eps, process_group)
-
-
-def _eager(input):
-    """Whether a call is just that: nothing traces it, wraps its input or transforms it."""
+def _is_eager(input: Tensor) -> bool:
+    """Whether nothing traces or transforms a call and its input is a tensor of no subclass."""
     kind = type(input)
     return (
         not _is_compiling()
         and (kind is _Tensor or kind is _Parameter)
         and not _is_tracing()
-        and not _transforms_active()
-        and _forward_ad._current_level < 0
-        and not _modes()
+        and not transforms_active()
+        and forward_ad._current_level < 0
+        and not mode_count()
     )
 
 
 # ---- the modules ----
 
 
-class _Module:
-    """What the modules share; it comes before torch's own class of the same name."""
+class _Module(torch.nn.modules.batchnorm._BatchNorm):
+    """What the modules share; in their order of bases it comes before torch's modules of one rank."""
 
-    process_group = None
+    process_group: ProcessGroup | None = None
 
-    def forward(self, input):
-        eager = _eager(input)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input normalized."""
+        eager = _is_eager(input)
         if not eager:
             if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
                 return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-            if torch.onnx.is_in_onnx_export():  # an exported graph gets the operator that everybody knows
+            if torch.onnx.is_in_onnx_export():  # an exported graph gets ONNX's BatchNormalization
                 return self._exported(input)
         self._check_input_dim(input)
         momentum, training = self.momentum, self.training
@@ -143,7 +174,7 @@ class _Module:
         by_batch, group = training or (running_mean is None and running_var is None), self._group() if training else None
         return _call(input, running_mean, running_var, weight, bias, by_batch, momentum, self.eps, group, batches, eager)
 
-    def _state(self):
+    def _state(self) -> tuple[Tensor | None, ...]:
         """Parameters and buffers, without the detour of Module.__getattr__ where they lie at their places."""
         own, buffers = self._parameters, self._buffers
         try:
@@ -151,55 +182,77 @@ class _Module:
         except KeyError:  # a parametrization, or an attribute that somebody has replaced
             return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
-    def _exported(self, input):
-        return super().forward(input)
+    def _exported(self, input: Tensor) -> Tensor:
+        return torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
 
-    def _group(self):
+    def _group(self) -> ProcessGroup | None:
         return self.process_group
 
 
 class _Sized(_Module):
     """The modules of one rank of input: torch's own know no process group."""
 
-    def __init__(self, *args, process_group=None, **kwargs):
+    # Any: the arguments of torch's modules, passed on as they are.
+    def __init__(self, *args: Any, process_group: ProcessGroup | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if process_group is not None:
             self.process_group = process_group
 
 
 class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+    """`torch.nn.BatchNorm1d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`.
+
+    Examples
+    --------
+    >>> BatchNorm1d(3)(torch.ones(2, 3)).abs().max().item()
+    0.0
+    """
 
 
 class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+    """`torch.nn.BatchNorm2d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`.
+
+    Examples
+    --------
+    >>> BatchNorm2d(3)(torch.ones(2, 3, 4, 4)).abs().max().item()
+    0.0
+    """
 
 
 class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`."""
+    """`torch.nn.BatchNorm3d` in fastbn's kernels: the same arguments, state and semantics, and the `process_group` of `batch_norm`.
+
+    Examples
+    --------
+    >>> BatchNorm3d(3)(torch.ones(2, 3, 4, 4, 4)).abs().max().item()
+    0.0
+    """
 
 
 class SyncBatchNorm(_Module, torch.nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` on CPUs, where torch's own raises: without a process group it takes the whole world, once there is one."""
+    """`torch.nn.SyncBatchNorm` on CPUs, where torch's own raises: without a process group it takes the whole world, once there is one.
 
-    def _exported(self, input):
-        return torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+    Examples
+    --------
+    >>> SyncBatchNorm(3)(torch.ones(2, 3, 4)).abs().max().item()
+    0.0
+    """
 
-    def _group(self):
+    def _group(self) -> ProcessGroup | None:
         distributed = torch.distributed
         return self.process_group or ("world" if distributed.is_available() and distributed.is_initialized() else None)
 
 
-_OURS = {
+_FASTBN_CLASSES: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
-_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCH_CLASSES = {new: old for old, new in _FASTBN_CLASSES.items()}
 
 
-def convert(module, *, back=False, process_group=None):
+def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup | None = None) -> ModuleT:
     """Swap every batch normalization of a model in place: torch's for fastbn's, or back.
 
     Parameters
@@ -233,12 +286,12 @@ def convert(module, *, back=False, process_group=None):
     'torch.nn.modules.batchnorm'
     """
     if back and process_group is not None:
-        raise ArgumentError(expected("no process group on the way back", "one", "process_group"))
-    classes = _TORCHS if back else _OURS
+        raise ArgumentError("Cannot convert back with a process group: only fastbn's modules share their batches")
+    classes = _TORCH_CLASSES if back else _FASTBN_CLASSES
     for part in module.modules():
         part.__class__ = classes.get(type(part), type(part))
-        if back and type(part) in _OURS and type(part) is not torch.nn.SyncBatchNorm:
+        if back and type(part) in _FASTBN_CLASSES and type(part) is not torch.nn.SyncBatchNorm:
             part.__dict__.pop("process_group", None)
-        elif process_group is not None and type(part) in _TORCHS:
+        elif process_group is not None and type(part) in _TORCH_CLASSES:
             part.process_group = process_group
     return module

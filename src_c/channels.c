@@ -1,15 +1,22 @@
 /* From parameters and statistics to the constants of the kernels. */
 #include "channels.h"
+#include "debug.h"
 
 #include <math.h>
 #include <stddef.h>
 
-/* Values side by side get a loop of their own, which a compiler can vectorise. */
-void fbn_gather(double *values, const fbn_vector *vector, int64_t first, int count, double otherwise) {
+/* A NaN becomes the one whose lower 16 bits are zero: the kernels round to bfloat16 by adding to the bits, and the lower bits of another
+ * NaN could carry into its sign. docs/numerics.md: 16-bit storage. */
+static inline float round_constant_f32(double value) {
+    return value == value ? (float)value : (float)NAN;
+}
+
+/* Values side by side have a loop of their own, which a compiler vectorizes. */
+void fbn_gather(double *values, const fbn_vector *vector, int64_t first, int count, double missing) {
     const int64_t step = vector->stride;
     if (vector->data == NULL)
         for (int i = 0; i < count; i++)
-            values[i] = otherwise;
+            values[i] = missing;
     else if (vector->is_f64)
         for (int i = 0; i < count; i++)
             values[i] = ((const double *)vector->data)[(first + i) * step];
@@ -36,33 +43,33 @@ void fbn_scatter(const fbn_vector *vector, int64_t first, int count, const doubl
             ((float *)vector->data)[(first + i) * step] = (float)values[i];
 }
 
-void fbn_constants(double *values, const fbn_plan *plan, int which, int64_t first, int count) {
-    const fbn_vector constants = {plan->constants[which], 1, plan->constant_bytes == 8};
+void fbn_get_constants(double *values, const fbn_plan *plan, fbn_constant which, int64_t first, int count) {
+    const fbn_vector constants = {plan->scratch.constants[which], 1, plan->constant_bytes == 8};
     fbn_gather(values, &constants, first, count, 0);
 }
 
-void fbn_set_constants(const fbn_plan *plan, int which, int64_t first, int count, const double *values) {
-    char *constants = plan->constants[which];
+void fbn_set_constants(const fbn_plan *plan, fbn_constant which, int64_t first, int count, const double *values) {
+    char *constants = plan->scratch.constants[which];
     if (plan->constant_bytes == 8)
         for (int i = 0; i < count; i++)
             ((double *)constants)[first + i] = values[i];
     else
         for (int i = 0; i < count; i++)
-            ((float *)constants)[first + i] = fbn_constant_f32(values[i]);
+            ((float *)constants)[first + i] = round_constant_f32(values[i]);
 }
 
-void fbn_inverse_std(double *inverse, const double *var, int count, double eps) {
+void fbn_invstd(double *invstd, const double *var, int count, double eps) {
     for (int i = 0; i < count; i++) {
         const double sum = var[i] + eps, root = 1 / sqrt(sum);
-        inverse[i] = sum == 0 ? 0 : root;
+        invstd[i] = sum == 0 ? 0 : root;
     }
 }
 
 #define STORE_AFFINE(CT, ROUND)                                                                                                            \
     static void store_affine_##CT(const fbn_plan *plan, int64_t first, int count, const double *mean, const double *scale,                 \
                                   const double *bias) {                                                                                    \
-        CT *centers = (CT *)plan->constants[FBN_CENTER] + first, *scales = (CT *)plan->constants[FBN_SCALE] + first;                       \
-        CT *shifts = (CT *)plan->constants[FBN_SHIFT] + first;                                                                             \
+        CT *centers = (CT *)plan->scratch.constants[FBN_CENTER] + first, *scales = (CT *)plan->scratch.constants[FBN_SCALE] + first;       \
+        CT *shifts = (CT *)plan->scratch.constants[FBN_SHIFT] + first;                                                                     \
         for (int i = 0; i < count; i++) {                                                                                                  \
             const CT center = ROUND(mean[i]);                                                                                              \
             centers[i] = center;                                                                                                           \
@@ -70,17 +77,18 @@ void fbn_inverse_std(double *inverse, const double *var, int count, double eps) 
             shifts[i] = ROUND(bias[i] - (mean[i] - (double)center) * scale[i]);                                                            \
         }                                                                                                                                  \
     }
-STORE_AFFINE(float, fbn_constant_f32)
+STORE_AFFINE(float, round_constant_f32)
 STORE_AFFINE(double, )
 
 void fbn_set_affine(const fbn_plan *plan, int64_t first, int count, const double *mean, const double *var) {
     const fbn_job *job = plan->job;
-    double scale[FBN_CHANNELS], bias[FBN_CHANNELS], inverse[FBN_CHANNELS];
+    double scale[FBN_CHANNEL_BLOCK], bias[FBN_CHANNEL_BLOCK], invstd[FBN_CHANNEL_BLOCK];
+    FBN_ASSERT(first >= 0 && count >= 0 && count <= FBN_CHANNEL_BLOCK && first + count <= job->C);
     fbn_gather(scale, &job->weight, first, count, 1);
     fbn_gather(bias, &job->bias, first, count, 0);
-    fbn_inverse_std(inverse, var, count, job->eps);
+    fbn_invstd(invstd, var, count, job->eps);
     for (int i = 0; i < count; i++)
-        scale[i] *= inverse[i];
+        scale[i] *= invstd[i];
     if (plan->constant_bytes == 8)
         store_affine_double(plan, first, count, mean, scale, bias);
     else

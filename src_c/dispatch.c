@@ -1,4 +1,5 @@
-/* Which ISA runs: the CPU's best, or what FASTBN_ISA or fbn_use_isa names. */
+/* Which ISA runs: the best that this CPU has, or the one that FASTBN_ISA or fbn_use_isa names. */
+#include "debug.h"
 #include "kernels.h"
 
 #include <stdatomic.h>
@@ -35,6 +36,7 @@ static const fbn_kernels *named(const char *name) {
     }
 }
 
+/* NULL until the first question. */
 static _Atomic(const fbn_kernels *) in_use;
 
 const fbn_kernels *fbn_table(void) {
@@ -64,15 +66,20 @@ int fbn_use_isa(const char *name) {
     return row != NULL;
 }
 
+#define OP_NAME(OP, op, layouts, activations) [FBN_##OP] = #op,
+#define DTYPE_NAME(DTYPE, name, type) [FBN_##DTYPE] = #name,
+static const char *const op_names[FBN_OPS] = {FBN_EACH_OP(OP_NAME)};
+static const char *const layout_names[FBN_LAYOUTS] = {[FBN_NCS] = "ncs", [FBN_NSC] = "nsc"};
+static const char *const dtype_names[FBN_DTYPES] = {FBN_EACH_DTYPE(DTYPE_NAME)};
+
 int fbn_kernel_name(int index, char *name, int size) {
-    static const char *const ops[] = {"stats", "apply", "grad_reduce", "grad_input", "stats_apply", "grad_both"};
-    static const char *const layouts[] = {"ncs", "nsc"}, *const dtypes[] = {"f32", "f64", "f16", "bf16"};
+    FBN_ASSERT(index >= 0 && name != NULL && size > 0);
     const fbn_kernels *const row = fbn_table();
     for (int op = 0; op < FBN_OPS; op++)
         for (int layout = 0; layout < FBN_LAYOUTS; layout++)
             for (int dtype = 0; dtype < FBN_DTYPES; dtype++)
                 if (row->kernel[op][layout][dtype] != NULL && index-- == 0) {
-                    snprintf(name, (size_t)size, "fbn_%s_%s_%s_%s", ops[op], layouts[layout], dtypes[dtype], row->isa);
+                    snprintf(name, (size_t)size, "fbn_%s_%s_%s_%s", op_names[op], layout_names[layout], dtype_names[dtype], row->isa);
                     return 1;
                 }
     return 0;

@@ -1,17 +1,17 @@
 /* fastbn: batch normalization on CPUs, in C11 with libc, libm and pthreads only.
  *
  * Every function takes outputs first, then inputs, then sizes. Pointers are valid for the sizes given, sizes are not negative, `out` may be
- * the input itself but may not overlap it otherwise. No function allocates or fails.
- */
+ * the input itself but may not overlap it otherwise. No function allocates or fails; a build with -DFASTBN_DEBUG ends the process where a
+ * precondition does not hold. */
 #ifndef FASTBN_H
 #define FASTBN_H
 
 #include <stdint.h>
 
-/* The storage types of a tensor, in the order that fastbn/affine.py names them. */
+/* The storage types of a tensor. Their numbers are part of the API: the Python side has the same. */
 typedef enum { FBN_FLOAT32, FBN_FLOAT64, FBN_FLOAT16, FBN_BFLOAT16 } fbn_dtype;
 
-/* What the rounding of scaled weights met, as numbers of elements. */
+/* What the rounding of scaled weights did, as numbers of elements. */
 typedef struct {
     int64_t nonfinite; /* results that are Inf or NaN */
     int64_t flushed;   /* zero results of a weight and a scale that are both not zero */
@@ -19,12 +19,12 @@ typedef struct {
 
 /* out[g][m][c][s] = round(weight[g][m][c][s] * scale[g][c]): the product in float64, rounded once, to nearest even.
  *
- * The four sizes are a view of the weights in which one axis takes the scale: G groups, M rows before that axis, C channels on it and
- * S elements behind it. With out == NULL nothing is stored and only the report is made. */
+ * The contiguous weights are read as (G, M, C, S): G groups, M rows before the axis of the scale, C channels on it and S elements behind
+ * it. With out == NULL nothing is stored and only the report is made. docs/numerics.md: scaled weights. */
 void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                       int64_t S, fbn_dtype dtype);
 
-/* What follows normalises tensors x[N][C][S]: N samples, C channels, S spatial positions, with n = N*S values per channel:
+/* What follows normalizes tensors x[N][C][S]: N samples, C channels, S spatial positions, with n = N*S values per channel:
  *
  *   mean = sum(x)/n    var = sum((x-mean)^2)/n    y = activation((x-mean)/sqrt(var+eps)*weight + bias + residual)
  *
@@ -51,17 +51,17 @@ typedef struct {
     int64_t N, C, S;
     fbn_dtype dtype;
     fbn_activation activation;
-    int frozen;  /* backward through given statistics: dx = dy*scale */
-    int threads; /* the most that may work on it, from fbn_num_threads() */
+    int frozen;  /* backward through statistics that do not depend on x: dx = dy*scale */
+    int threads; /* the most that may work on it, 1 to fbn_num_threads() */
     double eps;
     fbn_tensor out, dresidual, dy, x, residual;
     fbn_vector dweight, dbias, weight, bias, mean, var;
     double *batch_mean, *batch_m2; /* C values each: written by fbn_train and fbn_stats, read by fbn_backward; m2 = n*var */
-    int64_t count;                 /* the values per channel behind m2 in fbn_backward, not n when they come from elsewhere */
-    double *sums; /* sum(g) of C channels, then their sum(g*(x-mean)): written by fbn_backward_sums, read by fbn_backward_input */
+    int64_t count; /* backward: the values per channel that batch_m2 is the sum of, n unless the statistics come from elsewhere */
+    double *sums;  /* sum_dy of C channels, then their sum_dy_xmu: written by fbn_backward_sums, read by fbn_backward_input */
 } fbn_job;
 
-/* The first channel whose var + eps is not positive, or -1; NaN passes. */
+/* The first channel whose var + eps is not positive, so that 1/sqrt(var + eps) does not exist, or -1. NaN is let through. */
 int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps);
 
 /* Bytes of scratch that the functions below need for this job; they allocate nothing themselves. */
@@ -76,7 +76,7 @@ void fbn_stats(const fbn_job *job, void *work);
 /* dx, and dweight and dbias where they are given. */
 void fbn_backward(const fbn_job *job, void *work);
 /* The same in two halves, between which several processes may add up their sums: first the sums, dweight and dbias of these values alone,
- * then dx from sums over all `count` values behind batch_mean and batch_m2. */
+ * then dx from the sums over all `count` values of batch_mean and batch_m2. */
 void fbn_backward_sums(const fbn_job *job, void *work);
 void fbn_backward_input(const fbn_job *job, void *work);
 

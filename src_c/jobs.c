@@ -1,27 +1,30 @@
 /* The jobs: what a reduction of every channel, arithmetic on its sums and a map over the elements make together. */
 #include "channels.h"
+#include "debug.h"
+#include "float64_stats.h"
 #include "schedule.h"
 
 #include <math.h>
 #include <stddef.h>
 
-/* The sums of channels first.. over all tiles. */
-static void add_tiles(const fbn_plan *plan, int64_t first, int channels, double *sum, double *second) {
+/* sum = sum over the tiles, in their order, of the sums of channels first + i; dot likewise. All tiles of a channel have the same center,
+ * so that nothing but their sums is to be merged. */
+static void add_tiles(const fbn_plan *plan, int64_t first, int channels, double *sum, double *dot) {
     const int64_t C = plan->job->C;
     for (int i = 0; i < channels; i++)
-        sum[i] = second[i] = 0;
-    for (int64_t tile = 0; tile < plan->tiles; tile++) {
-        const double *of_tile = plan->sums + 2 * tile * C + first;
+        sum[i] = dot[i] = 0;
+    for (int64_t tile = 0; tile < plan->reduction.tiles; tile++) {
+        const double *tile_sums = plan->scratch.sums + 2 * tile * C + first;
         for (int i = 0; i < channels; i++) {
-            sum[i] += of_tile[i];
-            second[i] += of_tile[C + i];
+            sum[i] += tile_sums[i];
+            dot[i] += tile_sums[C + i];
         }
     }
 }
 
-/* Running statistics move towards those of this batch. */
-static void move(const fbn_vector *running, int64_t first, int count, const double *batch, double momentum) {
-    double values[FBN_CHANNELS];
+/* running = (1 - momentum)*running + momentum*batch */
+static void update_running(const fbn_vector *running, int64_t first, int count, const double *batch, double momentum) {
+    double values[FBN_CHANNEL_BLOCK];
     if (running->data == NULL)
         return;
     fbn_gather(values, running, first, count, 0);
@@ -30,107 +33,136 @@ static void move(const fbn_vector *running, int64_t first, int count, const doub
     fbn_scatter(running, first, count, values);
 }
 
-/* Whether a channel without squares is not constant. A constant one, as behind a Relu that never fires, needs no second look; others may
- * have squares that are too small for CT. */
-static int differ(const fbn_job *job, int64_t first, int count, const double *square) {
-    int differs[FBN_CHANNELS], found = 0;
-    fbn_differ(differs, job, first, count);
+/* Whether a channel whose squares add up to 0 is not constant: its squares may be too small for float32. */
+static int squares_vanished(const fbn_job *job, int64_t first, int count, const double *sum_dd) {
+    int varies[FBN_CHANNEL_BLOCK], vanished = 0;
+    fbn_find_varying(varies, job, first, count);
     for (int i = 0; i < count; i++)
-        found |= square[i] == 0 && differs[i];
-    return found;
+        vanished |= sum_dd[i] == 0 && varies[i];
+    return vanished;
 }
 
+/* One-pass statistics. With the pivot p of a channel, d = x - p, sum_d = sum(d) and sum_dd = sum(d*d) in float32 blocks:
+ *
+ *   mean = p + sum_d/n
+ *   m2   = sum((x - mean)^2) = sum_dd - sum_d^2/n
+ *
+ * The subtraction loses as many bits as (mean - p)^2 is larger than var. A channel is unreliable, and recomputed in two passes of float64,
+ *
+ *   where (mean - p)^2 > var, that is, where more than one bit is lost to the pivot,
+ *   where m2/n is so small that squares of its size have lost bits to underflow,
+ *   where m2 is NaN or infinite.
+ *
+ * A constant channel whose pivot is its value has both sums 0. Where all unreliable channels of a block look so, one comparison of their
+ * values shows that they are constant, and nothing is recomputed. docs/numerics.md: one-pass variance; vanishing squares. */
+static void one_pass_stats(double *mean, double *m2, const fbn_run *run, int64_t first, int count) {
+    const fbn_plan *plan = &run->plan;
+    const fbn_job *job = plan->job;
+    const double n = (double)job->N * (double)job->S, one_over_n = 1 / n;
+    const double least_var = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
+    double sum_d[FBN_CHANNEL_BLOCK], sum_dd[FBN_CHANNEL_BLOCK];
+    int unreliable[FBN_CHANNEL_BLOCK], recompute = 0, constant = 0;
+    add_tiles(plan, first, count, sum_d, sum_dd);
+    fbn_get_constants(mean, plan, FBN_CENTER, first, count);
+    for (int i = 0; i < count; i++) {
+        const double mean_d = sum_d[i] * one_over_n;
+        m2[i] = sum_dd[i] - sum_d[i] * mean_d;
+        mean[i] += mean_d;
+        unreliable[i] = !(m2[i] >= least_var * n) | !(mean_d * mean_d * n <= m2[i]) | !(m2[i] < INFINITY);
+        recompute += unreliable[i];
+        constant += (sum_d[i] == 0) & (sum_dd[i] == 0);
+    }
+    if (recompute == 0 || n == 1 || (constant == recompute && !squares_vanished(job, first, count, sum_dd)))
+        return;
+    double exact_mean[FBN_CHANNEL_BLOCK], exact_m2[FBN_CHANNEL_BLOCK];
+    fbn_float64_stats(exact_mean, exact_m2, job, &run->sample, first, count);
+    for (int i = 0; i < count; i++)
+        if (unreliable[i]) {
+            mean[i] = exact_mean[i];
+            m2[i] = exact_m2[i];
+        }
+}
+
+/* The statistics of channels first.. and, for a map, its constants and the running statistics; the running variance takes m2/(n-1) where
+ * the job asks for the unbiased one. */
 static void finish_stats(const fbn_run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const double n = (double)job->N * (double)job->S, one_of_n = 1 / n;
-    /* Squares below this lose bits in CT. */
-    const double least = plan->constant_bytes == 8 ? 0x1p-900 : 0x1p-90;
-    double mean[FBN_CHANNELS], m2[FBN_CHANNELS], sum[FBN_CHANNELS], square[FBN_CHANNELS], off[FBN_CHANNELS];
-    for (int64_t group = first; group < first + channels; group += FBN_CHANNELS) {
-        const int count = first + channels - group < FBN_CHANNELS ? (int)(first + channels - group) : FBN_CHANNELS;
-        int doubtful[FBN_CHANNELS], again = 0, dead = 0;
-        add_tiles(plan, group, count, sum, square);
-        fbn_constants(mean, plan, FBN_CENTER, group, count);
-        for (int i = 0; i < count; i++) {
-            off[i] = sum[i] * one_of_n;
-            m2[i] = square[i] - sum[i] * off[i];
-            mean[i] += off[i];
-            /* One pass loses (center - mean)^2 / var of its bits; NaN, overflow and underflow come here too. */
-            doubtful[i] = !(m2[i] >= least * n) | !(off[i] * off[i] * n <= m2[i]) | !(m2[i] < INFINITY);
-            again += doubtful[i];
-            dead += (sum[i] == 0) & (square[i] == 0);
-        }
-        if (dead == again && again && !differ(job, group, count, square))
-            again = 0;
-        if (again && n > 1) {
-            double wide_mean[FBN_CHANNELS], wide_m2[FBN_CHANNELS];
-            fbn_wide_stats(wide_mean, wide_m2, job, &run->sample, group, count);
-            for (int i = 0; i < count; i++)
-                if (doubtful[i]) {
-                    mean[i] = wide_mean[i];
-                    m2[i] = wide_m2[i];
-                }
-        }
-        double var[FBN_CHANNELS];
+    const double n = (double)job->N * (double)job->S;
+    double mean[FBN_CHANNEL_BLOCK], m2[FBN_CHANNEL_BLOCK], var[FBN_CHANNEL_BLOCK];
+    for (int64_t block = first; block < first + channels; block += FBN_CHANNEL_BLOCK) {
+        const int64_t left = first + channels - block;
+        const int count = left < FBN_CHANNEL_BLOCK ? (int)left : FBN_CHANNEL_BLOCK;
+        one_pass_stats(mean, m2, run, block, count);
         for (int i = 0; i < count; i++) {
             m2[i] = m2[i] < 0 ? 0 : m2[i];
             var[i] = m2[i] / n;
-            job->batch_mean[group + i] = mean[i];
-            job->batch_m2[group + i] = m2[i];
+            job->batch_mean[block + i] = mean[i];
+            job->batch_m2[block + i] = m2[i];
         }
         if (!run->maps)
             continue;
-        fbn_set_affine(plan, group, count, mean, var);
+        fbn_set_affine(plan, block, count, mean, var);
         for (int i = 0; i < count; i++)
             var[i] = m2[i] / (run->unbiased && n > 1 ? n - 1 : n);
-        move(&job->mean, group, count, mean, run->momentum);
-        move(&job->var, group, count, var, run->momentum);
+        update_running(&job->mean, block, count, mean, run->momentum);
+        update_running(&job->var, block, count, var, run->momentum);
     }
 }
 
-/* With d = x - center and lost = mean - center, per channel:
+/* sum_dy = sum(g) and sum_dy_xmu = sum(g*(x - mean)) of some channels: from the tiles, or given where this job does not reduce. The tiles
+ * have d = x - center for x - mean, with mean_low = mean - center:
  *
- *   dbias = sum(g)      dweight = invstd * sum(g*(x-mean)),   sum(g*(x-mean)) = sum(g*d) - lost*sum(g)
- *   dx = scale * (g - dbias/n - (x-mean) * invstd^2 * sum(g*(x-mean))/n) = scale*g + slope*d + offset
+ *   sum(g*(x - mean)) = sum(g*d) - mean_low*sum(g) */
+static void gradient_sums(double *sum_dy, double *sum_dy_xmu, const fbn_run *run, int64_t first, int count, const double *mean_low) {
+    const fbn_job *job = run->plan.job;
+    const fbn_vector sums = {(char *)job->sums, 1, 1};
+    if (!run->reduces) {
+        fbn_gather(sum_dy, &sums, first, count, 0);
+        fbn_gather(sum_dy_xmu, &sums, job->C + first, count, 0);
+        return;
+    }
+    add_tiles(&run->plan, first, count, sum_dy, sum_dy_xmu);
+    for (int i = 0; i < count; i++)
+        sum_dy_xmu[i] -= mean_low[i] * sum_dy[i];
+    fbn_scatter(&sums, first, count, sum_dy);
+    fbn_scatter(&sums, job->C + first, count, sum_dy_xmu);
+}
+
+/* The gradients of the parameters, and the constants of grad_input:
  *
- * Where this job does not reduce, its sums are given. */
+ *   dbias = sum_dy    dweight = invstd*sum_dy_xmu    scale = weight*invstd
+ *   dx = scale*(g - sum_dy/n - (x - mean)*invstd^2*sum_dy_xmu/n) = scale*g + slope*(x - center) + offset
+ *   slope = -scale*invstd*dweight/n    offset = -scale*sum_dy/n - slope*mean_low
+ *
+ * n is of this job where it reduces, and `count` where its sums are given. docs/numerics.md: backward. */
 static void finish_backward(const fbn_run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
-    const double one_of_count = 1 / (double)job->count, one_of_n = run->reduces ? 1 / ((double)job->N * (double)job->S) : one_of_count;
-    for (int64_t block = first; block < first + channels; block += FBN_CHANNELS) {
-        const int count = first + channels - block < FBN_CHANNELS ? (int)(first + channels - block) : FBN_CHANNELS;
-        double sum[FBN_CHANNELS], product[FBN_CHANNELS], lost[FBN_CHANNELS], inverse[FBN_CHANNELS], weight[FBN_CHANNELS];
-        double slope[FBN_CHANNELS], offset[FBN_CHANNELS];
-        fbn_constants(lost, plan, FBN_CENTER, block, count);
+    const double one_over_count = 1 / (double)job->count;
+    const double one_over_n = run->reduces ? 1 / ((double)job->N * (double)job->S) : one_over_count;
+    double sum_dy[FBN_CHANNEL_BLOCK], sum_dy_xmu[FBN_CHANNEL_BLOCK], mean_low[FBN_CHANNEL_BLOCK], invstd[FBN_CHANNEL_BLOCK];
+    double scale[FBN_CHANNEL_BLOCK], dweight[FBN_CHANNEL_BLOCK], slope[FBN_CHANNEL_BLOCK], offset[FBN_CHANNEL_BLOCK];
+    for (int64_t block = first; block < first + channels; block += FBN_CHANNEL_BLOCK) {
+        const int64_t left = first + channels - block;
+        const int count = left < FBN_CHANNEL_BLOCK ? (int)left : FBN_CHANNEL_BLOCK;
+        fbn_get_constants(mean_low, plan, FBN_CENTER, block, count);
         for (int i = 0; i < count; i++)
-            lost[i] = job->batch_mean[block + i] - lost[i];
-        const fbn_vector given = {(char *)job->sums, 1, 1};
-        if (run->reduces) {
-            add_tiles(plan, block, count, sum, product);
-            for (int i = 0; i < count; i++)
-                product[i] -= lost[i] * sum[i];
-            fbn_scatter(&given, block, count, sum);
-            fbn_scatter(&given, job->C + block, count, product);
-        } else {
-            fbn_gather(sum, &given, block, count, 0);
-            fbn_gather(product, &given, job->C + block, count, 0);
-        }
-        fbn_gather(weight, &job->weight, block, count, 1);
+            mean_low[i] = job->batch_mean[block + i] - mean_low[i];
+        gradient_sums(sum_dy, sum_dy_xmu, run, block, count, mean_low);
+        fbn_gather(scale, &job->weight, block, count, 1);
         for (int i = 0; i < count; i++)
-            inverse[i] = job->batch_m2[block + i] * one_of_count;
-        fbn_inverse_std(inverse, inverse, count, job->eps);
+            invstd[i] = job->batch_m2[block + i] * one_over_count;
+        fbn_invstd(invstd, invstd, count, job->eps);
         for (int i = 0; i < count; i++) {
-            const double scale = weight[i] * inverse[i], dweight = inverse[i] * product[i];
-            weight[i] = scale;
-            product[i] = dweight;
-            slope[i] = -scale * inverse[i] * dweight * one_of_n;
-            offset[i] = -scale * sum[i] * one_of_n - slope[i] * lost[i];
+            scale[i] *= invstd[i];
+            dweight[i] = invstd[i] * sum_dy_xmu[i];
+            slope[i] = -scale[i] * invstd[i] * dweight[i] * one_over_n;
+            offset[i] = -scale[i] * sum_dy[i] * one_over_n - slope[i] * mean_low[i];
         }
-        fbn_scatter(&job->dbias, block, count, sum);
-        fbn_scatter(&job->dweight, block, count, product);
-        fbn_set_constants(plan, FBN_SCALE, block, count, weight);
+        fbn_scatter(&job->dbias, block, count, sum_dy);
+        fbn_scatter(&job->dweight, block, count, dweight);
+        fbn_set_constants(plan, FBN_SCALE, block, count, scale);
         fbn_set_constants(plan, FBN_SLOPE, block, count, slope);
         fbn_set_constants(plan, FBN_OFFSET, block, count, offset);
     }
@@ -152,11 +184,12 @@ int64_t fbn_work_bytes(const fbn_job *job) {
 }
 
 void fbn_infer(const fbn_job *job, void *work) {
-    fbn_run run = {.maps = 1, .map = FBN_APPLY};
+    FBN_ASSERT(work != NULL && job->mean.data != NULL && job->var.data != NULL);
+    fbn_run run = {.maps = 1, .map_op = FBN_APPLY};
     fbn_plan_job(&run.plan, job, work);
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double mean[FBN_CHANNELS], var[FBN_CHANNELS];
+    for (int64_t c = 0; c < job->C; c += FBN_CHANNEL_BLOCK) {
+        const int count = job->C - c < FBN_CHANNEL_BLOCK ? (int)(job->C - c) : FBN_CHANNEL_BLOCK;
+        double mean[FBN_CHANNEL_BLOCK], var[FBN_CHANNEL_BLOCK];
         fbn_gather(mean, &job->mean, c, count, 0);
         fbn_gather(var, &job->var, c, count, 1);
         fbn_set_affine(&run.plan, c, count, mean, var);
@@ -165,10 +198,11 @@ void fbn_infer(const fbn_job *job, void *work) {
 }
 
 void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work) {
+    FBN_ASSERT(work != NULL && (job->C == 0 || (job->batch_mean != NULL && job->batch_m2 != NULL)));
     fbn_run run = {.reduces = 1,
-                   .reduction = FBN_STATS,
+                   .reduce_op = FBN_STATS,
                    .maps = 1,
-                   .map = FBN_APPLY,
+                   .map_op = FBN_APPLY,
                    .finish = finish_stats,
                    .momentum = momentum,
                    .unbiased = unbiased};
@@ -177,23 +211,27 @@ void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work) {
 }
 
 void fbn_stats(const fbn_job *job, void *work) {
-    fbn_run run = {.reduces = 1, .reduction = FBN_STATS, .finish = finish_stats};
+    FBN_ASSERT(work != NULL && (job->C == 0 || (job->batch_mean != NULL && job->batch_m2 != NULL)));
+    fbn_run run = {.reduces = 1, .reduce_op = FBN_STATS, .finish = finish_stats};
     fbn_plan_job(&run.plan, job, work);
     fbn_execute(&run);
 }
 
 static fbn_run new_backward(const fbn_job *job, void *work) {
-    fbn_run run = {.reduction = FBN_GRAD_REDUCE, .map = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
+    FBN_ASSERT(work != NULL && (job->C == 0 || (job->batch_mean != NULL && job->batch_m2 != NULL)));
+    FBN_ASSERT(job->N * job->C * job->S == 0 || (job->dy.data != NULL && job->count > 0));
+    fbn_run run = {.reduce_op = FBN_GRAD_REDUCE, .map_op = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
-    const double one_of_count = 1 / (double)job->count;
-    /* Where nothing but the sums meets a channel before it is finished, its center is all that they need. */
-    const int whole = job->frozen || job->activation != FBN_NO_ACTIVATION;
-    for (int64_t c = 0; c < job->C; c += FBN_CHANNELS) {
-        const int count = job->C - c < FBN_CHANNELS ? (int)(job->C - c) : FBN_CHANNELS;
-        double var[FBN_CHANNELS];
-        for (int i = 0; i < count && whole; i++)
-            var[i] = job->batch_m2[c + i] * one_of_count;
-        if (whole)
+    const double one_over_count = 1 / (double)job->count;
+    /* z is recomputed for its activation, and a frozen map begins before the sums are finished; else the center is all that is needed yet.
+     */
+    const int needs_affine = job->frozen || job->activation != FBN_NO_ACTIVATION;
+    for (int64_t c = 0; c < job->C; c += FBN_CHANNEL_BLOCK) {
+        const int count = job->C - c < FBN_CHANNEL_BLOCK ? (int)(job->C - c) : FBN_CHANNEL_BLOCK;
+        double var[FBN_CHANNEL_BLOCK];
+        for (int i = 0; i < count && needs_affine; i++)
+            var[i] = job->batch_m2[c + i] * one_over_count;
+        if (needs_affine)
             fbn_set_affine(&run.plan, c, count, job->batch_mean + c, var);
         else
             fbn_set_constants(&run.plan, FBN_CENTER, c, count, job->batch_mean + c);
@@ -209,12 +247,14 @@ void fbn_backward(const fbn_job *job, void *work) {
 }
 
 void fbn_backward_sums(const fbn_job *job, void *work) {
+    FBN_ASSERT(job->C == 0 || job->sums != NULL);
     fbn_run run = new_backward(job, work);
     run.reduces = 1;
     fbn_execute(&run);
 }
 
 void fbn_backward_input(const fbn_job *job, void *work) {
+    FBN_ASSERT(job->C == 0 || job->sums != NULL);
     fbn_run run = new_backward(job, work);
     run.maps = 1;
     finish_backward(&run, 0, job->C);

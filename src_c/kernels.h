@@ -1,49 +1,65 @@
-/* What a kernel is given, and the table of all of them. Private to src_c. */
+/* What a kernel is given, the list of all kernels, and their table. Private to src_c. */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
 
-#include "fastbn.h"
+#include "dtypes.h"
 
-/* The sums of a reduction start in float32 (float64 for float64 data) and move to float64 sums every FBN_BLOCK rows. */
-#define FBN_BLOCK 16
+/* Rows after which a float32 sum is added to a float64 one. docs/numerics.md: sums in blocks. */
+#define FBN_BLOCK_ROWS 16
 
-/* Values of a table of constants behind its last: what a vector may read past a column and past the first line of a row. */
-#define FBN_SPARE 48
+/* Readable values behind the last of a table of constants. A vector that begins at the last column reads 15 more; docs/numerics.md: tiles
+ * and tasks. */
+#define FBN_TABLE_PADDING 48
 
-/* A piece of a tensor: rows of `cols` contiguous elements, `stride` elements apart, and constants in float32, float64 for float64 data:
+/* Lanes of the widest vector of any ISA. */
+#define FBN_MOST_LANES 16
+
+/* A piece of a tensor: `rows` rows of `cols` contiguous elements, `<tensor>_stride` elements apart. Constants are per channel, in the type
+ * that is computed in: float64 for float64 data, float32 otherwise. With d = x - center, every step rounded:
  *
- *   z = (x - center) * scale + shift + residual     with a rounding after each step
- *   stats        sums of d and d*d,  d = x - center
- *   apply        out = activation(z)
- *   grad_reduce  sums of g and g*d,  g = dy where the activation passed z, so that no mask is stored
- *   grad_input   out = scale*g + slope*d + offset, or scale*g alone when frozen; dresidual = g
+ *   stats        sum = sum(d)    dot = sum(d*d)
+ *   apply        out = activation(z),    z = d*scale + shift + residual
+ *   grad_reduce  sum = sum(g)    dot = sum(g*d),    g = dy * activation'(z), recomputed from x, so that no mask is stored
+ *   grad_input   out = scale*g + slope*d + offset, or scale*g alone when frozen;    dresidual = g
  *
- * In layout ncs a reduction is of one channel, and a map is of cols / period channels in planes side by side: no fewer than 16 elements
- * each, unless the piece has one plane only. In layout nsc a reduction has a channel and a pair of sums for every column, and the columns
- * of a map find their constants again after every `period`; each table of constants has FBN_SPARE readable values behind its last, which
- * in a map with more columns than the period are its first.
+ * `center` is the pivot in stats and the mean, rounded, elsewhere. `sum` and `dot` are set, not added to.
  *
- * `first` and `second` take the two sums; they are set, not added to. */
+ * Layout ncs: a reduction is of one channel. A map is of cols / period channels, whose planes of `period` elements lie side by side.
+ * Layout nsc: a reduction has one constant and one pair of sums for every column. The columns of a map find their constants again after
+ * every `period`. Each table has FBN_TABLE_PADDING readable values behind its last; in a map with more columns than the period they are its
+ * first. */
 typedef struct {
     int64_t rows, cols, period;
     void *out, *dresidual;
-    double *first, *second;
+    double *sum, *dot;
     const void *dy, *x, *residual;
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
-    int64_t ahead; /* elements from here to what is read next, for the cache; 0 where that is not known */
+    int64_t prefetch; /* elements from here to what is read next; 0 where that is not known. docs/numerics.md: prefetch */
     fbn_activation activation;
-    int frozen, stream;
+    int frozen;
+    int stream; /* a map stores past the cache, a reduction prefetches its next row. docs/numerics.md: streaming stores */
 } fbn_piece;
 
 typedef void fbn_kernel(const fbn_piece *piece);
 
-/* The last two, for planes only, take two pieces of one size: they reduce the first and map the second. */
-typedef enum { FBN_STATS, FBN_APPLY, FBN_GRAD_REDUCE, FBN_GRAD_INPUT, FBN_STATS_APPLY, FBN_GRAD_BOTH, FBN_OPS } fbn_op;
-typedef enum { FBN_NCS, FBN_NSC, FBN_LAYOUTS } fbn_layout;
-enum { FBN_DTYPES = 4 };
+/* The list of kernels: X(OP, op, layouts, activations). The enum, the functions, the table of each ISA and the names follow from it.
+ *   layouts      PLANES (ncs alone) or BOTH
+ *   activations  EACH (one loop compiled for each activation) or NONE (the activation does not matter)
+ * The last two take two pieces of one size: they reduce the first and map the second. */
+#define FBN_EACH_OP(X)                                                                                                                     \
+    X(STATS, stats, BOTH, NONE)                                                                                                            \
+    X(APPLY, apply, BOTH, EACH)                                                                                                            \
+    X(GRAD_REDUCE, grad_reduce, BOTH, EACH)                                                                                                \
+    X(GRAD_INPUT, grad_input, BOTH, EACH)                                                                                                  \
+    X(STATS_APPLY, stats_apply, PLANES, EACH)                                                                                              \
+    X(GRAD_BOTH, grad_both, PLANES, EACH)
 
-/* One row of the dispatch table: every kernel of one ISA. */
+#define FBN_ENUMERATE_OP(OP, op, layouts, activations) FBN_##OP,
+typedef enum { FBN_EACH_OP(FBN_ENUMERATE_OP) FBN_OPS } fbn_op;
+typedef enum { FBN_NCS, FBN_NSC, FBN_LAYOUTS } fbn_layout;
+
+/* Every kernel of one ISA; NULL where an op has no kernel for a layout. */
 typedef struct {
     const char *isa;
     fbn_kernel *kernel[FBN_OPS][FBN_LAYOUTS][FBN_DTYPES];
@@ -51,7 +67,7 @@ typedef struct {
 
 extern const fbn_kernels fbn_kernels_scalar, fbn_kernels_sse2, fbn_kernels_avx2, fbn_kernels_avx512, fbn_kernels_neon;
 
-/* The row in use. */
+/* The kernels of the ISA in use. */
 const fbn_kernels *fbn_table(void);
 
 #endif

@@ -11,18 +11,20 @@
 #include <unistd.h>
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+/* Until they are read, and where the system does not tell. docs/numerics.md: caches. */
 static int64_t core_cache = 512 << 10, last_cache = 8 << 20;
 
 static int read_line(const char *path, char *line, int size) {
     FILE *file = fopen(path, "r");
     if (file == NULL)
         return 0;
-    const int found = fgets(line, size, file) != NULL;
+    const int has_line = fgets(line, size, file) != NULL;
     fclose(file);
-    return found;
+    return has_line;
 }
 
-/* The kernel's description and not sysconf: inside a virtual machine sysconf adds up the last caches of the whole host. */
+/* From the description of the Linux kernel, not from sysconf: in a virtual machine sysconf adds up the last caches of the whole host. Index
+ * numbers rise with the level; instruction caches are left out. */
 static void read_caches(void) {
     for (int index = 0; index < 8; index++) {
         char path[80], line[32];

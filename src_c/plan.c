@@ -1,24 +1,31 @@
 /* From shape, strides and caches to tiles. */
 #include "plan.h"
+#include "debug.h"
 #include "machine.h"
 
 #include <stddef.h>
 
+/* docs/numerics.md, tiles and tasks, says for each where it comes from. Those of the first block decide the order of additions: another
+ * value gives other bits. */
 enum {
-    ROW_TILE = 65536,    /* elements of a tile by columns, */
+    COLUMN_TILE = 65536, /* elements of a tile by columns, */
     LEAST_ROWS = 128,    /* but no fewer rows than this */
     JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
-    LONG_ROW = 2048,     /* or of so many where a tensor has at least */
-    LARGE = 1 << 21,     /* so many elements: memory gives most when it is read in few long runs */
-    SMALL_PLANE = 512,   /* planes shorter than this are reduced by columns, and not mapped beside a reduction, */
+    LONG_ROW = 2048,     /* or of so many where the elements of a place number at least */
+    LARGE = 1 << 21,     /* so many */
+    SMALL_PLANE = 512,   /* planes shorter than this are reduced by columns, and not interleaved with a map, */
     FEW_SAMPLES = 16,    /* unless there are fewer samples than this */
-    LEAST_PLANE = 16,    /* planes shorter than this are mapped by columns */
-    MOST_COLUMNS = 4096, /* columns of a group of a reduction */
-    LONG_RUN = 2048,     /* elements of neighbouring planes in a row that are worth an incomplete line at its ends */
-    FIRST_CACHE = 16384, /* elements that stay in the first cache from a reduction to its map */
-    CHUNK = 65536,       /* elements of a map's task */
-    ONE_THREAD = 32768   /* elements below which a second thread costs more than it brings */
+
+    LEAST_PLANE = FBN_MOST_LANES, /* planes shorter than a vector are mapped by columns */
+    MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns */
+    LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
+    FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
+    CHUNK = 65536,                /* elements of a task of a map */
+    ONE_THREAD = 32768            /* elements below which one thread does all */
 };
+
+#define BYTES(DTYPE, name, type) [FBN_##DTYPE] = (int64_t)sizeof(type),
+static const int64_t element_bytes[FBN_DTYPES] = {FBN_EACH_DTYPE(BYTES)};
 
 static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -26,93 +33,36 @@ static int64_t smaller(int64_t a, int64_t b) {
 static int64_t larger(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
-static int64_t parts(int64_t whole, int64_t part) {
+static int64_t ceil_div(int64_t whole, int64_t part) {
     return (whole + part - 1) / part;
 }
+/* The next multiple of a cache line. */
 static int64_t aligned(int64_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
-/* Whether, for every tensor of the job, one step along `a` is `times` steps along `b`. */
 typedef int64_t stride_of(const fbn_tensor *tensor);
-static int64_t n_of(const fbn_tensor *t) {
-    return t->n;
+static int64_t n_stride(const fbn_tensor *tensor) {
+    return tensor->n;
 }
-static int64_t c_of(const fbn_tensor *t) {
-    return t->c;
+static int64_t c_stride(const fbn_tensor *tensor) {
+    return tensor->c;
 }
-static int64_t s_of(const fbn_tensor *t) {
-    return t->s;
+static int64_t s_stride(const fbn_tensor *tensor) {
+    return tensor->s;
 }
-static int64_t one_of(const fbn_tensor *t) {
-    (void)t;
+static int64_t one_element(const fbn_tensor *tensor) {
+    (void)tensor;
     return 1;
 }
-static int steps(const fbn_job *job, stride_of *a, int64_t times, stride_of *b) {
+
+/* Whether stride `a` is `times` stride `b` in every tensor of the job. */
+static int all_strides(const fbn_job *job, stride_of *a, int64_t times, stride_of *b) {
     const fbn_tensor *const tensors[] = {&job->x, &job->out, &job->dy, &job->residual, &job->dresidual};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         if (tensors[i]->data != NULL && a(tensors[i]) != times * b(tensors[i]))
             return 0;
     return 1;
-}
-
-static void reduce_planes(fbn_plan *plan) {
-    const fbn_job *job = plan->job;
-    const int64_t channel = job->N * job->S, in_core = fbn_core_cache() / 2 / (channel * plan->bytes * (job->dy.data ? 2 : 1));
-    plan->reduction = FBN_NCS;
-    plan->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
-    plan->tiles = job->S <= FBN_PLANE_TILE ? parts(job->N, plan->tile_rows) : job->N * parts(job->S, FBN_PLANE_TILE);
-    /* A short plane is better mapped in one run of memory with its neighbours. */
-    plan->beside = job->S >= SMALL_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
-    plan->group = FIRST_CACHE / channel;
-    if (!plan->beside)
-        plan->group = smaller(larger(parts(LONG_RUN, job->S), plan->group), in_core);
-    if (plan->threads > 1)
-        plan->group = larger(plan->group, FBN_PLANE_TILE / channel);
-    plan->group = smaller(larger(1, plan->group), job->C);
-    plan->groups = parts(job->C, plan->group);
-    plan->fused = plan->threads == 1 || plan->groups >= 4 * plan->threads;
-    plan->stride = plan->threads > 1 ? plan->group * larger(1, plan->groups / (4 * plan->threads)) : job->C;
-}
-
-static void reduce_columns(fbn_plan *plan) {
-    const fbn_job *job = plan->job;
-    const int64_t sample = job->C * plan->span;
-    plan->reduction = FBN_NSC;
-    plan->K = 1;
-    if (plan->contiguous)
-        plan->K = larger(1, smaller((plan->samples * sample < LARGE ? JOINED_ROW : LONG_ROW) / sample, plan->samples / FBN_BLOCK));
-    plan->rows = plan->samples / plan->K;
-    plan->rest = plan->samples % plan->K;
-    plan->tile_rows = larger(LEAST_ROWS, ROW_TILE / (plan->K * sample) / FBN_BLOCK * FBN_BLOCK);
-    plan->tiles = plan->outer * parts(plan->rows, plan->tile_rows) + (plan->rest > 0);
-    plan->group = job->C;
-    if (plan->K == 1) {
-        plan->group = smaller(job->C, larger(1, MOST_COLUMNS / plan->span));
-        if (plan->threads > 1)
-            plan->group = smaller(plan->group, larger(parts(JOINED_ROW, plan->span), parts(job->C, parts(2 * plan->threads, plan->tiles))));
-    }
-    plan->groups = parts(job->C, plan->group);
-    plan->slot_columns = plan->K * plan->span > 1 ? plan->K * plan->group * plan->span : 0;
-}
-
-static void cut_map(fbn_plan *plan) {
-    const fbn_job *job = plan->job;
-    const int64_t channel = plan->span, sample = job->C * channel;
-    plan->chunk_samples = 1;
-    plan->chunk_channels = 1;
-    plan->chunk_cols = channel;
-    if (plan->map == FBN_NSC || (plan->adjacent && sample <= CHUNK)) {
-        plan->chunk_samples = larger(1, CHUNK / sample);
-        plan->chunk_channels = job->C;
-    } else if (plan->adjacent && channel <= CHUNK)
-        plan->chunk_channels = CHUNK / channel;
-    else
-        plan->chunk_cols = smaller(CHUNK, channel);
-    plan->chunks =
-        plan->outer * parts(plan->samples, plan->chunk_samples) * parts(job->C, plan->chunk_channels) * parts(channel, plan->chunk_cols);
-    if (plan->map == FBN_NSC)
-        plan->period = plan->contiguous ? sample * smaller(parts(JOINED_ROW, sample), plan->samples) : sample;
 }
 
 /* Bytes of all tensors that a job reads or writes. */
@@ -122,62 +72,147 @@ static int64_t traffic(const fbn_plan *plan) {
     int64_t count = 0;
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         count += tensors[i]->data != NULL;
-    return count * job->N * job->C * job->S * plan->bytes;
+    return count * job->N * job->C * job->S * plan->element_bytes;
+}
+
+static void find_memory_order(fbn_memory_order *memory, const fbn_job *job, int channels_last) {
+    memory->adjacent = !channels_last && all_strides(job, c_stride, job->S, one_element);
+    memory->span = channels_last ? 1 : job->S;
+    memory->outer = 1;
+    memory->samples = job->N;
+    memory->contiguous = all_strides(job, n_stride, job->C * memory->span, one_element);
+    if (channels_last && job->S > 1) {
+        const int joined = all_strides(job, n_stride, job->S, s_stride);
+        memory->outer = joined ? 1 : job->N;
+        memory->samples = joined ? job->N * job->S : job->S;
+        memory->contiguous = joined && all_strides(job, s_stride, job->C, one_element);
+    }
+}
+
+static void plan_reduction_by_planes(fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    fbn_reduction_plan *reduction = &plan->reduction;
+    const int64_t channel = job->N * job->S;
+    /* Channels of which half the core's cache holds what a reduction reads. */
+    const int64_t in_core = fbn_core_cache() / 2 / (channel * plan->element_bytes * (job->dy.data ? 2 : 1));
+    reduction->layout = FBN_NCS;
+    reduction->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
+    reduction->tiles = job->S <= FBN_PLANE_TILE ? ceil_div(job->N, reduction->tile_rows) : job->N * ceil_div(job->S, FBN_PLANE_TILE);
+    /* A short plane is better mapped in one run of memory with its neighbors. */
+    reduction->interleaved = job->S >= SMALL_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
+    int64_t group = FIRST_CACHE / channel;
+    if (!reduction->interleaved)
+        group = smaller(larger(ceil_div(LONG_RUN, job->S), group), in_core);
+    if (plan->threads > 1)
+        group = larger(group, FBN_PLANE_TILE / channel);
+    reduction->group_channels = smaller(larger(1, group), job->C);
+    reduction->groups = ceil_div(job->C, reduction->group_channels);
+    reduction->fused = plan->threads == 1 || reduction->groups >= 4 * plan->threads;
+    reduction->task_channels = plan->threads > 1 ? reduction->group_channels * larger(1, reduction->groups / (4 * plan->threads)) : job->C;
+}
+
+static void plan_reduction_by_columns(fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    const fbn_memory_order *memory = &plan->memory;
+    fbn_reduction_plan *reduction = &plan->reduction;
+    const int64_t sample = job->C * memory->span, row = memory->samples * sample < LARGE ? JOINED_ROW : LONG_ROW;
+    reduction->layout = FBN_NSC;
+    reduction->row_samples = memory->contiguous ? larger(1, smaller(row / sample, memory->samples / FBN_BLOCK_ROWS)) : 1;
+    reduction->full_rows = memory->samples / reduction->row_samples;
+    reduction->left_over = memory->samples % reduction->row_samples;
+    reduction->tile_rows = larger(LEAST_ROWS, COLUMN_TILE / (reduction->row_samples * sample) / FBN_BLOCK_ROWS * FBN_BLOCK_ROWS);
+    reduction->tiles = memory->outer * ceil_div(reduction->full_rows, reduction->tile_rows) + (reduction->left_over > 0);
+    int64_t group = job->C;
+    if (reduction->row_samples == 1) {
+        group = smaller(job->C, larger(1, MOST_COLUMNS / memory->span));
+        if (plan->threads > 1) {
+            const int64_t of_thread = ceil_div(job->C, ceil_div(2 * plan->threads, reduction->tiles));
+            group = smaller(group, larger(ceil_div(JOINED_ROW, memory->span), of_thread));
+        }
+    }
+    reduction->group_channels = group;
+    reduction->groups = ceil_div(job->C, group);
+    if (reduction->row_samples * memory->span > 1)
+        plan->scratch.area_columns = reduction->row_samples * group * memory->span;
+}
+
+static void plan_map(fbn_plan *plan) {
+    const fbn_memory_order *memory = &plan->memory;
+    fbn_map_plan *map = &plan->map;
+    const int64_t C = plan->job->C, channel = memory->span, sample = C * channel;
+    map->chunk_samples = 1;
+    map->chunk_channels = 1;
+    map->chunk_cols = channel;
+    if (map->layout == FBN_NSC || (memory->adjacent && sample <= CHUNK)) {
+        map->chunk_samples = larger(1, CHUNK / sample);
+        map->chunk_channels = C;
+    } else if (memory->adjacent && channel <= CHUNK)
+        map->chunk_channels = CHUNK / channel;
+    else
+        map->chunk_cols = smaller(CHUNK, channel);
+    map->chunks = memory->outer * ceil_div(memory->samples, map->chunk_samples) * ceil_div(C, map->chunk_channels) *
+                  ceil_div(channel, map->chunk_cols);
+    if (map->layout == FBN_NSC)
+        map->period = memory->contiguous ? sample * smaller(ceil_div(JOINED_ROW, sample), memory->samples) : sample;
+}
+
+/* Which way each of the two visits a tensor with values. */
+static void cut(fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    const int channels_last = all_strides(job, c_stride, 1, one_element) && (job->S == 1 || !all_strides(job, s_stride, 1, one_element));
+    FBN_ASSERT(channels_last || job->S == 1 || all_strides(job, s_stride, 1, one_element));
+    find_memory_order(&plan->memory, job, channels_last);
+    const int adjacent = plan->memory.adjacent;
+    if (channels_last || (adjacent && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES))
+        plan_reduction_by_columns(plan);
+    else
+        plan_reduction_by_planes(plan);
+    plan->map.layout = channels_last || (adjacent && job->S < LEAST_PLANE) ? FBN_NSC : FBN_NCS;
+    plan_map(plan);
+    if (plan->map.layout == FBN_NSC)
+        plan->reduction.fused = 0;
+}
+
+/* Lays the scratch out from `work` and returns its bytes. In integers, because there may be no memory yet. */
+static int64_t lay_out(fbn_plan *plan, void *work) {
+    fbn_scratch *scratch = &plan->scratch;
+    const int64_t C = plan->job->C, constant = plan->constant_bytes;
+    uintptr_t next = (uintptr_t)work;
+    scratch->sums = (double *)next;
+    next += (uintptr_t)aligned(plan->reduction.tiles * C * 2 * 8);
+    for (int i = 0; i < 5; i++) {
+        scratch->constants[i] = (char *)next;
+        next += (uintptr_t)aligned((C + FBN_TABLE_PADDING) * constant);
+    }
+    for (int i = 0; i < 5 && plan->map.period; i++) {
+        scratch->tables[i] = scratch->constants[i];
+        if (plan->map.period == C)
+            continue;
+        scratch->tables[i] = (char *)next;
+        next += (uintptr_t)aligned((plan->map.period + FBN_TABLE_PADDING) * constant);
+    }
+    scratch->areas = (char *)next;
+    if (scratch->area_columns)
+        scratch->area_bytes = aligned(scratch->area_columns * 2 * 8 + 3 * (scratch->area_columns + FBN_TABLE_PADDING) * constant);
+    return (int64_t)(next - (uintptr_t)work) + plan->threads * scratch->area_bytes;
 }
 
 int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
-    *plan = (fbn_plan){.job = job, .table = fbn_table()};
+    FBN_ASSERT(job->N >= 0 && job->C >= 0 && job->S >= 0);
+    FBN_ASSERT((unsigned)job->dtype < FBN_DTYPES && (unsigned)job->activation <= FBN_RELU6);
+    FBN_ASSERT(job->threads >= 1);
+    *plan = (fbn_plan){.job = job, .kernels = fbn_table()};
     const int64_t elements = job->N * job->C * job->S;
-    plan->bytes = job->dtype == FBN_FLOAT64 ? 8 : job->dtype == FBN_FLOAT32 ? 4 : 2;
+    FBN_ASSERT(elements == 0 || job->x.data != NULL);
+    plan->element_bytes = element_bytes[job->dtype];
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
     plan->threads = elements < ONE_THREAD ? 1 : job->threads;
     const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
-    /* What a reduction reads leaves less room in the cache for what its map writes. */
+    /* What a reduction reads leaves less room in the cache for what its map writes. docs/numerics.md: streaming stores. */
     plan->stream = !in_place && traffic(plan) > fbn_last_cache() / (plan->map_only ? 2 : 3);
-
-    /* Without values there is nothing to cut. */
-    if (elements > 0) {
-        const int channels_last = steps(job, c_of, 1, one_of) && (job->S == 1 || !steps(job, s_of, 1, one_of));
-        plan->adjacent = !channels_last && steps(job, c_of, job->S, one_of);
-        plan->span = channels_last ? 1 : job->S;
-        plan->outer = 1;
-        plan->samples = job->N;
-        plan->contiguous = steps(job, n_of, job->C * plan->span, one_of);
-        if (channels_last && job->S > 1) {
-            const int joined = steps(job, n_of, job->S, s_of);
-            plan->outer = joined ? 1 : job->N;
-            plan->samples = joined ? job->N * job->S : job->S;
-            plan->contiguous = joined && steps(job, s_of, job->C, one_of);
-        }
-        if (channels_last || (plan->adjacent && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES))
-            reduce_columns(plan);
-        else
-            reduce_planes(plan);
-        plan->map = channels_last || (plan->adjacent && job->S < LEAST_PLANE) ? FBN_NSC : FBN_NCS;
-        cut_map(plan);
-        if (plan->map == FBN_NSC)
-            plan->fused = 0;
-    }
-
-    /* Integers, because there may be no memory yet. */
-    uintptr_t next = (uintptr_t)work;
-    plan->sums = (double *)next;
-    next += (uintptr_t)aligned(plan->tiles * job->C * 2 * 8);
-    for (int i = 0; i < 5; i++) {
-        plan->constants[i] = (char *)next;
-        next += (uintptr_t)aligned((job->C + FBN_SPARE) * plan->constant_bytes);
-    }
-    for (int i = 0; i < 5 && plan->period; i++) {
-        plan->tables[i] = plan->constants[i];
-        if (plan->period == job->C)
-            continue;
-        plan->tables[i] = (char *)next;
-        next += (uintptr_t)aligned((plan->period + FBN_SPARE) * plan->constant_bytes);
-    }
-    plan->slots = (char *)next;
-    if (plan->slot_columns)
-        plan->slot_bytes = aligned(plan->slot_columns * 2 * 8 + 3 * (plan->slot_columns + FBN_SPARE) * plan->constant_bytes);
-    return (int64_t)(next - (uintptr_t)work) + plan->threads * plan->slot_bytes;
+    if (elements > 0)
+        cut(plan);
+    return lay_out(plan, work);
 }

@@ -4,58 +4,72 @@
 
 #include "kernels.h"
 
-#include <math.h>
+/* A job has a reduction, a map or both. Each visits the tensor in one of two ways, and the two are chosen independently.
+ *
+ * By planes (layout ncs): the rows of a channel are its planes of S elements. Tile t of a channel is a run of planes or a part of one. A
+ * map takes the planes of neighboring channels as one run of memory where they lie side by side.
+ *
+ * By columns (layout nsc): a sample is C channels of `span` elements side by side: channels last (span 1), and channels first with planes
+ * too small to visit one by one (span S). In a reduction a row holds `row_samples` samples, each column in a sum of its own; tile t is a
+ * run of rows, and the samples that do not fill a row are a last tile.
+ *
+ * What decides the order of additions (row_samples and the tiles) depends on shape and memory order only. How the work is shared out may
+ * depend on the machine. docs/numerics.md: tiles and tasks. */
 
-/* Two ways to walk a tensor, chosen apart for the reduction and for the map of a job.
- *
- * By planes (layout ncs): a channel's rows are its planes of S elements. Tile t of a channel is a run of planes or a part of one. A map
- * takes the planes of neighbouring channels as one run of memory where they lie side by side. By columns (layout nsc): a sample is C
- * channels of `span` elements side by side: channels last (span 1), and channels first with planes too small to visit one by one (span S).
- * In a reduction a row holds K samples, each column in a sum of its own; tile t is a run of rows, and the samples that do not fill a row
- * follow as a last tile.
- *
- * What decides the order of additions, K and the tiles, depends on shape and memory order only; how the work is shared out may depend on
- * the machine.
- */
+/* How the tensors lie in memory. */
+typedef struct {
+    int adjacent;           /* channels first, and the planes of neighboring channels lie side by side */
+    int64_t span;           /* elements of a sample that belong to one channel */
+    int64_t outer, samples; /* `samples` evenly spaced samples in each of `outer` places */
+    int contiguous;         /* no gap between samples */
+} fbn_memory_order;
+
+typedef struct {
+    fbn_layout layout;
+    int64_t tiles, tile_rows;       /* of each channel */
+    int64_t row_samples;            /* by columns: samples in a row, */
+    int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
+    int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
+    int fused;                      /* by planes: the map of a group follows its reduction, while it is in the core's cache */
+    int interleaved;                /* fused, and one kernel maps a group while it reduces the next */
+    int64_t task_channels;          /* fused: channels of a task */
+} fbn_reduction_plan;
+
+typedef struct {
+    fbn_layout layout;
+    int64_t period;                                    /* by columns: values of a table of constants */
+    int64_t chunk_samples, chunk_channels, chunk_cols; /* a task: so many samples, channels and elements of a channel's plane */
+    int64_t chunks;
+} fbn_map_plan;
+
+/* Memory of the caller, shared out. */
+typedef struct {
+    double *sums;       /* [tiles][2][C]: sum and dot of every tile */
+    char *constants[5]; /* [C] each, by fbn_constant */
+    char *tables[5];    /* map by columns: the same, repeated up to `period` */
+    char *areas;        /* one for each thread: sums and constants of the columns of a row */
+    int64_t area_bytes, area_columns;
+} fbn_scratch;
+
+typedef enum { FBN_CENTER, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_OFFSET } fbn_constant;
+
 typedef struct {
     const fbn_job *job;
-    const fbn_kernels *table;
-    int64_t bytes, constant_bytes; /* of an element, of a constant */
-    int threads, stream;
-
-    fbn_layout reduction, map;
-    int adjacent;             /* by planes: neighbouring channels lie side by side */
-    int64_t span;             /* by columns */
-    int64_t outer, samples;   /* by columns: `samples` evenly spaced samples in each of `outer` places */
-    int contiguous;           /* by columns: no gap between samples */
-    int64_t K, rows, rest;    /* reduction by columns: full rows in each outer place, samples left over */
-    int64_t tile_rows, tiles; /* of each channel */
-    int64_t group, groups;    /* channels reduced together, and how many such groups there are */
-    int fused;                /* the map of a group follows its reduction, while it is in the core's cache, */
-    int64_t stride;           /* in tasks of so many channels, */
-    int beside;               /* and side by side with the reduction of the next group */
-    int64_t period;           /* map by columns: values of a table of constants */
-    int64_t chunk_samples, chunk_channels, chunk_cols, chunks; /* the tasks of a map in the order of memory, how large and how many */
-    int map_only;                                              /* nothing to add up: inference, or dx alone through frozen statistics */
-
-    double *sums;       /* [tiles][2][C] */
-    char *constants[5]; /* [C] each: center, scale, shift, slope, offset */
-    char *tables[5];    /* the same, repeated up to `period` */
-    char *slots;        /* one scratch area per thread */
-    int64_t slot_bytes, slot_columns;
+    const fbn_kernels *kernels;
+    int64_t element_bytes, constant_bytes;
+    int threads;  /* of the job, or 1 where it is small */
+    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions prefetch */
+    int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
+    fbn_memory_order memory;
+    fbn_reduction_plan reduction;
+    fbn_map_plan map;
+    fbn_scratch scratch;
 } fbn_plan;
 
-enum { FBN_CENTER, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_OFFSET };
-
-/* Elements of a tile by planes: a plane longer than this is visited in parts. */
+/* Elements of a tile by planes: a plane longer than this is visited in parts. docs/numerics.md: tiles and tasks. */
 enum { FBN_PLANE_TILE = 16384 };
 
 /* Plans a job and lays its scratch out from `work`, which may be NULL; returns the bytes of scratch. */
 int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work);
-
-/* Every NaN becomes the one that bfloat16 can hold: rounding the bits of others would overflow into the sign. */
-static inline float fbn_constant_f32(double value) {
-    return value == value ? (float)value : (float)NAN;
-}
 
 #endif

@@ -1,19 +1,20 @@
-/* One job on its way. Private to src_c. */
+/* One job on its way: which kernel is given which piece, in which order. Private to src_c. */
 #ifndef FASTBN_SCHEDULE_H
 #define FASTBN_SCHEDULE_H
 
+#include "pivot.h"
 #include "plan.h"
-#include "wide.h"
 
 /* A job is a reduction of every channel, arithmetic on its sums, and a map over its elements; any of them may be missing. */
 typedef struct fbn_run fbn_run;
 struct fbn_run {
     fbn_plan plan;
-    fbn_sample sample; /* where statistics look for a first guess of the mean */
+    fbn_pivot_sample sample; /* of statistics */
     int reduces, maps;
-    fbn_op reduction, map;
+    fbn_op reduce_op, map_op;
+    /* Turns the sums of all tiles of some channels into results and into the constants of the map. */
     void (*finish)(const fbn_run *run, int64_t first, int64_t channels);
-    int independent; /* the map does not need the sums: both visit a tile together */
+    int independent; /* the map needs no sums: both visit a tile together */
     double momentum;
     int unbiased;
 };

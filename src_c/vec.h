@@ -1,17 +1,18 @@
-/* The vector vocabulary, once per ISA: vf holds VF_LANES float32, vd holds VD_LANES float64.
+/* The vector vocabulary, defined once per ISA: vf holds VF_LANES float32, vd holds VD_LANES float64. Private to src_c.
  *
  *   set1 add sub mul          one rounding per operation, never fused
- *   plus(a, b)                a + b, on the multiplying units where that leaves the adders to others: the same bits as add
- *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b takes y; le likewise
- *   first(v, k)               lanes 0..k-1 of v, zeros behind them
+ *   add_fma(a, b)             a + b as fma(a, 1, b): the same bits as add, on other execution units. docs/numerics.md: no fused products.
+ *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b selects y; le likewise
+ *   keep(v, k)                lanes 0..k-1 of v, zeros behind them
  *   join(k, a, b)             lanes 0..k-1 of a, the others of b
  *   add_to(sums, v)           sums[i] += v[i] in float64
- *   load store stream         _<storage>: f32 f64 f16 bf16; streaming stores want an address that is a multiple of the bytes stored
- *                             A NaN that is stored as bf16 has no bits set below those that are kept: constants have been cleared of such.
+ *   load store stream         _<storage>: f32 f64 f16 bf16; a streaming store passes the cache by and needs an address that is a multiple
+ *                             of the bytes stored. A NaN that is stored as bf16 must have zeros in the bits that are dropped: see
+ *                             round_constant_f32 in channels.c
  *   load_part store_part      the first k lanes only; nothing behind them is read or written
  *
  * A file that includes this header defines one of FBN_SCALAR, FBN_SSE2, FBN_AVX2, FBN_AVX512, FBN_NEON and sets the target first. */
-#include "narrow.h"
+#include "half.h"
 
 #include <stdint.h>
 #include <string.h>
@@ -27,22 +28,22 @@
     }
 
 #if defined(FBN_SCALAR) || defined(FBN_SSE2)
-/* Without instructions of their own the conversions are long: call them. */
-static __attribute__((noinline, unused)) float float_of_f16(uint16_t half) {
-    return (float)widen_f16(half);
+/* These ISAs have no instruction for the conversion, and the code in integers is too long to inline. */
+static __attribute__((noinline, unused)) float f16_to_f32(uint16_t half) {
+    return (float)f16_to_f64(half);
 }
-static __attribute__((noinline, unused)) uint16_t f16_of_float(float value) {
-    return narrow_f16(value);
+static __attribute__((noinline, unused)) uint16_t f32_to_f16(float value) {
+    return f64_to_f16(value);
 }
 #endif
 
 #if defined(FBN_SCALAR)
 
-static __attribute__((noinline, unused)) float float_of_bf16(uint16_t half) {
-    return (float)widen_bf16(half);
+static __attribute__((noinline, unused)) float bf16_to_f32(uint16_t half) {
+    return (float)bf16_to_f64(half);
 }
-static __attribute__((noinline, unused)) uint16_t bf16_of_float(float value) {
-    return narrow_bf16(value);
+static __attribute__((noinline, unused)) uint16_t f32_to_bf16(float value) {
+    return f64_to_bf16(value);
 }
 
 #define VF_LANES 1
@@ -52,24 +53,24 @@ typedef double vd;
 #define SCALAR(V)                                                                                                                          \
     OP(V, V##_set1, (V a), a)                                                                                                              \
     OP(V, V##_add, (V a, V b), a + b)                                                                                                      \
-    OP(V, V##_plus, (V a, V b), a + b)                                                                                                     \
+    OP(V, V##_add_fma, (V a, V b), a + b)                                                                                                  \
     OP(V, V##_sub, (V a, V b), a - b)                                                                                                      \
     OP(V, V##_mul, (V a, V b), a *b)                                                                                                       \
     OP(V, V##_lt, (V a, V b, V x, V y), a < b ? x : y)                                                                                     \
     OP(V, V##_le, (V a, V b, V x, V y), a <= b ? x : y)                                                                                    \
-    OP(V, V##_first, (V a, int64_t k), k > 0 ? a : 0)                                                                                      \
+    OP(V, V##_keep, (V a, int64_t k), k > 0 ? a : 0)                                                                                       \
     OP(V, V##_join, (int64_t k, V a, V b), k > 0 ? a : b)                                                                                  \
     DO(V##_add_to, (double *sums, V a), *sums += a)
 SCALAR(vf)
 SCALAR(vd)
 OP(vf, vf_load_f32, (const float *p), *p)
 OP(vd, vd_load_f64, (const double *p), *p)
-OP(vf, vf_load_f16, (const uint16_t *p), float_of_f16(*p))
-OP(vf, vf_load_bf16, (const uint16_t *p), float_of_bf16(*p))
+OP(vf, vf_load_f16, (const uint16_t *p), f16_to_f32(*p))
+OP(vf, vf_load_bf16, (const uint16_t *p), bf16_to_f32(*p))
 DO(vf_store_f32, (float *p, vf a), *p = a)
 DO(vd_store_f64, (double *p, vd a), *p = a)
-DO(vf_store_f16, (uint16_t *p, vf a), *p = f16_of_float(a))
-DO(vf_store_bf16, (uint16_t *p, vf a), *p = bf16_of_float(a))
+DO(vf_store_f16, (uint16_t *p, vf a), *p = f32_to_f16(a))
+DO(vf_store_bf16, (uint16_t *p, vf a), *p = f32_to_bf16(a))
 
 #elif defined(FBN_SSE2)
 
@@ -79,21 +80,21 @@ DO(vf_store_bf16, (uint16_t *p, vf a), *p = bf16_of_float(a))
 typedef __m128 vf;
 typedef __m128d vd;
 #define SELECT(ps, mask, x, y) _mm_or_##ps(_mm_and_##ps(mask, x), _mm_andnot_##ps(mask, y))
-#define FIRST(iota, k) _mm_cmplt_epi32(iota, _mm_set1_epi32((int)(k)))
+#define BELOW(iota, k) _mm_cmplt_epi32(iota, _mm_set1_epi32((int)(k)))
 #define SSE2(V, E, ps)                                                                                                                     \
     OP(V, V##_set1, (E a), _mm_set1_##ps(a))                                                                                               \
     OP(V, V##_add, (V a, V b), _mm_add_##ps(a, b))                                                                                         \
-    OP(V, V##_plus, (V a, V b), _mm_add_##ps(a, b))                                                                                        \
+    OP(V, V##_add_fma, (V a, V b), _mm_add_##ps(a, b))                                                                                     \
     OP(V, V##_sub, (V a, V b), _mm_sub_##ps(a, b))                                                                                         \
     OP(V, V##_mul, (V a, V b), _mm_mul_##ps(a, b))                                                                                         \
     OP(V, V##_lt, (V a, V b, V x, V y), SELECT(ps, _mm_cmplt_##ps(a, b), x, y))                                                            \
     OP(V, V##_le, (V a, V b, V x, V y), SELECT(ps, _mm_cmple_##ps(a, b), x, y))
 SSE2(vf, float, ps)
 SSE2(vd, double, pd)
-OP(vf, vf_first, (vf a, int64_t k), _mm_and_ps(_mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a))
-OP(vd, vd_first, (vd a, int64_t k), _mm_and_pd(_mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a))
-OP(vf, vf_join, (int64_t k, vf a, vf b), SELECT(ps, _mm_castsi128_ps(FIRST(_mm_setr_epi32(0, 1, 2, 3), k)), a, b))
-OP(vd, vd_join, (int64_t k, vd a, vd b), SELECT(pd, _mm_castsi128_pd(FIRST(_mm_setr_epi32(0, 0, 1, 1), k)), a, b))
+OP(vf, vf_keep, (vf a, int64_t k), _mm_and_ps(_mm_castsi128_ps(BELOW(_mm_setr_epi32(0, 1, 2, 3), k)), a))
+OP(vd, vd_keep, (vd a, int64_t k), _mm_and_pd(_mm_castsi128_pd(BELOW(_mm_setr_epi32(0, 0, 1, 1), k)), a))
+OP(vf, vf_join, (int64_t k, vf a, vf b), SELECT(ps, _mm_castsi128_ps(BELOW(_mm_setr_epi32(0, 1, 2, 3), k)), a, b))
+OP(vd, vd_join, (int64_t k, vd a, vd b), SELECT(pd, _mm_castsi128_pd(BELOW(_mm_setr_epi32(0, 0, 1, 1), k)), a, b))
 DO(vd_add_to, (double *sums, vd a), _mm_storeu_pd(sums, _mm_add_pd(_mm_loadu_pd(sums), a)))
 VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm_cvtps_pd(a));
@@ -101,7 +102,7 @@ VEC void vf_add_to(double *sums, vf a) {
 }
 OP(vf, vf_load_f32, (const float *p), _mm_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm_loadu_pd(p))
-OP(vf, vf_load_f16, (const uint16_t *p), _mm_setr_ps(float_of_f16(p[0]), float_of_f16(p[1]), float_of_f16(p[2]), float_of_f16(p[3])))
+OP(vf, vf_load_f16, (const uint16_t *p), _mm_setr_ps(f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])))
 OP(vf, vf_load_bf16, (const uint16_t *p), _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p))))
 DO(vf_store_f32, (float *p, vf a), _mm_storeu_ps(p, a))
 DO(vd_store_f64, (double *p, vd a), _mm_storeu_pd(p, a))
@@ -111,7 +112,7 @@ VEC void vf_store_f16(uint16_t *p, vf a) {
     float lanes[4];
     _mm_storeu_ps(lanes, a);
     for (int i = 0; i < 4; i++)
-        p[i] = f16_of_float(lanes[i]);
+        p[i] = f32_to_f16(lanes[i]);
 }
 VEC void vf_store_bf16(uint16_t *p, vf a) {
     const __m128i bits = _mm_castps_si128(a), even = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
@@ -130,7 +131,7 @@ typedef __m256d vd;
 #define AVX2(V, E, ps)                                                                                                                     \
     OP(V, V##_set1, (E a), _mm256_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm256_add_##ps(a, b))                                                                                      \
-    OP(V, V##_plus, (V a, V b), _mm256_fmadd_##ps(a, _mm256_set1_##ps(1), b))                                                              \
+    OP(V, V##_add_fma, (V a, V b), _mm256_fmadd_##ps(a, _mm256_set1_##ps(1), b))                                                           \
     OP(V, V##_sub, (V a, V b), _mm256_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm256_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm256_blendv_##ps(y, x, _mm256_cmp_##ps(a, b, _CMP_LT_OQ)))                                       \
@@ -139,8 +140,8 @@ AVX2(vf, float, ps)
 AVX2(vd, double, pd)
 OP(__m256i, mask_f32, (int64_t k), _mm256_cmpgt_epi32(_mm256_set1_epi32((int)k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
 OP(__m256i, mask_f64, (int64_t k), _mm256_cmpgt_epi64(_mm256_set1_epi64x(k), _mm256_setr_epi64x(0, 1, 2, 3)))
-OP(vf, vf_first, (vf a, int64_t k), _mm256_and_ps(_mm256_castsi256_ps(mask_f32(k)), a))
-OP(vd, vd_first, (vd a, int64_t k), _mm256_and_pd(_mm256_castsi256_pd(mask_f64(k)), a))
+OP(vf, vf_keep, (vf a, int64_t k), _mm256_and_ps(_mm256_castsi256_ps(mask_f32(k)), a))
+OP(vd, vd_keep, (vd a, int64_t k), _mm256_and_pd(_mm256_castsi256_pd(mask_f64(k)), a))
 OP(vf, vf_join, (int64_t k, vf a, vf b), _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask_f32(k))))
 OP(vd, vd_join, (int64_t k, vd a, vd b), _mm256_blendv_pd(b, a, _mm256_castsi256_pd(mask_f64(k))))
 OP(vf, vf_load_part_f32, (const float *p, int64_t k), _mm256_maskload_ps(p, mask_f32(k)))
@@ -156,13 +157,14 @@ OP(__m128i, load_8_halves, (const uint16_t *p), _mm_loadu_si128((const __m128i *
 OP(vf, vf_load_f32, (const float *p), _mm256_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm256_loadu_pd(p))
 OP(vf, vf_load_f16, (const uint16_t *p), _mm256_cvtph_ps(load_8_halves(p)))
-/* Few shuffles and shifts, which have few units: bytes move to and from the upper halves, and a comparison finds the even ones. */
+/* bf16 is the upper half of a float32. One byte shuffle moves the halves, and a comparison instead of a shift finds the even ones: a core
+ * has few units for shifts and shuffles. */
 VEC vf vf_load_bf16(const uint16_t *p) {
     const __m256i to_upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1,
                                               12, 13, -1, -1, 14, 15);
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_8_halves(p)), to_upper));
 }
-VEC __m128i bf16_of_vf(vf a) {
+VEC __m128i vf_to_bf16(vf a) {
     const __m256i from_upper =
         _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15);
     const __m256i bits = _mm256_castps_si256(a), last = _mm256_and_si256(bits, _mm256_set1_epi32(0x10000));
@@ -170,15 +172,15 @@ VEC __m128i bf16_of_vf(vf a) {
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), minus_even);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(rounded, from_upper), 0x08));
 }
-OP(__m128i, f16_of_vf, (vf a), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
+OP(__m128i, vf_to_f16, (vf a), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 DO(vf_store_f32, (float *p, vf a), _mm256_storeu_ps(p, a))
 DO(vd_store_f64, (double *p, vd a), _mm256_storeu_pd(p, a))
-DO(vf_store_f16, (uint16_t *p, vf a), _mm_storeu_si128((__m128i *)p, f16_of_vf(a)))
-DO(vf_store_bf16, (uint16_t *p, vf a), _mm_storeu_si128((__m128i *)p, bf16_of_vf(a)))
+DO(vf_store_f16, (uint16_t *p, vf a), _mm_storeu_si128((__m128i *)p, vf_to_f16(a)))
+DO(vf_store_bf16, (uint16_t *p, vf a), _mm_storeu_si128((__m128i *)p, vf_to_bf16(a)))
 DO(vf_stream_f32, (float *p, vf a), _mm256_stream_ps(p, a))
 DO(vd_stream_f64, (double *p, vd a), _mm256_stream_pd(p, a))
-DO(vf_stream_f16, (uint16_t *p, vf a), _mm_stream_si128((__m128i *)p, f16_of_vf(a)))
-DO(vf_stream_bf16, (uint16_t *p, vf a), _mm_stream_si128((__m128i *)p, bf16_of_vf(a)))
+DO(vf_stream_f16, (uint16_t *p, vf a), _mm_stream_si128((__m128i *)p, vf_to_f16(a)))
+DO(vf_stream_bf16, (uint16_t *p, vf a), _mm_stream_si128((__m128i *)p, vf_to_bf16(a)))
 
 #elif defined(FBN_AVX512)
 
@@ -190,13 +192,13 @@ typedef __m512d vd;
 #define AVX512(V, E, ps, M)                                                                                                                \
     OP(V, V##_set1, (E a), _mm512_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm512_add_##ps(a, b))                                                                                      \
-    OP(V, V##_plus, (V a, V b), _mm512_fmadd_##ps(a, _mm512_set1_##ps(1), b))                                                              \
+    OP(V, V##_add_fma, (V a, V b), _mm512_fmadd_##ps(a, _mm512_set1_##ps(1), b))                                                           \
     OP(V, V##_sub, (V a, V b), _mm512_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm512_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LT_OQ), y, x))                            \
     OP(V, V##_le, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LE_OQ), y, x))                            \
     OP(M, V##_mask, (int64_t k), (M)(k <= 0 ? 0 : k >= V##_lanes ? -1 : (1 << k) - 1))                                                     \
-    OP(V, V##_first, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))                                                              \
+    OP(V, V##_keep, (V a, int64_t k), _mm512_maskz_mov_##ps(V##_mask(k), a))                                                               \
     OP(V, V##_join, (int64_t k, V a, V b), _mm512_mask_blend_##ps(V##_mask(k), b, a))
 enum { vf_lanes = VF_LANES, vd_lanes = VD_LANES };
 AVX512(vf, float, ps, __mmask16)
@@ -206,34 +208,34 @@ VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     vd_add_to(sums + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
 }
-OP(vf, vf_of_bf16, (__m256i a), _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)))
+OP(vf, bf16_to_vf, (__m256i a), _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)))
 OP(__m256i, load_16_halves, (const uint16_t *p), _mm256_loadu_si256((const __m256i *)p))
 OP(vf, vf_load_f32, (const float *p), _mm512_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm512_loadu_pd(p))
 OP(vf, vf_load_f16, (const uint16_t *p), _mm512_cvtph_ps(load_16_halves(p)))
-OP(vf, vf_load_bf16, (const uint16_t *p), vf_of_bf16(load_16_halves(p)))
-VEC __m256i bf16_of_vf(vf a) {
+OP(vf, vf_load_bf16, (const uint16_t *p), bf16_to_vf(load_16_halves(p)))
+VEC __m256i vf_to_bf16(vf a) {
     const __m512i bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
-OP(__m256i, f16_of_vf, (vf a), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
+OP(__m256i, vf_to_f16, (vf a), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 DO(vf_store_f32, (float *p, vf a), _mm512_storeu_ps(p, a))
 DO(vd_store_f64, (double *p, vd a), _mm512_storeu_pd(p, a))
-DO(vf_store_f16, (uint16_t *p, vf a), _mm256_storeu_si256((__m256i *)p, f16_of_vf(a)))
-DO(vf_store_bf16, (uint16_t *p, vf a), _mm256_storeu_si256((__m256i *)p, bf16_of_vf(a)))
+DO(vf_store_f16, (uint16_t *p, vf a), _mm256_storeu_si256((__m256i *)p, vf_to_f16(a)))
+DO(vf_store_bf16, (uint16_t *p, vf a), _mm256_storeu_si256((__m256i *)p, vf_to_bf16(a)))
 DO(vf_stream_f32, (float *p, vf a), _mm512_stream_ps(p, a))
 DO(vd_stream_f64, (double *p, vd a), _mm512_stream_pd(p, a))
-DO(vf_stream_f16, (uint16_t *p, vf a), _mm256_stream_si256((__m256i *)p, f16_of_vf(a)))
-DO(vf_stream_bf16, (uint16_t *p, vf a), _mm256_stream_si256((__m256i *)p, bf16_of_vf(a)))
+DO(vf_stream_f16, (uint16_t *p, vf a), _mm256_stream_si256((__m256i *)p, vf_to_f16(a)))
+DO(vf_stream_bf16, (uint16_t *p, vf a), _mm256_stream_si256((__m256i *)p, vf_to_bf16(a)))
 OP(vf, vf_load_part_f32, (const float *p, int64_t k), _mm512_maskz_loadu_ps(vf_mask(k), p))
 OP(vd, vd_load_part_f64, (const double *p, int64_t k), _mm512_maskz_loadu_pd(vd_mask(k), p))
 OP(vf, vf_load_part_f16, (const uint16_t *p, int64_t k), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vf_mask(k), p)))
-OP(vf, vf_load_part_bf16, (const uint16_t *p, int64_t k), vf_of_bf16(_mm256_maskz_loadu_epi16(vf_mask(k), p)))
+OP(vf, vf_load_part_bf16, (const uint16_t *p, int64_t k), bf16_to_vf(_mm256_maskz_loadu_epi16(vf_mask(k), p)))
 DO(vf_store_part_f32, (float *p, vf a, int64_t k), _mm512_mask_storeu_ps(p, vf_mask(k), a))
 DO(vd_store_part_f64, (double *p, vd a, int64_t k), _mm512_mask_storeu_pd(p, vd_mask(k), a))
-DO(vf_store_part_f16, (uint16_t *p, vf a, int64_t k), _mm256_mask_storeu_epi16(p, vf_mask(k), f16_of_vf(a)))
-DO(vf_store_part_bf16, (uint16_t *p, vf a, int64_t k), _mm256_mask_storeu_epi16(p, vf_mask(k), bf16_of_vf(a)))
+DO(vf_store_part_f16, (uint16_t *p, vf a, int64_t k), _mm256_mask_storeu_epi16(p, vf_mask(k), vf_to_f16(a)))
+DO(vf_store_part_bf16, (uint16_t *p, vf a, int64_t k), _mm256_mask_storeu_epi16(p, vf_mask(k), vf_to_bf16(a)))
 
 #elif defined(FBN_NEON)
 
@@ -245,7 +247,7 @@ typedef float64x2_t vd;
 #define NEON(V, E, f32)                                                                                                                    \
     OP(V, V##_set1, (E a), vdupq_n_##f32(a))                                                                                               \
     OP(V, V##_add, (V a, V b), vaddq_##f32(a, b))                                                                                          \
-    OP(V, V##_plus, (V a, V b), vaddq_##f32(a, b))                                                                                         \
+    OP(V, V##_add_fma, (V a, V b), vaddq_##f32(a, b))                                                                                      \
     OP(V, V##_sub, (V a, V b), vsubq_##f32(a, b))                                                                                          \
     OP(V, V##_mul, (V a, V b), vmulq_##f32(a, b))                                                                                          \
     OP(V, V##_lt, (V a, V b, V x, V y), vbslq_##f32(vcltq_##f32(a, b), x, y))                                                              \
@@ -254,8 +256,8 @@ NEON(vf, float, f32)
 NEON(vd, double, f64)
 static const int32_t IOTA_32[4] = {0, 1, 2, 3};
 static const int64_t IOTA_64[2] = {0, 1};
-OP(vf, vf_first, (vf a, int64_t k), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, vdupq_n_f32(0)))
-OP(vd, vd_first, (vd a, int64_t k), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, vdupq_n_f64(0)))
+OP(vf, vf_keep, (vf a, int64_t k), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, vdupq_n_f32(0)))
+OP(vd, vd_keep, (vd a, int64_t k), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, vdupq_n_f64(0)))
 OP(vf, vf_join, (int64_t k, vf a, vf b), vbslq_f32(vcltq_s32(vld1q_s32(IOTA_32), vdupq_n_s32((int32_t)k)), a, b))
 OP(vd, vd_join, (int64_t k, vd a, vd b), vbslq_f64(vcltq_s64(vld1q_s64(IOTA_64), vdupq_n_s64(k)), a, b))
 DO(vd_add_to, (double *sums, vd a), vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), a)))
@@ -278,7 +280,7 @@ VEC void vf_store_bf16(uint16_t *p, vf a) {
 
 #endif
 
-/* What an ISA does not have in its own instructions. */
+/* Operations that an ISA has no instruction for, made of its others. */
 #if !defined(FBN_AVX2) && !defined(FBN_AVX512)
 #if !defined(FBN_SSE2)
 DO(vf_stream_f32, (float *p, vf a), vf_store_f32(p, a))

@@ -1,7 +1,11 @@
 """What tests of the command share: a terminal, what lies in a folder, and a deployment whose stages lose what a test says."""
 
 import io
+import json
 from pathlib import Path
+
+import numpy as np
+from sketch import classifier, normal
 
 from fastbn.cli import main
 from fastbn.deployment import pipeline
@@ -33,3 +37,23 @@ def fails(capsys, *arguments):
     assert (out, err.count("\n")) == ("", 1)
     assert files(Path()) == before
     return err
+
+
+def classifier_folder(folder, monkeypatch):
+    """Make a folder the working one, with in.onnx (a classifier) and data.npz; memory is not measured, which takes a process each time."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(pipeline, "resident_mb", lambda path: 12.5)
+    (folder / "in.onnx").write_bytes(classifier().SerializeToString())
+    np.savez(folder / "data.npz", x=normal(16, 3, 8, 8))
+    return folder
+
+
+def deploy(*options, code=0):
+    """Deploy in.onnx to out.onnx by the command, and demand an exit code."""
+    assert main(["deploy", "in.onnx", "out.onnx", "--runs", "2", *options]) == code
+
+
+def as_json(capsys, *options, code=0):
+    """Deploy, and return the JSON report."""
+    deploy(*options, "--json", "-", code=code)
+    return json.loads(capsys.readouterr().out)

@@ -36,7 +36,7 @@ def norm(channels, suffix="", *, seed=1, dtype=np.float32, positive=False):
 
 
 def run(proto, feeds=None, seed=3):
-    """Return the outputs of a model in onnxruntime, its optimiser off, on the feeds or on random ones."""
+    """Return the outputs of a model in onnxruntime, its optimizer off, on the feeds or on random ones."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4

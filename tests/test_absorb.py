@@ -477,7 +477,7 @@ def test_a_broadcast_of_one_channel_to_four_is_not_folded():
     assert [node.op_type for node in fastbn.fold(proto).model.graph.node] == ["Conv", "Mul"]
 
 
-def test_a_quantised_weight_is_left_alone():
+def test_a_quantized_weight_is_left_alone():
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
         c = ConvInteger(x8, w8)
         d = Cast <to = 1> (c)

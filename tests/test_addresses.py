@@ -1,67 +1,69 @@
-"""The last net of the Cython boundary: address 0 stands for None, so that elements there are an error, for every pointer of every road."""
+"""The Cython boundary refuses address 0 where there are elements: to the kernels it means None. Every pointer of every method."""
 
 import numpy as np
 import pytest
 
 from fastbn import _native
+from fastbn.dtypes import DTYPES
 
 N, C, S = 2, 3, 4
-VIEW = (N, C, S)
-CODE = 1  # float64
+LAYOUT = (N, C, S)
+CODE = DTYPES["float64"]
+
+
+def memory(array, absent, *rest):
+    """What a `Job` takes for an array: its address, or 0."""
+    return (0 if absent else array.ctypes.data, *rest, array)
 
 
 class Call:
-    """A function of the boundary with good arguments, by name, of which one is then replaced."""
+    """A method of `Job` with good arguments, by name, of which one is then replaced."""
 
-    def __init__(self, function, tensors, vectors, before=(), behind=()):
-        self.function, self.tensors, self.vectors = function, tensors, vectors
-        self.before, self.behind = before, behind
+    def __init__(self, method, tensors, values, **others):
+        self.method, self.tensors, self.values, self.others = method, tensors, values, others
 
-    def __call__(self, absent=None, view=VIEW):
-        owned = {name: np.ones((N, C, S)) for name in self.tensors} | {name: np.ones(C) for name in self.vectors}
-        given = [0 if name == absent else owned[name].ctypes.data for name in self.tensors]
-        given += [(0 if name == absent else owned[name].ctypes.data, 1, True) for name in self.vectors]
-        return self.function(*given, *self.before, *(view, CODE), *self.behind)
-
-
-def moments():
-    return np.ones(C), np.ones(C)
+    def __call__(self, absent=None, layout=LAYOUT):
+        given = {name: memory(np.ones((N, C, S)), name == absent, (C * S, S, 1)) for name in self.tensors}
+        given |= {name: memory(np.ones(C), name == absent, 1, True) for name in self.values}
+        job = _native.Job(layout, CODE, int(self.method == "backward"), 1e-5)
+        if self.method == "train":
+            job.set_running(given.pop("running_mean"), given.pop("running_var"), 0.1, True)
+        getattr(job, self.method)(**given, **self.others)
 
 
+MOMENTS = {"batch_mean": np.ones(C), "batch_m2": np.ones(C)}
+HALVES = {**MOMENTS, "count": N * S, "sums": np.ones((2, C))}
 CALLS = {
-    "infer": Call(_native.infer, ["x", "out", "residual"], ["mean", "var", "weight", "bias"], (), (0, 1e-5)),
-    "train": Call(
-        _native.train, ["x", "out", "residual"], ["running_mean", "running_var", "weight", "bias"], moments(), (0, 1e-5, 0.1, True)
-    ),
-    "stats": Call(_native.stats, ["x"], [], moments()),
+    "infer": Call("infer", ["x", "out", "residual"], ["mean", "var", "weight", "bias"]),
+    "train": Call("train", ["x", "out", "residual"], ["running_mean", "running_var", "weight", "bias"], **MOMENTS),
+    "stats": Call("stats", ["x"], [], **MOMENTS),
     "backward": Call(
-        _native.backward,
+        "backward",
         ["x", "dx", "dy", "residual", "dresidual"],
         ["dweight", "dbias", "weight", "bias"],
-        (*moments(), N * S),
-        (1, 1e-5, False),
+        **MOMENTS,
+        count=N * S,
+        frozen=False,
     ),
-    "backward_sums": Call(
-        _native.backward_sums, ["x", "dy"], ["dweight", "dbias", "weight", "bias"], (*moments(), N * S, np.ones((2, C))), (0, 1e-5)
-    ),
-    "backward_input": Call(_native.backward_input, ["x", "dx", "dy"], ["weight", "bias"], (*moments(), N * S, np.ones((2, C))), (0, 1e-5)),
+    "backward_sums": Call("backward_sums", ["x", "dy"], ["dweight", "dbias", "weight", "bias"], **HALVES),
+    "backward_input": Call("backward_input", ["x", "dx", "dy"], ["weight", "bias"], **HALVES),
 }
 
 
 @pytest.mark.parametrize(
-    ("road", "absent"), [(road, name) for road, call in CALLS.items() for name in (*call.tensors, *call.vectors)], ids="-".join
+    ("method", "absent"), [(method, name) for method, call in CALLS.items() for name in (*call.tensors, *call.values)], ids="-".join
 )
-def test_elements_without_an_address_are_an_error(road, absent):
-    CALLS[road]()
-    elements = C if absent in CALLS[road].vectors else N * C * S
+def test_elements_without_an_address_are_an_error(method, absent):
+    CALLS[method]()
+    elements = C if absent in CALLS[method].values else N * C * S
     with pytest.raises(RuntimeError, match=rf"^Expected memory, got address 0 for {elements} elements - at `{absent}`$"):
-        CALLS[road](absent)
+        CALLS[method](absent)
 
 
-@pytest.mark.parametrize("road", list(CALLS))
-def test_no_elements_need_no_address(road):
-    for absent in CALLS[road].tensors:
-        CALLS[road](absent, (0, C, S))
+@pytest.mark.parametrize("method", list(CALLS))
+def test_no_elements_need_no_address(method):
+    for absent in CALLS[method].tensors:
+        CALLS[method](absent, (0, C, S))
 
 
 @pytest.mark.parametrize("absent", ["weight", "scale"])

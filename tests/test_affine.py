@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastbn.affine import DTYPES, WeightLayout, batch_norm_affine, narrow, scale_weight
+from fastbn.affine import WeightLayout, batch_norm_affine, narrow, scale_weight
+from fastbn.dtypes import DTYPES
 
 DTYPE = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPES}
 LAYOUTS = [

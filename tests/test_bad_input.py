@@ -53,7 +53,7 @@ def _fails(here, capsys):
 
 
 def test_missing_file(fails):
-    assert "no such file or directory - at `nowhere.onnx`" in fails("fold", "nowhere.onnx", "out.onnx")
+    assert "Cannot use 'nowhere.onnx': no such file or directory\n" in fails("fold", "nowhere.onnx", "out.onnx")
     fails("verify", "nowhere.onnx", "in.onnx")
     fails("verify", "in.onnx", "nowhere.onnx")
     fails("bench", "nowhere.onnx")
@@ -150,7 +150,7 @@ def _external(here):
 @pytest.mark.usefixtures("external")
 def test_missing_external_file(here, fails):
     (here / "in.data").unlink()
-    assert "no such file or directory - at `in.data`" in fails("fold", "in.onnx", "out.onnx")
+    assert "Cannot use 'in.data': no such file or directory\n" in fails("fold", "in.onnx", "out.onnx")
     assert "in.data" in fails("fold", "in.onnx", "--dry-run")
 
 
@@ -212,7 +212,7 @@ def test_output_folder_that_refuses_after_all(fails, monkeypatch):
         return opened(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", denied)
-    assert "permission denied - at `out.onnx`" in fails("fold", "in.onnx", "out.onnx")
+    assert "Cannot use 'out.onnx': permission denied\n" in fails("fold", "in.onnx", "out.onnx")
 
 
 @pytest.mark.usefixtures("external")
@@ -222,7 +222,7 @@ def test_disk_full(call, fails, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(call, full)
-    assert "no space left on device - at `" in fails("fold", "in.onnx", "out.onnx", "--no-verify")
+    assert "Cannot use 'out.onnx': no space left on device\n" in fails("fold", "in.onnx", "out.onnx", "--no-verify")
 
 
 def test_disk_full_in_place_keeps_the_input(fails, monkeypatch):
@@ -290,90 +290,6 @@ def test_unknown_operator_domain_works_and_is_said(here, capsys):
     assert [node.op_type for node in onnx.load("out.onnx").graph.node] == ["Conv", "Magic"]
 
 
-def cyclic():
-    return conv_bn("(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(y, w, b) y = BatchNormalization(c, s, t, m, v) }")
-
-
-def without_inputs():
-    proto = conv_bn()
-    del proto.graph.node[1].input[3:]
-    return proto
-
-
-def wrong_raw_size():
-    proto = conv_bn()
-    proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]
-    return proto
-
-
-def unknown_type():
-    proto = conv_bn()
-    proto.graph.initializer[0].data_type = 99
-    return proto
-
-
-def negative_size():
-    proto = conv_bn()
-    proto.graph.initializer[0].dims[0] = -4
-    return proto
-
-
-def huge_size():
-    proto = conv_bn()
-    proto.graph.initializer[0].dims[0] = 2**62
-    return proto
-
-
-def no_source():
-    proto = conv_bn()
-    proto.graph.node[0].input[0] = "nowhere"
-    return proto
-
-
-def attribute_of_another_type():
-    proto = conv_bn()
-    proto.graph.node[1].attribute.append(onnx.helper.make_attribute("epsilon", "small"))
-    return proto
-
-
-def with_attribute(name, value):
-    proto = conv_bn()
-    proto.graph.node[0].attribute.append(onnx.helper.make_attribute(name, value))
-    return proto
-
-
-BROKEN = {
-    "cyclic graph": cyclic,
-    "no source": no_source,
-    "weights of a matrix": lambda: conv_bn(w=normal(4, 3)),
-    "weights for other channels": lambda: conv_bn(w=normal(4, 5, 3, 3)),
-    "weights without elements": lambda: conv_bn(w=normal(4, 0, 3, 3)),
-    "bias of another length": lambda: conv_bn(b=normal(5)),
-    "norm of another length": lambda: conv_bn(**norm(5)),
-    "one parameter of another length": lambda: conv_bn(m=normal(3)),
-    "parameter that is no vector": lambda: conv_bn(v=np.ones((2, 2), np.float32)),
-    "norm without statistics": without_inputs,
-    "another number of bytes": wrong_raw_size,
-    "tensor of an unknown type": unknown_type,
-    "tensor of negative size": negative_size,
-    "tensor of a huge size": huge_size,
-    "attribute of another type": attribute_of_another_type,
-    "group of zero": lambda: with_attribute("group", 0),
-    "groups that do not divide": lambda: with_attribute("group", 3),
-    "strides for other axes": lambda: with_attribute("strides", [1, 1, 1]),
-    "strides of zero": lambda: with_attribute("strides", [0, 1]),
-    "strides of another type": lambda: with_attribute("strides", [1.5, 1.5]),
-    "pads for other axes": lambda: with_attribute("pads", [1, 1]),
-}
-
-
-@pytest.mark.parametrize("verify", ["", "--no-verify", "--dry-run"])
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_models(case, verify, here, fails):
-    (here / "broken.onnx").write_bytes(BROKEN[case]().SerializeToString())
-    fails("fold", "broken.onnx", "out.onnx", *filter(None, [verify]))
-
-
 def test_unknown_globs_name_what_there_is(fails):
     line = fails("fold", "in.onnx", "out.onnx", "--only", "layer*")
     assert "BatchNormalization: y" in line
@@ -415,7 +331,7 @@ def test_memory_that_runs_out(fails, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("fastbn.graph.job.fold", exhausted)
-    assert "Expected enough memory" in fails("fold", "in.onnx", "out.onnx")
+    assert "the memory does not suffice" in fails("fold", "in.onnx", "out.onnx")
 
 
 def test_interrupt_in_process(here, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import functional, halves, reference
+from fastbn import backward_halves, functional, reference
 
 SHAPES = [
     (4, 3, 5, 5),
@@ -387,10 +387,10 @@ def parts(array, axis=0):
 def in_halves(dys, xs, weight, bias, **options):
     """What processes with a part of the batch each compute: (y, dx) of the parts, and dweight, dbias of the whole."""
     stats = fastbn.merge_stats([fastbn.batch_stats(x, axis=options["axis"]) for x in xs])
-    ys = [functional.normalise_with(x, stats, weight, bias, **options) for x in xs]
-    found = [halves.backward_sums(dy, x, stats, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
+    ys = [functional.normalize_with(x, stats, weight, bias, **options) for x in xs]
+    found = [backward_halves.backward_sums(dy, x, stats, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
     sums = np.sum([half[0] for half in found], axis=0)
-    dxs = [halves.backward_input(dy, x, stats, sums, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
+    dxs = [backward_halves.backward_input(dy, x, stats, sums, weight, bias, **options) for dy, x in zip(dys, xs, strict=True)]
     return ys, dxs, np.sum([half[1] for half in found], axis=0), np.sum([half[2] for half in found], axis=0)
 
 
@@ -440,4 +440,4 @@ def test_parts_of_a_constant_channel_without_eps():
 def test_sums_of_another_shape_are_refused():
     x = np.ones((2, 3), np.float32)
     with pytest.raises(fastbn.ArgumentError, match=r"Expected shape \(2, 3\), got shape \(3, 2\) - at `sums`"):
-        halves.backward_input(x, x, fastbn.batch_stats(x), np.zeros((3, 2)))
+        backward_halves.backward_input(x, x, fastbn.batch_stats(x), np.zeros((3, 2)))

@@ -406,7 +406,7 @@ def test_parameters_per_element_stay():
     refuses(model(text, opset=8, ir_version=7, w=W, b=B, **parameters), "per-element", verify=False)
 
 
-# RepVGG: the norm of the identity becomes the centre of the kernel beside it.
+# RepVGG: the norm of the identity becomes the center of the kernel beside it.
 def repvgg(conv, *, groups=1, kernel=3, channels=4, x="2,4,6,6", more="", tail="d = Add(c, n)", **constants):
     text = (
         f"(float[{x}] x) => (float y) {{ r = Tanh(x) c = {conv} (r, w) n = BatchNormalization(r, s, t, m, v) {more} {tail} y = Tanh(d) }}"
@@ -423,7 +423,7 @@ SIBLINGS = {
     "depthwise": repvgg("Conv <pads = [1,1,1,1], group = 4>", groups=4),
     "dilation": repvgg("Conv <pads = [2,2,2,2], dilations = [2,2]>"),
     "even kernel": repvgg("Conv <pads = [1,1,0,0]>", kernel=2),
-    "off centre": repvgg("Conv <pads = [0,2,2,0]>"),
+    "off center": repvgg("Conv <pads = [0,2,2,0]>"),
     "identity first": repvgg("Conv <pads = [1,1,1,1]>", tail="d = Add(n, c)"),
     "three branches": repvgg("Conv <pads = [1,1,1,1]>", more="p = Conv(r, w1) q = Add(p, c)", tail="d = Add(q, n)", w1=normal(4, 4, 1, 1)),
     "three branches, nested": repvgg(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import BatchStats, _check, _native
+from fastbn import BatchStats, _native
+from fastbn.geometry import find_layout
 
 X = np.ones((4, 3, 5), np.float32)
 ONES = np.ones(3)
@@ -188,14 +189,17 @@ def test_interleaved_arrays_do_not_overlap():
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 5), (1, 4, 2), (3, 2, 1, 1), (4, 1, 6), (0, 3), (3, 2, 0)])
-def test_the_view_of_dense_arrays_is_the_general_one(shape):
+def test_the_layout_of_dense_arrays_is_the_general_one(shape):
     x, transposed = np.zeros(shape, np.float32), np.zeros(shape[::-1], np.float32).T
     for axis in range(len(shape)):
-        general = _check.layout(shape, axis, 4, x.strides, x.strides)
-        dense = _native.dense_view(axis, (x, None, x))
+        general = find_layout(shape, axis, 4, x.strides, x.strides)
+        dense = _native.dense_layout(axis, (x, None, x))
         if 0 in shape or shape[axis] == 1:
             assert dense is None
             continue
         N, C, S = dense
-        assert general == (N, C, S, *(C * S, S, 1) * 2)
-        assert _native.dense_view(axis, (x, transposed)) is None or transposed.flags.c_contiguous
+        assert general[:3] == (N, C, S)
+        assert not general.channels_last or S == 1
+        axes, contiguous = (general.n_axis, general.c_axis, general.s_axis), (C * S, S, 1)
+        assert all(axis < 0 or x.strides[axis] == 4 * stride for axis, stride in zip(axes, contiguous, strict=True))
+        assert _native.dense_layout(axis, (x, transposed)) is None or transposed.flags.c_contiguous

@@ -25,7 +25,7 @@ def with_map(text, **constants):
     return proto
 
 
-def labelled(text, op="LabelEncoder", **constants):
+def labeled(text, op="LabelEncoder", **constants):
     """Return a model whose label, a whole number a, becomes a string z."""
     proto = model(text, **constants)
     proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 2))
@@ -47,9 +47,9 @@ IMAGES = {"w": normal(5, 3, 3, 3), "b": normal(5), **norm(5)}
 HIDDEN = {
     "ZipMap behind Gemm": (with_map(GEMM, **VECTORS), ("p",), "Gemm Softmax ZipMap"),
     "ZipMap behind Conv": (with_map(CONV, **IMAGES), ("p",), "Conv GlobalAveragePool Flatten Softmax ZipMap"),
-    "LabelEncoder": (labelled(LABEL, **VECTORS), ("a",), "Gemm ArgMax LabelEncoder"),
-    "LabelEncoder beside scores": (labelled(SCORES, **VECTORS), ("n", "a"), "Gemm ArgMax LabelEncoder"),
-    "Cast to string": (labelled(LABEL, "Cast", **VECTORS), ("a",), "Gemm ArgMax Cast"),
+    "LabelEncoder": (labeled(LABEL, **VECTORS), ("a",), "Gemm ArgMax LabelEncoder"),
+    "LabelEncoder beside scores": (labeled(SCORES, **VECTORS), ("n", "a"), "Gemm ArgMax LabelEncoder"),
+    "Cast to string": (labeled(LABEL, "Cast", **VECTORS), ("a",), "Gemm ArgMax Cast"),
 }
 
 

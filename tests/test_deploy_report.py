@@ -98,7 +98,7 @@ def test_everything_is_in_it(whole):
     ):
         assert words in page.text, words
     assert re.search(r"error \d\.\de-\d\d of \d\.\de-\d\d allowed \(\d+ %\)", page.text)
-    assert page.tags.count("svg") == 2 * 6 + 1 + 4 + 5, "each site before and after, the whole model, two legends"
+    assert page.tags.count("svg") == 2 * 6 + 1 + 4 + 5, "each fold before and after, the whole model, two legends"
 
 
 def test_it_is_one_file_that_asks_for_no_other(whole):
@@ -127,8 +127,8 @@ def test_it_is_accessible(whole):
     assert "@media print" in whole
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return sum(
         w * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
         for w, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
@@ -144,14 +144,14 @@ def test_the_contrast_is_that_of_wcag_aa_in_every_scheme():
     schemes = re.findall(r":root \{(.*?)\}", (FOLDER / "report.css").read_text(encoding="utf-8"), re.DOTALL)
     assert len(schemes) == 3, "light, dark, print"
     for scheme in schemes:
-        colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", scheme))
-        fills = [name for name in colours if name.endswith("-fill")]
+        colors = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", scheme))
+        fills = [name for name in colors if name.endswith("-fill")]
         pairs = [(text, ground) for text in ("text", "muted", "blue") for ground in ("page", "card")]
         pairs += [("text", fill) for fill in fills] + [(fill.removesuffix("-fill"), fill) for fill in fills]
         for text, ground in pairs:
-            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
         for bar in ("bar-original", "bar-folded", "bar-quantized"):
-            assert contrast(colours[bar], colours["card"]) >= 3, bar
+            assert contrast(colors[bar], colors["card"]) >= 3, bar
 
 
 def evil_model():
@@ -212,7 +212,7 @@ def test_a_large_model_gives_a_small_report_that_says_what_it_leaves_out():
     page = Page(text)
     assert len(text) < 400_000
     assert "40 of 60 folds are drawn; the table has all, the JSON report every one." in page.text
-    drawn = drawing.draw_model(made.fold)
+    drawn = drawing.draw_model(planning_of(made.fold))
     assert len(drawn.boxes) <= drawing.MODEL_BOXES + 2
     assert drawn.hidden == 0
     assert drawn.text == "450 nodes: 60 taken out, 60 that took them in, 90 that stayed"
@@ -223,7 +223,7 @@ def test_a_graph_of_many_long_edges_is_drawn_in_little_space():
     names = ", ".join(f"v{number}" for number in range(400))
     text = f"(float[2,4] x) => (float[2,1600] y) {{ v0 = Relu(x){chain} y = Concat<axis=1>({names}) }}"
     made = fastbn.deploy(model(text), runs=1)
-    drawn = drawing.draw_model(made.fold)
+    drawn = drawing.draw_model(planning_of(made.fold))
     assert drawn.hidden == 401 - drawing.MODEL_BOXES, "no node of it stands in a chain"
     page = report.render(made)
     assert f"The last {drawn.hidden} nodes are not drawn." in Page(page).text
@@ -234,15 +234,15 @@ def boxes_of(drawn):
     return [(box.kind, box.lines[0]) for box in drawn.boxes if not box.is_bend]
 
 
-def test_a_site_before_and_after():
+def test_a_fold_before_and_after():
     result = fastbn.fold(
         conv_bn("(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv(x, w) n = BatchNormalization(c, s, t, m, v) y = Relu(n) }")
     )
     planning = planning_of(result)
     (plan,) = planning.plans
-    before, after = drawing.draw_site(plan, planning, planning.view.index.opset)
-    assert boxes_of(before) == [("home", "Conv"), ("removed", "BatchNormalization"), ("near", "x"), ("near", "Relu")]
-    assert boxes_of(after) == [("home", "Conv"), ("near", "x"), ("near", "Relu")]
+    before, after = drawing.draw_fold(plan, planning)
+    assert boxes_of(before) == [("absorber", "Conv"), ("removed", "BatchNormalization"), ("near", "x"), ("near", "Relu")]
+    assert boxes_of(after) == [("absorber", "Conv"), ("near", "x"), ("near", "Relu")]
     assert after.boxes[0].lines == ["Conv", "c", "new W and B"]
     assert before.text == "Conv then BatchNormalization; n is taken out"
     assert len(before.paths) == 3
@@ -254,13 +254,13 @@ def test_a_shift_that_stays_is_drawn_as_an_add():
     result = fastbn.fold(model(text, w=normal(4, 3), **norm(3)))
     planning = planning_of(result)
     (plan,) = planning.plans
-    _, after = drawing.draw_site(plan, planning, planning.view.index.opset)
+    _, after = drawing.draw_fold(plan, planning)
     assert [lines[0] for _, *lines in boxes_of(after)][:2] == ["MatMul", "Add"]
 
 
 def test_boxes_do_not_overlap_and_stay_inside():
     for name in ("densenet_like", "levit_like", "unet"):
-        drawn = drawing.draw_model(fastbn.fold(make_models.MODELS[name](), verify=False))
+        drawn = drawing.draw_model(planning_of(fastbn.fold(make_models.MODELS[name](), verify=False)))
         rows = {}
         for box in drawn.boxes:
             assert box.x >= 0
@@ -274,7 +274,7 @@ def test_boxes_do_not_overlap_and_stay_inside():
 
 
 def test_edges_go_down_and_past_no_rank():
-    drawn = drawing.draw_model(fastbn.fold(make_models.MODELS["unet"](), verify=False))
+    drawn = drawing.draw_model(planning_of(fastbn.fold(make_models.MODELS["unet"](), verify=False)))
     for path in drawn.paths:
         heights = [float(y) for y in re.findall(r"[-\d.]+ ([-\d.]+)(?=[CV]|$)", path)]
         assert heights == sorted(heights)
@@ -297,7 +297,7 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
     (here / "report.html").write_text("mine")
     (here / "out.onnx").unlink()
     assert deploy("--report", "report.html") == 2
-    message = "Expected a report that does not exist yet, or --force (force=True), got an existing file - at `report.html`"
+    message = "Cannot write the report to 'report.html': it exists; --force (force=True) replaces it"
     assert capsys.readouterr().err == f"fastbn: {message}\n"
     assert files(here) == ["in.onnx", "report.html"]
     assert (here / "report.html").read_text() == "mine"
@@ -312,10 +312,10 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("in.onnx", "Expected a report that is no model, got the same file"),
-        ("out.onnx", "Expected a report that is no model, got the same file"),
+        ("in.onnx", "Cannot write the report to 'in.onnx': that is the input or the output"),
+        ("out.onnx", "Cannot write the report to 'out.onnx': that is the input or the output"),
         (".", "Expected a report file, got a folder"),
-        ("none/report.html", "Expected a writable folder for the report, got one that is not - at `none`"),
+        ("none/report.html", "Cannot write the report to 'none/report.html': no file can be made in the folder 'none'"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_known_before_any_work(where, message, here, capsys):
@@ -327,7 +327,7 @@ def test_a_report_that_cannot_be_written_is_known_before_any_work(where, message
 def test_without_jinja2_one_line_says_what_to_install(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert deploy("--report", "report.html") == 2
-    assert capsys.readouterr().err == "fastbn: Expected jinja2 (pip install 'fastbn[report]'), got none installed - at `--report`\n"
+    assert capsys.readouterr().err == "fastbn: Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')\n"
     assert deploy() == 0
 
 

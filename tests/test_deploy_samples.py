@@ -264,14 +264,18 @@ BAD_FILES = {
     "missing": (
         lambda folder: "none.npz",
         StorageError,
-        r"^Expected a file that can be used, got no such file or directory - at `none.npz`$",
+        r"^Cannot use 'none.npz': no such file or directory$",
     ),
-    "missing folder": (lambda folder: "none", StorageError, r"^Expected a file or folder of samples, got none - at `none`$"),
+    "missing folder": (lambda folder: "none", StorageError, r"^Cannot read samples: 'none' does not exist$"),
     "no zip": (bad_zip, StorageError, r"^Expected a \.npz file of numbers, got .* - at `data.npz`$"),
     "pickled": (pickled, StorageError, r"^Expected a \.npy file of numbers, got .*Python objects.* - at `data.npy`$"),
-    "no tensor": (broken_pb, StorageError, r"^Expected an ONNX tensor, got bytes that are none - at `data.pb`$"),
-    "empty tensor": (empty_pb, StorageError, r"^Expected an ONNX tensor, got bytes that are none - at `data.pb`$"),
-    "empty folder": (empty_folder, ArgumentError, r"^Expected files of one kind \(.*\) or test_data_set_\*, got none there - at `none`$"),
+    "no tensor": (broken_pb, StorageError, r"^Cannot read 'data.pb': it holds no ONNX tensor$"),
+    "empty tensor": (empty_pb, StorageError, r"^Cannot read 'data.pb': it holds no ONNX tensor$"),
+    "empty folder": (
+        empty_folder,
+        ArgumentError,
+        r"^Expected files of one kind \(.*\) or test_data_set_\*, got a folder without any - at `none`$",
+    ),
     "mixed folder": (mixed_folder, ArgumentError, r"^Expected files of one kind .*, got \.npy and \.npz in one folder - at `mixed`$"),
     "unknown ending": (unknown_ending, ArgumentError, r"^Expected a file that ends in \.npz, \.npy, \.pb, got data\.csv - at `data\.csv`$"),
     "NaN": (with_value(np.nan), ArgumentError, r"^Expected finite values, got NaN in 2 of 6 samples of 'x' - at `data.npz`$"),
@@ -323,7 +327,7 @@ def test_several_inputs_that_do_not_go_together(here):
     with pytest.raises(ArgumentError, match=r"Expected 2 inputs \(a, b\), got 3 - at `test`"):
         read_samples("test", index, 9)
     (here / "sets" / "test_data_set_0").mkdir(parents=True)
-    with pytest.raises(ArgumentError, match=r"Expected input_0\.pb, \.\.\., got none there"):
+    with pytest.raises(ArgumentError, match=r"Cannot read samples: there is no input_0\.pb in"):
         read_samples("sets", index, 9)
 
 

@@ -11,6 +11,7 @@ from sketch import classifier, model, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.deployment import pipeline, report
+from fastbn.graph import job
 from fastbn.graph.results import Parity
 
 
@@ -35,14 +36,14 @@ def deploy(capsys, *options, code=5):
 @pytest.fixture(name="parity", params=["not-run", "inconclusive"])
 def _parity(request, monkeypatch):
     """The status of a whole model whose parity proves nothing."""
-    real = pipeline.fold
+    real = job.fold
 
     def fold(*arguments, **options):
         result = real(*arguments, **options)
         result.parity = Parity(request.param, reason="on purpose")
         return result
 
-    monkeypatch.setattr(pipeline, "fold", fold)
+    monkeypatch.setattr(job, "fold", fold)
     return request.param
 
 

@@ -219,7 +219,7 @@ def test_long_names(length, model, here, capsys):
         assert main(["fold", model, name, "-q"]) == 0
         assert fastbn.verify(model, name).ok
         assert main(["fold", name, "--in-place", "-q", "--json", "j" * length]) == 0
-    assert "file name too long - at" in fails(capsys, "fold", model, "n" * 256)
+    assert fails(capsys, "fold", model, "n" * 256).endswith("n': file name too long\n")
 
 
 @contextlib.contextmanager
@@ -275,7 +275,7 @@ def test_a_reader_that_leaves_is_said(here, capsys):
     proto.doc_string = "x" * (1 << 20)
     (here / "in.onnx").write_bytes(proto.SerializeToString())
     assert main(["fold", "in.onnx", "fifo", "-q", "--no-verify"]) == 2
-    assert capsys.readouterr().err == "fastbn: Expected a file that can be used, got broken pipe - at `fifo`\n"
+    assert capsys.readouterr().err == "fastbn: Cannot use 'fifo': broken pipe\n"
 
 
 @needs_root
@@ -380,7 +380,7 @@ def test_a_device_is_no_model(name, here, capsys):
 def test_a_report_that_cannot_be_written_leaves_no_model(arguments, here, capsys):
     command = "deploy" if "--report" in arguments else "fold"
     assert main([command, "in.onnx", "out.onnx", *arguments, "-q"]) == 2
-    assert "no space left on device - at `/dev/full`" in capsys.readouterr().err
+    assert "Cannot use '/dev/full': no space left on device\n" in capsys.readouterr().err
     assert files(here) == ["in.onnx"]
 
 
@@ -410,7 +410,7 @@ def test_a_rename_that_fails(here, capsys, monkeypatch):
     monkeypatch.setattr("os.replace", refused)
     assert main(["fold", "in.onnx", "out.onnx", "--no-verify", "--json", "report.json"]) == 2
     out, err = capsys.readouterr()
-    assert err == "fastbn: Expected a file that can be used, got operation not permitted - at `out.onnx`\n"
+    assert err == "fastbn: Cannot use 'out.onnx': operation not permitted\n"
     assert "wrote" not in out
     assert files(here) == ["in.onnx"]
 

@@ -1,4 +1,4 @@
-"""The compiled way of plain tensors beside the general way: the same bits, and nothing taken for plain that is not."""
+"""Plain tensors, read by DLPack, beside the general way: the same bits, and nothing taken for plain that is not."""
 
 import copy
 
@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastbn import _native, _torch  # noqa: E402
+from fastbn import _native  # noqa: E402
+from fastbn._torch import kernels  # noqa: E402
 from fastbn.torch import batch_norm, convert  # noqa: E402
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -44,9 +45,9 @@ def test_both_ways_give_the_same_bits(monkeypatch, shape, last, dtype, parameter
     order = LAST.get(len(shape), torch.contiguous_format) if last else torch.contiguous_format
     x, dy = (tensor(shape, seed, dtype).contiguous(memory_format=order) for seed in (2, 3))
     y, mean, var = torch.empty_like(x), module.running_mean, module.running_var
-    assert _torch.plain.infer(x, y, mean, var, None, None, 1e-5, 1)
+    assert kernels.plain.infer(x, y, mean, var, None, None, 1e-5, 1)
     plain, versions = results(module, x, dy, training)
-    monkeypatch.setattr(_torch, "plain", _native.Exchange(None, torch.empty_like, torch.Tensor, torch.nn.Parameter))
+    monkeypatch.setattr(kernels, "plain", _native.PlainTensors(None, torch.empty_like, torch.Tensor, torch.nn.Parameter))
     general, others = results(module, x, dy, training)
     for one, other in zip(plain, general, strict=True):
         assert one.dtype is other.dtype
@@ -85,10 +86,10 @@ def test_what_is_not_plain_is_left_alone(x):
     out = torch.full_like(x, 7) if x.layout is torch.strided else x
     before = out.clone()
     ones = torch.ones(x.shape[1] if x.dim() > 1 else 1)
-    assert not _torch.plain.infer(x, out, ones, ones, None, None, 0.0, 1)
-    assert _torch.plain.train(x, out, None, None, None, None, None, 0.0, 0.1, 1) is None
+    assert not kernels.plain.infer(x, out, ones, ones, None, None, 0.0, 1)
+    assert kernels.plain.train(x, out, None, None, None, None, None, 0.0, 0.1, 1) is None
     moments = np.zeros(len(ones)), np.ones(len(ones))
-    assert _torch.plain.backward(x, out, x, None, None, *moments, 0, 0.0, False, (True, False, False), 1) is None
+    assert kernels.plain.backward(x, out, x, None, None, *moments, 0, 0.0, False, (True, False, False), 1) is None
     if out.device.type == "cpu" and out.layout is torch.strided:
         assert torch.equal(out, before)
 
@@ -110,8 +111,8 @@ def test_what_is_not_plain_is_left_alone(x):
 def test_vectors_that_are_not_plain_are_left_alone(vector, place):
     out, vectors = torch.full_like(X, 7), [torch.ones(6) for _ in range(4)]
     vectors[place] = vector
-    assert not _torch.plain.infer(X, out, *vectors, 0.0, 1)
-    assert _torch.plain.train(X, out, *vectors, None, 0.0, 0.1, 1) is None
+    assert not kernels.plain.infer(X, out, *vectors, 0.0, 1)
+    assert kernels.plain.train(X, out, *vectors, None, 0.0, 0.1, 1) is None
     assert torch.equal(out, torch.full_like(X, 7))
     assert all(torch.equal(given, torch.ones(6)) for given in vectors if given is not vector)
 
@@ -119,13 +120,13 @@ def test_vectors_that_are_not_plain_are_left_alone(vector, place):
 @pytest.mark.parametrize("batches", [torch.tensor([3]), torch.tensor(3, dtype=torch.int32), torch.tensor(3.0)], ids=str)
 def test_counters_that_are_not_plain_are_left_alone(batches):
     before = batches.clone()
-    assert _torch.plain.train(X, torch.empty_like(X), None, None, None, None, batches, 0.0, 0.1, 1) is None
+    assert kernels.plain.train(X, torch.empty_like(X), None, None, None, None, batches, 0.0, 0.1, 1) is None
     assert torch.equal(batches, before)
 
 
 def test_one_value_per_channel_is_left_to_the_error():
     x = torch.ones(1, 6)
-    assert _torch.plain.train(x, torch.empty_like(x), None, None, None, None, None, 0.0, 0.1, 1) is None
+    assert kernels.plain.train(x, torch.empty_like(x), None, None, None, None, None, 0.0, 0.1, 1) is None
 
 
 def test_the_operator_takes_one_value_per_channel():
@@ -139,10 +140,10 @@ def test_the_operator_takes_one_value_per_channel():
 def test_outputs_and_gradients_must_be_like_the_input():
     moments, wanted = (np.zeros(6), np.ones(6)), (True, False, False)
     for other in (X.double(), X[:2], X.contiguous(memory_format=torch.channels_last), X.flatten(2)):
-        assert _torch.plain.train(X, other, None, None, None, None, None, 0.0, 0.1, 1) is None
-        assert _torch.plain.backward(X, torch.empty_like(X), other, None, None, *moments, 0, 0.0, False, wanted, 1) is None
+        assert kernels.plain.train(X, other, None, None, None, None, None, 0.0, 0.1, 1) is None
+        assert kernels.plain.backward(X, torch.empty_like(X), other, None, None, *moments, 0, 0.0, False, wanted, 1) is None
     for wanted in ((True, True, False), (True, False, True)):  # gradients of parameters that are not there have no type
-        assert _torch.plain.backward(X, torch.empty_like(X), X, None, None, *moments, 0, 0.0, False, wanted, 1) is None
+        assert kernels.plain.backward(X, torch.empty_like(X), X, None, None, *moments, 0, 0.0, False, wanted, 1) is None
 
 
 def test_negative_views_have_their_values():

@@ -1,6 +1,7 @@
 """The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -14,13 +15,15 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 FLOORS = [
     ["_types"],
     ["_native", "errors", "memory"],
-    ["affine", "stats"],
-    ["_check", "sync"],
-    ["reference", "config", "geometry", "folding"],
-    ["functional", "halves"],
-    ["layers", "_torch"],
-    ["_operators"],
-    ["_autograd"],
+    ["dtypes", "geometry", "stats"],
+    ["affine", "_check", "sync"],
+    ["reference", "config", "folding", "conversion"],
+    ["functional", "backward_halves"],
+    ["layers", "_torch.__init__"],
+    ["_torch.kernels"],
+    ["_torch.distributed"],
+    ["_torch.operators"],
+    ["_torch.autograd"],
     ["torch"],
     ["keras.callbacks"],
     ["keras.torch", "keras.jax", "keras.tensorflow"],
@@ -73,10 +76,12 @@ FLOORS = [
     ["deployment.samples", "deployment.quantize", "deployment.scores", "deployment.compare", "deployment.measure", "deployment.drawing"],
     ["deployment.quantizer", "deployment.options", "deployment.report"],
     ["deployment.result"],
+    ["deployment.verdict"],
     ["deployment.pipeline"],
     ["deployment.__init__"],
     ["__init__"],
     ["terminal", "arguments"],
+    ["delivery"],
     ["cli"],
     ["__main__"],
 ]
@@ -85,10 +90,13 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 
 # Who may import what is optional.
 OPTIONAL = {
+    "_types": ["typing_extensions"],  # type checkers bring it
     "torch": ["torch"],
-    "_torch": ["torch"],
-    "_operators": ["torch"],
-    "_autograd": ["torch"],
+    "_torch.kernels": ["torch"],
+    "_torch.distributed": ["torch"],
+    "_torch.operators": ["torch"],
+    "_torch.autograd": ["torch"],
+    "conversion": ["torch", "keras"],
     "layers": ["torch", "keras"],
     "keras.torch": ["torch"],
     "keras.jax": ["jax"],
@@ -99,13 +107,16 @@ OPTIONAL = {
 }
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
-MEETING = {"_types", "affine", "errors"}
+MEETING = {"_types", "affine", "dtypes", "errors"}
 GRAPH_WING = ("graph.", "deployment.")
 
 
-def imported(name):
-    """Yield (module of the package or None, module as written, whether it is loaded with the file) for every import of a file."""
+def imported(name, types=True):
+    """Yield (module of the package or None, module as written, whether it is loaded with the file) for every import of a file; without
+    `types`, for those that Python sees."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    if not types:
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and for_checkers(node))]
     blocks = [node for node in tree.body if isinstance(node, ast.Try) or (isinstance(node, ast.If) and not for_checkers(node))]
     top = set(tree.body) | {child for node in blocks for child in ast.walk(node)}
     for node in ast.walk(tree):
@@ -143,7 +154,8 @@ def test_every_file_stands_on_a_floor():
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_imports_only_from_lower_floors(name):
-    for target, module, top in imported(name):
+    # Types may be named across floors: nothing is loaded, and a result names the report that names the result.
+    for target, module, top in imported(name, types=False):
         # fastbn itself may be asked for its version and its graph wing when they are needed, not when it is loaded.
         if target is None or (not top and target in ("__init__", "graph.__init__")):
             continue
@@ -151,7 +163,7 @@ def test_a_file_imports_only_from_lower_floors(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(GRAPH_WING)])
-def test_the_wings_meet_in_affine_and_errors(name):
+def test_the_wings_meet_in_few_files(name):
     for target, module, top in imported(name):
         # Its version is what the package may be asked for, when it is needed.
         allowed = target is None or target.startswith(GRAPH_WING) or target in MEETING or (target == "__init__" and not top)
@@ -178,3 +190,46 @@ def test_only_the_dependencies_are_imported(name):
     allowed = {*sys.stdlib_module_names, "fastbn", "numpy", "onnx", "onnxruntime", "google", *OPTIONAL.get(name, ())}
     for _, module, _ in imported(name):
         assert module.split(".")[0] in allowed
+
+
+# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one room; isa_<name>.c are all "isa".
+ROOT = Path(__file__).resolve().parent.parent
+C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)[1].split("<")
+C_FLOOR = {name: number for number, floor in enumerate(C_FLOORS) for name in re.findall(r"\w+", floor)}
+C_FILES = {path.name: path for path in sorted((ROOT / "src_c").iterdir())}
+C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
+C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string"}
+
+
+def c_room(file):
+    stem = file.rpartition(".")[0]
+    return "isa" if stem.startswith("isa_") else stem
+
+
+def c_included(name):
+    """Yield ("<" or a quote, file) of every #include line of a C file."""
+    yield from re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', C_FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_c_file_stands_on_a_floor():
+    assert {c_room(name) for name in C_FILES} == set(C_FLOOR)
+    assert len(C_FLOORS) > 5
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_a_c_file_includes_only_from_lower_floors(name):
+    for bracket, file in c_included(name):
+        if bracket == '"' and c_room(file) != c_room(name):
+            assert C_FLOOR[c_room(file)] < C_FLOOR[c_room(name)], f"{name} includes {file}"
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_c_includes_nothing_but_libc_libm_pthreads_and_vectors(name):
+    for bracket, file in c_included(name):
+        assert file in C_FILES if bracket == '"' else file.removesuffix(".h") in C_STANDARD | C_SYSTEM
+
+
+@pytest.mark.parametrize("name", C_FILES)
+def test_no_c_file_has_the_name_of_a_header_of_the_system(name):
+    """src_c is searched before the directories of the system: threads.h would hide C11's own from Python's headers."""
+    assert name.rpartition(".")[0] not in C_STANDARD | C_SYSTEM | {"assert", "errno", "float", "limits", "stdbool", "threads", "time"}

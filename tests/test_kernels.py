@@ -160,7 +160,7 @@ def test_nothing_beside_the_arrays_is_touched(dtype, isa, at_end):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_neighbours_of_a_strided_output_are_left_alone(isa):
+def test_neighbors_of_a_strided_output_are_left_alone(isa):
     rng = np.random.default_rng(0)
     with fastbn.use_isa(isa):
         for shape in [(4, 5, 37), (4, 5, 3), (70, 41), (3, 6, 19, 5)]:

@@ -130,7 +130,7 @@ def test_out_and_in_place():
     assert layer.backward(x, out=dx)[0] is dx
     layer(x, out=x)
     assert x.tobytes() == y.tobytes()
-    with pytest.raises(fastbn.ArgumentError, match=r"Expected a forward pass that kept its x, got none - at `backward`"):
+    with pytest.raises(fastbn.ArgumentError, match="Cannot go backward: there is no forward pass, or it has overwritten its x"):
         layer.backward(x)
 
 
@@ -206,7 +206,7 @@ def test_bad_input_moves_nothing(x, error, message, training):
 
 
 def test_backward_before_forward():
-    with pytest.raises(fastbn.ArgumentError, match="at `backward`"):
+    with pytest.raises(fastbn.ArgumentError, match="Cannot go backward"):
         BatchNorm(4).backward(np.ones((2, 4)))
 
 
@@ -401,7 +401,7 @@ def test_processes_of_different_channels():
     def work(comm, rank):
         return BatchNorm(4 + rank, comm=comm)(np.ones((2, 4 + rank), np.float32))
 
-    with pytest.raises(fastbn.ArgumentError, match="Expected as many channels in every process"):
+    with pytest.raises(fastbn.ArgumentError, match="Cannot merge the statistics of several processes: their numbers of channels differ"):
         Ranks(2).run(work)
 
 

@@ -143,13 +143,13 @@ def test_bad_parameters_are_refused_and_the_channel_is_named(name, values):
 def test_a_decomposed_batch_norm_that_stays_is_reported_as_one():
     text = """(float[2,4,3,3] x) => (float[2,4,3,3] y) {
         r = Tanh(x)
-        centred = Sub(r, mean)
-        scaled = Mul(centred, k)
+        centered = Sub(r, mean)
+        scaled = Mul(centered, k)
         shifted = Add(scaled, k)
         y = Tanh(shifted)
     }"""
     result = fastbn.fold(model(text, mean=normal(4, 1, 1, seed=2), k=PER_CHANNEL))
-    assert [(fold.bn, fold.into) for fold in result.folded] == [("centred", "shifted")]
+    assert [(fold.bn, fold.into) for fold in result.folded] == [("centered", "shifted")]
     (kept,) = result.kept
     assert kept.bn == "scaled+shifted"
     assert kept.ops == ("Mul", "Add")
@@ -175,8 +175,8 @@ def test_decomposed_with_the_constant_first():
     assert [fold.bn for fold in result.folded] == ["scaled+y"]
 
 
-def test_what_cancelled_in_a_bias_is_not_forgotten():
-    """A shift that is small only because t - m * s cancelled is rounded as its terms are, and so is what becomes of it in the next link."""
+def test_what_canceled_in_a_bias_is_not_forgotten():
+    """A shift that is small only because t - m * s canceled is rounded as its terms are, and so is what becomes of it in the next link."""
     first = {"s": normal(4) + 2, "m": normal(4, seed=1) + 5, "v": np.ones(4, np.float32)}
     first["t"] = first["s"] * first["m"] / np.sqrt(np.float32(1) + np.float32(1e-5))
     nothing = {name: np.zeros(4, np.float32) for name in ("t2", "m2", "t3", "m3")}
@@ -192,7 +192,7 @@ def test_what_cancelled_in_a_bias_is_not_forgotten():
     assert len(result.kept) == 1
 
 
-def test_what_cancelled_in_an_add_is_not_forgotten():
+def test_what_canceled_in_an_add_is_not_forgotten():
     text = """(float[16,4,8,8] x) => (float[16,4,8,8] y) {
         a = BatchNormalization(x, s, t, m, v)
         b = Add(a, k)

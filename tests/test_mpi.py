@@ -11,7 +11,7 @@ pytest.importorskip("mpi4py")
 if shutil.which("mpirun") is None:
     pytest.skip("mpirun is not installed", allow_module_level=True)
 
-# Asked of mpi4py's package alone: initialising MPI here would make this process one of its own.
+# Asked of mpi4py's package alone: initializing MPI here would make this process one of its own.
 import mpi4py
 
 mpi4py.rc.initialize = False

@@ -233,7 +233,7 @@ def test_the_input_of_zeros_alone_proves_nothing():
 
 
 FAR = np.full(4, 1000, np.float32)
-CANCELLING = {
+CANCELING = {
     "norms": (
         "n = BatchNormalization(r, v, far, far, v) k = BatchNormalization(n, s, zero, zero, v) q = Neg(k)"
         " y = BatchNormalization(q, s, zero, zero, v)",
@@ -243,10 +243,10 @@ CANCELLING = {
 }
 
 
-@pytest.mark.parametrize("case", CANCELLING)
+@pytest.mark.parametrize("case", CANCELING)
 def test_shifts_that_cancel_on_their_way_are_bounded_by_what_they_were(case):
     """The original rounds at 1000 times the size of what is left, a chain that is one norm does not."""
-    nodes, expected = CANCELLING[case]
+    nodes, expected = CANCELING[case]
     constants = {"far": FAR, "zero": np.zeros(4, np.float32), "there": FAR.reshape(4, 1, 1), "back": FAR.reshape(4, 1, 1) + 0.5}
     used = {name: values for name, values in constants.items() if name in nodes}
     proto = model(

@@ -1,4 +1,4 @@
-"""onnxruntime's quantiser in its own process: whatever it does, the folded model is shipped with a reason, and nothing is left behind."""
+"""onnxruntime's quantizer in its own process: whatever it does, the folded model is shipped with a reason, and nothing is left behind."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def _here(tmp_path, monkeypatch):
 
 
 def program(spoil, note=None):
-    """Return what the process runs when its quantiser is spoilt by some lines of Python; the file `note` gets its number."""
+    """Return what the process runs when its quantizer is spoiled by some lines of Python; the file `note` gets its number."""
     lines = [
         "import ctypes, os, signal, time",
         "from onnxruntime import quantization",
@@ -50,7 +50,7 @@ def program(spoil, note=None):
 
 
 def decision(capsys, *options, code=4):
-    """Deploy with quantisation, and return the reason; the folded model is shipped and nothing else is there."""
+    """Deploy with quantization, and return the reason; the folded model is shipped and nothing else is there."""
     assert main(["deploy", "in.onnx", "out.onnx", "--data", "data.npz", "--quantize", "--runs", "2", *options]) == code
     assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
     out = capsys.readouterr().out
@@ -66,11 +66,11 @@ def is_gone(process):
 
 
 @pytest.mark.parametrize("way", FOREVER)
-def test_a_quantiser_that_never_returns(way, here, tmp_path_factory, capsys, monkeypatch):
+def test_a_quantizer_that_never_returns(way, here, tmp_path_factory, capsys, monkeypatch):
     note = tmp_path_factory.mktemp("note") / "number"
     monkeypatch.setattr(quantizer, "PROGRAM", program(FOREVER[way], note))
     reason = decision(capsys, "--quantize-timeout", "5")
-    assert reason == "onnxruntime's quantiser gives no answer in 5 s; --quantize-timeout may give it more"
+    assert reason == "onnxruntime's quantizer gives no answer in 5 s; --quantize-timeout may give it more"
     assert is_gone(int(note.read_text()))
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
@@ -86,13 +86,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("spoil", BROKEN)
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_quantiser_that_breaks(spoil, here, capsys, monkeypatch):
+def test_a_quantizer_that_breaks(spoil, here, capsys, monkeypatch):
     monkeypatch.setattr(quantizer, "PROGRAM", program(spoil))
-    assert decision(capsys).rstrip() == f"onnxruntime's quantiser {BROKEN[spoil]}"
+    assert decision(capsys).rstrip() == f"onnxruntime's quantizer {BROKEN[spoil]}"
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
 
-def test_a_quantiser_that_says_a_lot(here, capfd, monkeypatch):
+def test_a_quantizer_that_says_a_lot(here, capfd, monkeypatch):
     loud = (
         "real = quantization.quantize_static\n"
         "def say(*a, **k):\n    os.write(1, b'\\x1e{' * 9999); os.write(2, b'\\n' * 9999); print('x' * 99999)\n    return real(*a, **k)\n"
@@ -120,9 +120,9 @@ def test_the_next_model_has_a_process_again(here, monkeypatch):
 
 def test_where_no_process_can_be_started(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "executable", "")
-    assert decision(capsys) == "onnxruntime's quantiser needs a Python process of its own, and this program cannot start one"
+    assert decision(capsys) == "onnxruntime's quantizer needs a Python process of its own, and this program cannot start one"
     monkeypatch.setattr(sys, "executable", str(here / "none"))
-    assert decision(capsys) == "onnxruntime's quantiser has no process: No such file or directory"
+    assert decision(capsys) == "onnxruntime's quantizer has no process: No such file or directory"
 
 
 def started(here, environment, lines, **options):
@@ -143,7 +143,7 @@ HANGS = """
 
 
 def hanging(here, environment, tmp_path_factory, way):
-    """Start a deployment whose quantiser never returns; return (process, number of the quantiser's) when it hangs."""
+    """Start a deployment whose quantizer never returns; return (process, number of the quantizer's) when it hangs."""
     note = tmp_path_factory.mktemp("note") / "number"
     process = started(here, environment, HANGS.format(program=program(FOREVER[way], note)))
     until(lambda: note.exists() and note.read_text())
@@ -254,7 +254,7 @@ def test_what_onnxruntime_quantizes_is_seen(here):
 def test_a_quantized_model_is_shipped_folded(here, capsys, monkeypatch):
     with quantizer.Quantizer(here, [{"x": normal(2, 3, 8, 8)}], 300) as made:
         made.quantize(Path("in.onnx"), Path("int8.onnx"), recipe=Recipe.here())
-    monkeypatch.setattr(quantizer, "PROGRAM", "raise SystemExit('the quantiser was asked')")
+    monkeypatch.setattr(quantizer, "PROGRAM", "raise SystemExit('the quantizer was asked')")
     assert main(["deploy", "int8.onnx", "out.onnx", "--data", "data.npz", "--quantize", "--runs", "1"]) == 4
     reason = "shipped folded: the model is quantized already: it has 8 DequantizeLinear, 5 QuantizeLinear\n"
     assert reason in capsys.readouterr().out

@@ -39,8 +39,8 @@ def execute(code):
     return names
 
 
-def test_quantisation_after_folding(here):
-    execute(block("Quantise with onnxruntime after folding"))
+def test_quantization_after_folding(here):
+    execute(block("Quantize with onnxruntime after folding"))
     count = Counter(node.op_type for node in onnx.load("quantized.onnx").graph.node)
     assert count["BatchNormalization"] == 0
     assert count["QuantizeLinear"] > 2

@@ -1,4 +1,4 @@
-"""The pool of threads.c: callers at once, forks, and the settings that it follows."""
+"""The pool of thread_pool.c: callers at once, forks, and the settings that it follows."""
 
 import multiprocessing
 import os

@@ -1,11 +1,9 @@
-"""fastbn.torch beside torch itself, and against float64: modules, gradients, operators, conversion, export, bad input."""
+"""fastbn.torch beside torch itself, and against float64: modules, gradients, bad input."""
 
 import copy
 import doctest
-import io
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from torch_modules import assert_same, pair, step, tensor  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch  # noqa: E402
 from fastbn import reference  # noqa: E402
-from fastbn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, batch_norm, convert  # noqa: E402
+from fastbn.torch import BatchNorm2d, batch_norm, convert  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
 KINDS = [(nn.BatchNorm1d, (8, 6)), (nn.BatchNorm1d, (8, 6, 5)), (nn.BatchNorm2d, (4, 6, 7, 5)), (nn.BatchNorm3d, (2, 6, 3, 4, 5))]
@@ -31,35 +30,6 @@ OPTIONS = [
     {"track_running_stats": False},
     {"affine": False, "track_running_stats": False},
 ]
-
-
-def tensor(shape, seed=0, dtype=torch.float32, mean=0.5):
-    return (torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)) + mean).to(dtype)
-
-
-def pair(kind, channels=6, **options):
-    """torch's module and ours in the same state."""
-    theirs = kind(channels, **options)
-    with torch.no_grad():
-        for seed, parameter in enumerate(theirs.parameters()):
-            parameter.copy_(tensor(channels, seed))
-    return theirs, convert(copy.deepcopy(theirs))
-
-
-def step(module, x, dy):
-    """y and every gradient of one pass, by name."""
-    x = x.detach().requires_grad_()
-    y = module(x)
-    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
-    return {"y": y.detach(), "dx": gradients[0]} | {
-        f"d{name}": got for (name, _), got in zip(module.named_parameters(), gradients[1:], strict=True)
-    }
-
-
-def assert_same(got, want, **tolerance):
-    assert list(got) == list(want)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 # ---- modules beside torch's ----
@@ -257,224 +227,6 @@ print([count - counts[0] for count in counts])
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[0, 0, 2]\n"
-
-
-# ---- derivatives and operators ----
-
-
-def arguments(dtype=torch.float64):
-    x, weight, bias = tensor((4, 3, 5), 0, dtype), tensor(3, 1, dtype, 1.5), tensor(3, 2, dtype)
-    return [each.requires_grad_() for each in (x, weight, bias)], tensor(3, 3, dtype), tensor(3, 4, dtype, 5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", [True, False])
-def test_gradcheck_and_gradgradcheck(training, affine):
-    leaves, mean, var = arguments()
-    leaves = leaves if affine else leaves[:1]
-
-    def call(x, weight=None, bias=None):
-        return batch_norm(x, None if training else mean, None if training else var, weight, bias, training)
-
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves)
-
-
-def test_operators_pass_opcheck():
-    (x, weight, bias), mean, var = arguments(torch.float32)
-    ops, wide = torch.ops.fastbn, (mean.double(), var.double())
-    last = tensor((2, 3, 4, 5)).contiguous(memory_format=torch.channels_last).requires_grad_()
-    for op, given in [
-        (ops.batch_norm_train, (x, weight, bias, 1e-5)),
-        (ops.batch_norm_train, (last, None, None, 1e-5)),
-        (ops.batch_norm_train, (tensor((0, 3, 4)), weight, bias, 1e-5)),
-        (ops.batch_norm, (x, mean, var, weight, bias, 1e-5)),
-        (ops.batch_norm, (last.detach().bfloat16(), mean, var, None, None, 1e-5)),
-        (ops.batch_norm_backward, (tensor((4, 3, 5), 5), x, *wide, weight, 20, 1e-5, True)),
-        (ops.batch_norm_backward, (tensor((4, 3, 5), 5).requires_grad_(), x, *wide, None, 1, 1e-5, False)),
-        (ops.update_running, (mean.clone(), var.clone(), *wide, 20, 0.1)),
-        (ops.update_running, (mean.bfloat16(), var.bfloat16(), *wide, 0, 0.1)),
-    ]:
-        torch.library.opcheck(op.default, given)
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = set()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.operators.add(str(operator))
-        return operator(*args, **(kwargs or {}))
-
-
-def test_the_operators_and_the_eager_way_give_the_same_bits():
-    _, ours = pair(nn.BatchNorm2d)
-    twin = copy.deepcopy(ours)
-    x, dy = tensor((4, 6, 7, 5)), tensor((4, 6, 7, 5), 1)
-    for training in (True, False):
-        want = step(ours.train(training), x, dy)
-        with Seen() as seen:
-            got = step(twin.train(training), x, dy)
-        assert {"fastbn.batch_norm_backward.default", f"fastbn.batch_norm{'_train' * training}.default"} <= seen.operators
-        assert_same(got, want, rtol=0, atol=0)
-    assert_same(twin.state_dict(), ours.state_dict(), rtol=0, atol=0)
-
-
-def test_functional_transforms_take_torchs_operators():
-    theirs, ours = (module.eval() for module in pair(nn.BatchNorm2d))  # torch's training step refuses to count batches there
-    x, dy = tensor((4, 6, 7, 5)), tensor((4, 6, 7, 5), 1)
-    want, got = (torch.func.vjp(lambda x, module=module: torch.func.functional_call(module, {}, (x,)), x) for module in (theirs, ours))
-    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
-    torch.testing.assert_close(got[1](dy)[0], want[1](dy)[0], rtol=0, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # torch's own
-def test_forward_mode_takes_torchs_operators():
-    theirs, ours = pair(nn.BatchNorm2d)
-    x, tangent = tensor((4, 6, 7, 5)), tensor((4, 6, 7, 5), 1)
-    found = []
-    for module in (theirs, ours):
-        with torch.autograd.forward_ad.dual_level():
-            found.append(torch.autograd.forward_ad.unpack_dual(module(torch.autograd.forward_ad.make_dual(x, tangent))).tangent)
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 5), nn.BatchNorm1d(5)
-    )
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_networks(training):
-    model = convert(network()).train(training)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for batch in range(2):
-        x, dy = tensor((4, 3, 8, 8), batch), tensor((4, 5), batch)
-        want, got = step(model, x, dy), step(compiled, x, dy)
-        assert_same({name.replace("_orig_mod.", ""): value for name, value in got.items()}, want, rtol=1e-5, atol=1e-5)
-    assert_same(twin.state_dict(), model.state_dict(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_exported_programs(training):
-    model = convert(network()).train(training)
-    twin, x = copy.deepcopy(model), tensor((4, 3, 8, 8))
-    program = torch.export.export(twin, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    called = {str(node.target) for node in program.graph.nodes if "fastbn" in str(node.target)}
-    assert called == ({"fastbn.batch_norm_train.default", "fastbn.update_running.default"} if training else {"fastbn.batch_norm.default"})
-    module = program.module()
-    x = tensor((6, 3, 8, 8), 1)
-    torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-5)
-    assert_same(dict(module.state_dict()), model.state_dict(), rtol=1e-6, atol=1e-6)
-
-
-def test_traced_networks():
-    model = convert(network())
-    twin, x = copy.deepcopy(model), tensor((4, 3, 8, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        traced = torch.jit.trace(twin.eval(), (x,))
-    x = tensor((6, 3, 8, 8), 1)
-    torch.testing.assert_close(traced(x), model.eval()(x), rtol=0, atol=0)
-
-
-def test_modules_on_the_meta_device():
-    module = BatchNorm2d(6, device="meta")
-    assert module(torch.empty(2, 6, 4, 4, device="meta")).shape == (2, 6, 4, 4)
-
-
-# ---- conversion and export ----
-
-
-def test_convert_there_and_back_keeps_everything():
-    model = network()
-    model[2].eval()
-    model[2].name = "mine"
-    calls = []
-    model[2].register_forward_hook(lambda *_: calls.append(1))
-    model[2].weight.requires_grad_(False)
-    state, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    assert convert(model) is model
-    assert [type(model[place]) for place in (2, 6)] == [BatchNorm2d, BatchNorm1d]
-    assert convert(model) is model
-    assert [type(module) for module in copy.deepcopy(model)] == [type(module) for module in model]
-    model(tensor((4, 3, 8, 8))).sum().backward()
-    optimizer.step()
-    assert calls
-    assert not torch.equal(model[6].bias, state["6.bias"]), "the optimiser still holds the parameters"
-    assert (model[2].training, model[2].name, model[2].weight.requires_grad) == (False, "mine", False)
-    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
-    assert list(model.state_dict()) == list(state)
-    convert(model, back=True)
-    assert [type(model[place]) for place in (2, 6)] == [nn.BatchNorm2d, nn.BatchNorm1d]
-    assert "process_group" not in vars(model[2])
-
-
-def test_convert_itself_subclasses_and_groups():
-    class Mine(nn.BatchNorm2d):
-        pass
-
-    assert type(convert(Mine(3))) is Mine
-    assert type(convert(nn.LazyBatchNorm2d())) is nn.LazyBatchNorm2d
-    assert type(convert(nn.BatchNorm3d(3))) is BatchNorm3d
-    assert type(convert(nn.SyncBatchNorm(3))) is SyncBatchNorm
-    group = convert(nn.BatchNorm2d(3), process_group="world")
-    assert group.process_group == "world"
-    assert "process_group" not in vars(convert(group, back=True))
-    with pytest.raises(fastbn.ArgumentError, match="Expected no process group on the way back, got one - at `process_group`"):
-        convert(group, back=True, process_group="world")
-
-
-def test_modules_are_saved_and_loaded():
-    _, ours = pair(nn.BatchNorm2d)
-    ours(tensor((4, 6, 7, 5)))
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert type(loaded) is BatchNorm2d
-    torch.testing.assert_close(loaded.eval()(tensor((4, 6, 7, 5))), ours.eval()(tensor((4, 6, 7, 5))), rtol=0, atol=0)
-    theirs = nn.BatchNorm2d(6)
-    theirs.load_state_dict(ours.state_dict())
-    BatchNorm2d(6).load_state_dict(theirs.state_dict())
-
-
-def test_symbolic_tracing_keeps_the_module():
-    model = convert(network())
-    traced = torch.fx.symbolic_trace(model)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [str(place) for place in range(7)]
-    x = tensor((4, 3, 8, 8))
-    torch.testing.assert_close(traced.eval()(x), model.eval()(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-@pytest.mark.parametrize("kind", ["plain", "sync"])
-def test_exported_to_onnx(kind, dynamo, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    if dynamo:
-        pytest.importorskip("onnxscript")
-    model, x = network(), tensor((4, 3, 8, 8))
-    model(x)
-    if kind == "sync":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    convert(model).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own
-        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=dynamo, **({"verbose": False} if dynamo else {}))
-    proto = onnx.load(tmp_path / "model.onnx")
-    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
-    ops = [node.op_type for node in proto.graph.node]
-    assert "BatchNormalization" in ops
-    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
-    # The one behind the ReLU folds forwards into the Linear.
-    assert "BatchNormalization" not in [node.op_type for node in fastbn.fold(proto).model.graph.node]
 
 
 # ---- bad input ----

@@ -15,7 +15,8 @@ import torch.autograd.forward_ad as forward_ad  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
-from fastbn import _native, _torch  # noqa: E402
+from fastbn import _native  # noqa: E402
+from fastbn._torch import kernels  # noqa: E402
 from fastbn.torch import BatchNorm2d, SyncBatchNorm, batch_norm  # noqa: E402
 
 functional = torch.nn.functional
@@ -82,8 +83,8 @@ def close(got, want):
 def road(request, monkeypatch):
     """Both ways of plain tensors: the second is that of a torch without DLPack's exchange functions."""
     if request.param == "general":
-        exchange = _native.Exchange(None, torch.empty_like, torch.Tensor, torch.nn.Parameter)
-        monkeypatch.setattr(_torch, "plain", exchange)
+        exchange = _native.PlainTensors(None, torch.empty_like, torch.Tensor, torch.nn.Parameter)
+        monkeypatch.setattr(kernels, "plain", exchange)
 
 
 @pytest.mark.usefixtures("road")
@@ -301,12 +302,12 @@ def test_a_process_group_takes_no_tensors_that_stand_for_others(tmp_path):
         module, x = SyncBatchNorm(C), tensor((4, C, 2, 5)).requires_grad_()
         dy = tensor((4, C, 2, 5), 1)
         for stands in (Wrapper(dy), torch.ones(1).expand(5, 4, C, 2, 5)):
-            with pytest.raises(RuntimeError, match="Expected a gradient with memory of its own behind a process group"):
+            with pytest.raises(RuntimeError, match="Cannot share the gradient with a process group"):
                 torch.autograd.grad(module(x), x, stands, is_grads_batched=stands.dim() > 4)
         (zeros,) = torch.autograd.grad(module(x), x, torch._efficientzerotensor(x.shape))
         assert not zeros.abs().max()
         module.weight = torch.nn.Parameter(Wrapper(torch.ones(C)))
-        with pytest.raises(RuntimeError, match="Expected plain tensors beside a process group"):
+        with pytest.raises(RuntimeError, match="Cannot share the batch with a process group: the call is traced"):
             module(x)
     finally:
         torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ import fastbn
 
 MODELS = Path(__file__).resolve().parent / "models"
 
-# net -> what takes the BatchNormalization in, how many of the held-out digits it recognises, as README says
+# net -> what takes the BatchNormalization in, how many of the held-out digits it recognizes, as README says
 NETS = {"torch": ("Conv", 352), "keras": ("MatMul+Add", 357)}
 
 
@@ -30,12 +30,12 @@ def operators(path):
 
 @pytest.mark.parametrize("net", NETS)
 def test_a_trained_network_folds_to_nothing(net, held_out, tmp_path):
-    absorber, recognised = NETS[net]
+    absorber, recognized = NETS[net]
     path, after = MODELS / f"{net}_digits.onnx", tmp_path / "folded.onnx"
     images, said = train_cnns.enlarge(held_out["images"]), held_out[net]
     assert len(said) == train_cnns.HELD_OUT
     assert operators(path).count("BatchNormalization") == 1
-    assert (said == held_out["labels"]).sum() == recognised
+    assert (said == held_out["labels"]).sum() == recognized
     np.testing.assert_array_equal(train_cnns.predictions(path, images), said)
     result = fastbn.fold(path)
     assert result.kept == []

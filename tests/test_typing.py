@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -15,49 +16,94 @@ from fastbn import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted((ROOT / "tests" / "typing").glob("*.py"))
-TYPED = ["_check", "_types", "affine", "config", "errors", "folding", "functional", "geometry", "halves"]
-TYPED += ["layers", "memory", "reference", "stats", "sync"]
-TYPED += ["graph", *(f"graph.{name}" for name in ("fold_result", "job", "ranges", "reasons", "report", "results", "runtime"))]
-TYPED += ["graph.parity", *(f"graph.parity.{path.stem}" for path in (ROOT / "fastbn/graph/parity").glob("[a-z]*.py"))]
 REPORT = re.compile(r"(?P<path>[^:]+):(?P<line>\d+): error: .*\[(?P<code>[a-z-]+)\]$")
 PLANTED = re.compile(r"# error: ([a-z-]+)$")
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 
 
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory):
-    """What mypy reports of the package and of the programs, as a list of (path, line, code)."""
+@pytest.fixture(name="mypy", scope="module")
+def _mypy(tmp_path_factory):
+    """What mypy reports of the package and of the programs, as a set of (path, line, code)."""
     pytest.importorskip("mypy", reason="mypy is not installed")
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path_factory.mktemp("mypy")), "--no-pretty", "--hide-error-context"]
     command += ["--show-error-codes", "--no-color-output", "fastbn", *(str(path.relative_to(ROOT)) for path in PROGRAMS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    found = [REPORT.fullmatch(line) for line in errors]
-    assert all(found), [line for line, match in zip(errors, found, strict=True) if not match]
-    return [(Path(match["path"]).as_posix(), int(match["line"]), match["code"]) for match in found]
+    matches = [REPORT.fullmatch(line) for line in errors]
+    assert all(matches), [line for line, match in zip(errors, matches, strict=True) if not match]
+    return {(Path(match["path"]).as_posix(), int(match["line"]), match["code"]) for match in matches}
 
 
-def test_the_package_has_no_errors(reported):
-    assert [error for error in reported if error[0].startswith("fastbn/")] == []
+@pytest.fixture(name="pyright", scope="module")
+def _pyright():
+    """What pyright reports of the package and of the programs, as a set of (path, line, rule)."""
+    pytest.importorskip("pyright", reason="pyright is not installed")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["summary"]["filesAnalyzed"] > 100, "the package and the programs"
+    return {
+        (Path(each["file"]).relative_to(ROOT).as_posix(), each["range"]["start"]["line"] + 1, each.get("rule", "syntax"))
+        for each in report["generalDiagnostics"]
+        if each["severity"] in ("error", "warning")
+    }
+
+
+def planted_in(path):
+    """Return {(path, line, code of mypy)} of the mistakes that a program names."""
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return {(path.relative_to(ROOT).as_posix(), number, match[1]) for number, line in lines if (match := PLANTED.search(line))}
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_the_package_has_no_errors(checker, request):
+    assert {error for error in request.getfixturevalue(checker) if error[0].startswith("fastbn/")} == set()
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_a_program_has_the_errors_that_it_names_and_no_other(reported, path):
-    name = path.relative_to(ROOT).as_posix()
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    planted = {(name, number, match[1]) for number, line in lines if (match := PLANTED.search(line))}
-    assert {error for error in reported if error[0] == name} == planted
+def test_a_program_has_the_errors_that_it_names_and_no_other(mypy, path):
+    planted = planted_in(path)
+    assert {error for error in mypy if error[0] == path.relative_to(ROOT).as_posix()} == planted
     assert bool(planted) == (path.stem == "mistakes")
 
 
-def test_typed_modules_are_not_excused():
-    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert config["strict"]
-    excused = {name for override in config["overrides"] if override.get("ignore_errors") for name in override["module"]}
-    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "fastbn").rglob("*.py")]
-    modules = {".".join(path.parts).removesuffix(".__init__") for path in files}
-    assert excused <= modules, "modules that no longer exist"
-    assert not excused & {"fastbn", *(f"fastbn.{name}" for name in TYPED)}
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_pyright_reports_the_same_lines(pyright, path):
+    name = path.relative_to(ROOT).as_posix()
+    assert {line for file, line, _ in pyright if file == name} == {line for _, line, _ in planted_in(path)}
+
+
+def test_only_modules_that_exist_are_excused():
+    assert CONFIG["mypy"]["strict"]
+    excused = {name for override in CONFIG["mypy"]["overrides"] if override.get("ignore_errors") for name in override["module"]}
+    files = [path.relative_to(ROOT) for path in (ROOT / "fastbn").rglob("*.py")]
+    modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
+    assert excused <= modules
+    assert set(CONFIG["pyright"].get("ignore", ())) <= {path.as_posix() for path in files}
+
+
+def public():
+    """Yield (name, value) of everything public: `fastbn.__all__`, and the public attributes of its classes."""
+    for name in fastbn.__all__:
+        value = getattr(fastbn, name)
+        yield name, value
+        for key, attribute in vars(value).items() if isinstance(value, type) and value.__module__.startswith("fastbn") else ():
+            if not key.startswith("_") and (isinstance(attribute, property | classmethod | staticmethod) or inspect.isfunction(attribute)):
+                yield f"{name}.{key}", attribute
+
+
+def test_every_public_name_has_a_docstring_and_types():
+    for name, value in public():
+        if isinstance(value, str):  # __version__
+            continue
+        assert inspect.getdoc(value), name
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if inspect.isfunction(function):
+            untyped = [key for key in inspect.signature(function).parameters if key not in ("self", "cls", *function.__annotations__)]
+            assert untyped == [], f"{name} has parameters without a type"
+            assert "return" in function.__annotations__, name
 
 
 def declared():
@@ -78,11 +124,13 @@ def parameters_of(function):
 
 
 def parameters_in(arguments):
-    """Return the same of a function in the stub, which here has neither keyword-only nor positional-only parameters."""
-    plain, spread = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    without = len(arguments.args) - len(arguments.defaults)
-    found = [(arg.arg, plain, place >= without) for place, arg in enumerate(arguments.args)]
-    return found + ([(arguments.vararg.arg, spread, False)] if arguments.vararg else [])
+    """Return the same of a function in the stub, which here has no positional-only parameters."""
+    either, spread, keyword = (getattr(inspect.Parameter, kind) for kind in ("POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY"))
+    required = len(arguments.args) - len(arguments.defaults)
+    parameters = [(arg.arg, either, place >= required) for place, arg in enumerate(arguments.args)]
+    parameters += [(arguments.vararg.arg, spread, False)] if arguments.vararg else []
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return parameters + [(arg.arg, keyword, default is not None) for arg, default in keywords]
 
 
 def test_the_stub_is_that_of_the_compiled_part():
@@ -101,8 +149,7 @@ def test_the_stub_is_that_of_the_compiled_part():
 
 
 def test_the_stub_is_shipped():
-    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
-    assert "*.pyi" in config["fastbn"]
+    assert "*.pyi" in CONFIG["setuptools"]["package-data"]["fastbn"]
 
 
 def test_signatures_name_every_argument_at_run_time():

@@ -36,17 +36,17 @@ def row_of(made):
 
 
 def latency(row, stage, threads):
-    found = next((each for each in row["latency"] if (each["model"], each["threads"]) == (stage, threads)), None)
-    return "-" if found is None else f"{found['median_ms']:.3f} ({found['p90_ms']:.3f}) {found['ratio']:.2f}"
+    latency = next((each for each in row["latency"] if (each["model"], each["threads"]) == (stage, threads)), None)
+    return "-" if latency is None else f"{latency['median_ms']:.3f} ({latency['p90_ms']:.3f}) {latency['ratio']:.2f}"
 
 
 def agreement(row, stage):
     """Return the relative error of the worst output, and the decisions that agree where there are any."""
-    found = next((each for each in row["stages"] if each["name"] == stage), None)
-    if found is None:
+    record = next((each for each in row["stages"] if each["name"] == stage), None)
+    if record is None:
         return "refused"
-    relative = max((float(output["relative"]) for output in found["outputs"] if output["relative"] is not None), default=float("nan"))
-    decisions = [output["top1"] for output in found["outputs"] if output["top1"] is not None]
+    relative = max((float(output["relative"]) for output in record["outputs"] if output["relative"] is not None), default=float("nan"))
+    decisions = [output["top1"] for output in record["outputs"] if output["top1"] is not None]
     return f"{relative:.1e}" + (f", {min(decisions):.1%} of {row['data']['rows']}" if decisions else "")
 
 

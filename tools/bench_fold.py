@@ -4,7 +4,7 @@
     python tools/bench_fold.py FOLDER [--json FILE] [--limit SECONDS] [--tool NAME ...] [--peers PYTHON] [--latency]
 
 For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
-(onnxruntime, its optimiser off on both sides; the part of the largest element of that output), seconds to read, optimise and write, and
+(onnxruntime, its optimizer off on both sides; the part of the largest element of that output), seconds to read, optimize and write, and
 peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Tools that are not installed are left
 out; --peers names a Python that has them.
 """
@@ -102,7 +102,7 @@ def work(task, *arguments, tasks=None):
     print(json.dumps(answer))
 
 
-def optimise(name, source, target):
+def optimize(name, source, target):
     start = time.perf_counter()
     TOOLS[name][1](source, target)
     return {"seconds": time.perf_counter() - start, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -172,7 +172,7 @@ def latency(original, folded):
     return {f"{row['model']} {row['threads']}": row["median_ms"] for row in bench(original, folded, runs=LATENCY_RUNS)}
 
 
-TASKS = {"optimise": optimise, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
+TASKS = {"optimize": optimize, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
 
 
 def ask(python, limit, task, *arguments, script=__file__):
@@ -191,8 +191,8 @@ def ask(python, limit, task, *arguments, script=__file__):
 def environment():
     import fastbn
 
-    found = [str(Path(fastbn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
+    entries = [str(Path(fastbn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, entries))}
 
 
 def installed(python, module):
@@ -208,25 +208,25 @@ def measure(path, tools, folder, limit, with_latency):
     for name, python in tools.items():
         target = folder / "out.onnx"
         target.unlink(missing_ok=True)
-        found = ask(python, limit, "optimise", name, path, target)
-        if "failed" not in found:
-            found |= ask(sys.executable, limit, "count", target)
+        result = ask(python, limit, "optimize", name, path, target)
+        if "failed" not in result:
+            result |= ask(sys.executable, limit, "count", target)
             if row["runs"]:
                 compared = ask(sys.executable, limit, "compare", path, target)
-                found |= compared if "failed" not in compared else {"unusable": compared["failed"]}
+                result |= compared if "failed" not in compared else {"unusable": compared["failed"]}
             if with_latency and name == "fastbn":
                 row["latency_ms"] = ask(sys.executable, limit, "latency", path, target)
-        row["tools"][name] = found
+        row["tools"][name] = result
     return row
 
 
-def cell(found):
+def cell(result):
     """Return what a table says of one tool and one model: BN left, and what was wrong."""
-    if "failed" in found:
+    if "failed" in result:
         return "failed"
-    if "unusable" in found:
-        return f"{found['bn']} (does not run)"
-    return f"{found['bn']} ({found['error']:.0e})" if "error" in found else f"{found['bn']} (not compared)"
+    if "unusable" in result:
+        return f"{result['bn']} (does not run)"
+    return f"{result['bn']} ({result['error']:.0e})" if "error" in result else f"{result['bn']} (not compared)"
 
 
 def tables(rows, tools):
@@ -241,14 +241,14 @@ def tables(rows, tools):
         "|---" * 9 + "|",
     ]
     for name in tools:
-        found = [row["tools"][name] for row in rows]
-        good = [each for each in found if "failed" not in each]
+        results = [row["tools"][name] for row in rows]
+        good = [each for each in results if "failed" not in each]
         # A model that a tool failed on keeps what it had.
         left = [sum(row["tools"][name].get(key, row.get(key, 0)) for row in rows) for key in ("bn", "nodes")]
         wrong = sum("unusable" in each or each.get("error", 0) > WRONG for each in good)
         worst = max((each["error"] for each in good if "error" in each), default=0.0)
         seconds, peak = sum(each["seconds"] for each in good), max((each["peak_mb"] for each in good), default=0.0)
-        cells = [name, len(found), len(found) - len(good), wrong, *left, f"{worst:.1e}", f"{seconds:.1f}", f"{peak:.0f}"]
+        cells = [name, len(results), len(results) - len(good), wrong, *left, f"{worst:.1e}", f"{seconds:.1f}", f"{peak:.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     timed = [row for row in rows if row.get("latency_ms") and "failed" not in row["latency_ms"]]
     if timed:
@@ -283,7 +283,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(options.folder.rglob("*.onnx")):
             rows.append(measure(path, tools, Path(folder), options.limit, options.latency))
-            print(path.name, *(f"{name}: {cell(found)}" for name, found in rows[-1]["tools"].items()), sep="   ", file=sys.stderr)
+            print(path.name, *(f"{name}: {cell(result)}" for name, result in rows[-1]["tools"].items()), sep="   ", file=sys.stderr)
     print("\n".join(tables(rows, list(tools))))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

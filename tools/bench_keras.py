@@ -62,10 +62,10 @@ def layers(shape):
 
     import fastbn.keras
 
-    found = [kind(momentum=0.9, epsilon=1e-5) for kind in (keras.layers.BatchNormalization, fastbn.keras.BatchNormalization)]
-    for layer in found:
+    layers = [kind(momentum=0.9, epsilon=1e-5) for kind in (keras.layers.BatchNormalization, fastbn.keras.BatchNormalization)]
+    for layer in layers:
         layer.build(shape)
-    return found
+    return layers
 
 
 def time_shape(shape, runs, backend):
@@ -97,8 +97,8 @@ def compare_statistics(shape, batches):
         for layer in both:
             layer(x, training=True)
     for name, layer in zip(("Keras", "fastbn"), both, strict=True):
-        found = [keras.ops.convert_to_numpy(weight) for weight in (layer.moving_mean, layer.moving_variance)]
-        errors = [np.abs(got / want - 1).max() for got, want in zip(found, (mean, var), strict=True)]
+        moving = [keras.ops.convert_to_numpy(weight) for weight in (layer.moving_mean, layer.moving_variance)]
+        errors = [np.abs(got / want - 1).max() for got, want in zip(moving, (mean, var), strict=True)]
         print(f"{name:6}  {batches} batches of {'x'.join(map(str, shape))}: moving_mean {errors[0]:.1e}, moving_variance {errors[1]:.1e}")
 
 

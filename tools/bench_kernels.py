@@ -13,7 +13,6 @@ existing memory (out=), but for "backward new", where every side allocates: PyTo
 import argparse
 import ctypes
 import functools
-import itertools
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from kernel_tables import chart, markdown, print_case, summary
 
 import fastbn
 from fastbn import reference
@@ -44,9 +44,6 @@ SHAPES = [
     (32, 256, 56, 56),
     (32, 64, 112, 112),
 ]
-OPERATIONS = ("train", "backward", "backward new", "infer", "fused")
-LARGE = 16 << 20  # bytes of a tensor above which the summary counts it as larger than the cache
-ROOFS = ("copy", "streaming copy", "read")
 ROOF_SOURCE = """
 #include <emmintrin.h>
 #include <stddef.h>
@@ -168,10 +165,10 @@ def numpy_calls(case):
 
     def train():
         mean = case.x.mean(axes, keepdims=True)
-        centred = np.subtract(case.x, mean, out=case.out)
-        centred *= weight / np.sqrt(np.square(centred).mean(axes, keepdims=True) + 1e-5)
-        centred += bias
-        return centred
+        centered = np.subtract(case.x, mean, out=case.out)
+        centered *= weight / np.sqrt(np.square(centered).mean(axes, keepdims=True) + 1e-5)
+        centered += bias
+        return centered
 
     return {"train": train}
 
@@ -271,133 +268,6 @@ def measure(shapes, dtypes, thread_counts, seconds):
     return records
 
 
-def find(records, side, operation, **where):
-    wanted = {"side": side, "operation": operation, **where}
-    found = [record["us"] for record in records if all(record[key] == value for key, value in wanted.items())]
-    return found[0] if found else None
-
-
-def print_case(records, case):
-    """A line per thread count: the copy in microseconds, then fastbn and the peers as multiples of it."""
-    threads = sorted({record["threads"] for record in records})
-    for count in threads:
-        where = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": count}
-        copy = find(records, "copy", "roof", **where)
-        cells = [f"{case.shape!s:22} {case.layout} {case.dtype.name:8} {count} copy {copy:9.1f}us"]
-        for roof in ROOFS[1:]:
-            us = find(records, roof, "roof", **where)
-            if us:
-                cells.append(f"{roof} {us / copy:.2f}")
-        for operation in OPERATIONS:
-            times = {side: find(records, side, operation, **where) for side in ("fastbn", "numpy", "torch", "onnxruntime")}
-            cells.append(f"{operation} " + " ".join(f"{side[0]}{us / copy:.2f}" for side, us in times.items() if us))
-        print(" | ".join(cells), flush=True)
-
-
-def markdown(records):
-    """The table of README.md: float32, one thread, multiples of a copy, and what all threads bring."""
-    most = max(record["threads"] for record in records)
-    lines = [
-        "| shape | layout | copy us | read | train: fastbn / torch | backward: fastbn | backward, new dx: fastbn / torch "
-        f"| infer: fastbn / torch / ORT | infer+residual+relu: fastbn / torch | train, {most} threads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for shape, layout in dict.fromkeys((record["shape"], record["layout"]) for record in records):
-        where = {"shape": shape, "layout": layout, "dtype": "float32", "threads": 1}
-        copy = find(records, "copy", "roof", **where)
-
-        def multiples(operation, *sides, where=where, copy=copy):
-            times = [find(records, side, operation, **where) for side in sides]
-            return " / ".join(f"{us / copy:.2f}" if us else "-" for us in times)
-
-        gain = find(records, "fastbn", "train", **where) / find(records, "fastbn", "train", **{**where, "threads": most})
-        cells = [
-            "x".join(map(str, shape)),
-            layout if len(shape) > 2 else "NC",
-            f"{copy:.0f}",
-            multiples("roof", "read"),
-            multiples("train", "fastbn", "torch"),
-            multiples("backward", "fastbn"),
-            multiples("backward new", "fastbn", "torch"),
-            multiples("infer", "fastbn", "torch", "onnxruntime"),
-            multiples("fused", "fastbn", "torch"),
-            f"{gain:.2f} times as fast",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def summarise(records):
-    """The figures of the project's targets: geometric means over shapes against each peer."""
-    lines = []
-    for operation, layout, large in itertools.product(OPERATIONS, ("NCHW", "NHWC"), (True, False)):
-        multiples = []
-        for record in records:
-            if (record["side"], record["operation"], record["layout"]) != ("fastbn", operation, layout) or record["threads"] != 1:
-                continue
-            if record["dtype"] == "float32" and (record["bytes"] >= LARGE) == large:
-                same = {key: record[key] for key in ("shape", "layout", "dtype", "threads")}
-                multiples.append(record["us"] / find(records, "copy", "roof", **same))
-        if multiples:
-            where = "above" if large else "below"
-            mean = math.exp(sum(map(math.log, multiples)) / len(multiples))
-            lines.append(
-                f"float32 {operation} {layout}, tensors {where} {LARGE >> 20} MB: {mean:.2f}x copy "
-                f"({min(multiples):.2f} to {max(multiples):.2f}, {len(multiples)} shapes)"
-            )
-    for dtype in sorted({record["dtype"] for record in records}):
-        for peer in ("torch", "onnxruntime", "numpy"):
-            for operation in OPERATIONS:
-                for layout in ("NCHW", "NHWC"):
-                    ratios = []
-                    for record in records:
-                        same = {key: record[key] for key in ("shape", "layout", "dtype", "threads")}
-                        if record["side"] != peer or record["operation"] != operation or record["layout"] != layout:
-                            continue
-                        if record["dtype"] == dtype and record["threads"] == 1:
-                            ratios.append(record["us"] / find(records, "fastbn", operation, **same))
-                    if ratios:
-                        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                        lines.append(f"{dtype} {operation} {layout}: {mean:.1f}x {peer} (least {min(ratios):.1f}x, {len(ratios)} shapes)")
-    return lines
-
-
-def chart(records, path):
-    """Bars of training forward at one thread, each side as a multiple of a copy, on a logarithmic axis."""
-    colours = {"fastbn": "#1b7f5c", "torch": "#d1603d", "numpy": "#8a8f98"}
-    kept = [
-        record
-        for record in records
-        if record["dtype"] == "float32" and record["threads"] == 1 and record["operation"] == "train" and record["side"] in colours
-    ]
-    cases = list(dict.fromkeys((record["shape"], record["layout"]) for record in kept))
-    left, width, line = 190, 620, 12
-    height = len(cases) * (line * 3 + 10) + 60
-    first, decades = 0.5, math.log10(500 / 0.5)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="16" font-size="13">Training, float32, one thread: copies, logarithmic from 0.5 (less is better)</text>',
-    ]
-    for number, (side, colour) in enumerate(colours.items()):
-        parts.append(f'<rect x="{left + number * 90}" y="24" width="10" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{left + number * 90 + 14}" y="33">{side}</text>')
-    y = 48
-    for shape, layout in cases:
-        parts.append(f'<text x="{left - 6}" y="{y + 20}" text-anchor="end">{"x".join(map(str, shape))} {layout}</text>')
-        copy = find(records, "copy", "roof", shape=shape, layout=layout, dtype="float32", threads=1)
-        for side, colour in colours.items():
-            us = find(records, side, "train", shape=shape, layout=layout, dtype="float32", threads=1)
-            if us:
-                length = width * math.log10(max(us / copy, first * 1.02) / first) / decades
-                parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{line - 2}" fill="{colour}"/>')
-                parts.append(f'<text x="{left + length + 4:.0f}" y="{y + 9}" font-size="9">{us / copy:.1f}</text>')
-            y += line
-        y += 10
-    parts.append("</svg>")
-    Path(path).write_text("\n".join(parts) + "\n")
-
-
 def print_accuracy():
     """The largest error of y against long double: x = k + randn, 65,536 values per channel, weight 1, bias 0."""
     torch = optional("torch")
@@ -405,8 +275,8 @@ def print_accuracy():
         for layout, shape in (("channels first", (4, 2, 16384)), ("channels last", (65536, 2))):
             x = (np.random.default_rng(0).standard_normal(shape) + k).astype(np.float32)
             axes = (0, *range(2, x.ndim))
-            centred = x - x.astype(np.longdouble).mean(axes, keepdims=True)
-            want = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+            centered = x - x.astype(np.longdouble).mean(axes, keepdims=True)
+            want = centered / np.sqrt((centered**2).mean(axes, keepdims=True) + 1e-5)
             line = f"mean/std {k:8.0e} {layout:14} fastbn {float(np.abs(fastbn.batch_norm_train(x)[0] - want).max()):.0e}"
             if torch is not None:
                 y = torch.nn.functional.batch_norm(torch.from_numpy(x), None, None, training=True).numpy()
@@ -443,7 +313,7 @@ def main():
         shapes = [(item["N"], item["C"], *item["spatial"]) for item in listed]
     shapes = [shape for shape in dict.fromkeys(shapes) if math.prod(shape) * 4 <= arguments.most_bytes]
     records = measure(shapes, [dtype_of(name) for name in arguments.dtype], arguments.threads, arguments.seconds)
-    print("\n".join(summarise(records)))
+    print("\n".join(summary(records)))
     if arguments.json:
         about = {"config": fastbn.show_config(), "records": records}
         Path(arguments.json).write_text(json.dumps(about, indent=1) + "\n")

@@ -8,7 +8,7 @@
 A step of a layer is its forward and backward pass (y, dx, dweight, dbias), of the network a step of SGD as well. Every result is checked
 against float64 before it is timed. Times are medians of calls, of one thread in CPU time, so that other work on the machine counts for
 little; the quotient is torch's time over fastbn's, above 1 where fastbn is faster. The bound is torch's time over that of a step of
-autograd in Python that normalises nothing: it copies x to y and adds x and dy to dx, each read or written once, in memory that is there
+autograd in Python that normalizes nothing: it copies x to y and adds x and dy to dx, each read or written once, in memory that is there
 already.
 """
 
@@ -175,11 +175,11 @@ def whole(channels_last, seconds):
 
 def shapes_of(path, most):
     """Shapes with batches of 8 to 32, each once, whose tensors have at most so many elements."""
-    found = bench_kernels.SHAPES
+    shapes = bench_kernels.SHAPES
     if path:
-        found = [(row["N"], row["C"], *row["spatial"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-    found = dict.fromkeys((min(max(shape[0], BATCH[0]), BATCH[1]), *shape[1:]) for shape in found)
-    return [shape for shape in found if math.prod(shape) <= most]
+        shapes = [(row["N"], row["C"], *row["spatial"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    shapes = dict.fromkeys((min(max(shape[0], BATCH[0]), BATCH[1]), *shape[1:]) for shape in shapes)
+    return [shape for shape in shapes if math.prod(shape) <= most]
 
 
 def main():

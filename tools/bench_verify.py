@@ -83,12 +83,12 @@ def command(*arguments: str) -> dict:
 TASKS = {"write_feed": write_feed, "run_once": run_once, "command": command}
 
 
-def parts(found: dict, run: dict) -> dict:
+def parts(figures: dict, run: dict) -> dict:
     """Return what one command took with its parts of what it may take."""
-    if "failed" in found or "failed" in run:
-        return found
+    if "failed" in figures or "failed" in run:
+        return figures
     allowed = {"peak_mb": MEMORY * run["peak_mb"] + MEMORY_MB, "seconds": RUNS * run["seconds"] + SECONDS}
-    return found | {f"{key}_part": found[key] / most for key, most in allowed.items()}
+    return figures | {f"{key}_part": figures[key] / most for key, most in allowed.items()}
 
 
 def measure(path: Path, folder: Path, limit: float, runs: int) -> dict:
@@ -112,14 +112,14 @@ def measure(path: Path, folder: Path, limit: float, runs: int) -> dict:
     return row
 
 
-def cells(found: dict | None) -> list[str]:
+def cells(figures: dict | None) -> list[str]:
     """Return the cells of one command: memory and seconds, each with its part of what is allowed."""
-    if found is None or "failed" in found:
-        return ["-" if found is None else found["failed"].replace("|", "/")[:60], "-"]
+    if figures is None or "failed" in figures:
+        return ["-" if figures is None else figures["failed"].replace("|", "/")[:60], "-"]
     shown = []
     for key, unit, digits in (("peak_mb", "MB", 0), ("seconds", "s", 2)):
-        part = found.get(f"{key}_part")
-        shown.append(f"{found[key]:.{digits}f} {unit}" + ("" if part is None else f" ({part:.2f}{' OVER' if part > 1 else ''})"))
+        part = figures.get(f"{key}_part")
+        shown.append(f"{figures[key]:.{digits}f} {unit}" + ("" if part is None else f" ({part:.2f}{' OVER' if part > 1 else ''})"))
     return shown
 
 
@@ -141,9 +141,11 @@ def tables(rows: list[dict]) -> list[str]:
     lines.append("")
     for name in ("fold", "verify"):
         for key, what in (("peak_mb", f"{MEMORY} runs + {MEMORY_MB} MB"), ("seconds", f"{RUNS} runs + {SECONDS:.0f} s")):
-            found = [row[name][f"{key}_part"] for row in compared if f"{key}_part" in row.get(name, {})]
-            over = sum(part > 1 for part in found)
-            lines.append(f"{name}: {over} of {len(found)} models over {what}; the worst takes {max(found, default=0):.2f} of it")
+            parts_of_limit = [row[name][f"{key}_part"] for row in compared if f"{key}_part" in row.get(name, {})]
+            over = sum(part > 1 for part in parts_of_limit)
+            lines.append(
+                f"{name}: {over} of {len(parts_of_limit)} models over {what}; the worst takes {max(parts_of_limit, default=0):.2f} of it"
+            )
     return lines
 
 
@@ -159,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for path in [found for given in options.paths for found in (sorted(given.rglob("*.onnx")) if given.is_dir() else [given])]:
+        for path in [path for given in options.paths for path in (sorted(given.rglob("*.onnx")) if given.is_dir() else [given])]:
             rows.append(measure(path, Path(folder), options.limit, options.runs))
             print(path.name, *cells(rows[-1]["run"]), *cells(rows[-1]["fold"]), sep="   ", file=sys.stderr, flush=True)
     print("\n".join(tables(rows)))

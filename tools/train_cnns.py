@@ -41,9 +41,9 @@ def digits():
     """Return (images, labels) to train on, and those held out: always the same, images as uint8 of shape (N, 8, 8)."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    images, labels = found.images.astype(np.uint8)[order], found.target[order]
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images, labels = digits.images.astype(np.uint8)[order], digits.target[order]
     return (images[HELD_OUT:], labels[HELD_OUT:]), (images[:HELD_OUT], labels[:HELD_OUT])
 
 
@@ -100,7 +100,7 @@ def export_torch(net, path):
     """Write the network as ONNX, for batches of any size."""
     import torch
 
-    # Without the exporter's optimiser, which would fold a BatchNormalization that follows a Conv itself.
+    # Without the exporter's optimizer, which would fold a BatchNormalization that follows a Conv itself.
     _export(net, torch.zeros(2, 1, 28, 28), ({0: torch.export.Dim("batch")},), path, "logits", optimize=False)
 
 
@@ -178,8 +178,8 @@ def predictions(path, images):
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     channels_last = session.get_inputs()[0].shape[-1] == 1
-    (found,) = session.run(None, {"image": images[..., None] if channels_last else images[:, None]})
-    return found.argmax(1)
+    (scores,) = session.run(None, {"image": images[..., None] if channels_last else images[:, None]})
+    return scores.argmax(1)
 
 
 def progress(title, epochs):
@@ -224,7 +224,7 @@ def folded(name, net, folder, images):
     result.save(folder / f"{name}_digits.folded.onnx")
     said = says(net, images)
     forms = {"exported": predictions(path, images), "folded": predictions(folder / f"{name}_digits.folded.onnx", images)}
-    same = {form: int((found == said).sum()) for form, found in forms.items()}
+    same = {form: int((labels == said).sum()) for form, labels in forms.items()}
     print(f"the same class as in training: {', '.join(f'{form} {count}' for form, count in same.items())} of {len(said)} held-out digits")
     counts = result.to_dict()["batch_normalizations"]
     if counts != {"before": 1, "after": 0} or not result.parity.ok or min(same.values()) < len(said):

@@ -1,24 +1,50 @@
 """The outputs of a deployed model beside those of the original: errors, and whether a classifier still decides the same.
 
-The reference is the original with onnxruntime's optimiser off; a stage runs as it is deployed, with the optimiser at its default.
+The reference is the original with onnxruntime's optimizer off; a stage runs as it is deployed, with the optimizer at its default.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastbn.errors import ArgumentError, expected
+from fastbn.errors import ArgumentError
 from fastbn.graph.results import json_number
 from fastbn.graph.runtime import runtime_errors, said
 
-__all__ = ["METRICS", "Agreement", "compare", "drop_of"]
+if TYPE_CHECKING:
+    from fastbn.graph.parity.feeds import Feed
+    from fastbn.graph.runtime import Session
+
+__all__ = ["METRICS", "Agreement", "AgreementFields", "Metric", "compare", "drop_of"]
+
+NameT = TypeVar("NameT", bound=str)
+
+Metric: TypeAlias = Literal["top-1", "error"]
 
 # What a stage is judged by, and how much of it may be lost where the caller does not say.
-METRICS = {"top-1": 0.01, "error": 0.1}
+METRICS: dict[Metric, float] = {"top-1": 0.01, "error": 0.1}
 
 RANDOM = "random: it differs between two runs of the original"
+
+
+class AgreementFields(TypedDict):
+    """An Agreement as JSON holds it: numbers that are not finite are text."""
+
+    output: str
+    elements: int
+    max_error: float | str | None
+    relative: float | str | None
+    sqnr_db: float | str | None
+    cosine: float | str | None
+    top1: float | None
+    rows: int
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -42,11 +68,12 @@ class Agreement:
 
     @property
     def sqnr_db(self) -> float | None:
+        """-20 log10 of `relative`, Inf where that is 0, None where it is None."""
         if self.relative is None:
             return None
         return math.inf if self.relative == 0 else -20 * math.log10(self.relative)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> AgreementFields:
         """Return the fields as JSON holds them."""
         return {
             "output": self.output,
@@ -62,8 +89,12 @@ class Agreement:
 
 
 def compare(
-    reference: object, stages: dict, feeds: list[dict], scores: Collection[str], progress: Callable[[str], None] | None = None
-) -> dict:
+    reference: Session,
+    stages: Mapping[NameT, Session],
+    feeds: Sequence[Feed],
+    scores: Collection[str],
+    progress: Callable[[str], None] | None = None,
+) -> dict[NameT, list[Agreement] | str]:
     """Run the original and every stage on all feeds.
 
     Parameters
@@ -74,6 +105,7 @@ def compare(
     scores : collection of str
         Outputs whose largest entry of a row is a decision.
     progress : callable of str, optional
+        Is told which feed is being run.
 
     Returns
     -------
@@ -87,7 +119,8 @@ def compare(
     """
     names = [entry.name for entry in reference.get_outputs()]
     totals = {stage: [_Total(name, name in scores) for name in names] for stage in stages}
-    failed = {}
+    failed: dict[NameT, str] = {}
+    random: list[bool] = []
     for number, feed in enumerate(feeds):
         if progress:
             progress(f"feed {number + 1} of {len(feeds)}")
@@ -102,44 +135,56 @@ def compare(
             except runtime_errors() as error:
                 failed[stage] = f"onnxruntime cannot run it: {said(error)}"
                 continue
-            for total, skipped, one, other in zip(totals[stage], random, before, after, strict=True):
-                if skipped:
+            for total, is_random, one, other in zip(totals[stage], random, before, after, strict=True):
+                if is_random:
                     total.skip(RANDOM)
                 else:
                     total.add(one, other)
     return {stage: failed.get(stage) or [total.agreement() for total in totals[stage]] for stage in stages}
 
 
-def _run(reference: object, feed: dict) -> list:
+def _run(reference: Session, feed: Feed) -> list[object]:
     try:
         return reference.run(None, feed)
     except runtime_errors() as error:
-        raise ArgumentError(expected("samples that the model takes", f"the answer: {said(error)}", "data")) from error
+        raise ArgumentError(f"Cannot run the model on the data: {said(error)}") from error
+
+
+@dataclass(frozen=True)
+class _Output:
+    """An output as an array; a sequence of maps of numbers, as ZipMap gives it, is an array with a row each, and keys are those of its
+    maps (None for a tensor)."""
+
+    values: NDArray[Any]  # of the dtype that the model gives
+    keys: list[object] | None = None
+
+    @classmethod
+    def of(cls, value: object) -> _Output | None:
+        """Return an output as onnxruntime gives it, or None for what is neither a tensor nor a sequence of such maps."""
+        if isinstance(value, np.ndarray):
+            return cls(value)
+        if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+            return None
+        keys = sorted(value[0], key=str)
+        if any(set(row) != set(keys) or not all(isinstance(entry, (int, float)) for entry in row.values()) for row in value):
+            return None
+        return cls(np.array([[row[key] for key in keys] for row in value], dtype=np.float64), keys)
+
+    def is_like(self, other: _Output | None) -> bool:
+        """Say whether both are tensors, or both are not."""
+        return other is not None and (self.keys is None) == (other.keys is None)
 
 
 def _same(one: object, other: object) -> bool:
-    """Say whether two runs gave the same; of what is no array, nobody knows."""
-    one, other, _ = _arrays(one, other)
-    return one is None or (other is not None and np.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
-
-
-def _arrays(before: object, after: object) -> tuple:
-    """Return two outputs as arrays and whether they have the same keys; a sequence of maps of numbers, as ZipMap gives it, is an array with
-    a row each; before is None for anything else, after where it is of another kind."""
-    if isinstance(before, np.ndarray):
-        return before, after if isinstance(after, np.ndarray) else None, True
-    one, other = _rows_of_maps(before), _rows_of_maps(after)
-    return one and one[1], other and other[1], not (one and other) or one[0] == other[0]
-
-
-def _rows_of_maps(value: object) -> tuple | None:
-    """Return (keys, array [N, number of keys]) of a list of dicts with the same keys and numbers as values, or None."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
-        return None
-    keys = sorted(value[0], key=str)
-    if any(set(row) != set(keys) or not all(isinstance(entry, (int, float)) for entry in row.values()) for row in value):
-        return None
-    return keys, np.array([[row[key] for key in keys] for row in value], dtype=np.float64)
+    """Say whether two runs gave the same; an output that is no array counts as the same."""
+    before, after = _Output.of(one), _Output.of(other)
+    if before is None:
+        return True
+    return (
+        after is not None
+        and before.is_like(after)
+        and np.array_equal(before.values, after.values, equal_nan=before.values.dtype.kind == "f")
+    )
 
 
 class _Total:
@@ -149,10 +194,10 @@ class _Total:
         self.output = output
         self.scores = scores
         self.discrete = False
-        self.elements = self.compared = self.rows = self.same = self.unequal = 0
+        self.elements = self.compared = self.rows = self.agreeing = self.unequal = 0
         self.max_error = self.difference = self.before = self.after = self.product = 0.0
         self.skipped: str | None = None
-        self.lost: str | None = None
+        self.mismatch: str | None = None
 
     def skip(self, note: str) -> None:
         """Say why the output cannot be compared."""
@@ -160,25 +205,29 @@ class _Total:
 
     def add(self, before: object, after: object) -> None:
         """Compare one output of one sample."""
-        before, after, same_keys = _arrays(before, after)
-        if before is None or before.dtype.kind not in "fiubVOUS":
+        one, other = _Output.of(before), _Output.of(after)
+        if one is None or one.values.dtype.kind not in "fiubVOUS":
             self.skip("neither numbers nor text")
             return
-        self.elements += before.size
-        if after is None or before.shape != after.shape or not same_keys:
-            self._lose(f"{'another kind of value' if after is None else f'shape {list(after.shape)}'} instead of {list(before.shape)}")
+        values = one.values
+        self.elements += values.size
+        if other is None or not one.is_like(other):
+            self._reject(f"another kind of value instead of {list(values.shape)}")
             return
-        self.discrete = before.dtype.kind in "iubOUS"
-        if before.dtype.kind in "OUS":
-            self.compared += before.size
-            self.unequal += int(np.count_nonzero(before != after))
+        if values.shape != other.values.shape or one.keys != other.keys:
+            self._reject(f"shape {list(other.values.shape)} instead of {list(values.shape)}")
             return
-        self._add_numbers(before.astype(np.float64), after.astype(np.float64))
+        self.discrete = values.dtype.kind in "iubOUS"
+        if values.dtype.kind in "OUS":
+            self.compared += values.size
+            self.unequal += int(np.count_nonzero(values != other.values))
+            return
+        self._add_numbers(values.astype(np.float64), other.values.astype(np.float64))
 
-    def _add_numbers(self, before: np.ndarray, after: np.ndarray) -> None:
+    def _add_numbers(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
         finite = np.isfinite(before)
         if not np.array_equal(before[~finite], after[~finite], equal_nan=True) or not np.isfinite(after[finite]).all():
-            self._lose("Inf or NaN on one side only")
+            self._reject("Inf or NaN on one side only")
             return
         if self.scores and before.ndim >= 2 and before.size:
             self._decide(before.reshape(before.shape[0], -1), after.reshape(after.shape[0], -1))
@@ -192,43 +241,44 @@ class _Total:
         self.after += float(np.sum(after * after))
         self.product += float(np.sum(before * after))
 
-    def _lose(self, note: str) -> None:
-        self.lost = note
-        self.max_error = self.difference = np.inf
+    def _reject(self, note: str) -> None:
+        """Say why the whole output differs."""
+        self.mismatch = note
+        self.max_error = self.difference = math.inf
 
-    def _decide(self, before: np.ndarray, after: np.ndarray) -> None:
+    def _decide(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
         """Count decisions; a row with NaN, or whose largest score is Inf, has none. An entry of -Inf is a class that is ruled out."""
         decided = np.isfinite(before.max(axis=1))
         before, after = before[decided], after[decided]
         # Where the original has the largest score twice, either place is its decision.
         chosen = np.take_along_axis(before, after.argmax(axis=1)[:, None], axis=1)[:, 0]
         self.rows += len(before)
-        self.same += int(np.count_nonzero(chosen == before.max(axis=1)))
+        self.agreeing += int(np.count_nonzero(chosen == before.max(axis=1)))
 
     def agreement(self) -> Agreement:
         """Return what the samples say together."""
-        if self.lost is None and (self.skipped or not self.compared):
+        if self.mismatch is None and (self.skipped or not self.compared):
             empty = "empty on every sample" if not self.elements else "no finite values to compare"
             return Agreement(self.output, self.elements, None, None, None, None, 0, self.skipped or empty)
-        if self.discrete and self.lost is None:
+        if self.discrete and self.mismatch is None:
             relative = self.unequal / self.elements
         elif self.difference == 0:
             relative = 0.0
         else:
-            relative = math.sqrt(self.difference / self.before) if self.before else np.inf
+            relative = math.sqrt(self.difference / self.before) if self.before else math.inf
         size = math.sqrt(self.before * self.after)
-        cosine = None if not size or self.difference == np.inf else min(1.0, self.product / size)
-        top1 = self.same / self.rows if self.rows else None
+        cosine = None if not size or self.difference == math.inf else min(1.0, self.product / size)
+        top1 = self.agreeing / self.rows if self.rows else None
         left = self.elements - self.compared
-        note = self.lost or (f"{left} of {self.elements} values are Inf or NaN on both sides" if left else None)
+        note = self.mismatch or (f"{left} of {self.elements} values are Inf or NaN on both sides" if left else None)
         return Agreement(self.output, self.elements, self.max_error, relative, cosine, top1, self.rows, note)
 
 
-def drop_of(agreements: Collection[Agreement], metric: str) -> float | None:
+def drop_of(agreements: Collection[Agreement], metric: Metric) -> float | None:
     """Return what a stage loses: for "top-1" the part of decisions that changed, for "error" the relative error, of the worst output; None
     where there is nothing to judge it by."""
-    if any(agreement.relative == np.inf for agreement in agreements):
-        return np.inf
+    if any(agreement.relative == math.inf for agreement in agreements):
+        return math.inf
     if metric == "top-1":
         return max((1 - agreement.top1 for agreement in agreements if agreement.top1 is not None), default=None)
     return max((agreement.relative for agreement in agreements if agreement.relative is not None), default=None)

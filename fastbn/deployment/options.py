@@ -1,15 +1,17 @@
 """What a deployment is asked for; what cannot be done is an error before any work."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from fastbn.deployment.compare import METRICS
+from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.samples import Data
 from fastbn.errors import ArgumentError, expected
+from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 
 __all__ = ["FEWEST_ROWS", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
 
-# Feeds kept of the data, rows that calibrate at least, and seconds that quantising one model may take.
+# Feeds kept of the data, rows that calibrate at least, and seconds that quantizing one model may take.
 MOST_FEEDS, FEWEST_ROWS, QUANTIZE_SECONDS = 256, 8, 300.0
 
 # No limit is longer than this many seconds: eleven days.
@@ -18,15 +20,43 @@ LONGEST_SECONDS = 1e6
 
 @dataclass(frozen=True)
 class Options:
-    """What `deploy` was asked for, beside the model; its docstring says what each means."""
+    """What `deploy` is asked for, beside the model and what it writes.
 
-    data: object = None
+    Attributes
+    ----------
+    data : path, array, dict of name -> array, or list of such dicts, optional
+        Samples to compare and to calibrate on, as in `deployment.samples.read_samples`. Without them, seeded normal random numbers.
+    quantize : bool
+        Try static int8 quantization (QDQ, per channel) of the folded model.
+    max_drop : float, optional
+        How much a stage may lose, from 0 to 1. For metric "top-1": the part of rows whose largest score moves to another place (0.01 by
+        default). For "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). y is the original's with
+        onnxruntime's optimizer off; what the optimizer changes in the original itself does not count.
+    metric : str
+        "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier (it ends in Softmax, or its width and
+        name allow it).
+    only, skip, input_shapes, freeze_inputs, seed
+        As in `fold`.
+    runs : int
+        Timed runs of each stage, fewer where those of all stages would take longer than a second.
+    most_samples, min_samples : int
+        Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
+    quantize_timeout : float
+        Seconds that onnxruntime's quantizer may take for the model (300); it runs in a process of its own, which is then ended.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A value is out of range, or of another type.
+    """
+
+    data: Data | None = None
     quantize: bool = False
     max_drop: float | None = None
-    metric: str = "auto"
-    only: object = None
-    skip: object = None
-    input_shapes: Mapping | None = None
+    metric: Metric | Literal["auto"] = "auto"
+    only: Globs | None = None
+    skip: Globs | None = None
+    input_shapes: InputShapes | None = None
     freeze_inputs: bool = False
     seed: int = 0
     runs: int = 50
@@ -48,5 +78,5 @@ class Options:
             raise ArgumentError(expected(what, "0", "quantize_timeout"))
         self._set("quantize_timeout", seconds)
 
-    def _set(self, name: str, value: object) -> None:
+    def _set(self, name: str, value: float) -> None:
         object.__setattr__(self, name, value)  # NumPy's numbers become Python's, which JSON holds

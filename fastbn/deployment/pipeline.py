@@ -1,33 +1,46 @@
-"""The pipeline: fold and verify, quantise, compare the outputs, measure, decide."""
+"""The pipeline: fold and verify, quantize, compare the outputs, measure, decide."""
+
+from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from fastbn.deployment.compare import METRICS, compare, drop_of
+from fastbn.deployment.compare import METRICS, Metric, compare, drop_of
 from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
 from fastbn.deployment.options import FEWEST_ROWS, MOST_FEEDS, QUANTIZE_SECONDS, Options
 from fastbn.deployment.quantize import QuantizerRefused, Recipe, quantized_already
 from fastbn.deployment.quantizer import Quantizer
-from fastbn.deployment.report import UNVERIFIED, template
-from fastbn.deployment.result import Deployment, Quantization, Stage
-from fastbn.deployment.samples import random_samples, read_samples
+from fastbn.deployment.report import template
+from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
+from fastbn.deployment.samples import Data, Samples, random_samples, read_samples
 from fastbn.deployment.scores import row_outputs, score_outputs
+from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
 from fastbn.errors import ArgumentError, StorageError, expected
-from fastbn.graph.bench import side_by_side
-from fastbn.graph.fold_result import planning_of
-from fastbn.graph.job import checked_shapes, fold
+from fastbn.graph import job
+from fastbn.graph.bench import Latency, side_by_side
+from fastbn.graph.fold_result import FoldResult, planning_of
+from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
-from fastbn.graph.reasons import first_few
 from fastbn.graph.rewrite.destination import is_stream
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
-__all__ = ["WRITING", "Options", "check_paths", "deploy", "deploy_watched"]
+if TYPE_CHECKING:
+    from fastbn.graph.model.storage import ModelLike
+    from fastbn.graph.runtime import Session
+
+__all__ = ["STEPS", "WRITING", "Progress", "check_paths", "deploy"]
+
+Location: TypeAlias = str | os.PathLike[str]
+
+# Is told (number of the step, number of steps, step, detail).
+Progress: TypeAlias = Callable[[int, int, str, str], None]
 
 # Rows of random input where there is no data: to compare on, and to calibrate on.
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
@@ -35,102 +48,87 @@ RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
 # Seconds of timed runs for each number of threads.
 LATENCY_SECONDS = 1.0
 
-# The unfolded model is quantised only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
+# The unfolded model is quantized only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
 COUNTING_SECONDS, COUNTING = 30, 5
 
-# A ratio of medians below this is noise.
-SLOWER = 1.05
+STEPS = ("reading", "folding and verifying", "quantizing", "comparing outputs", "measuring latency", "measuring loading", "writing")
 
-STEPS = ("reading", "folding and verifying", "quantising", "comparing outputs", "measuring latency", "measuring loading", "writing")
-
-# What the caller tells its progress when it writes.
-WRITING = (len(STEPS), len(STEPS), STEPS[-1])
+# What progress is told of the last step, by whoever writes.
+WRITING = (len(STEPS), len(STEPS), STEPS[-1], "")
 
 
 def deploy(
-    model,
-    output=None,
+    model: ModelLike,
+    output: Location | None = None,
     *,
-    data=None,
-    quantize=False,
-    report=None,
-    force=False,
-    max_drop=None,
-    metric="auto",
-    only=None,
-    skip=None,
-    input_shapes=None,
-    freeze_inputs=False,
-    seed=0,
-    runs=50,
-    most_samples=MOST_FEEDS,
-    min_samples=FEWEST_ROWS,
-    quantize_timeout=QUANTIZE_SECONDS,
-):
-    """Fold a model, verify it, quantise it on request, compare and measure every stage in onnxruntime, write the best that is good enough.
+    data: Data | None = None,
+    quantize: bool = False,
+    report: Location | None = None,
+    force: bool = False,
+    max_drop: float | None = None,
+    metric: Metric | Literal["auto"] = "auto",
+    only: Globs | None = None,
+    skip: Globs | None = None,
+    input_shapes: InputShapes | None = None,
+    freeze_inputs: bool = False,
+    seed: int = 0,
+    runs: int = 50,
+    most_samples: int = MOST_FEEDS,
+    min_samples: int = FEWEST_ROWS,
+    quantize_timeout: float = QUANTIZE_SECONDS,
+    progress: Progress | None = None,
+    workdir: Location | None = None,
+) -> Deployment:
+    """Fold a model, verify it, quantize it on request, compare and measure every stage in onnxruntime, write the best that is good enough.
 
     Parameters
     ----------
     model : str, os.PathLike, bytes or onnx.ModelProto
         The model; it is not changed.
-    output : path, optional
-        Where the shipped model goes; without it, `save` of the result writes it.
-    data : path, array, dict of name -> array, or list of such dicts, optional
-        Samples to compare and to calibrate on, as in `deployment.samples.read_samples`. Without them, seeded normal random numbers.
-    quantize : bool
-        Try static int8 quantisation (QDQ, per channel) of the folded model.
-    report : path, optional
-        Where the HTML report goes (needs jinja2).
+    output, report : path, optional
+        Where the shipped model and the HTML report (needs jinja2) go; `save` and `save_report` of the result write them later.
     force : bool
         Replace a report that exists.
-    max_drop : float, optional
-        How much a stage may lose. For metric "top-1": the part of rows whose largest score moves to another place (0.01 by default). For
-        "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). From 0 to 1. y is the original's with
-        onnxruntime's optimiser off; what the optimiser changes in the original itself does not count.
-    metric : str
-        "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier (it ends in Softmax, or its width and
-        name allow it).
+    data, quantize, max_drop, metric, runs, most_samples, min_samples, quantize_timeout : optional
+        What is tried, and how it is judged: `fastbn.deployment.Options` describes each.
     only, skip, input_shapes, freeze_inputs, seed
         As in `fold`.
-    runs : int
-        Timed runs of each stage, fewer where those of all stages would take longer than a second.
-    most_samples, min_samples : int
-        Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
-    quantize_timeout : float
-        Seconds that onnxruntime's quantiser may take for the model (300); it runs in a process of its own, which then is ended.
+    progress : callable of (number, total, step, detail), optional
+        Is told what is being done.
+    workdir : path, optional
+        Folder for intermediate files; that of `output` by default, the system's temporary one without it.
 
     Returns
     -------
     Deployment
+        With examples.
 
     Raises
     ------
-    StorageError, ModelError
-        As in `fold`.
-    ArgumentError, ArgumentTypeError
-        An option or the data cannot be used.
-
-    Examples
-    --------
-    >>> import fastbn  # doctest: +SKIP
-    >>> deployment = fastbn.deploy("in.onnx", "out.onnx", data="samples.npz", quantize=True, report="report.html")  # doctest: +SKIP
-    >>> deployment.shipped  # doctest: +SKIP
-    'quantized'
+    StorageError, ModelError, ArgumentError, ArgumentTypeError
+        As in `fold`; the data cannot be used, or a place cannot be written to.
     """
     options = Options(
         data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, seed, runs, most_samples, min_samples, quantize_timeout
     )
     check_paths(model, output, report, force)
-    folder = Path(output).parent if output is not None else None
-    deployment = deploy_watched(model, options, command=_call(model, output, report, options), stage=folder)
+    tell = progress or (lambda *_: None)
+    with runtime_workdir(workdir if output is None or workdir is not None else Path(output).parent) as room:
+        deployment = _Pipeline(model, options, _call(model, output, report, options), room.path, tell).run()
+    _write(deployment, output, report, tell)
+    return deployment
+
+
+def _write(deployment: Deployment, output: Location | None, report: Location | None, progress: Progress) -> None:
+    if output is not None or report is not None:
+        progress(*WRITING)
     if output is not None and deployment.shipped:
         deployment.save(output)
     if report is not None:
         deployment.save_report(report)
-    return deployment
 
 
-def _call(model, output, report, options):
+def _call(model: ModelLike, output: Location | None, report: Location | None, options: Options) -> str:
     """Return the call as a report shows it: what is no number, text or path is three dots."""
     plain = (str, int, float)
     given = {"report": report} | {each.name: getattr(options, each.name) for each in fields(options)}
@@ -145,291 +143,262 @@ def _call(model, output, report, options):
     return f"fastbn.deploy({', '.join(words)})"
 
 
-def check_paths(model, output, report, force):
+def check_paths(model: ModelLike, output: Location | None, report: Location | None, force: bool) -> None:
     """Refuse, before any work is done, an output or a report that could not be made or would replace what it must not."""
     given = os.path.realpath(model) if isinstance(model, (str, os.PathLike)) else None
-    if output is not None and os.path.realpath(output) == given:
-        raise ArgumentError(expected("an OUT that is not IN", "the same file", str(output)))
+    written = None if output is None else os.path.realpath(output)
+    if output is not None and written == given:
+        raise ArgumentError(f"Cannot write '{output}': it is the input")
     if report is None:
         return
     template()
     if is_stream(report):
         return
-    if os.path.realpath(report) in (given, output is not None and os.path.realpath(output)):
-        raise ArgumentError(expected("a report that is no model", "the same file", str(report)))
+    if os.path.realpath(report) in (given, written):
+        raise ArgumentError(f"Cannot write the report to '{report}': that is the input or the output")
     if os.path.isdir(report):
         raise StorageError(expected("a report file", "a folder", str(report)))
     if os.path.lexists(report) and not force:
-        raise StorageError(expected("a report that does not exist yet, or --force (force=True)", "an existing file", str(report)))
+        raise StorageError(f"Cannot write the report to '{report}': it exists; --force (force=True) replaces it")
     if not os.access(Path(report).parent, os.W_OK):
-        raise StorageError(expected("a writable folder for the report", "one that is not", str(Path(report).parent)))
+        raise StorageError(f"Cannot write the report to '{report}': no file can be made in the folder '{Path(report).parent}'")
 
 
-def deploy_watched(model, options, *, command, stage=None, progress=None):
-    """Do what `deploy` does but for the writing; tell `progress`, a callable of (number, total, step, detail), what is being done, and put
-    what lies between into a hidden folder in `stage`, a temporary one without it."""
-    with runtime_workdir(stage) as workdir:
-        return _Pipeline(model, options, command, workdir.path, progress or (lambda *_: None)).run()
+@dataclass(frozen=True)
+class _Trial:
+    """What a deployment tried and measured; no stages where nothing could be measured."""
+
+    samples: Samples | None
+    quantization: Quantization | None
+    stages: tuple[Stage, ...] = ()
+    latency: Sequence[Latency] = ()
+    quantized: bytes | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class _Pipeline:
-    """One model on its way through the stages."""
+    """One model on its way through the steps; each returns what it found, and `run` makes a Deployment of that."""
 
-    def __init__(self, model, options, command, folder, progress):
+    def __init__(self, model: ModelLike, options: Options, command: str, workdir: Path, progress: Progress) -> None:
         self.model = model
         self.options = options
         self.command = command
-        self.folder = folder
+        self.workdir = workdir
         self.progress = progress
-        self.step = None
-        self.shapes = {}
+        self.step = STEPS[0]
 
-    def _start(self, step):
+    def _start(self, step: str) -> None:
         self.step = step
         self._tell("")
 
-    def _tell(self, detail):
+    def _tell(self, detail: str) -> None:
         self.progress(STEPS.index(self.step) + 1, len(STEPS), self.step, detail)
 
-    def run(self):
+    def run(self) -> Deployment:
         """Return the Deployment."""
         began = time.perf_counter()
         self._start("reading")
         source = storage.load(self.model)
-        self.shapes = checked_shapes(self.options.input_shapes)
-        index = Index(source, self.options.freeze_inputs, self.shapes)
-        samples = None
-        if self.options.data is not None:
-            samples = read_samples(self.options.data, index, self.options.most_samples)
-            self._check_enough(samples)
-        metric, scores = self._metric(index)
-        max_drop = METRICS[metric] if self.options.max_drop is None else self.options.max_drop
-        folded = self._fold()
-        quantization = Quantization(str(Recipe.here())) if self.options.quantize else None
-        made = Deployment(folded, samples, metric, max_drop, quantization, self.command)
-        reference, reason = self._reference(made, index)
-        if folded.parity is not None and folded.parity.status == "failed":
-            made.status = "refused"
-            made.decision = f"the folded model differs from the original by more than rounding explains: {folded.parity}"
-        elif reference is None:
-            made.shipped, made.status = "folded", "partial"
-            made.decision = f"not compared, timed or quantised, for {reason}"
-            made.warnings.append(f"nothing was measured: {reason}")
-            if quantization:
-                quantization.refused = reason
-        else:
-            self._stages(made, source)
-            if quantization:
-                self._quantise(made, index)
-            self._compare(made, reference, scores)
-            self._measure(made)
-            self._decide(made)
-            made.warnings.extend(_warnings(made))
-        if made.shipped:
-            _not_verified(made)
-        for stage in made.stages:
-            stage.path = None  # its folder goes now
-        made.seconds = time.perf_counter() - began
-        return made
-
-    def _check_enough(self, samples):
-        if self.options.quantize and samples.rows < self.options.min_samples:
-            where = "data" if not isinstance(self.options.data, (str, os.PathLike)) else str(self.options.data)
-            raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
-
-    def _metric(self, index: Index) -> tuple[str, list[str]]:
-        """Return (metric, names of the outputs whose decisions count)."""
-        scores = score_outputs(index)
-        if self.options.metric != "top-1":
-            return self.options.metric if self.options.metric != "auto" else "top-1" if scores else "error", scores
-        scores = scores or row_outputs(index)
-        if not scores:
-            raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
-        return "top-1", scores
-
-    def _fold(self):
-        self._start("folding and verifying")
-        options = self.options
-        return fold(
-            self.model,
-            only=options.only,
-            skip=options.skip,
-            input_shapes=options.input_shapes,
-            freeze_inputs=options.freeze_inputs,
-            seed=options.seed,
-            progress=self._tell,
-            workdir=self.folder,
+        index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
+        samples = self._read(index)
+        judge = self._judge(index)
+        fold = self._fold()
+        trial, verdict = self._try(fold, index, samples, judge)
+        verdict = verdict.after(fold.parity)
+        unverified = tuple(unverified_warning(fold.parity)) if verdict.shipped else ()
+        return Deployment(
+            fold=fold,
+            shipped=verdict.shipped,
+            status=verdict.status,
+            decision=verdict.decision,
+            metric=judge.metric,
+            max_drop=judge.max_drop,
+            samples=trial.samples,
+            stages=trial.stages,
+            latency=trial.latency,
+            quantization=trial.quantization,
+            quantized=trial.quantized,
+            warnings=(*unverified, *trial.warnings),
+            command=self.command,
+            seconds=time.perf_counter() - began,
         )
 
-    def _reference(self, made, index):
-        """Return (session of the original with the optimiser off, None), or (None, why there is none); make random samples where none are
-        given."""
+    def _read(self, index: Index) -> Samples | None:
+        """Return the samples that were given, if any were."""
+        data = self.options.data
+        if data is None:
+            return None
+        samples = read_samples(data, index, self.options.most_samples)
+        if self.options.quantize and samples.rows < self.options.min_samples:
+            where = str(data) if isinstance(data, (str, os.PathLike)) else "data"
+            raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
+        return samples
+
+    def _judge(self, index: Index) -> Judge:
+        scores = score_outputs(index)
+        metric = self.options.metric
+        if metric == "top-1":
+            scores = scores or row_outputs(index)
+            if not scores:
+                raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
+        chosen: Metric = metric if metric != "auto" else "top-1" if scores else "error"
+        max_drop = METRICS[chosen] if self.options.max_drop is None else self.options.max_drop
+        return Judge(chosen, max_drop, scores, metric != "auto")
+
+    def _fold(self) -> FoldResult:
+        self._start("folding and verifying")
+        return job.fold(
+            self.model,
+            only=self.options.only,
+            skip=self.options.skip,
+            input_shapes=self.options.input_shapes,
+            freeze_inputs=self.options.freeze_inputs,
+            seed=self.options.seed,
+            progress=self._tell,
+            workdir=self.workdir,
+        )
+
+    def _try(self, fold: FoldResult, index: Index, given: Samples | None, judge: Judge) -> tuple[_Trial, Verdict]:
+        """Try and judge the stages, as far as onnxruntime runs the model and its folded form is right."""
+        asked = Quantization(str(Recipe.here())) if self.options.quantize else None
+        samples, reference, reason = given, None, ""
+        try:
+            reference, samples = self._reference(index, given)
+        except ModelNotRun as error:
+            reason = str(error)
+        warnings = []
+        if given is None and samples is not None:
+            what = "compared and calibrated" if self.options.quantize else "compared"
+            warnings.append(f"no --data: {what} on random numbers; what they say of real inputs is little")
+        if fold.parity is not None and fold.parity.status == "failed":
+            decision = f"the folded model differs from the original by more than rounding explains: {fold.parity}"
+            return _Trial(samples, asked, warnings=tuple(warnings)), Verdict(None, "refused", decision)
+        if reference is None or samples is None:
+            refused = None if asked is None else replace(asked, refused=reason)
+            trial = _Trial(samples, refused, warnings=(*warnings, f"nothing was measured: {reason}"))
+            return trial, Verdict("folded", "partial", f"not compared, timed or quantized, for {reason}")
+        return self._measured(fold, reference, index, samples, judge, warnings)
+
+    def _reference(self, index: Index, given: Samples | None) -> tuple[Session, Samples]:
+        """Return a session of the original with the optimizer off, and the samples, random ones where none are given; raises ModelNotRun
+        where onnxruntime does not load the original or does not run it on random numbers."""
         try:
             reference = Runnable.of(index.source).session()
-            if made.samples is None:
-                rows = RANDOM_ROWS_TO_CALIBRATE if self.options.quantize else RANDOM_ROWS
-                made.samples = random_samples(reference, index, self.shapes, self.options.seed, rows)
-                what = "compared and calibrated" if self.options.quantize else "compared"
-                made.warnings.append(f"no --data: {what} on random numbers; what they say of real inputs is little")
-        except ModelNotRun as reason:
-            return None, str(reason)
+            if given is not None:
+                return reference, given
+            rows = RANDOM_ROWS_TO_CALIBRATE if self.options.quantize else RANDOM_ROWS
+            return reference, random_samples(reference, index, index.input_shapes, self.options.seed, rows)
         except runtime_errors() as error:
-            return None, f"onnxruntime cannot load the original: {said(error)}"
-        return reference, None
+            raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
 
-    def _stages(self, made, source):
-        """Write the files of the stages that there are so far."""
+    def _measured(
+        self, fold: FoldResult, reference: Session, index: Index, samples: Samples, judge: Judge, warnings: list[str]
+    ) -> tuple[_Trial, Verdict]:
+        """Make, compare, measure and judge the stages."""
+        files = self._files(fold, index.source)
+        quantization = self._quantize(files, samples, index) if self.options.quantize else None
+        compared = self._compare(files, reference, samples, judge)
+        stages, latency = self._measure(compared, files, samples)
+        judged = tuple(judge.judged(stage, planning_of(fold).view.index) for stage in stages)
+        verdict = judge.verdict(judged, quantization)
+        quantized = files["quantized"].read_bytes() if "quantized" in files else None
+        warnings += warnings_about(judged, latency, judge.metric, verdict.shipped)
+        return _Trial(samples, quantization, judged, latency, quantized, tuple(warnings)), verdict
+
+    def _files(self, fold: FoldResult, source: storage.Source) -> dict[StageName, Path]:
+        """Return the files of the stages that there are so far; they may lie in the workdir."""
         original = source.path
         if original is None or (storage.utf8_path(original) is None and not source.data_files()):
-            original = self.folder / "original.onnx"
+            original = self.workdir / "original.onnx"
             original.write_bytes(source.to_bytes())
-        folded = self.folder / "folded.onnx"
-        made.fold.save(folded)
-        made.stages = [Stage("original", original), Stage("folded", folded)]
+        folded = self.workdir / "folded.onnx"
+        fold.save(folded)
+        return {"original": original, "folded": folded}
 
-    def _quantise(self, made: Deployment, index: Index) -> None:
-        self._start("quantising")
+    def _quantize(self, files: dict[StageName, Path], samples: Samples, index: Index) -> Quantization:
+        """Return what came of the quantization; a quantized model joins `files`."""
+        self._start("quantizing")
+        recipe = Recipe.here()
         nodes = quantized_already(index.source.proto)
         if nodes:
-            made.quantization.refused = f"the model is quantized already: it has {nodes}"
-            return
-        with Quantizer(self.folder, made.samples.feeds, self.options.quantize_timeout) as quantizer:
+            return Quantization(str(recipe), refused=f"the model is quantized already: it has {nodes}")
+        target = self.workdir / "quantized.onnx"
+        notes: tuple[str, ...] = ()
+        with Quantizer(self.workdir, samples.feeds, self.options.quantize_timeout) as quantizer:
             try:
-                self._quantise_folded(made, quantizer)
+                began = time.monotonic()
+                notes = quantizer.quantize(files["folded"], target, recipe=recipe, progress=self._tell)
+                limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
+                session(str(target), optimize=True)
+                kernels = kernels_of(target, samples.feeds[0], self.workdir)
+                if kernels is not None and not kernels.other:
+                    raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of what it made runs in integers")
             except QuantizerRefused as reason:
-                made.quantization.refused = str(reason)
+                return Quantization(str(recipe), notes, str(reason))
             except runtime_errors() as error:
-                made.quantization.refused = f"onnxruntime cannot load what its quantiser made: {said(error)}"
+                return Quantization(str(recipe), notes, f"onnxruntime cannot load what its quantizer made: {said(error)}")
+            counts = {
+                "folded": None if kernels is None else kernels.float,
+                **self._count_unfolded(quantizer, files["original"], samples, limit),
+            }
+        files["quantized"] = target
+        return Quantization(str(recipe), notes, float_kernels=counts)
 
-    def _quantise_folded(self, made: Deployment, quantizer: Quantizer) -> None:
-        """Make the stage "quantized", and count what is left in float with and without the fold."""
-        recipe, feed = Recipe.here(), made.samples.feeds[0]
-        target = self.folder / "quantized.onnx"
-        began = time.monotonic()
-        made.quantization.notes = quantizer.quantize(made.stage("folded").path, target, recipe=recipe, progress=self._tell)
-        limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
-        session(str(target), optimize=True)
-        kernels = kernels_of(target, feed, self.folder)
-        if kernels is not None and not kernels.other:
-            raise QuantizerRefused("onnxruntime's quantiser refuses the model: none of what it made runs in integers")
-        made.stages.append(Stage("quantized", target))
-        made.quantized = target.read_bytes()
-        counts = made.quantization.float_kernels
-        counts["folded"] = kernels and kernels.float
-        # What is quantised does not depend on the ranges, so one feed will do.
-        for key, optimise in (("unfolded", True), ("unfolded_raw", False)):
+    def _count_unfolded(self, quantizer: Quantizer, original: Path, samples: Samples, limit: float) -> dict[str, int | None]:
+        """Return how many kernels are left in float without the fold, with onnxruntime's own pre-processing and without it."""
+        counts: dict[str, int | None] = {}
+        for key, optimize in (("unfolded", True), ("unfolded_raw", False)):
             self._tell("the unfolded model, for comparison")
-            other = self.folder / f"{key}.onnx"
+            target = self.workdir / f"{key}.onnx"
             try:
-                quantizer.quantize(made.stage("original").path, other, recipe=recipe, most_feeds=1, optimise=optimise, seconds=limit)
-                found = kernels_of(other, feed, self.folder)
+                # What is quantized does not depend on the ranges, so one feed will do.
+                quantizer.quantize(original, target, recipe=Recipe.here(), most_feeds=1, optimize=optimize, seconds=limit)
+                kernels = kernels_of(target, samples.feeds[0], self.workdir)
             except QuantizerRefused:
-                found = None
-            counts[key] = found and found.float
+                kernels = None
+            counts[key] = None if kernels is None else kernels.float
+        return counts
 
-    def _compare(self, made, reference, scores):
+    def _compare(self, files: Mapping[StageName, Path], reference: Session, samples: Samples, judge: Judge) -> list[Stage]:
+        """Return the stages, their outputs compared with the original's."""
         self._start("comparing outputs")
-        sessions = {}
-        for stage in made.stages:
+        sessions: dict[StageName, Session] = {}
+        refused: dict[StageName, str] = {}
+        for name, path in files.items():
             try:
-                sessions[stage.name] = session(str(stage.path), optimize=True)
-            except runtime_errors() as error:  # its optimiser may fail where the plain model loads
-                stage.refused = f"onnxruntime cannot load it: {said(error)}"
-        found = compare(reference, sessions, made.samples.feeds, scores, self._tell)
-        # What onnxruntime's own optimiser changes in the original, or a random operator does, is no loss of a stage.
-        usual = None
-        for stage in [stage for stage in made.stages if stage.name in sessions]:
-            if isinstance(found[stage.name], str):
-                stage.refused = found[stage.name]
+                sessions[name] = session(str(path), optimize=True)
+            except runtime_errors() as error:  # its optimizer may fail where the plain model loads
+                refused[name] = f"onnxruntime cannot load it: {said(error)}"
+        compared = compare(reference, sessions, samples.feeds, judge.scores, self._tell)
+        # What onnxruntime's own optimizer changes in the original, or a random operator does, is no loss of a stage.
+        usual: float | None = None
+        stages = []
+        for name in files:
+            agreements = refused.get(name) or compared[name]
+            if isinstance(agreements, str):
+                stages.append(Stage(name, refused=agreements))
                 continue
-            stage.agreements = found[stage.name]
-            loss = drop_of(stage.agreements, made.metric)
+            loss = drop_of(agreements, judge.metric)
             usual = loss if usual is None else usual
-            stage.drop = None if loss is None else 0.0 if loss <= usual else loss - usual
+            drop = None if loss is None else 0.0 if usual is None or loss <= usual else loss - usual
+            stages.append(Stage(name, agreements=tuple(agreements), drop=drop))
+        return stages
 
-    def _measure(self, made):
-        running = {stage.name: stage for stage in made.stages if stage.refused is None}
-        if not running:
-            return
-        paths = {name: str(stage.path) for name, stage in running.items()}
-        feed = made.samples.feeds[0]
+    def _measure(self, stages: list[Stage], files: Mapping[StageName, Path], samples: Samples) -> tuple[list[Stage], list[Latency]]:
+        """Return the stages, those that run measured, and their latency."""
+        paths = {stage.name: files[stage.name] for stage in stages if stage.refused is None}
+        if not paths:
+            return stages, []
+        feed = samples.feeds[0]
         self._start("measuring latency")
-        made.latency = side_by_side(paths, feed, self.options.runs, LATENCY_SECONDS, self._tell)
+        latency = side_by_side({name: str(path) for name, path in paths.items()}, feed, self.options.runs, LATENCY_SECONDS, self._tell)
         self._start("measuring loading")
         loads = load_times(paths, self._tell)
-        for name, stage in running.items():
-            stage.size = size_of(stage.path)
-            stage.load_ms = loads[name]
-            stage.resident_mb = resident_mb(stage.path)
-            stage.kernels = kernels_of(stage.path, feed, self.folder)
-
-    def _decide(self, made):
-        for stage in made.stages:
-            if stage.refused is None and stage.drop is None and stage.name == "quantized":
-                stage.refused = _loss(stage, made)
-            elif stage.refused is None and stage.drop is not None and stage.drop > made.max_drop:
-                stage.refused = self._too_much(stage, made)
-        wanted = "quantized" if self.options.quantize else "folded"
-        for name in dict.fromkeys((wanted, "folded")):
-            stage = made.stage(name)
-            if stage is not None and stage.refused is None:
-                made.shipped = name
-                break
-        reasons = [made.quantization.refused] if made.quantization and made.quantization.refused else []
-        reasons += [f"{stage.name}: {stage.refused}" for stage in made.stages[:0:-1] if stage.refused]
-        made.status = "refused" if made.shipped is None else "done" if made.shipped == wanted else "partial"
-        made.decision = "; ".join(reasons) or _loss(made.stage(made.shipped), made)
-
-    def _too_much(self, stage: Stage, made: Deployment) -> str:
-        """Return why a stage is refused, and, where nobody chose the metric and there is another, how to choose it."""
-        spoilt = next((found for found in stage.agreements if found.relative == float("inf") and found.note), None)
-        if spoilt:
-            return f"{spoilt.note} in output '{spoilt.output}'"
-        if self.options.metric != "auto" or not row_outputs(planning_of(made.fold).view.index):
-            return _loss(stage, made)
-        other = "error judges it by the error of the outputs" if made.metric == "top-1" else "top-1 judges a classifier by its decisions"
-        return f"{_loss(stage, made)} (--metric {other})"
-
-
-def _not_verified(made: Deployment) -> None:
-    """Say, wherever it ends, that the whole model was not verified: its parity was not run, or proves nothing."""
-    parity = made.fold.parity
-    if parity is None or parity.status not in UNVERIFIED:
-        return
-    hint = " (--input-shape may help)" if parity.status == "not-run" else ""
-    made.warnings.insert(0, f"the whole model was not verified{hint}: {parity.reason or parity}")
-    if made.status == "done":
-        made.status = "unverified"
-    made.decision += f"; not verified: parity is {parity.status}"
-
-
-def _warnings(made: Deployment) -> Iterator[str]:
-    """Yield what the figures do not say by themselves."""
-    skipped: dict[str, list[str]] = {}
-    for found in made.stages[0].agreements:
-        if found.relative is None:
-            skipped.setdefault(found.note, []).append(f"'{found.output}'")
-    for note, names in skipped.items():
-        if len(names) == 1:
-            yield f"output {names[0]} is not compared ({note})"
-        else:
-            yield f"{len(names)} outputs are not compared ({note}): {first_few(names)}"
-    for stage in made.stages:
-        for found in stage.agreements if made.metric == "top-1" else ():
-            if found.top1 is None and found.relative is not None and found.relative > METRICS["error"]:
-                yield f"output '{found.output}' of {stage.name} has a relative error of {found.relative:.2g}, which top-1 does not judge"
-    for threads in sorted({row["threads"] for row in made.latency}):
-        times = {row["model"]: row["median_ms"] for row in made.latency if row["threads"] == threads}
-        ratio = times["quantized"] / times["folded"] if made.shipped == "quantized" and "folded" in times else 0
-        if ratio > SLOWER:
-            yield f"quantized takes {ratio:.2f} times as long as folded here, {threads} thread{'s' * (threads > 1)}"
-
-
-def _loss(stage, made):
-    """Return what a stage loses and what it may, as a sentence goes on."""
-    if stage.drop is None:
-        return f"no output can be compared by {made.metric}, so nothing says what it loses"
-    if made.metric == "top-1" and stage.top1 is not None:
-        rows = max(found.rows for found in stage.agreements)
-        return f"{round(stage.drop * rows)} of {rows} decisions differ from the original's ({stage.drop:.1%}), {made.max_drop:.1%} may"
-    return f"a relative error of {stage.drop:.2g} in the outputs, {made.max_drop:.2g} is allowed"
+        measured = []
+        for stage in stages:
+            if stage.name in paths:
+                path = paths[stage.name]
+                size, memory, kernels = size_of(path), resident_mb(path), kernels_of(path, feed, self.workdir)
+                stage = replace(stage, size=size, load_ms=loads[stage.name], resident_mb=memory, kernels=kernels)
+            measured.append(stage)
+        return measured, latency

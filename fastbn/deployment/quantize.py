@@ -1,8 +1,10 @@
-"""Static int8 quantisation by onnxruntime.quantization: QDQ, weights per channel, calibrated on samples; and the process it runs in.
+"""Static int8 quantization by onnxruntime.quantization: QDQ, weights per channel, calibrated on samples; and the process it runs in.
 
-The quantiser is foreign code that may never return, in Python or in C++. It runs where it can be killed: `quantizer.Quantizer` starts a
-Python whose only work is `serve`.
+onnxruntime's quantizer may never return, from Python or from C++, so it runs in a process that can be killed: `quantizer.Quantizer` starts
+a Python that does nothing but `serve`.
 """
+
+from __future__ import annotations
 
 import faulthandler
 import json
@@ -19,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypedDict
 
 import onnx
 
@@ -28,7 +31,10 @@ from fastbn.graph.model.storage import serialize
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import said
 
-__all__ = ["MARK", "QuantizerRefused", "Recipe", "feed_path", "quantize_file", "quantized_already", "serve"]
+if TYPE_CHECKING:
+    from fastbn.graph.parity.feeds import Feed
+
+__all__ = ["MARK", "Job", "QuantizerRefused", "Recipe", "feed_path", "quantize_file", "quantized_already", "serve"]
 
 # DequantizeLinear takes one scale per channel from this opset on.
 PER_CHANNEL_OPSET = 13
@@ -39,10 +45,10 @@ FREE_INITIALIZERS_IR = 4
 # The level of onnxruntime's logger at which it says least.
 FATAL = 4
 
-# What a line of an answer begins with: what else the process prints does not.
+# The first byte of an answer's line, which tells answers from whatever else the process prints.
 MARK = b"\x1e"
 
-# Seconds after its limit at which a job ends its process by itself: whoever waits for it has ended it by then, unless he was killed.
+# Seconds after its limit at which a job ends its own process, in case the parent, which ends it at the limit, is gone.
 GRACE = 5
 
 # Operators of models that are quantized, those of onnxruntime's own domain included.
@@ -50,12 +56,12 @@ QUANTIZED = re.compile(r"(Dynamic)?(Quantize|Dequantize)[A-Z]\w+|Q[A-Z]\w+|\w+In
 
 
 class QuantizerRefused(Exception):
-    """Why onnxruntime's quantiser made nothing of a model, as a sentence."""
+    """Why onnxruntime's quantizer made nothing of a model, as a sentence."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the quantiser is asked for on this machine, after onnxruntime's own advice for CPUs: 7-bit weights on x86 without VNNI, whose
+    """What the quantizer is asked for on this machine, after onnxruntime's own advice for CPUs: 7-bit weights on x86 without VNNI, whose
     16-bit sums would saturate; symmetric activations on ARM."""
 
     activations: str
@@ -63,18 +69,18 @@ class Recipe:
     reduce_range: bool
 
     @classmethod
-    def here(cls):
+    def here(cls) -> Self:
         """Return the recipe for this machine."""
         if platform.machine().lower() in ("aarch64", "arm64"):
             return cls("QInt8", "QInt8", False)
         return cls("QUInt8", "QInt8", not _has_vnni())
 
-    def __str__(self):
+    def __str__(self) -> str:
         bits = ", weights in 7 bits: this CPU has no VNNI" if self.reduce_range else ""
         return f"QDQ, per channel, {self.activations[1:]} activations, {self.weights[1:]} weights, MinMax{bits}"
 
 
-def _has_vnni():
+def _has_vnni() -> bool:
     try:
         return "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -84,8 +90,8 @@ def _has_vnni():
 def quantized_already(proto: onnx.ModelProto) -> str | None:
     """Return which nodes say that a model is quantized, subgraphs and functions included, or None."""
     graphs = (proto.graph, *proto.functions)
-    found = Counter(node.op_type for graph in graphs for scope in scopes_of(graph) for node in scope.node if _is_quantized(node.op_type))
-    return first_few([f"{count} {op}" for op, count in found.most_common()]) or None
+    counts = Counter(node.op_type for graph in graphs for scope in scopes_of(graph) for node in scope.node if _is_quantized(node.op_type))
+    return first_few([f"{count} {op}" for op, count in counts.most_common()]) or None
 
 
 def _is_quantized(op: str) -> bool:
@@ -104,20 +110,20 @@ def quantize_file(
     feeds: int,
     *,
     recipe: Recipe,
-    optimise: bool = True,
+    optimize: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
-    """Quantise a model file.
+    """Quantize a model file.
 
     Parameters
     ----------
     path, target : Path
     folder : Path
-        With the feeds to calibrate on, as `feed_path` names them; for what lies between.
+        Holds the feeds to calibrate on, as `feed_path` names them, and takes intermediate files.
     feeds : int
         How many of them there are to use.
     recipe : Recipe
-    optimise : bool
+    optimize : bool
         Let onnxruntime's own pre-processing fuse nodes first.
     progress : callable of str, optional
 
@@ -134,19 +140,19 @@ def quantize_file(
     listener = _Listener()
     logging.getLogger().handlers = [listener]
     try:
-        _quantize(_prepared(path, folder, notes), target, _Reader(folder, feeds, progress), folder, recipe, optimise)
+        _quantize(_prepared(path, folder, notes), target, _Reader(folder, feeds, progress), folder, recipe, optimize)
         made = onnx.load(target, load_external_data=False)
-    except Exception as error:  # the quantiser raises whatever its parts do, AttributeError and KeyError among them
+    except Exception as error:  # the quantizer raises whatever its parts do, AttributeError and KeyError among them
         kind = "" if isinstance(error, (FastbnError, ValueError)) else f"{type(error).__name__}: "
         first = said(error) if str(error).strip() else "; ".join(listener.lines[-1:])
-        raise QuantizerRefused(f"onnxruntime's quantiser refuses the model: {kind}{first}") from error
+        raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {kind}{first}") from error
     if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
-        raise QuantizerRefused("onnxruntime's quantiser refuses the model: none of its operators has an integer form")
+        raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of its operators has an integer form")
     return tuple(notes)
 
 
-def _prepared(path, folder, notes):
-    """Write the model as the quantiser takes it, and return its path: weights that are no inputs, scales per channel, one file."""
+def _prepared(path: Path, folder: Path, notes: list[str]) -> Path:
+    """Write the model as the quantizer takes it, and return its path: weights that are no inputs, scales per channel, one file."""
     proto = onnx.load(path)
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = [info for info in proto.graph.input if info.name not in constants]
@@ -166,12 +172,12 @@ def _prepared(path, folder, notes):
     return prepared
 
 
-def _quantize(prepared: Path, target: Path, reader: "_Reader", folder: Path, recipe: Recipe, optimise: bool) -> None:
+def _quantize(prepared: Path, target: Path, reader: _Reader, folder: Path, recipe: Recipe, optimize: bool) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     fused = folder / "preprocessed.onnx"
-    quant_pre_process(str(prepared), str(fused), skip_optimization=not optimise, skip_symbolic_shape=True)
+    quant_pre_process(str(prepared), str(fused), skip_optimization=not optimize, skip_symbolic_shape=True)
     quantization.quantize_static(
         str(fused),
         str(target),
@@ -194,59 +200,77 @@ class _Reader:
         self.progress = progress or (lambda text: None)
         self.place = 0
 
-    def get_next(self) -> dict | None:
+    def get_next(self) -> Feed | None:
+        """Return the next feed, or None after the last."""
         if self.place == self.feeds:
             return None
         self.place += 1
         self.progress(f"calibrating on feed {self.place} of {self.feeds}")
         with open(feed_path(self.folder, self.place - 1), "rb") as file:
-            return pickle.load(file)
+            feed: Feed = pickle.load(file)
+            return feed
 
 
 class _Listener(logging.Handler):
-    """Keeps the last line of what the quantiser logs."""
+    """Keep the last line of what the quantizer logs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the last line of a record."""
         lines = record.getMessage().strip().splitlines()
         self.lines[:] = lines[-1:]
 
 
-def serve() -> None:
-    """Quantise what stdin asks for, a job in JSON a line, and answer on stdout, until stdin ends: then nobody waits any more.
+class Job(TypedDict):
+    """What the process is asked for: the arguments of `quantize_file`, and its time limit in seconds."""
 
-    A job has the arguments of `quantize_file`, and "seconds" after which nobody waits for it. Answers are lines of MARK and a dict:
-    "progress" while it works, at last "notes" or "refused".
+    path: str
+    target: str
+    folder: str
+    feeds: int
+    recipe: tuple[str, str, bool]
+    optimize: bool
+    seconds: float
+
+
+def serve() -> None:
+    """Quantize what stdin asks for, a job in JSON a line, and answer on stdout, until stdin ends.
+
+    A line of stdin is a Job. Answers are lines of MARK and a dict: "progress" while it works, at last "notes" or "refused".
     """
     import onnxruntime
 
     channel, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # what the quantiser prints, from Python or from C++
+    for stream in (1, 2):  # what the quantizer prints, from Python or from C++
         os.dup2(nowhere, stream)
     onnxruntime.set_default_logger_severity(FATAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits is interrupted, and ends this process
-    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
 
     def say(**answer: object) -> None:
         os.write(channel, MARK + json.dumps(answer).encode() + b"\n")
 
     while True:
-        job = json.loads(jobs.get())
-        # A loop in C++ may hold the lock of Python, and then no thread sees that stdin has ended.
-        faulthandler.dump_traceback_later(job.pop("seconds") + GRACE, exit=True, file=nowhere)
-        paths = {name: Path(job.pop(name)) for name in ("path", "target", "folder")}
+        job: Job = json.loads(jobs.get())
+        # A loop in C++ may hold the interpreter lock, and then no thread sees that stdin has ended.
+        faulthandler.dump_traceback_later(job["seconds"] + GRACE, exit=True, file=nowhere)
+        path, target, folder = (Path(place) for place in (job["path"], job["target"], job["folder"]))
+        recipe, optimize = Recipe(*job["recipe"]), job["optimize"]
         try:
-            say(notes=quantize_file(**paths, **job | {"recipe": Recipe(*job["recipe"])}, progress=lambda text: say(progress=text)))
+            notes = quantize_file(
+                path, target, folder, job["feeds"], recipe=recipe, optimize=optimize, progress=lambda text: say(progress=text)
+            )
+            say(notes=notes)
         except QuantizerRefused as reason:
             say(refused=str(reason))
         faulthandler.cancel_dump_traceback_later()
 
 
-def _listen(jobs: queue.SimpleQueue) -> None:
+def _listen(jobs: queue.SimpleQueue[bytes]) -> None:
     for line in sys.stdin.buffer:
         jobs.put(line)
     os._exit(0)

@@ -1,37 +1,44 @@
 """The HTML report of a deployment: one file, no network, every name in it escaped."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastbn.deployment.drawing import draw_model, draw_site
-from fastbn.errors import FastbnError, expected
+from fastbn.deployment.drawing import draw_fold, draw_model
+from fastbn.errors import FastbnError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
 from fastbn.graph.report import size_text
 from fastbn.graph.results import Fold
 
-__all__ = ["UNVERIFIED", "render", "template"]
+if TYPE_CHECKING:
+    import jinja2
+
+    from fastbn.deployment.result import Deployment
+    from fastbn.graph.bench import Latency
+
+__all__ = ["render", "template"]
 
 # Folds that are drawn one by one, and rows of a table; the JSON report has all of them.
 MOST_DRAWN, MOST_ROWS = 40, 400
 
-# Of those drawn, the ones that are seen at once; the others unfold.
-OPEN_SITES = 12
-
-# Parity that proves nothing.
-UNVERIFIED = ("not-run", "inconclusive")
+# Drawn folds that are seen at once; the others are shown on request.
+OPEN_FOLDS = 12
 
 STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
 
 
-def template():
+def template() -> jinja2.Template:
     """Return the template of the report; raises FastbnError without jinja2."""
     try:
         import jinja2
     except ImportError as error:
-        raise FastbnError(expected("jinja2 (pip install 'fastbn[report]')", "none installed", "--report")) from error
+        raise FastbnError("Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')") from error
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -40,13 +47,13 @@ def template():
     return environment.get_template("report.html.j2")
 
 
-def render(deployment):
+def render(deployment: Deployment) -> str:
     """Return the report of a Deployment as HTML."""
     page = template()
     fold = deployment.fold
     planning = planning_of(fold)
     pairs = zip(fold.folded, planning.plans, strict=True)
-    sites = [(each, *draw_site(plan, planning, planning.view.index.opset)) for each, plan in list(pairs)[:MOST_DRAWN]]
+    drawn = [(each, *draw_fold(plan, planning)) for each, plan in list(pairs)[:MOST_DRAWN]]
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts = fold.to_dict()
@@ -54,11 +61,11 @@ def render(deployment):
         made=deployment,
         fold=fold,
         facts=facts,
-        sites=sites,
+        drawn=drawn,
         folds=fold.folded[:MOST_ROWS],
         kept=[(each, each.reason.split(FORWARDS)) for each in fold.kept[:MOST_ROWS]],
         reasons=REASONS,
-        model=draw_model(fold),
+        model=draw_model(planning),
         threads=sorted({row["threads"] for row in deployment.latency}),
         scales={row["threads"]: _scale(deployment.latency, row["threads"]) for row in deployment.latency},
         largest=max((stage.size for stage in deployment.stages), default=0) or 1,
@@ -68,46 +75,45 @@ def render(deployment):
         script=script,
         digest=digest,
         proofs=_proofs(fold.folded),
-        unverified=UNVERIFIED,
-        open_sites=OPEN_SITES,
+        open_folds=OPEN_FOLDS,
         most_rows=MOST_ROWS,
     )
 
 
-def _proofs(folds: list[Fold]) -> str:
+def _proofs(folds: Sequence[Fold]) -> str:
     """Return how many of the folds were run before and after, as a line goes on."""
     count = sum(fold.error is not None for fold in folds)
     return "each verified" if count == len(folds) else f"{count or 'none'} verified"
 
 
-def _scale(latency, threads):
-    """Return the milliseconds at the right end of the bars: room for the 90th percentiles, unless one is far out."""
+def _scale(latency: Sequence[Latency], threads: int) -> float:
+    """Return the milliseconds at the right end of the bars: the largest 90th percentile, but at most 1.5 times the longest median."""
     rows = [row for row in latency if row["threads"] == threads]
     longest = max(row["median_ms"] for row in rows)
     return min(max(row["p90_ms"] for row in rows), 1.5 * longest)
 
 
-def _printable(value):
+def _printable(value: object) -> object:
     """Return a value as the page shows it: control characters, and what turns the direction of writing, become escapes."""
     if isinstance(value, str) and not hasattr(value, "__html__"):
         return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in value)
     return value
 
 
-def _number(value, form=".2g"):
+def _number(value: float | None, form: str = ".2g") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _percent(value, digits=0):
+def _percent(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _times(ratio):
+def _times(ratio: float | None) -> str:
     """Return a ratio of times in words."""
     if ratio is None:
         return "-"
     return f"{1 / ratio:.2f} times as fast" if ratio < 0.995 else f"{ratio:.2f} times as long" if ratio > 1.005 else "as fast"
 
 
-def _plural(count, word):
+def _plural(count: int, word: str) -> str:
     return f"{count} {word}" + ("" if count == 1 else "s")

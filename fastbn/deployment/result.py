@@ -1,99 +1,206 @@
 """Deployment: the stages of a model on its way to the CPU, what was measured of each, and which is shipped; as data, text and file."""
 
+from __future__ import annotations
+
 import platform
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import onnx
 
-from fastbn.deployment.compare import Agreement
-from fastbn.deployment.measure import Kernels
+from fastbn.deployment.compare import Agreement, AgreementFields, Metric
+from fastbn.deployment.measure import KernelFields, Kernels
 from fastbn.deployment.report import render
-from fastbn.errors import ParityError, expected
+from fastbn.errors import ParityError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.report import size_text, table
-from fastbn.graph.results import json_number
+from fastbn.graph.results import FoldReport, json_number
 from fastbn.graph.rewrite.output import prepared_bytes
 from fastbn.graph.rewrite.replacement import atomic
 
-__all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage"]
+if TYPE_CHECKING:
+    import os
+
+    from fastbn.deployment.samples import Samples, SamplesFields
+    from fastbn.graph import FoldResult
+    from fastbn.graph.bench import Latency
+    from fastbn.graph.rewrite.output import Prepared
+
+__all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage", "StageName", "Status"]
 
 # Version of the JSON report: it grows when a field changes its meaning or leaves, not when one is added.
 SCHEMA = 1
 
+StageName: TypeAlias = Literal["original", "folded", "quantized"]
+Shipped: TypeAlias = Literal["folded", "quantized"]
+Status: TypeAlias = Literal["done", "partial", "unverified", "refused"]
+
 # How a deployment ends.
-STATUS = {
+STATUS: dict[Status, str] = {
     "done": "what was asked for is shipped",
-    "partial": "the folded model is shipped, but the quantised one was refused, or onnxruntime cannot run the model: nothing was measured",
+    "partial": "the folded model is shipped, but the quantized one was refused, or onnxruntime cannot run the model: nothing was measured",
     "unverified": "what was asked for is shipped, but nothing proves that the whole folded model is the original",
     "refused": "nothing is shipped",
 }
 
 
-@dataclass
-class Stage:
-    """One form of the model: original, folded or quantized; path is where it lies while it is measured, refused why it is not shipped."""
+class StageFields(TypedDict):
+    """A Stage as JSON holds it."""
 
-    name: str
-    path: Path | None
+    name: StageName
+    bytes: int
+    load_ms: float | None
+    resident_mb: float | None
+    kernels: KernelFields | None
+    outputs: list[AgreementFields]
+    drop: float | str | None
+    refused: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class Stage:
+    """One form of the model.
+
+    Attributes
+    ----------
+    name : str
+        "original", "folded" or "quantized".
+    size : int
+        Bytes of its files; 0 where it was not measured.
+    load_ms, resident_mb : float or None
+        Milliseconds to load it, and megabytes that it then takes.
+    kernels : Kernels or None
+        What onnxruntime runs for it.
+    agreements : tuple of Agreement
+        Its outputs beside the original's.
+    drop : float or None
+        What it loses by the metric of the deployment, beside what onnxruntime's optimizer loses of the original.
+    refused : str or None
+        Why it is not shipped.
+    """
+
+    name: StageName
     size: int = 0
     load_ms: float | None = None
     resident_mb: float | None = None
     kernels: Kernels | None = None
-    agreements: list = field(default_factory=list)
+    agreements: tuple[Agreement, ...] = ()
     drop: float | None = None
     refused: str | None = None
 
     @property
-    def worst(self):
+    def worst(self) -> Agreement | None:
         """The Agreement with the largest relative error, of those that have one, or None."""
-        return max((found for found in self.agreements if found.relative is not None), key=lambda found: found.relative, default=None)
+        errors = [(each.relative, each) for each in self.agreements if each.relative is not None]
+        return max(errors, key=lambda error: error[0], default=(None, None))[1]
 
     @property
-    def top1(self):
+    def top1(self) -> float | None:
         """The smallest part of decisions that agree, over the outputs that have any, or None."""
-        return min((found.top1 for found in self.agreements if found.top1 is not None), default=None)
+        return min((each.top1 for each in self.agreements if each.top1 is not None), default=None)
 
-    def to_dict(self):
+    def to_dict(self) -> StageFields:
+        """Return the fields as JSON holds them."""
         return {
             "name": self.name,
             "bytes": self.size,
             "load_ms": self.load_ms,
             "resident_mb": self.resident_mb,
-            "kernels": self.kernels and self.kernels.to_dict(),
-            "outputs": [Agreement.to_dict(found) for found in self.agreements],
+            "kernels": None if self.kernels is None else self.kernels.to_dict(),
+            "outputs": [each.to_dict() for each in self.agreements],
             "drop": json_number(self.drop),
             "refused": self.refused,
         }
 
+    def __repr__(self) -> str:
+        return f"<Stage {self.name}: {size_text(self.size)}, drop {_number(self.drop, '.2g')}{', refused' if self.refused else ''}>"
 
-@dataclass
-class Quantization:
-    """What the quantiser was asked for and made: float_kernels holds the kernels that still compute in float, of the quantised folded model
-    and of the unfolded one, quantised after onnxruntime's own pre-processing ("unfolded") and without it ("unfolded_raw")."""
+
+class QuantizationFields(TypedDict):
+    """A Quantization as JSON holds it."""
 
     recipe: str
-    notes: tuple = ()
-    refused: str | None = None
-    float_kernels: dict = field(default_factory=dict)
+    notes: list[str]
+    refused: str | None
+    float_kernels: dict[str, int | None]
 
-    def to_dict(self):
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the quantizer was asked for and made.
+
+    Attributes
+    ----------
+    recipe : str
+        What it was asked for.
+    notes : tuple of str
+        What else was done to the model.
+    refused : str or None
+        Why there is no quantized model.
+    float_kernels : dict of str -> int or None
+        Kernels that still compute in float, of the quantized folded model ("folded") and of the unfolded one, quantized after
+        onnxruntime's own pre-processing ("unfolded") and without it ("unfolded_raw"); None where the quantizer fails.
+    """
+
+    recipe: str
+    notes: tuple[str, ...] = ()
+    refused: str | None = None
+    float_kernels: dict[str, int | None] = field(default_factory=dict)
+
+    def to_dict(self) -> QuantizationFields:
+        """Return the fields as JSON holds them."""
         return {"recipe": self.recipe, "notes": list(self.notes), "refused": self.refused, "float_kernels": self.float_kernels}
 
-    def float_sentence(self):
+    def float_sentence(self) -> str | None:
         """Return how many kernels are left in float, with and without the fold; None where nothing was counted."""
-        if self.float_kernels.get("folded") is None:
+        left = self.float_kernels.get("folded")
+        if left is None:
             return None
         parts = []
         for key, how in (("unfolded", "after onnxruntime's own pre-processing"), ("unfolded_raw", "without it")):
             count = self.float_kernels.get(key)
-            parts.append(f"{'the quantiser fails' if count is None else count} {how}")
-        left = self.float_kernels["folded"]
+            parts.append(f"{'the quantizer fails' if count is None else count} {how}")
         return f"{left} kernel{'s' if left != 1 else ''} left in float; without the fold {', '.join(parts)}"
 
 
+class Versions(TypedDict):
+    """What a figure depends on: versions, machine."""
+
+    fastbn: str
+    onnx: str
+    onnxruntime: str
+    numpy: str
+    python: str
+    platform: str
+    cpu: str
+
+
+class DeploymentFields(TypedDict):
+    """A Deployment as JSON holds it."""
+
+    schema: int
+    status: Status
+    shipped: Shipped | None
+    decision: str
+    warnings: list[str]
+    metric: Metric
+    max_drop: float
+    data: SamplesFields | None
+    stages: list[StageFields]
+    latency: list[Latency]
+    quantization: QuantizationFields | None
+    fold: FoldReport
+    command: str
+    seconds: float
+    versions: Versions
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Deployment:
     """What a deployment made of a model.
 
@@ -101,50 +208,76 @@ class Deployment:
     ----------
     fold : FoldResult
         folded, kept, parity.
-    stages : list of Stage
+    shipped : str or None
+        The name of the stage that `save` writes: "folded", "quantized" or None.
+    status, decision : str
+        One of STATUS, and the sentence that says why.
+    metric, max_drop : str, float
+        What a stage is judged by ("top-1" or "error"), and how much it may lose.
+    samples : Samples or None
+        What it was compared on; None where onnxruntime cannot run the model.
+    stages : tuple of Stage
         original, folded and, where it was asked for and could be made, quantized.
     latency : list of dict
         threads, model, runs, median_ms, p90_ms, ratio.
-    samples : Samples or None
-        What it was compared on; None where onnxruntime cannot run the model.
-    metric, max_drop : str, float
-        What a stage is judged by ("top-1" or "error"), and how much it may lose.
     quantization : Quantization or None
         None where it was not asked for.
-    shipped : str or None
-        The name of the stage that `save` writes.
-    status, decision : str
-        One of STATUS, and the sentence that says why.
-    warnings : list of str
+    quantized : bytes or None
+        The quantized model.
+    warnings : tuple of str
         What the reader must know before trusting the figures.
+    command : str
+        What was called.
+    seconds : float
+        How long it took.
+    versions : dict
+        What the figures depend on: versions, machine.
+
+    Examples
+    --------
+    >>> import fastbn, numpy as np, onnx
+    >>> text = '''<ir_version: 8, opset_import: ["" : 17]>
+    ... tiny (float[N, 1, 3] x) => (float[N, 1, 3] y) <
+    ...   float[1, 1, 1] w = {2}, float[1] one = {1}, float[1] mean = {3}, float[1] var = {4} > {
+    ...   c = Conv (x, w)
+    ...   y = BatchNormalization <epsilon: float = 0.0> (c, one, one, mean, var)
+    ... }'''
+    >>> samples = np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 1, 3)
+    >>> deployment = fastbn.deploy(onnx.parser.parse_model(text), data=samples, runs=1)
+    >>> deployment
+    <Deployment done: folded shipped, 2 stages, parity ok>
+    >>> deployment.stage("folded").drop, deployment.decision
+    (0.0, 'a relative error of 0 in the outputs, 0.1 is allowed')
+    >>> [node.op_type for node in onnx.load_from_string(deployment.to_bytes()).graph.node]
+    ['Conv']
     """
 
-    def __init__(self, fold, samples, metric, max_drop, quantization, command):
-        self.fold = fold
-        self.samples = samples
-        self.metric = metric
-        self.max_drop = max_drop
-        self.quantization = quantization
-        self.command = command
-        self.stages = []
-        self.latency = []
-        self.warnings = []
-        self.shipped = None
-        self.status = None
-        self.decision = None
-        self.seconds = 0.0
-        self.quantized = None
-        self.versions = _versions()
+    fold: FoldResult
+    shipped: Shipped | None
+    status: Status
+    decision: str
+    metric: Metric
+    max_drop: float
+    samples: Samples | None = None
+    stages: tuple[Stage, ...] = ()
+    latency: Sequence[Latency] = ()
+    quantization: Quantization | None = None
+    quantized: bytes | None = None
+    warnings: tuple[str, ...] = ()
+    command: str = ""
+    seconds: float = 0.0
+    versions: Versions = field(default_factory=lambda: _versions())
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
+        """Whether what was asked for is shipped and verified."""
         return self.status == "done"
 
-    def stage(self, name):
+    def stage(self, name: StageName) -> Stage | None:
         """Return the Stage of a name, or None."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write the shipped model, all or nothing; return the paths of its files, the model's first.
 
         Raises
@@ -158,45 +291,49 @@ class Deployment:
             pass
         return prepared.paths
 
-    def prepared(self, path):
+    def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
         """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
         if self.shipped is None:
-            raise ParityError(expected("a stage that may be shipped", self.decision, "deploy"))
+            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
         if self.shipped == "folded":
             return self.fold.prepared(path)
-        return prepared_bytes(path, self.quantized, planning_of(self.fold).view.index.source)
+        return prepared_bytes(path, self.to_bytes(), planning_of(self.fold).view.index.source)
 
-    def to_bytes(self):
-        """Return the shipped model as bytes, all tensors inside."""
-        return self.fold.to_bytes() if self.shipped == "folded" else self.quantized
+    def to_bytes(self) -> bytes:
+        """Return the shipped model as bytes, all tensors inside; raises ParityError as `save` does."""
+        if self.shipped == "quantized" and self.quantized is not None:
+            return self.quantized
+        if self.shipped is None:
+            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
+        return self.fold.to_bytes()
 
-    def save_report(self, path):
+    def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the HTML report, one file that needs no other; raises FastbnError without jinja2."""
         text = render(self)
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def to_dict(self):
+    def to_dict(self) -> DeploymentFields:
         """Return everything as data that JSON holds; "schema" is its version."""
         return {
             "schema": SCHEMA,
             "status": self.status,
             "shipped": self.shipped,
             "decision": self.decision,
-            "warnings": self.warnings,
+            "warnings": list(self.warnings),
             "metric": self.metric,
             "max_drop": self.max_drop,
-            "data": self.samples and self.samples.to_dict(),
+            "data": None if self.samples is None else self.samples.to_dict(),
             "stages": [stage.to_dict() for stage in self.stages],
-            "latency": self.latency,
-            "quantization": self.quantization and self.quantization.to_dict(),
+            "latency": list(self.latency),
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "fold": self.fold.to_dict(),
             "command": self.command,
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
         }
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """Return the report as lines of text: the fold's, then a table of the stages, then the decision."""
         lines = [*self.fold.lines(), *(f"WARNING {warning}" for warning in self.warnings)]
         if self.samples:
@@ -209,12 +346,13 @@ class Deployment:
         lines.append(f"shipped {self.shipped or 'nothing'}: {self.decision}")
         return lines
 
-    def _table(self):
+    def _table(self) -> list[str]:
         threads = sorted({row["threads"] for row in self.latency})
         heads = [f"ms, {number} thread{'s' if number > 1 else ''}" for number in threads]
         rows = [["  stage", "size", "load ms", "RAM MB", *heads, "max error", "relative", "top-1"]]
         for stage in self.stages:
             times = {row["threads"]: row for row in self.latency if row["model"] == stage.name}
+            worst = stage.worst
             rows.append(
                 [
                     f"  {stage.name}",
@@ -222,23 +360,26 @@ class Deployment:
                     _number(stage.load_ms, ".1f"),
                     _number(stage.resident_mb, ".1f"),
                     *(f"{times[n]['median_ms']:.3f} (p90 {times[n]['p90_ms']:.3f})" if n in times else "-" for n in threads),
-                    _number(stage.worst and stage.worst.max_error, ".2g"),
-                    _number(stage.worst and stage.worst.relative, ".2g"),
+                    _number(None if worst is None else worst.max_error, ".2g"),
+                    _number(None if worst is None else worst.relative, ".2g"),
                     _number(stage.top1, ".2%"),
                 ]
             )
         return table(rows)
 
-    def __str__(self):
+    def __repr__(self) -> str:
+        verified = "not verified" if self.fold.parity is None else f"parity {self.fold.parity.status}"
+        return f"<Deployment {self.status}: {self.shipped or 'nothing'} shipped, {len(self.stages)} stages, {verified}>"
+
+    def __str__(self) -> str:
         return "\n".join(self.lines())
 
 
-def _number(value, form):
+def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _versions():
-    """Return what a figure depends on: versions, machine."""
+def _versions() -> Versions:
     import onnxruntime
 
     import fastbn
@@ -254,7 +395,7 @@ def _versions():
     }
 
 
-def _cpu_name():
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

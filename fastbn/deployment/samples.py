@@ -1,12 +1,17 @@
 """Input data of a deployment: samples from files or arrays, matched to the inputs of a model by name, type and shape; or random ones."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import ArrayLike, NDArray
 from onnx import helper, numpy_helper
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
@@ -15,7 +20,21 @@ from fastbn.graph.parity.feeds import random_feeds
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import runtime_errors
 
-__all__ = ["Samples", "random_samples", "read_samples"]
+if TYPE_CHECKING:
+    from fastbn.graph.model.index import Index
+    from fastbn.graph.parity.feeds import Feed
+    from fastbn.graph.runtime import Session
+
+__all__ = ["Data", "Samples", "SamplesFields", "random_samples", "read_samples"]
+
+# An array of any type that a model may read.
+Array: TypeAlias = NDArray[Any]
+
+# What `read_samples` reads.
+Data: TypeAlias = str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
+
+# Where arrays come from, the arrays by name, and whether they are one input as it is.
+Group: TypeAlias = tuple[str, Mapping[str, ArrayLike], bool]
 
 # What a folder of samples may hold; anything else in it is left alone.
 ENDINGS = (".npz", ".npy", ".pb")
@@ -24,19 +43,45 @@ ENDINGS = (".npz", ".npy", ".pb")
 TEST_FOLDER = "test_data_set_*"
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Inputs for a model: feeds (dicts of name -> array, each as the model takes it), how many rows they hold together, how many feeds
-    there were to choose from, where they came from, and what was done to them."""
+class SamplesFields(TypedDict):
+    """Samples as JSON holds them: without the arrays."""
 
-    feeds: list
+    origin: str
+    random: bool
+    feeds: int
+    rows: int
+    available: int
+    notes: list[str]
+
+
+@dataclass(frozen=True, repr=False)
+class Samples:
+    """Inputs for a model.
+
+    Attributes
+    ----------
+    feeds : list of dict of name -> array
+        Each as the model takes it.
+    rows : int
+        How many samples they hold together.
+    available : int
+        How many feeds there were to choose from.
+    origin : str
+        Where they come from.
+    random : bool
+        Whether they are random numbers.
+    notes : tuple of str
+        What was done to them.
+    """
+
+    feeds: list[Feed]
     rows: int
     available: int
     origin: str
     random: bool
-    notes: tuple = ()
+    notes: tuple[str, ...] = ()
 
-    def to_dict(self):
+    def to_dict(self) -> SamplesFields:
         """Return all but the arrays, as JSON holds it."""
         return {
             "origin": self.origin,
@@ -47,13 +92,16 @@ class Samples:
             "notes": list(self.notes),
         }
 
-    def __str__(self):
+    def __repr__(self) -> str:
+        return f"<Samples: {self}>"
+
+    def __str__(self) -> str:
         rows = f"{self.rows} samples" if self.rows > 1 else "1 sample"
         some = f", of {self.available} feeds there evenly {len(self.feeds)}" if self.available > len(self.feeds) else ""
         return f"{rows} from {self.origin}{some}"
 
 
-def random_samples(reference, index, input_shapes, seed, rows):
+def random_samples(reference: Session, index: Index, input_shapes: Mapping[str, tuple[int, ...]], seed: int, rows: int) -> Samples:
     """Return Samples of seeded normal numbers, at least this many rows, one by one where the model takes them so; raises feeds.ModelNotRun
     where it takes none."""
     (first,) = random_feeds(reference, index, input_shapes, seed, 1)
@@ -65,7 +113,7 @@ def random_samples(reference, index, input_shapes, seed, rows):
     return Samples(feeds, sum(map(_rows, feeds)), len(feeds), f"normal random numbers, seed {seed}", True)
 
 
-def read_samples(data, index, most):
+def read_samples(data: Data, index: Index, most: int) -> Samples:
     """Return the Samples of files or arrays.
 
     Parameters
@@ -87,22 +135,22 @@ def read_samples(data, index, most):
         A name, type or shape is not that of an input; there are no samples; a value is Inf or NaN.
     """
     inputs = _Inputs(index)
-    pieces = []
+    pieces: list[tuple[str, Feed]] = []
     for where, arrays, whole in _groups(data, inputs):
         pieces.extend(inputs.split(where, arrays, whole))
     origin = str(data) if isinstance(data, (str, os.PathLike)) else "arrays"
     if not pieces:
         raise ArgumentError(expected("at least one sample", "none", origin))
     chosen = [pieces[number] for number in np.unique(np.linspace(0, len(pieces) - 1, min(most, len(pieces))).astype(int))]
-    feeds = [{name: np.ascontiguousarray(values).reshape(values.shape) for name, values in arrays.items()} for _, arrays in chosen]
+    feeds = [{name: np.ascontiguousarray(values).reshape(values.shape) for name, values in feed.items()} for _, feed in chosen]
     _check_finite([where for where, _ in chosen], feeds)
     return Samples(feeds, sum(map(_rows, feeds)), len(pieces), origin, False, tuple(dict.fromkeys(inputs.notes)))
 
 
-def _one_row(reference, index, feed):
+def _one_row(reference: Session, index: Index, feed: Feed) -> Feed | None:
     """Return a feed cut to one row wherever the model leaves the batch open, or None where it does not run on that."""
     shapes = {name: index.input_shapes.get(name) or index.declared_shape(index.main.values[name]) for name in feed}
-    single = {name: values[:1] if shapes[name] and shapes[name][0] is None else values for name, values in feed.items()}
+    single = {name: values[:1] if (shapes[name] or (0,))[0] is None else values for name, values in feed.items()}
     try:
         reference.run(None, single)
     except runtime_errors():
@@ -110,12 +158,12 @@ def _one_row(reference, index, feed):
     return single
 
 
-def _rows(feed):
+def _rows(feed: Feed) -> int:
     return max((values.shape[0] for values in feed.values() if values.ndim), default=1)
 
 
-def _check_finite(places, feeds):
-    bad = {}
+def _check_finite(places: Sequence[str], feeds: Sequence[Feed]) -> None:
+    bad: dict[tuple[str, str], list[int]] = {}
     for number, (where, feed) in enumerate(zip(places, feeds, strict=True)):
         for name, values in feed.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -128,23 +176,24 @@ def _check_finite(places, feeds):
 class _Inputs:
     """The graph inputs that a caller must give, and how arrays become feeds of them."""
 
-    def __init__(self, index):
+    def __init__(self, index: Index) -> None:
         constants = {tensor.name for tensor in index.proto.graph.initializer}
         self.infos = {info.name: info for info in index.proto.graph.input if info.name not in constants}
         self.shapes = {name: index.input_shapes.get(name) or index.declared_shape(index.main.values[name]) for name in self.infos}
-        self.notes = []
+        self.notes: list[str] = []
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
+        """Their names, in the order of the model."""
         return list(self.infos)
 
-    def only(self, where):
+    def only(self, where: str) -> str:
         """Return the name of the one input; an array without a name is for a model of one."""
         if len(self.infos) != 1:
             raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", "one without a name", where))
         return self.names[0]
 
-    def split(self, where, arrays, whole):
+    def split(self, where: str, arrays: Mapping[str, ArrayLike], whole: bool) -> list[tuple[str, Feed]]:
         """Return (where, feed) of every feed in a group of arrays by name."""
         unknown = [name for name in arrays if name not in self.infos]
         missing = [name for name in self.infos if name not in arrays]
@@ -153,12 +202,12 @@ class _Inputs:
             raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", got, where))
         parts = {name: self._parts(where, name, self._typed(where, name, np.asanyarray(arrays[name])), whole) for name in self.infos}
         count = max(map(len, parts.values()), default=0)
-        for name, found in parts.items():
-            if len(found) not in (1, count):
-                raise ArgumentError(expected(f"{count} samples of every input", f"{len(found)} of '{name}'", where))
-        return [(where, {name: found[number if len(found) > 1 else 0] for name, found in parts.items()}) for number in range(count)]
+        for name, each in parts.items():
+            if len(each) not in (1, count):
+                raise ArgumentError(expected(f"{count} samples of every input", f"{len(each)} of '{name}'", where))
+        return [(where, {name: each[number if len(each) > 1 else 0] for name, each in parts.items()}) for number in range(count)]
 
-    def _typed(self, where, name, array):
+    def _typed(self, where: str, name: str, array: Array) -> Array:
         kind = self.infos[name].type.tensor_type.elem_type
         if kind == onnx.TensorProto.STRING:
             if array.dtype.kind not in "OUS":
@@ -178,7 +227,7 @@ class _Inputs:
         with np.errstate(over="ignore"):
             return array.astype(wanted)
 
-    def _parts(self, where, name, array, whole):
+    def _parts(self, where: str, name: str, array: Array, whole: bool) -> list[Array]:
         """Return the feeds of one array, in order."""
         shape = self.shapes[name]
         if shape is None or (whole and _fits(array.shape, shape)) or (not shape and not array.shape):
@@ -194,11 +243,11 @@ class _Inputs:
         raise ArgumentError(expected(f"shape [{shown}] for '{name}'", f"[{','.join(map(str, array.shape))}]", where))
 
 
-def _fits(sizes, shape):
+def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
     return len(sizes) == len(shape) and all(known in (None, size) for size, known in zip(sizes, shape, strict=True))
 
 
-def _groups(data, inputs):
+def _groups(data: Data, inputs: _Inputs) -> Iterator[Group]:
     """Yield (where, name -> array, whether it is one input as it is) of every file."""
     if isinstance(data, (str, os.PathLike)):
         path = Path(os.fsdecode(data))
@@ -218,26 +267,26 @@ def _groups(data, inputs):
         raise ArgumentTypeError(expected("a path, an array, a dict of arrays or a list of such dicts", type(data).__name__, "data"))
 
 
-def _file(path, inputs):
+def _file(path: Path, inputs: _Inputs) -> Group:
     """Return the group of one file."""
     if path.suffix not in ENDINGS:
         if not path.exists():
-            raise StorageError(expected("a file or folder of samples", "none", str(path)))
+            raise StorageError(f"Cannot read samples: '{path}' does not exist")
         raise ArgumentError(expected(f"a file that ends in {', '.join(ENDINGS)}", path.name, str(path)))
     if path.suffix == ".pb":
         name, array = _tensor(path)
         return str(path), {name if name in inputs.infos else inputs.only(str(path)): array}, True
-    loaded = _numpy(path)
-    if path.suffix == ".npz":
-        return str(path), loaded, False
-    return str(path), {path.stem if path.stem in inputs.infos else inputs.only(str(path)): loaded}, False
+    arrays = _numpy(path)
+    if path.suffix == ".npy":
+        arrays = {path.stem if path.stem in inputs.infos else inputs.only(str(path)): arrays[path.stem]}
+    return str(path), arrays, False
 
 
-def _numpy(path):
-    """Return the array of a .npy file, mapped, or the arrays of a .npz file by name."""
+def _numpy(path: Path) -> dict[str, Array]:
+    """Return the arrays of a .npz file by name, or that of a .npy file, mapped, by the name of the file."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
         with np.load(path, allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
     except OSError as error:
@@ -247,7 +296,7 @@ def _numpy(path):
         raise StorageError(expected(f"a {path.suffix} file of numbers", first, str(path))) from error
 
 
-def _tensor(path):
+def _tensor(path: Path) -> tuple[str, Array]:
     """Return (name, array) of a file that holds a TensorProto."""
     try:
         tensor = onnx.TensorProto.FromString(path.read_bytes())
@@ -255,33 +304,33 @@ def _tensor(path):
             raise ValueError("one without a type")
         return tensor.name, numpy_helper.to_array(tensor)
     except (DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise StorageError(expected("an ONNX tensor", "bytes that are none", str(path))) from error
+        raise StorageError(f"Cannot read '{path}': it holds no ONNX tensor") from error
 
 
-def _folder(path, inputs):
+def _folder(path: Path, inputs: _Inputs) -> Iterator[Group]:
     """Yield the groups of a folder: ONNX test data, or files of one kind."""
-    tests = sorted(found for found in path.glob(TEST_FOLDER) if found.is_dir()) or ([path] if (path / "input_0.pb").exists() else [])
+    tests = sorted(each for each in path.glob(TEST_FOLDER) if each.is_dir()) or ([path] if (path / "input_0.pb").exists() else [])
     if tests:
         yield from ((str(folder), dict(_test_inputs(folder, inputs)), True) for folder in tests)
         return
-    files = sorted(found for found in path.iterdir() if found.suffix in ENDINGS and found.is_file())
-    kinds = sorted({found.suffix for found in files})
+    files = sorted(each for each in path.iterdir() if each.suffix in ENDINGS and each.is_file())
+    kinds = sorted({each.suffix for each in files})
     if len(kinds) != 1:
-        got = f"{' and '.join(kinds)} in one folder" if kinds else "none there"
+        got = f"{' and '.join(kinds)} in one folder" if kinds else "a folder without any"
         raise ArgumentError(expected(f"files of one kind ({', '.join(ENDINGS)}) or {TEST_FOLDER}", got, str(path)))
-    if kinds != [".npz"] and {found.stem for found in files} == set(inputs.infos):
-        yield str(path), {found.stem: _file(found, inputs)[1][found.stem] for found in files}, kinds == [".pb"]
+    if kinds != [".npz"] and {each.stem for each in files} == set(inputs.infos):
+        yield str(path), {each.stem: _file(each, inputs)[1][each.stem] for each in files}, kinds == [".pb"]
         return
-    yield from (_file(found, inputs) for found in files)
+    yield from (_file(each, inputs) for each in files)
 
 
-def _test_inputs(folder, inputs):
+def _test_inputs(folder: Path, inputs: _Inputs) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of input_0.pb, input_1.pb, ...: by the tensor's own name, or the place in the list."""
-    files = sorted(folder.glob("input_*.pb"), key=lambda found: (len(found.stem), found.stem))
+    files = sorted(folder.glob("input_*.pb"), key=lambda file: (len(file.stem), file.stem))
     if not files:
-        raise ArgumentError(expected("input_0.pb, ...", "none there", str(folder)))
-    for place, found in enumerate(files):
-        name, array = _tensor(found)
+        raise ArgumentError(f"Cannot read samples: there is no input_0.pb in '{folder}'")
+    for place, file in enumerate(files):
+        name, array = _tensor(file)
         if name not in inputs.infos:
             if place >= len(inputs.infos):
                 raise ArgumentError(expected(f"{len(inputs.infos)} inputs ({first_few(inputs.names)})", str(len(files)), str(folder)))

@@ -1,8 +1,8 @@
 """Which outputs hold the scores of a classifier, of which only the place of the largest matters.
 
-What ends in a Softmax does. A last linear layer may as well give coordinates, an embedding or a reconstruction: there the names decide, of
-the output first, then of the layer and its weights. Where they say nothing, the shapes must allow it. Figures taken for scores would be
-shipped wrong in everything but their order, scores taken for figures are only judged more strictly: doubt means no.
+The output of a Softmax does. A last linear layer may as well give coordinates, an embedding or a reconstruction: there the names decide, of
+the output first, then of the layer and its weights. Where they say nothing, the shapes must allow it. In doubt an output holds no scores:
+it is then judged by its error, which is the stricter of the two.
 """
 
 import math
@@ -45,16 +45,16 @@ def row_outputs(index: Index) -> list[str]:
 
 def score_outputs(index: Index) -> list[str]:
     """Return the names of the outputs that look like the scores of a classifier."""
-    found = []
+    names = []
     alone = len(index.proto.graph.output) == 1
     for name in row_outputs(index):
         value = index.main.values[name]
         node = value.producer
         while node is not None and node.inputs and (node.is_op(*PASSING) or _adds_bias(node, index)):
-            node = next((read.producer for read in node.inputs if index.constant(read) is None), None)
+            node = next((read.producer for read in node.inputs if read is not None and index.constant(read) is None), None)
         if node is not None and (_is_softmax(node) or (alone and node.is_op(*LINEAR) and _linear_scores(index, value, node))):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _classes(index: Index, value: Value) -> int | None:
@@ -66,7 +66,7 @@ def _classes(index: Index, value: Value) -> int | None:
 
 
 def _adds_bias(node: Node, index: Index) -> bool:
-    return node.is_op("Add") and any(index.constant(read) is not None for read in node.inputs)
+    return node.is_op("Add") and any(read is not None and index.constant(read) is not None for read in node.inputs)
 
 
 def _is_softmax(node: Node) -> bool:
@@ -76,19 +76,19 @@ def _is_softmax(node: Node) -> bool:
 
 def _linear_scores(index: Index, output: Value, node: Node) -> bool:
     """Say whether the only output, which the linear layer `node` gives, holds scores."""
-    said = _said([output.name])
-    if said is None:
+    named = _says_scores([output.name])
+    if named is None:
         constants = [read.name for read in node.inputs if read is not None and index.constant(read) is not None]
-        said = _said([node.label, *constants])
-    if said is not None:
-        return said
-    count = _classes(index, output)
+        named = _says_scores([node.label, *constants])
+    if named is not None:
+        return named
+    count = _classes(index, output) or 0
     embedding = count >= SMALLEST_EMBEDDING and count & (count - 1) == 0
     return FEWEST_CLASSES <= count <= MOST_CLASSES and not embedding and count < _input_size(index)
 
 
-def _said(names: list[str]) -> bool | None:
-    """Return whether names speak of scores, or of something else, or None."""
+def _says_scores(names: list[str]) -> bool | None:
+    """Return True where names speak of scores, False where of something else, None where of neither."""
     words = [word.lower() for name in names for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     if any(SAYS_OTHERWISE.fullmatch(word) for word in words):
         return False
@@ -104,7 +104,8 @@ def _input_size(index: Index) -> float:
         if info.name in constants:
             continue
         shape = index.input_shapes.get(info.name) or index.declared_shape(index.main.values[info.name])
-        if info.type.tensor_type.elem_type not in FLOATS or shape is None or None in shape[1:]:
+        sizes = None if shape is None else shape[1:] or shape
+        if info.type.tensor_type.elem_type not in FLOATS or sizes is None or None in sizes:
             return math.inf
-        total += math.prod(shape[1:] or shape)
+        total += math.prod(size or 0 for size in sizes)
     return total

@@ -1,11 +1,11 @@
 """The ONNX wing: fold batch normalization out of a model, verify it, and say what stayed and why."""
 
-from fastbn.errors import FastbnError, expected
+from fastbn.errors import FastbnError
 
 try:
     import onnx  # noqa: F401
 except ImportError as error:
-    raise FastbnError(expected("onnx (pip install 'fastbn[onnx]')", "none installed", "fastbn.graph")) from error
+    raise FastbnError("Cannot read models: onnx is not installed (pip install 'fastbn[onnx]')") from error
 
 from fastbn.graph.fold_result import FoldResult
 from fastbn.graph.job import fold, verify

@@ -1,20 +1,26 @@
 """Latency of models in onnxruntime at its default options, run by run in turn, so that all see the same machine."""
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Callable, Mapping
+from typing import TypedDict
 
 import numpy as np
 
 from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
-from fastbn.graph.job import checked_shapes, fold
+from fastbn.graph.job import InputShapes, checked_shapes, fold
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
+from fastbn.graph.model.storage import ModelLike
+from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.reference import feeds_for
 from fastbn.graph.ranges import whole_number
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
-__all__ = ["bench", "side_by_side"]
+__all__ = ["Latency", "bench", "side_by_side"]
 
 WARM_UP = 3
 
@@ -22,7 +28,20 @@ WARM_UP = 3
 FEWEST_RUNS = 5
 
 
-def bench(original, folded=None, *, runs=50, input_shapes=None):
+class Latency(TypedDict):
+    """How long one model takes on some threads: median and 90th percentile of its runs, and the median as a part of the first model's."""
+
+    threads: int
+    model: str
+    runs: int
+    median_ms: float
+    p90_ms: float
+    ratio: float
+
+
+def bench(
+    original: ModelLike, folded: ModelLike | None = None, *, runs: int = 50, input_shapes: InputShapes | None = None
+) -> list[Latency]:
     """Time two models.
 
     Parameters
@@ -49,20 +68,20 @@ def bench(original, folded=None, *, runs=50, input_shapes=None):
         An option cannot be used, or the second model does not take the inputs of the first.
     """
     runs = whole_number(runs, "runs", 1)
-    input_shapes = checked_shapes(input_shapes)
+    shapes = checked_shapes(input_shapes)
     source = storage.load(original)
-    index = Index(source, input_shapes=input_shapes)
+    index = Index(source, input_shapes=shapes)
     other = storage.load(fold(original, verify=False, input_shapes=input_shapes).to_bytes() if folded is None else folded)
     before, after = Runnable.of(source), Runnable.of(other)
-    feed = feeds_for(before, index, input_shapes)[0]
+    feed = feeds_for(before, index, shapes)[0]
     _check_runs(after, other.name, feed)
     try:
         return side_by_side({"original": before.model, "folded": after.model}, feed, runs)
-    except runtime_errors() as error:  # its optimiser may fail where the plain models load
-        raise ModelError(expected("models that onnxruntime runs with its optimiser", said(error), source.name)) from error
+    except runtime_errors() as error:  # its optimizer may fail where the plain models load
+        raise ModelError(f"Cannot time the models: onnxruntime does not run them with its optimizer: {said(error)}") from error
 
 
-def _check_runs(model: Runnable, where: str, feed: dict) -> None:
+def _check_runs(model: Runnable, where: str, feed: Feed) -> None:
     """Refuse a model that onnxruntime does not load, or not run on the inputs of another; its missing data files are the usual reason."""
     try:
         loaded = model.session()
@@ -76,10 +95,16 @@ def _check_runs(model: Runnable, where: str, feed: dict) -> None:
     except runtime_errors() as error:
         if isinstance(error, FastbnError):
             raise
-        raise ModelError(expected("a model that onnxruntime runs on the inputs of the first one", said(error), where)) from error
+        raise ModelError(f"Cannot time '{where}': onnxruntime does not run it on the inputs of the first model: {said(error)}") from error
 
 
-def side_by_side(models, feed, runs, limit=None, progress=None):
+def side_by_side(
+    models: Mapping[str, bytes | str],
+    feed: Feed,
+    runs: int,
+    limit: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Latency]:
     """Time models on one input, on 1 and on all threads.
 
     Parameters
@@ -98,16 +123,16 @@ def side_by_side(models, feed, runs, limit=None, progress=None):
     list of dict
         threads, model, runs, median_ms, p90_ms and ratio (the median as a part of the first model's).
     """
-    rows = []
+    rows: list[Latency] = []
     for threads in sorted({1, _cpus()}):
         sessions = {name: session(model, threads=threads, optimize=True) for name, model in models.items()}
-        times = {name: [] for name in sessions}
+        times: dict[str, list[float]] = {name: [] for name in sessions}
         names = list(sessions)
         start_of_all = time.perf_counter()
         for turn in range(WARM_UP + runs):
             if progress:
                 progress(f"run {turn + 1} of {WARM_UP + runs}, {threads} thread{'s' if threads > 1 else ''}")
-            # Nobody is always the one after a certain other.
+            # Rotate the order so that no model always follows the same one.
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = time.perf_counter()
                 sessions[name].run(None, feed)
@@ -119,11 +144,10 @@ def side_by_side(models, feed, runs, limit=None, progress=None):
         base = float(np.median(times[names[0]]))
         for name, values in times.items():
             median, p90 = float(np.median(values)), float(np.percentile(values, 90))
-            row = {"threads": threads, "model": name, "runs": len(values), "median_ms": median, "p90_ms": p90, "ratio": median / base}
-            rows.append(row)
+            rows.append(Latency(threads=threads, model=name, runs=len(values), median_ms=median, p90_ms=p90, ratio=median / base))
     return rows
 
 
-def _cpus():
+def _cpus() -> int:
     """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

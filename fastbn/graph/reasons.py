@@ -51,7 +51,7 @@ ReasonCode: TypeAlias = Literal[
 # Code -> what it means.
 REASONS: dict[ReasonCode, str] = {
     # What the node itself is.
-    "training": "it normalises with the statistics of the batch, or hands them out",
+    "training": "it normalizes with the statistics of the batch, or hands them out",
     "per-element": "spatial=0: its parameters are per element, not per channel",
     "dynamic-parameters": "a parameter is computed when the model runs",
     "overridable-parameters": "a parameter is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
@@ -72,7 +72,7 @@ REASONS: dict[ReasonCode, str] = {
     "graph-output": "a value on the way is a graph output",
     "dynamic-weight": "a weight on the way is computed when the model runs",
     "overridable-weight": "a weight on the way is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
-    "quantised": "a quantised weight or bias on the way cannot take it exactly",
+    "quantised": "a quantized weight or bias on the way cannot take it exactly",
     "dynamic-index": "a node on the way chooses or pads by values that are no constants",
     "axis": "its channels are not the channels that a node on the way could take",
     "axis-unknown": "a rank or size on the way is not known, so its axis cannot be placed; --input-shape may help",
@@ -106,7 +106,7 @@ class Refusal(Exception):
     def __init__(self, code: ReasonCode, sentence: str) -> None:
         assert code in REASONS, code
         super().__init__(sentence)
-        self.code = code
+        self.code: ReasonCode = code
         self.sentence = sentence
 
 

@@ -189,6 +189,11 @@ class Parity:
         """Say whether the models agree, and that was proven."""
         return self.status == "ok"
 
+    @property
+    def is_unverified(self) -> bool:
+        """Say whether the comparison was asked for and proves nothing: it was not run, or is inconclusive."""
+        return self.status in ("not-run", "inconclusive")
+
     def __str__(self) -> str:
         if self.status == "not-run":
             return f"not run: {self.reason}"
@@ -196,7 +201,7 @@ class Parity:
             return f"failed: {self.reason}" if self.reason else self.status
         before, after = (f"{value:.5g}" for value in self.values)
         text = (
-            f"{self.inputs} inputs, optimiser off on both sides: worst {self._worst()}"
+            f"{self.inputs} inputs, optimizer off on both sides: worst {self._worst()}"
             f" ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
         )
         return text + (f": {self.reason}" if self.reason else "")

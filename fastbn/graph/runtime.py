@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
 
-from fastbn.errors import FastbnError, StorageError, expected
+from fastbn.errors import FastbnError, StorageError
 from fastbn.graph.model.storage import Source, serialize, utf8_path
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Session(Protocol):
         """Return what is known of the graph outputs."""
         ...
 
+    def end_profiling(self) -> str:
+        """Return the path of the file with the profile."""
+        ...
+
 
 class ValueInfo(Protocol):
     """What onnxruntime says of an input or output."""
@@ -61,7 +65,7 @@ def _runtime() -> Any:  # a module without types
     try:
         import onnxruntime
     except ImportError as error:
-        raise FastbnError(expected("onnxruntime (pip install 'fastbn[onnx]'), or verify=False", "none installed", "verify")) from error
+        raise FastbnError("Cannot run models: onnxruntime is not installed (pip install 'fastbn[onnx]')") from error
     return onnxruntime
 
 

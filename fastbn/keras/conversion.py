@@ -1,5 +1,9 @@
 """Models with our layer in place of Keras's, and back."""
 
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
 import keras
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
@@ -7,8 +11,11 @@ from fastbn.keras.layer import BatchNormalization
 
 __all__ = ["convert"]
 
+# Any: what JSON holds, as Keras gives it out.
+_Config: TypeAlias = dict[str, Any]
 
-def convert(model, *, back=False):
+
+def convert(model: keras.Model, *, back: bool = False) -> keras.Model:
     """Return a copy of a model with `BatchNormalization` in place of every keras.layers.BatchNormalization, weights kept.
 
     Parameters
@@ -45,26 +52,25 @@ def convert(model, *, back=False):
         old, new = new, old
     headers = _header(old), _header(new)
 
-    def clone(layer):
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         config = _replaced(layer.get_config(), *headers)
         return (new if type(layer) is old else type(layer)).from_config(config)
 
     copy = keras.models.clone_model(model, clone_function=clone)
     hidden = [layer.name for layer in copy._flatten_layers() if type(layer) is old]
     if hidden:
-        got = f"{hidden[0]!r}, which another layer makes itself"
-        raise ArgumentError(expected("every BatchNormalization to stand in a configuration", got, "model"))
+        raise ArgumentError(f"Cannot convert the model: {hidden[0]!r} is in no configuration, another layer makes it itself")
     copy.set_weights(model.get_weights())
     return copy
 
 
-def _header(layer_class):
+def _header(layer_class: type[keras.layers.Layer]) -> _Config:
     """Return what a serialized layer says about its class."""
     serialized = keras.saving.serialize_keras_object(layer_class(name="any"))
     return {key: serialized[key] for key in ("module", "class_name", "registered_name")}
 
 
-def _replaced(config, old, new):
+def _replaced(config: Any, old: _Config, new: _Config) -> Any:
     """Return a configuration in which every serialized layer with the header `old` has the header `new`."""
     if isinstance(config, (list, tuple)):
         return type(config)(_replaced(item, old, new) for item in config)

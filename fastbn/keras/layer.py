@@ -1,22 +1,65 @@
 """A Keras 3 layer that is keras.layers.BatchNormalization with our kernels inside."""
 
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
 import keras
 from keras import ops
 
 from fastbn import _check
-from fastbn.affine import DTYPES
+from fastbn.dtypes import DTYPES
 from fastbn.errors import ArgumentError, expected
 
 __all__ = ["BatchNormalization"]
 
-if keras.backend.backend() == "torch":
-    from fastbn.keras import torch as kernels
-elif keras.backend.backend() == "jax":
-    from fastbn.keras import jax as kernels
-elif keras.backend.backend() == "tensorflow":
-    from fastbn.keras import tensorflow as kernels
-else:
-    raise ImportError(expected("torch, jax or tensorflow", repr(keras.backend.backend()), "KERAS_BACKEND"))
+# Any: a tensor of the backend, torch.Tensor, jax.Array or tf.Tensor.
+_Tensor: TypeAlias = Any
+
+
+class _Backend(Protocol):
+    """What the module of each backend has."""
+
+    def infer(
+        self, x: _Tensor, mean: _Tensor, var: _Tensor, weight: _Tensor | None, bias: _Tensor | None, eps: float, axis: int, /
+    ) -> _Tensor:
+        """Return y."""
+        ...
+
+    def train(
+        self,
+        x: _Tensor,
+        running_mean: _Tensor,
+        running_var: _Tensor,
+        weight: _Tensor | None,
+        bias: _Tensor | None,
+        mask: _Tensor | None,
+        momentum: float,
+        eps: float,
+        axis: int,
+        /,
+    ) -> tuple[_Tensor, _Tensor, _Tensor]:
+        """Return (y, running_mean, running_var); only y has a gradient."""
+        ...
+
+
+def _load_backend(name: str) -> _Backend:
+    if name == "torch":
+        from fastbn.keras import torch
+
+        return torch
+    if name == "jax":
+        from fastbn.keras import jax
+
+        return jax
+    if name == "tensorflow":
+        from fastbn.keras import tensorflow
+
+        return tensorflow
+    raise ImportError(expected("torch, jax or tensorflow", repr(name), "KERAS_BACKEND"))
+
+
+kernels = _load_backend(keras.backend.backend())
 
 
 @keras.saving.register_keras_serializable(package="fastbn")
@@ -63,14 +106,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
     True
     """
 
-    def __init__(self, *args, **kwargs):
+    # Any: the arguments of Keras's layer, passed on as they are.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check.momentum_of(self.momentum)
         _check.eps_of(self.epsilon, "epsilon")
         # XLA calls no Python from TensorFlow; without this, compile() would choose it.
         self.supports_jit = keras.backend.backend() != "tensorflow"
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the weights; Keras calls it with the first shape it sees."""
         if len(input_shape) < 2:
             raise ArgumentError(expected("an input with at least 2 axes", f"shape {tuple(input_shape)}", "inputs"))
@@ -78,8 +122,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             raise ArgumentError(expected(f"an axis of an input with {len(input_shape)} axes", f"{self.axis}", "axis"))
         super().build(input_shape)
 
-    def call(self, inputs, training=None, mask=None):
-        """Normalise inputs; see the class."""
+    def call(self, inputs: _Tensor, training: bool | None = None, mask: _Tensor | None = None) -> _Tensor:
+        """Normalize inputs; see the class."""
         training = training and self.trainable
         rank = len(inputs.shape)
         if mask is not None and len(mask.shape) != rank - 1:
@@ -88,11 +132,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if training and (self.renorm or self.synchronized or masked_elements):
             return super().call(inputs, training=training, mask=mask)
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        kept = keras.backend.result_type(dtype, "float32")
+        param_dtype = keras.backend.result_type(dtype, "float32")
         if dtype not in DTYPES:
-            inputs = ops.cast(inputs, kept)
+            inputs = ops.cast(inputs, param_dtype)
         variables = self.moving_mean, self.moving_variance, self.gamma, self.beta
-        mean, variance, gamma, beta = (None if variable is None else ops.cast(variable, kept) for variable in variables)
+        mean, variance, gamma, beta = (None if variable is None else ops.cast(variable, param_dtype) for variable in variables)
         if training:
             if mask is not None:
                 mask = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(inputs)[:-1])

@@ -63,4 +63,28 @@ print(fastbn.verify("in.onnx", "out.onnx").status == "fail")  # error: compariso
 print(fastbn.batchnorm)  # error: attr-defined
 print(fastbn.show_config()["gpu"])  # error: typeddict-item
 print(stats.std)  # error: attr-defined
+
+# Models and their results.
+fastbn.fold(512)  # error: arg-type
+fastbn.fold("in.onnx", only=["bn"], verfiy=False)  # error: call-arg
+fastbn.fold("in.onnx", input_shapes={"x": "1,3"})  # error: dict-item
+fastbn.fold("in.onnx", progress=True)  # error: arg-type
 print(result.planning)  # error: attr-defined
+result.save(7)  # error: arg-type
+print(result.folded[0].node)  # error: attr-defined
+print(result.kept[0].code == "trainig")  # error: comparison-overlap
+print(result.to_dict()["folds"])  # error: typeddict-item
+parity = fastbn.verify("in.onnx")  # error: call-arg
+print(fastbn.verify("in.onnx", "out.onnx").status == "not run")  # error: comparison-overlap
+deployment = fastbn.deploy("in.onnx", metric="top1")  # error: arg-type
+fastbn.deploy("in.onnx", data=7)  # error: arg-type
+fastbn.deploy("in.onnx", max_drop="1 %")  # error: arg-type
+fastbn.deploy("in.onnx", quantise=True)  # error: call-arg
+fastbn.deploy("in.onnx", progress=print, report=True)  # error: arg-type
+print(deployment.status == "failed")  # error: comparison-overlap
+print(deployment.shipped == "original")  # error: comparison-overlap
+deployment.stage("int8")  # error: arg-type
+print(deployment.stage("folded").drop)  # error: union-attr
+deployment.shipped = "folded"  # error: misc
+print(deployment.stages[0].path)  # error: attr-defined
+print(deployment.latency[0]["mean_ms"])  # error: typeddict-item

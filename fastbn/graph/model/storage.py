@@ -58,7 +58,7 @@ PLACE = ("location", "offset", "length")
 
 def os_error(error: OSError, where: str) -> StorageError:
     """Return a StorageError with the message of the operating system."""
-    return StorageError(expected("a file that can be used", (error.strerror or str(error)).lower(), where))
+    return StorageError(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}")
 
 
 def model_in(path: str | os.PathLike[str]) -> ModelProto | None:
@@ -320,7 +320,7 @@ class Source:
             if not stat.S_ISREG(status.st_mode):
                 raise StorageError(expected("a data file", "something that is no file", where))
             if not os.access(path, os.R_OK):
-                raise StorageError(expected("a file that can be used", "permission denied", where))
+                raise StorageError(f"Cannot use '{where}': permission denied")
             real = os.path.realpath(path)
             folders = [os.path.realpath(model.parent), os.path.dirname(os.path.realpath(model))]
         except OSError as error:

@@ -11,6 +11,10 @@ __all__ = ["Affine", "FloatArray"]
 FloatArray: TypeAlias = NDArray[np.float64]
 
 
+# Stands for abs_terms until they are made of the shift.
+NOT_GIVEN: FloatArray = np.empty(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Affine:
     """y = scale * x + shift along one axis of a value, in float64.
@@ -31,10 +35,10 @@ class Affine:
     shift: FloatArray
     axis: int | None
     rank: int = 0
-    abs_terms: FloatArray = field(default=None)  # type: ignore[arg-type]  # set below where it is not given
+    abs_terms: FloatArray = field(default_factory=lambda: NOT_GIVEN)
 
     def __post_init__(self) -> None:
-        if self.abs_terms is None:
+        if self.abs_terms is NOT_GIVEN:
             object.__setattr__(self, "abs_terms", np.abs(self.shift))
 
     @property

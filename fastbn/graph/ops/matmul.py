@@ -328,7 +328,7 @@ def _layouts(weight: Constant, slot: int) -> tuple[WeightLayout, WeightLayout]:
     shape = weight.shape
     if not shape or 0 in shape:
         raise ModelError(expected("a weight that is a vector or a stack of matrices", f"shape {shape}", "MatMul"))
-    if len(shape) < 2:
+    if len(shape) == 1:
         return WeightLayout(1, 1, 1, shape[0]), WeightLayout(1, 1, shape[0], 1)
     rows = WeightLayout(1, math.prod(shape[:-2]), shape[-2], shape[-1])
     columns = WeightLayout(1, math.prod(shape[:-1]), shape[-1], 1)

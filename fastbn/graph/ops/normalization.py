@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from fastbn.affine import DTYPES, batch_norm_affine, dtype_name
+from fastbn.affine import batch_norm_affine
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.node import Node
@@ -88,7 +89,7 @@ def _refuse_training(node: Node, opset: int) -> None:
     """Training means: training_mode=1; opset 7 to 13 with a second output; opset 1 and 6 without is_test; opset 14 with outputs in use."""
     if opset >= 14:
         if node.attribute("training_mode", 0):
-            raise Refusal("training", "training_mode=1: it normalises with the statistics of the batch")
+            raise Refusal("training", "training_mode=1: it normalizes with the statistics of the batch")
         if any(value is not None for value in node.outputs[1:]):
             raise Refusal("training", "it hands out running statistics")
     elif len(node.outputs) > 1:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.node import Node, Value

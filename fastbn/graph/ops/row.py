@@ -52,66 +52,87 @@ class PresentGraph(Protocol):
     @property
     def opset(self) -> int:
         """The version of ONNX's operators."""
+        ...
 
     def constant(self, value: Value | None) -> Tensor | None:
         """Return the constant that a value of the original always is, or None."""
+        ...
 
     def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
+        ...
 
     def is_overridable(self, value: Value) -> bool:
         """Say whether a caller of the model may override an initializer."""
+        ...
 
     def shape(self, value: Value | None) -> Shape | None:
         """Return the shape of a value, None where not even the rank is known."""
+        ...
 
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
+        ...
 
     def declared_shape(self, value: Value) -> Shape | None:
         """Return what the file itself says of a shape."""
+        ...
 
     def probe_shape(self, value: Value) -> tuple[int, ...] | None:
         """Return a shape to verify with, None where the rank is not known."""
+        ...
 
     def affine(self, node: Node) -> Affine | None:
         """Return what a node is as an affine, None where it is none or must stay."""
+        ...
 
     def check(self, node: Node) -> None:
         """Raise ModelError where a node is not what ONNX demands."""
+        ...
 
     def source(self, value: Value) -> Value:
         """Return the value that stands in the place of a value now."""
+        ...
 
     def producer(self, value: Value) -> Node | None:
         """Return the node that gives a value now."""
+        ...
 
     def readers(self, value: Value) -> list[tuple[Node, int]]:
         """Return (node, slot) of everything that sees the elements of a value now; Refusal where the caller of the model does."""
+        ...
 
     def refuse_readers(self, value: Value, asker: Node, slot: int) -> None:
         """Refuse when anything but this slot of `asker` sees a value."""
+        ...
 
     def has(self, node: Node, slot: int) -> bool:
         """Say whether a node has an input at a slot now."""
+        ...
 
     def is_changed(self, node: Node, slot: int) -> bool:
         """Say whether a plan has changed or made the constant at a slot."""
+        ...
 
     def planned_attributes(self, node: Node) -> Mapping[str, object]:
         """Return the attributes that plans set."""
+        ...
 
     def tensor(self, node: Node, slot: int) -> Constant | None:
         """Return the constant at a slot as it is now, or None."""
+        ...
 
     def weight(self, node: Node, slot: int) -> Constant:
         """Return the floating constant at a slot as it is now; Refusal where it is none."""
+        ...
 
     def dense(self, node: Node, slot: int) -> Dense:
         """Return weight(node, slot) in float64."""
+        ...
 
     def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
         """Return the bias at a slot in float64, zeros where it is absent."""
+        ...
 
 
 @dataclass(frozen=True)

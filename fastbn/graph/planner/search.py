@@ -41,7 +41,7 @@ class Search:
     def __init__(self, view: GraphView, origin: Origin, strategy: Strategy) -> None:
         self.view = view
         self.origin = origin
-        self.strategy = strategy
+        self.strategy: Strategy = strategy
         self._refused: dict[tuple[Value, bool, bool, Value | None], tuple[ReasonCode, str]] = {}
         self._open: set[Value] = set()
         self._steps = 0

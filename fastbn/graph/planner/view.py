@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.affine import DTYPES, dtype_name
+from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
@@ -292,7 +292,7 @@ class GraphView:
             return Dense.zeros(shape, dtype)
         value = node.input(slot)
         if value is not None and self.tensor(node, slot) is None and is_dequantized(node, slot):
-            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantised: no scale of it holds the shift")
+            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantized: no scale of it holds the shift")
         bias = self.dense(node, slot)
         if bias.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {bias.shape}", node.label))

@@ -11,9 +11,9 @@ CONV = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
     c = Conv(x, w%s)
     y = BatchNormalization(c, s, t, m, v)
 }"""
-QUANTISED = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
-PER_TENSOR = {"q": QUANTISED, "sc": np.float32(0.002), "zp": np.int8(3)}
-PER_CHANNEL = {"q": QUANTISED, "sc": np.linspace(0.001, 0.003, 4, dtype=np.float32), "zp": np.arange(4, dtype=np.int8)}
+QUANTIZED = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
+PER_TENSOR = {"q": QUANTIZED, "sc": np.float32(0.002), "zp": np.int8(3)}
+PER_CHANNEL = {"q": QUANTIZED, "sc": np.linspace(0.001, 0.003, 4, dtype=np.float32), "zp": np.arange(4, dtype=np.int8)}
 
 
 def folded(proto):
@@ -34,7 +34,7 @@ def test_a_scale_per_tensor_becomes_one_per_channel(zero_point, bias):
     node = after.graph.node[0]
     assert (node.op_type, [attribute.i for attribute in node.attribute]) == ("DequantizeLinear", [0])
     tensors = {tensor.name: tensor for tensor in after.graph.initializer}
-    assert tensors[node.input[0]].raw_data == QUANTISED.tobytes(), "the quantised weights stay as they are"
+    assert tensors[node.input[0]].raw_data == QUANTIZED.tobytes(), "the quantized weights stay as they are"
     assert [list(tensors[name].dims) for name in node.input[1:]] == [[4]] * (len(node.input) - 1)
 
 
@@ -56,27 +56,27 @@ def test_a_chain_scales_twice():
 
 
 def test_the_weight_of_a_gemm_and_of_a_matmul():
-    constants = {"q": QUANTISED.reshape(27, 4), "sc": np.float32(0.002), "zp": np.int8(3), **norm(4, positive=True)}
+    constants = {"q": QUANTIZED.reshape(27, 4), "sc": np.float32(0.002), "zp": np.int8(3), **norm(4, positive=True)}
     for op in ("Gemm(x, w)", "MatMul(x, w)"):
         text = f"(float[N,27] x) => (float[N,4] y) {{ w = DequantizeLinear(q, sc, zp) c = {op} y = BatchNormalization(c, s, t, m, v) }}"
         after = folded(model(text, **constants))
         assert after.graph.node[0].attribute[0].i == 1
 
 
-def test_forwards_a_shift_is_summed_over_the_dequantised_weights():
+def test_forwards_a_shift_is_summed_over_the_dequantized_weights():
     text = """(float[N,4,8,8] x) => (float[N,3,6,6] y) {
         r = Relu(x)
         b = BatchNormalization(r, s, t, m, v)
         w = DequantizeLinear(q, sc, zp)
         y = Conv(b, w)
     }"""
-    folded(model(text, **{**PER_TENSOR, "q": QUANTISED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
+    folded(model(text, **{**PER_TENSOR, "q": QUANTIZED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
 
 
 def test_what_it_cannot_take_exactly():
     plain = CONV % ("", ", zp", "")
     assert "positive" in refuses(model(plain, **PER_TENSOR, **norm(4)), "quantised"), "a negative step"
-    other_axis = model(CONV % ("<axis=1>", "", ""), q=QUANTISED, sc=PER_CHANNEL["sc"][:3], **norm(4, positive=True))
+    other_axis = model(CONV % ("<axis=1>", "", ""), q=QUANTIZED, sc=PER_CHANNEL["sc"][:3], **norm(4, positive=True))
     refuses(other_axis, "quantised")
     refuses(model(plain, opset=10, **{**PER_TENSOR, "zp": np.int8(0)}, **norm(4, positive=True)), "dynamic-weight")
     shared = plain.replace("y = B", "z = Relu(w) y = B").replace("y) {", "y, float[4,3,3,3] z) {")
@@ -85,7 +85,7 @@ def test_what_it_cannot_take_exactly():
     refuses(model(biased, **PER_TENSOR, qb=np.arange(4, dtype=np.int32), **norm(4, positive=True)), "quantised")
 
 
-def test_a_quantised_number_is_no_weight():
+def test_a_quantized_number_is_no_weight():
     text = """(float[N,3,8,8] x) => (float y) {
         q = DequantizeLinear(k, f) c = Conv(x, q, b) y = BatchNormalization(c, s, t, m, v)
     }"""

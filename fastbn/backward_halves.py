@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
 import numpy as np
 
-from fastbn import _check, _native
+from fastbn import _check
+from fastbn._native import Job, new_like
 from fastbn.errors import ArgumentError, expected
 from fastbn.geometry import arrange, deliver
 
@@ -15,15 +16,6 @@ if TYPE_CHECKING:
     from fastbn.stats import BatchStats
 
 __all__ = ["backward_input", "backward_sums"]
-
-
-def _checked_half(dy: TensorLike, x: TensorLike, stats: BatchStats, axis: SupportsIndex) -> tuple[Array, Array, int, int, int]:
-    """Return (x, dy, dtype, axis, channels), what the halves of the backward pass check alike."""
-    x, dtype = _check.tensor(x, "x")
-    dy = _check.same_shape(dy, "dy", x)
-    axis = _check.axis_of(axis, x)
-    _check.batch_stats_of(stats, x.shape[axis], None)
-    return x, dy, dtype, axis, x.shape[axis]
 
 
 def backward_sums(
@@ -42,16 +34,24 @@ def backward_sums(
     sums, float64 of shape (2, C), are ``sum(g)`` and ``sum(g * (x - mean))`` of this batch, which processes add up between the halves;
     dweight and dbias are of this batch too. The arguments are those of `batch_norm_backward`.
     """
-    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
-    dweight = None if weight is None else np.empty_like(weight)
-    dbias = None if bias is None else np.empty_like(bias)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
+    dy = _check.same_shape(dy, "dy", x)
+    stats = _check.batch_stats_of(stats, channels, None)
+    dweight = None if weight is None else new_like(weight)
+    dbias = None if bias is None else new_like(bias)
     sums = np.empty((2, channels))
-    view, (source, gradient) = arrange(axis, x, dy)
-    code = _check.activation_of(activation)
-    _native.backward_sums(
-        source, gradient, dweight, dbias, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps)
+    layout, (source, gradient) = arrange(axis, x, dy)
+    Job(layout, dtype, code, eps).backward_sums(
+        x=source,
+        dy=gradient,
+        dweight=dweight,
+        dbias=dbias,
+        weight=weight,
+        bias=bias,
+        batch_mean=stats.mean,
+        batch_m2=stats.m2,
+        count=stats.count,
+        sums=sums,
     )
     return sums, dweight, dbias
 
@@ -70,14 +70,15 @@ def backward_input(
     out: Array | None = None,
 ) -> Array:
     """Return dx, the second half of `batch_norm_backward`, from the sums of all ``stats.count`` values."""
-    x, dy, dtype, axis, channels = _checked_half(dy, x, stats, axis)
-    weight = _check.parameter(weight, "weight", channels)
-    bias = _check.parameter(bias, "bias", channels)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
+    dy = _check.same_shape(dy, "dy", x)
+    stats = _check.batch_stats_of(stats, channels, None)
     dx = _check.output(out, x, dy)
     sums = np.ascontiguousarray(sums, dtype=np.float64)
     if sums.shape != (2, channels):
         raise ArgumentError(expected(f"shape (2, {channels})", f"shape {sums.shape}", "sums"))
-    view, (x, target, dy) = arrange(axis, x, dx, dy)
-    code = _check.activation_of(activation)
-    _native.backward_input(x, target, dy, weight, bias, stats.mean, stats.m2, stats.count, sums, view, dtype, code, _check.eps_of(eps))
+    layout, (x, target, dy) = arrange(axis, x, dx, dy)
+    Job(layout, dtype, code, eps).backward_input(
+        x=x, dx=target, dy=dy, weight=weight, bias=bias, batch_mean=stats.mean, batch_m2=stats.m2, count=stats.count, sums=sums
+    )
     return deliver(out, dx, target)

@@ -1,5 +1,7 @@
-/* The thread pool: started by the first large call, forgotten in the child of a fork, owned by one caller at a time. */
+/* The thread pool: started by the first large call, started anew in the child of a fork, owned by one caller at a time. */
 #define _POSIX_C_SOURCE 200809L
+#include "thread_pool.h"
+#include "debug.h"
 #include "fastbn.h"
 #include "machine.h"
 
@@ -8,20 +10,23 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* How often a thread looks before it sleeps: about 20 microseconds, less than waking it costs. */
+/* SPINS: how often a thread looks for work before it sleeps. docs/numerics.md: threads. */
 enum { SPINS = 1000, MOST_THREADS = 256 };
 
 static struct {
     pthread_mutex_t owner; /* held by the caller whose tasks run */
     pthread_mutex_t lock;  /* guards what follows, except the atomics that are read without it */
     pthread_cond_t wake, idle;
-    int workers, asleep, joined, limit, open;
-    atomic_uint generation;
-    atomic_int running;
-    fbn_task *task;
+    int workers;            /* threads that were started */
+    int asleep;             /* of them, those that wait for `wake` */
+    int joined, limit;      /* workers that take part in the present call, and the most that may */
+    int open;               /* whether a worker may still join the present call */
+    atomic_uint generation; /* the number of the present call: a worker joins each at most once */
+    atomic_int running;     /* workers that have joined and not finished */
+    fbn_task *task;         /* the present call: */
     void *context;
     int64_t tasks;
-    atomic_llong next;
+    atomic_llong next; /* the next task that nobody has taken */
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -38,6 +43,7 @@ static inline void pause_briefly(void) {
 #endif
 }
 
+/* Takes tasks of the present call until none is left. */
 static void run_tasks(int slot) {
     for (;;) {
         const int64_t index = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
@@ -47,6 +53,7 @@ static void run_tasks(int slot) {
     }
 }
 
+/* A worker: waits for a call that it has not seen, joins it where there is room, and waits again. */
 static void *work(void *seen_at_start) {
     unsigned seen = (unsigned)(uintptr_t)seen_at_start;
     for (;;) {
@@ -91,8 +98,8 @@ static void start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* A child has the forking thread only: its pool is as at the start. */
-static void forget(void) {
+/* The child of a fork has the forking thread only: its pool is as at the start. */
+static void reset_in_child(void) {
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -105,20 +112,20 @@ static void set_num_threads(int threads) {
     atomic_store(&num_threads, threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads);
 }
 
-static void initialise(void) {
-    pthread_atfork(NULL, NULL, forget);
+static void initialize(void) {
+    pthread_atfork(NULL, NULL, reset_in_child);
     const char *wish = getenv("FASTBN_NUM_THREADS");
     const int threads = wish ? atoi(wish) : 0;
     set_num_threads(threads > 0 ? threads : fbn_cpus());
 }
 
 void fbn_set_num_threads(int threads) {
-    pthread_once(&once, initialise);
+    pthread_once(&once, initialize);
     set_num_threads(threads);
 }
 
 int fbn_num_threads(void) {
-    pthread_once(&once, initialise);
+    pthread_once(&once, initialize);
     return atomic_load(&num_threads);
 }
 
@@ -128,13 +135,14 @@ static void run_alone(fbn_task *task, void *context, int64_t tasks) {
 }
 
 void fbn_parallel(fbn_task *task, void *context, int64_t tasks, int threads) {
+    FBN_ASSERT(task != NULL && tasks >= 0 && threads >= 1 && threads <= MOST_THREADS);
     if (threads > tasks)
         threads = (int)tasks;
     if (threads <= 1 || pthread_mutex_trylock(&pool.owner) != 0) {
         run_alone(task, context, tasks);
         return;
     }
-    pthread_once(&once, initialise);
+    pthread_once(&once, initialize);
     pthread_mutex_lock(&pool.lock);
     start_workers(threads - 1);
     pool.task = task;

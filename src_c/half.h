@@ -1,7 +1,8 @@
-/* float16 and bfloat16 as storage: exact widening to float64, one rounding back. Integer arithmetic only, so that neither the rounding
- * mode of a float32 step nor a flush-to-zero setting of the process can change a bit. */
-#ifndef FASTBN_NARROW_H
-#define FASTBN_NARROW_H
+/* float16 and bfloat16 as storage: exact conversion to float64, and one rounding back, to nearest even. Nothing is rounded to float32 in
+ * between, which would round twice, and a flush-to-zero mode of the process changes no bit. docs/numerics.md: 16-bit storage. Private to
+ * src_c. */
+#ifndef FASTBN_HALF_H
+#define FASTBN_HALF_H
 
 #include <stdint.h>
 #include <string.h>
@@ -18,8 +19,8 @@ static inline double f64_of_bits(uint64_t bits) {
     return value;
 }
 
-/* A 16-bit float has `mant` mantissa bits, the rest are its sign and an exponent of the given bias. */
-static inline double widen16(uint16_t half, int mant, int bias) {
+/* A 16-bit float has `mant` mantissa bits; the others are its sign and an exponent of the given bias. */
+static inline double half_to_f64(uint16_t half, int mant, int bias) {
     const uint64_t sign = (uint64_t)(half >> 15) << 63;
     const int exponent = (half & 0x7fff) >> mant;
     const uint64_t fraction = half & ((1u << mant) - 1);
@@ -32,7 +33,7 @@ static inline double widen16(uint16_t half, int mant, int bias) {
     return f64_of_bits(sign | (uint64_t)(exponent - bias + 1023) << 52 | fraction << (52 - mant));
 }
 
-static inline uint16_t narrow16(double value, int mant, int bias) {
+static inline uint16_t f64_to_half(double value, int mant, int bias) {
     const uint64_t bits = bits_of_f64(value), magnitude = bits & 0x7fffffffffffffffu;
     const uint16_t sign = (uint16_t)(bits >> 48 & 0x8000), infinity = (uint16_t)((2 * bias + 1) << mant);
     const int exponent = (int)(magnitude >> 52) - 1023;
@@ -40,7 +41,7 @@ static inline uint16_t narrow16(double value, int mant, int bias) {
         return (uint16_t)(sign | infinity | 1u << (mant - 1));
     if (exponent > bias)
         return sign | infinity;
-    if (exponent < 1 - bias) { /* subnormal: at this magnitude the last bit of a float64 is the last bit of the result */
+    if (exponent < 1 - bias) { /* subnormal: the last bit of a float64 of the shifter's magnitude is the last bit of the result */
         const double shifter = f64_of_bits((uint64_t)(1023 + 1 - bias - mant + 52) << 52);
         return (uint16_t)(sign | (bits_of_f64(f64_of_bits(magnitude) + shifter) & 0xffff));
     }
@@ -50,17 +51,17 @@ static inline uint16_t narrow16(double value, int mant, int bias) {
     return (uint16_t)(sign | ((rounded >> drop) - ((uint64_t)(1023 - bias) << mant)));
 }
 
-static inline double widen_f16(uint16_t half) {
-    return widen16(half, 10, 15);
+static inline double f16_to_f64(uint16_t half) {
+    return half_to_f64(half, 10, 15);
 }
-static inline uint16_t narrow_f16(double value) {
-    return narrow16(value, 10, 15);
+static inline uint16_t f64_to_f16(double value) {
+    return f64_to_half(value, 10, 15);
 }
-static inline double widen_bf16(uint16_t half) {
-    return widen16(half, 7, 127);
+static inline double bf16_to_f64(uint16_t half) {
+    return half_to_f64(half, 7, 127);
 }
-static inline uint16_t narrow_bf16(double value) {
-    return narrow16(value, 7, 127);
+static inline uint16_t f64_to_bf16(double value) {
+    return f64_to_half(value, 7, 127);
 }
 
 #endif

@@ -1,0 +1,300 @@
+"""Where a command reads and writes: places are checked before any work is done, and everything is delivered together at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from fastbn.errors import ArgumentError, StorageError, expected
+from fastbn.terminal import complain, emit, flush, give_up, open_streams, width_of
+
+if TYPE_CHECKING:
+    from fastbn.deployment import Deployment
+    from fastbn.graph import FoldResult
+    from fastbn.graph.model.storage import Source
+    from fastbn.graph.rewrite.output import Prepared
+
+__all__ = [
+    "STREAM",
+    "Delivery",
+    "check_data_files",
+    "check_version",
+    "input_name",
+    "model_place",
+    "place_beside",
+    "print_json",
+    "source_of",
+    "workdir_of",
+]
+
+# What stdin and stdout are called as IN and OUT.
+STREAM = "-"
+
+
+def input_name(name: str) -> str:
+    """Return what IN means: a name, or STREAM."""
+    from fastbn.graph.rewrite.destination import descriptor_of
+
+    if not name:
+        raise ArgumentError(expected("a model", "an empty name", "IN"))
+    return STREAM if name == STREAM or descriptor_of(name) == 0 else name
+
+
+def source_of(name: str) -> Source:
+    """Return the model of that name."""
+    from fastbn.graph.model import storage
+
+    return storage.load(storage.read_pipe(sys.stdin.buffer) if name == STREAM else name)
+
+
+def place_beside(name: str) -> Path | str:
+    """Return where the folded model of IN goes by default: beside it, or to stdout where it comes from stdin."""
+    if name == STREAM:
+        return STREAM
+    if os.path.isdir(name):
+        raise StorageError(expected("a model file", "a folder", name))
+    path = Path(name)
+    return model_place(path.with_name(f"{path.stem}.folded.onnx"), name)
+
+
+def model_place(output: Path | str, name: str | None) -> Path | str:
+    """Return OUT as a Path or STREAM, checked as far as that is possible without the model; name is IN, None where OUT replaces it."""
+    from fastbn.graph.rewrite.destination import check_destination, descriptor_of
+
+    if output == STREAM or descriptor_of(output) == 1:
+        return STREAM
+    if name is not None and name != STREAM and _is_same(output, name):
+        raise ArgumentError(f"Cannot write '{output}': OUT is IN; --in-place replaces it")
+    check_destination(output)
+    return Path(output)
+
+
+def _is_same(path: Path | str, other: Path | str) -> bool:
+    with contextlib.suppress(ValueError):  # a NUL in a name
+        return os.path.realpath(path) == os.path.realpath(other)
+    return False
+
+
+def workdir_of(target: Path | str | None) -> Path | None:
+    """Return the folder in which intermediate files may lie, that of OUT, or None where OUT is no file."""
+    from fastbn.graph.rewrite.destination import is_stream
+
+    return None if not isinstance(target, Path) or is_stream(target) else target.parent
+
+
+def check_version(source: Source, target: Path | str | None, force: bool) -> None:
+    """Refuse to replace what is no version of the model, and a data file that it reads."""
+    from fastbn.graph.model.storage import model_in
+    from fastbn.graph.rewrite.version import difference
+
+    if not isinstance(target, Path) or workdir_of(target) is None:
+        return
+    check_data_files([source], [target])
+    if force or not os.path.exists(target) or not os.path.getsize(target):
+        return
+    other = model_in(target)
+    if other is None:
+        raise StorageError(f"Cannot replace '{target}': it is no model; --force replaces it all the same")
+    what = difference(source.proto, other)
+    if what is not None:
+        raise StorageError(f"Cannot replace '{target}': it is no version of IN, for it has {what}; --force replaces it all the same")
+
+
+def check_data_files(sources: Sequence[Source], paths: Sequence[Path | str | None]) -> None:
+    """Refuse to write over a data file that a model reads."""
+    read = {path for source in sources for path in source.data_files()}
+    for path in paths:
+        if path is not None and path != STREAM and os.path.realpath(path) in read:
+            raise StorageError(f"Cannot write '{path}': it is a data file of the input")
+
+
+class Delivery:
+    """What one run of the command writes, and where.
+
+    Attributes
+    ----------
+    target : Path, STREAM or None
+        Where the model goes; None where none is written.
+    json, page : str or None
+        Where the reports go; json may be STREAM.
+    quiet : bool
+        Print errors only.
+    prepared : Prepared or None
+        The model on its way to its place.
+    """
+
+    def __init__(self) -> None:
+        self._closed = open_streams()
+        self.target: Path | str | None = None
+        self.json: str | None = None
+        self.page: str | None = None
+        self.quiet = False
+        self.prepared: Prepared | None = None
+
+    @property
+    def written(self) -> str:
+        """A sentence for the end of a complaint."""
+        return f"{self.prepared.path} is written" if self.prepared is not None and self.prepared.committed else "nothing written"
+
+    @property
+    def stream(self) -> TextIO:
+        """Where the table goes: when the model or the page goes to stdout, to stderr."""
+        return sys.stderr if self.target == STREAM or self._page_is_on_stdout() else sys.stdout
+
+    def _page_is_on_stdout(self) -> bool:
+        from fastbn.graph.rewrite.destination import descriptor_of
+
+        return self.page is not None and descriptor_of(self.page) == 1
+
+    def choose(
+        self,
+        inputs: Sequence[Path | str | None],
+        *,
+        target: Path | str | None = None,
+        json: str | None = None,
+        page: str | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """Say where everything goes.
+
+        Parameters
+        ----------
+        inputs : sequence of path
+            What is read, and must not be written over.
+        target : Path, STREAM or None
+            As from `model_place`.
+        json, page : str, optional
+            Where the reports go.
+        quiet : bool
+            Print errors only.
+
+        Raises
+        ------
+        ArgumentError
+            A report would replace an input, another output or a model, or stdout would get two things.
+        StorageError
+            A place cannot be written to.
+        """
+        from fastbn.graph.rewrite.destination import check_destination
+
+        self.quiet = quiet
+        self.target = target
+        self.page = page
+        self.json = self._json_place(json, inputs, [target, page])
+        if page is not None:
+            check_destination(page)
+            if self._page_is_on_stdout() and STREAM in (target, self.json):
+                raise ArgumentError("Cannot write the page to stdout: the model or the JSON report goes there")
+
+    def _json_place(self, json: str | None, inputs: Sequence[Path | str | None], outputs: Sequence[Path | str | None]) -> str | None:
+        """Return where the JSON report goes, None, STREAM or a name."""
+        from fastbn.graph.model.storage import model_in
+        from fastbn.graph.rewrite.destination import check_destination, descriptor_of, is_stream
+
+        if json is not None and (json == STREAM or descriptor_of(json) == 1):
+            json = STREAM
+        if STREAM in (json, *outputs) and "stdout" in self._closed:
+            raise StorageError("Cannot write to stdout: it is closed")
+        if json is None or json == STREAM:
+            if json == STREAM and STREAM in outputs:
+                raise ArgumentError("Cannot write the JSON report to stdout: the model or the page goes there")
+            return json
+        check_destination(json)
+        device = is_stream(json) and not os.path.isfile(json) and not Path(json).is_fifo()
+        same = any(_is_same(json, other) for other in (*inputs, *outputs) if other is not None and other != STREAM)
+        if not device and (same or (os.path.isfile(json) and model_in(json) is not None)):
+            what = "an input or another output" if same else "a model"
+            raise ArgumentError(f"Cannot write the JSON report to '{json}': that is {what}")
+        return json
+
+    def deliver(
+        self, report: Mapping[str, object], lines: list[str], model: FoldResult | Deployment | None = None, page: str | None = None
+    ) -> None:
+        """Write the model and the reports, and say so.
+
+        All files are written under other names first, then comes the table, and only then does everything take its place: what fails before
+        leaves nothing behind.
+
+        Parameters
+        ----------
+        report : dict
+            The JSON report; where there is a model, "written" becomes the paths of its files.
+        lines : list of str
+            The report as text.
+        model : FoldResult or Deployment, optional
+            Whose model goes to `target`.
+        page : str, optional
+            The HTML report.
+        """
+        from fastbn.graph.report import size_text
+        from fastbn.graph.rewrite.destination import is_stream
+        from fastbn.graph.rewrite.replacement import atomic
+
+        # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
+        with contextlib.ExitStack() as after, contextlib.ExitStack() as files, contextlib.ExitStack() as before:
+            data = model.to_bytes() if model is not None and self.target == STREAM else None
+            if model is not None:
+                if isinstance(self.target, Path):
+                    self.prepared = files.enter_context(model.prepared(self.target))
+                written = [str(path) for path in self.prepared.paths] if self.prepared is not None else []
+                report = {**report, "written": written}
+            for place, text in ((self.page, page), (self.json, None if self.json in (None, STREAM) else _json_text(report) + "\n")):
+                if place is not None and text is not None:
+                    stack = before if is_stream(place) else after
+                    stack.enter_context(atomic(place)).write_text(text, encoding="utf-8")
+            if self.json == STREAM:
+                print_json(report)
+            if data is not None:
+                _write_stdout(data)
+            if not self.quiet and self.json != STREAM:
+                self._print(lines)
+            flush(self.stream)
+        if self.prepared is not None:
+            self.mention(f"wrote   {self.prepared.path}   {size_text(self.prepared.size)}")
+
+    def mention(self, line: str) -> None:
+        """Print a line about what has been done: where that is not possible, it has been done all the same."""
+        if self.quiet or self.json == STREAM:
+            return
+        try:
+            self._print([line])
+            flush(self.stream)
+        except StorageError as error:
+            complain(f"fastbn: {error}")
+
+    def _print(self, lines: list[str]) -> None:
+        from fastbn.graph.report import wrapped
+
+        for line in wrapped(lines, width_of(self.stream)):
+            emit(line, self.stream)
+
+    def has_left_data(self, source: Source) -> bool:
+        """Say whether a model that was replaced has left data files that the new one does not read."""
+        if self.prepared is None:
+            return False
+        written = {os.path.realpath(path) for path in self.prepared.paths}
+        return any(os.path.exists(path) and path not in written for path in source.data_files())
+
+
+def print_json(data: Mapping[str, object]) -> None:
+    """Print a report on stdout."""
+    for line in _json_text(data).splitlines():
+        emit(line, sys.stdout)
+
+
+def _json_text(data: Mapping[str, object]) -> str:
+    return json.dumps(data, indent=2)
+
+
+def _write_stdout(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        give_up(sys.stdout)
+        raise StorageError(f"Cannot write the model to stdout: {(error.strerror or str(error)).lower()}") from error
