@@ -100,7 +100,7 @@ def test_forwards_a_shift_is_summed_over_weights_of_several_steps(zero_points):
         w = DequantizeLinear <axis = 1> (q, sc{zero_points})
         y = Conv(b, w)
     }}"""
-    folded(model(text, **{**PER_CHANNEL, "q": QUANTISED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
+    folded(model(text, **{**PER_CHANNEL, "q": QUANTIZED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
 
 
 @pytest.mark.parametrize("wrong", [{"sc": np.ones(3, np.float32)}, {"zp": np.zeros(3, np.int8)}, {"zp": np.int8(0)}])

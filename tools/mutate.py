@@ -38,7 +38,7 @@ from mutants import ROOT, Mutant, mutants_of
 # The tests of the rows and of the planner, by themselves and through whole folds; those of verification and of writing take too long.
 TESTS = (
     "absorb around bodies carry effort expressions forward gather graph_affine injected_faults injected_values kept lift",
-    "mixed_types nesting normalization odd_nodes plan probe quantised refusals results rows search shape_rules",
+    "mixed_types nesting normalization odd_nodes plan probe quantized refusals results rows search shape_rules",
     "shapes sizes transfers underflow view wrong_nodes",
 )
 
@@ -120,6 +120,7 @@ def _replace_attributes(old: Any, new: Any) -> None:  # classes, dataclasses amo
     """Give a class the defaults of another, and its instances where they have the default: rows are made when a module is loaded."""
     for before, after in zip(fields(old), fields(new), strict=True) if is_dataclass(old) else ():
         if isinstance(before.default, bool | int | float) and before.default != after.default:
+            gc.unfreeze()  # which hides objects from get_objects
             for instance in [each for each in gc.get_objects() if isinstance(each, old)]:
                 if getattr(instance, before.name) == before.default:
                     object.__setattr__(instance, before.name, after.default)
