@@ -283,3 +283,29 @@ def test_the_shift_that_stays_beside_a_mirrored_matmul_is_a_float():
     text = "(float[N,27] x) => (float y) { w = DequantizeLinear(q, sc) c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
     after = folded(model(text, q=np.clip(QUANTIZED, -126, 126).reshape(27, 4), sc=np.float32(0.002), **MIXED))
     assert [node.op_type for node in after.graph.node] == ["DequantizeLinear", "MatMul", "Add"]
+
+
+@pytest.mark.parametrize("zero_points", ["", ", zp"])
+def test_forwards_a_shift_is_summed_over_weights_of_several_steps(zero_points):
+    text = f"""(float[N,4,8,8] x) => (float[N,3,6,6] y) {{
+        r = Relu(x)
+        b = BatchNormalization(r, s, t, m, v)
+        w = DequantizeLinear <axis = 1> (q, sc{zero_points})
+        y = Conv(b, w)
+    }}"""
+    folded(model(text, **{**PER_CHANNEL, "q": QUANTIZED.transpose(1, 0, 2, 3).copy()}, **norm(4, positive=True)))
+
+
+@pytest.mark.parametrize("wrong", [{"sc": np.ones(3, np.float32)}, {"zp": np.zeros(3, np.int8)}, {"zp": np.int8(0)}])
+def test_scales_and_zero_points_that_do_not_fit(wrong):
+    proto = model(CONV % ("<axis=0>", ", zp", ""), **{**PER_CHANNEL, **wrong}, **norm(4, positive=True))
+    with pytest.raises(fastbn.ModelError, match=r"Expected scales and zero points of shape \(4,\)"):
+        fastbn.fold(proto, verify=False)
+
+
+def test_a_new_scale_is_called_so():
+    """The old one may be read by others, so the new one has a name of its own."""
+    text = (CONV % ("", ", zp", "")).replace("y = B", "z = Mul(sc, sc) y = B").replace("y) {", "y, float z) {")
+    result = fastbn.fold(model(text, **PER_TENSOR, **norm(4, positive=True)))
+    (name,) = (tensor.name for tensor in result.model.graph.initializer if list(tensor.dims) == [4] and "scale" in tensor.name)
+    assert result.model.graph.node[0].input[1] == name

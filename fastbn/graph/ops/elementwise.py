@@ -148,13 +148,10 @@ def _shaped(node: Node, affine: Affine, data_slot: int, constant: Dense, graph: 
         )
     if affine.rank > (len(constant.shape) if rank is None else rank):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at {node.op} '{node.label}'")
-    if rank is not None:
-        axis_in(node, affine, rank)
+    axis = None if rank is None else axis_in(node, affine, rank)
     data = graph.shape(node.inputs[data_slot])
-    if affine.axis is not None and data is not None and rank is not None:
-        at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)
-        if len(data) < -at or len(data) != rank or data[at] not in (None, affine.channels):
-            raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
+    if axis is not None and data is not None and (len(data) != rank or data[axis] not in (None, affine.channels)):
+        raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
     scale, shift, abs_terms = affine.shaped(rank)
     if any(len({*sizes} - {1}) > 1 for sizes in zip(scale.shape[::-1], constant.shape[::-1], strict=False)):
         raise Refusal("axis", f"{affine.channels} channels meet the constant of {node.op} '{node.label}', which has shape {constant.shape}")

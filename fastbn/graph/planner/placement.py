@@ -79,7 +79,7 @@ def _weight(code: ReasonCode, view: GraphView) -> int:
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
     """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
     value = view.data(node)
-    data = view.shape(value)
+    data = view.shape(view.source(value))  # a node before it that is removed now may have widened it
     is_narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
     if is_batch_norm(node) or affine.rank == 0 or not is_narrow or node.outputs[0] is None:
         return
