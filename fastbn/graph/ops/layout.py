@@ -65,7 +65,8 @@ def _reshape(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
         size = after[at]
         if size is None:
             break
-        # Behind this axis lie `behind` elements: it tells the channel when it steps through whole inner runs and whole channel cycles.
+        # A step along this axis skips `behind` elements. Its index tells the channel where whole steps fill the `inner` elements of one
+        # channel, and the axis holds whole cycles of all channels.
         if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
             return affine.picked(np.arange(countable(size)) // (inner // behind) % channels, at)
         behind *= size
@@ -219,8 +220,8 @@ def _is_same(node: Node, affine: Affine, graph: PresentGraph) -> bool:
     )
 
 
-# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
-# channels that meet in one must agree.
+# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C
+# channels has the affine of the channel that it goes to; forward channels that go to one must have the same affine.
 def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -259,7 +260,7 @@ def _expand(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
     return affine.at(behind + len(want))
 
 
-# Tile repeats the whole of an axis: channel c of the output is channel c % C of the input; forward the repeats have the channels of it.
+# Tile repeats an axis as a whole: channel c of the output is channel c % C of the input.
 def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:

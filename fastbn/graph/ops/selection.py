@@ -17,7 +17,7 @@ from fastbn.graph.reasons import Refusal
 __all__ = ["SELECTION"]
 
 
-# Slice by constants chooses channels: forward those that were chosen; backward the others are of no account.
+# Slice by constants chooses channels: forward the affine is that of the chosen ones; backward the others, which it drops, stay as they are.
 def _slice(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -28,7 +28,8 @@ def _slice(node: Node, affine: Affine, source: Value, target: Value, graph: Pres
     return affine if chosen is None else _chosen_channels(node, affine, axis, size, chosen, source is node.inputs[0], axis)
 
 
-# Gather by constants too. Along another axis it moves whole rows, whatever the indices: its one axis becomes as many as the indices have.
+# Gather by constants chooses channels too. Along another axis it moves whole rows, whatever the indices, and the axis that it gathers along
+# is replaced by the axes of the indices.
 def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -40,7 +41,7 @@ def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
         return affine.at(moved)
     size = _size_of_axis(node, shape, axis)
     chosen = _indices(node, size, graph)
-    # One index that is no list takes the axis away.
+    # A scalar index removes the axis.
     remaining = None if graph.rank(node.input(1)) == 0 else axis
     return _chosen_channels(node, affine, axis, size, chosen, forward, remaining)
 

@@ -75,7 +75,7 @@ def _split(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy, 
         try:
             return way(origin, affine, view, strategy)
         except Refusal:
-            pass  # what was said about both ways is the better reason
+            pass  # `refusal`, which has the reasons of both directions, says more
     raise refusal
 
 

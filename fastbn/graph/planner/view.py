@@ -149,7 +149,7 @@ class GraphView:
             try:
                 self.check(node)
             except Refusal:
-                return None  # what this opset does not know is no affine
+                return None  # an operator that this opset does not have is no affine
         try:
             return row.lift(node, self)
         except Refusal as refusal:
@@ -172,7 +172,7 @@ class GraphView:
         root = value
         while root.producer in self.removed:
             root = self.removed[root.producer]
-        while value is not root and value.producer is not None:  # the next one who asks goes there in one step
+        while value is not root and value.producer is not None:  # path compression: later calls reach the root in one step
             following = self.removed[value.producer]
             self.removed[value.producer] = root
             value = following
