@@ -305,6 +305,7 @@ class BatchNorm:
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
             raise ArgumentError(expected(f"the names {', '.join(sorted(names))}", f"{', '.join(sorted(state))}", sorted(unknown)[0]))
+        # A checker lets a State be read by literal names alone.
         arrays = cast("Mapping[str, ArrayLike]", state)
         vectors = {name: _vector(arrays[name], name, self.num_features) for name in _ARRAYS if name in names}
         count = self.num_batches_tracked

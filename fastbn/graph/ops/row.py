@@ -25,7 +25,7 @@ from fastbn.graph.ops.shape_rules import Size, Sizes
 
 __all__ = [
     "STRATEGIES",
-    "Changes",
+    "Attribute",
     "Origin",
     "PresentGraph",
     "Row",
@@ -42,8 +42,8 @@ __all__ = [
 Strategy: TypeAlias = Literal["plain", "rearrange", "split"]
 STRATEGIES: tuple[Strategy, ...] = ("plain", "rearrange", "split")
 
-# (node, input slot) -> the constant that a fold puts there.
-Changes: TypeAlias = Mapping[tuple[Node, int], Constant]
+# What a fold sets an attribute of a node to.
+Attribute: TypeAlias = int | float
 
 
 class PresentGraph(Protocol):
@@ -114,7 +114,7 @@ class PresentGraph(Protocol):
         """Say whether a plan has changed or made the constant at a slot."""
         ...
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes that plans set."""
         ...
 
@@ -196,7 +196,7 @@ class Transfer:
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
-    attributes: dict[str, object] = field(default_factory=dict)
+    attributes: dict[str, Attribute] = field(default_factory=dict)
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None

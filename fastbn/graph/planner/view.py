@@ -18,7 +18,7 @@ from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.quantization import dequantized, is_dequantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
-from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.row import Attribute, Strategy
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
@@ -244,7 +244,7 @@ class GraphView:
             plan = plan.joined
         return plan
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes of a node that plans set."""
         return self.owner[node].attributes.get(node, {}) if node in self.owner else {}
 

@@ -15,7 +15,7 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Use, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 
@@ -77,7 +77,7 @@ class _Check:
 
     def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
-        written = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
+        written = sum(node.op_type == BATCH_NORM and is_standard(node.domain) for graph in self.graphs for node in graph.node)
         lifted = sum(is_batch_norm(node) for plan in self.plans for node in plan.lifted)
         planned = sum(map(is_batch_norm, self.index.order)) - lifted
         if written != planned:

@@ -14,6 +14,7 @@ from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import is_external
 from fastbn.graph.ops.registry import operator_row
+from fastbn.graph.ops.row import Attribute
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.data_files import Patches
@@ -31,7 +32,7 @@ FIRST_IR_OF_CONSTANTS = 4
 MessageT = TypeVar("MessageT")
 
 
-def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, object]) -> NodeProto:
+def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, Attribute]) -> NodeProto:
     """Change a NodeProto in place and return it.
 
     Parameters
