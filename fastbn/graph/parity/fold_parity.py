@@ -84,7 +84,7 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
             return result
         # The sizes are not those of the model: a Reshape, say, may mean something else with them, so the next probe decides.
         first = first or result
-    return first or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+    return first or FoldParity(True, note=f"not run: {complaint or 'the type of an input is not known'}")
 
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
@@ -174,7 +174,7 @@ class _Segment:
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
-            raise _NotRun("what comes out of the site is empty on every input tried")
+            raise _NotRun("what comes out of the folded nodes is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
         return before, after, np.maximum(abs_terms, least)
 
