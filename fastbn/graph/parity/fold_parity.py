@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import is_batch_norm
@@ -24,7 +25,7 @@ from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
-from fastbn.graph.runtime import UNIT, runtime_errors, said, session
+from fastbn.graph.runtime import runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
