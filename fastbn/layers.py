@@ -123,12 +123,24 @@ class BatchNorm:
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Normalize with the statistics of each batch from here on; return self."""
+        """Normalize with the statistics of each batch from here on; return self.
+
+        Examples
+        --------
+        >>> BatchNorm(3).eval().train().training
+        True
+        """
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Normalize with the running statistics from here on; return self."""
+        """Normalize with the running statistics from here on; return self.
+
+        Examples
+        --------
+        >>> BatchNorm(2, eps=0.0).eval()(np.array([[1.0, 5.0]])).tolist()
+        [[1.0, 5.0]]
+        """
         return self.train(False)
 
     @overload
