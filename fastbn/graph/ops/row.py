@@ -191,8 +191,8 @@ class Transfer:
 
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
-    affine). merge is there where the affine goes into a sibling instead. lifted are other nodes with the same affine, which leave with the
-    one that is asked for. skip is asked, backward, of the input at its slot.
+    affine). merge is there where the affine goes into a sibling instead. alike are other nodes with the same affine, which are lifted
+    too. skip is asked, backward, of the input at its slot.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
@@ -200,7 +200,7 @@ class Transfer:
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None
-    lifted: Sequence[Node] = ()
+    alike: Sequence[Node] = ()
     skip: tuple[int, Skip] | None = None
 
 

@@ -157,7 +157,7 @@ class _Parameter:
 
 
 def _neighbors(node: Node, forward: bool) -> list[Node]:
-    """Return the absorbers and carriers after a node (or before it), on every path up to the first that multiplies by a weight."""
+    """Return the nodes that take an affine or let it pass after a node (or before it), on every path up to the first with a weight."""
     neighbors: dict[Node, None] = {}
     pending = [node]
     while pending and len(neighbors) < MOST_NEIGHBORS:

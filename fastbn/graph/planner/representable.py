@@ -83,6 +83,6 @@ def flushed_channels(
     unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
     exact, kept = np.abs(matrix(float64_of(constant))), matrix(constant.array()) != 0
     flushed = (exact != 0) & ~kept
-    lost, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
-    matters = lost * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
+    flushed_size, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
+    matters = flushed_size * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
     return int(flushed[matters].sum()), np.flatnonzero(matters).tolist()

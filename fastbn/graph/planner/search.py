@@ -230,7 +230,7 @@ class Search:
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:

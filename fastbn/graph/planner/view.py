@@ -42,7 +42,7 @@ class GraphView:
     Attributes
     ----------
     index : model.index.Index
-        The model as it came.
+        The model as it was read.
     constants : dict of (node, input slot) -> constant
         What plans have made of constants.
     removed : dict of node -> value
@@ -68,7 +68,7 @@ class GraphView:
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
 
-    # ---- the model as it came ----
+    # ---- the model as it was read ----
 
     @property
     def opset(self) -> int:
@@ -228,7 +228,7 @@ class GraphView:
         self._refused[node] = len(self.owner), len(self.removed), strategy != "plain"
 
     def is_refused(self, node: Node, strategy: Strategy) -> bool:
-        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        """Say whether this search has been refused already and nothing has changed since."""
         return self._refused.get(node) == (len(self.owner), len(self.removed), strategy != "plain")
 
     def apply(self, plan: Plan) -> None:
