@@ -24,8 +24,8 @@ from fastbn.graph.reasons import Refusal
 
 __all__ = ["GraphView"]
 
-# A value is given at most this many elements in a fold's verification where the model says its shape.
-LARGEST_PROBE = 1 << 16
+# The most elements of a shape of the model that is taken as a probe shape as it is.
+LARGEST_PROBE_SHAPE = 1 << 16
 
 
 @dataclass
@@ -113,7 +113,7 @@ class GraphView:
         if known is None:
             return None
         shape = tuple(2 if size is None else size for size in known)
-        if math.prod(shape) > LARGEST_PROBE:
+        if math.prod(shape) > LARGEST_PROBE_SHAPE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
 
