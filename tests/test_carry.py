@@ -1,4 +1,4 @@
-"""Every row of the table of carriers: lets the affine pass when it may, refuses with the right code when it may not, in both directions."""
+"""Every row that lets an affine pass: does so when it may, refuses with the right code when it may not, in both directions."""
 
 import numpy as np
 import onnx

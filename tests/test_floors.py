@@ -1,6 +1,7 @@
 """The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -198,7 +199,8 @@ def test_only_the_dependencies_are_imported(name):
 
 # The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one room; isa_<name>.c are all "isa".
 ROOT = Path(__file__).resolve().parent.parent
-C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)[1].split("<")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", CONTRIBUTING, re.MULTILINE)[1].split("<")
 C_FLOOR = {name: number for number, floor in enumerate(C_FLOORS) for name in re.findall(r"\w+", floor)}
 C_FILES = {path.name: path for path in sorted((ROOT / "src_c").iterdir())}
 C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
@@ -237,3 +239,50 @@ def test_c_includes_nothing_but_libc_libm_pthreads_and_vectors(name):
 def test_no_c_file_has_the_name_of_a_header_of_the_system(name):
     """src_c is searched before the directories of the system: threads.h would hide C11's own from Python's headers."""
     assert name.rpartition(".")[0] not in C_STANDARD | C_SYSTEM | {"assert", "errno", "float", "limits", "stdbool", "threads", "time"}
+
+
+# The page for contributors: the floors and the tree that it shows.
+
+
+def stated_floors():
+    """Yield the chains of floors in CONTRIBUTING.md, each a list of sets of names as in FLOORS."""
+    text = CONTRIBUTING.split("holds that:")[1].split("    src_c:")[0].replace("<family>", "FAMILY")
+    for chain in re.split(r"\n    (?!<)", text.strip()):
+        yield [{stated_name(each) for name in split_names(floor) for each in spread(name)} for floor in chain.split("<") if floor.strip()]
+
+
+def split_names(text):
+    """Yield the parts of a text between the commas that stand outside braces."""
+    yield from re.findall(r"(?:[^,{}]|\{(?:[^{}]|\{[^{}]*\})*\})+", text)
+
+
+def spread(text):
+    """Return a/b and a/c of a/{b, c}, as a shell does."""
+    head, brace, rest = text.strip().partition("{")
+    parts = split_names(rest.removesuffix("}")) if brace else ()
+    return [head + each for part in parts for each in spread(part)] or [head]
+
+
+def stated_name(text):
+    name = text.replace("/", ".")
+    return name if name in FLOOR else f"graph.{name}"
+
+
+def test_contributing_states_the_floors():
+    families = {"graph.ops.FAMILY": FLOOR["graph.ops.convolution"]}
+    named = set()
+    for chain in stated_floors():
+        numbers = [[families.get(name, FLOOR.get(name)) for name in floor] for floor in chain]
+        assert all(None not in floor for floor in numbers), chain
+        for lower, higher in itertools.pairwise(numbers):
+            assert max(lower) < min(higher), chain
+        named.update(*chain)
+    rows = {name for name, floor in FLOOR.items() if floor in families.values()}
+    assert set(FLOOR) - named - rows == {f"graph.{room}.__init__" for room in ("model", "ops", "planner", "rewrite", "parity")}
+
+
+def test_contributing_shows_every_file():
+    tree = CONTRIBUTING.split("## The house")[1].split("A file imports only")[0]
+    shown = set(re.findall(r"[\w.<>]+", tree))
+    files = {path for ending in ("py", "pyi", "pyx", "pxi") for path in (ROOT / "fastbn").rglob(f"*.{ending}") if path.stem[:2] != "__"}
+    assert sorted(path.relative_to(ROOT).as_posix() for path in files if path.name not in shown) == []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 
 from fastbn.affine import WeightLayout, narrow, scale_weight
+from fastbn.dtypes import LEAST_NORMAL
 from fastbn.errors import ModelError, expected
 
 if TYPE_CHECKING:
@@ -181,12 +182,8 @@ class Scaled:
         """Return |folded weight|, no smaller than the least normal number: rounding is relative only above it."""
         values = self.array()
         np.abs(values, out=values)
-        np.maximum(values, np.array(_least_normal(values.dtype), values.dtype), out=values)
+        np.maximum(values, np.array(LEAST_NORMAL[values.dtype.name], values.dtype), out=values)
         return values
-
-
-def _least_normal(dtype: DType) -> float:
-    return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
 
 
 def float64_of(constant: Constant) -> FloatArray:

@@ -47,7 +47,7 @@ ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview 
 # The largest message that protobuf writes or reads, in bytes.
 PROTOBUF_LIMIT = 2**31 - 1
 
-# Offsets and lengths of data files: what is longer is no place in a file.
+# An offset or a length in a data file: 64 bits hold no more digits.
 NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 # NumPy's names of the types of which several elements share a byte.

@@ -236,7 +236,7 @@ def _joined(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     behind = _behind_sum(node, traveler, graph)
     undone = behind.inverse().scale_only()
     others = [slot for slot in range(len(node.inputs)) if slot != traveler.slot]
-    # As they are asked for: a sum of very many is given up after a few.
+    # A generator, because the search gives up after a few of very many operands.
     required = ((slot, _narrowed(node, undone, node.outputs[0], node.inputs[slot], graph)) for slot in others)
     return Transfer(passed_on=[(0, behind)], required=required)
 

@@ -43,8 +43,8 @@ def _dropout(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
     return affine
 
 
-# Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may go to the
-# side of the narrower one: what is there rounds to that type with the affine as it did without. Any other Cast rounds or converts.
+# Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may move to
+# the side of the narrower one, whose values are rounded to that type with and without the affine. Any other Cast rounds or converts.
 def _cast(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     kind, narrower = graph.kind(source), graph.kind(target)
     is_known = kind != 0 and narrower != 0

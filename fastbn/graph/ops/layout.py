@@ -158,11 +158,11 @@ def _concat_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     axis, sizes = _concat_axis(node, traveler, graph)
     if axis is None:
         others = [(slot, value) for slot, value in enumerate(node.inputs) if slot != traveler.slot and value is not None]
-        alike = [_giver(node, slot, value, traveler.affine, graph) for slot, value in others]
-        lifted = [other for other in alike if other is not None]
-        if len(lifted) < len(node.inputs) - 1:
+        givers = [_giver(node, slot, value, traveler.affine, graph) for slot, value in others]
+        alike = [giver for giver in givers if giver is not None]
+        if len(alike) < len(node.inputs) - 1:
             raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
-        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
+        return Transfer(passed_on=[(0, traveler.affine)], alike=alike)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -276,11 +276,11 @@ def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     axis, sizes = _split_axis(node, traveler, graph)
     if axis is None:
         others = [value for value in node.outputs if value is not None and value is not traveler.value]
-        alike = [_only_reader(value, traveler.affine, graph) for value in others]
-        lifted = [other for other in alike if other is not None]
-        if len(lifted) < len(others):
+        readers = [_only_reader(value, traveler.affine, graph) for value in others]
+        alike = [reader for reader in readers if reader is not None]
+        if len(alike) < len(others):
             raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
-        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
+        return Transfer(passed_on=[(0, traveler.affine)], alike=alike)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -327,8 +327,8 @@ def _is_same(node: Node, affine: Affine, graph: PresentGraph) -> bool:
     )
 
 
-# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
-# channels that meet in one must agree.
+# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C
+# channels has the affine of the channel that it goes to; forward channels that go to one must have the same affine.
 def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -370,7 +370,7 @@ def _expand(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
     return affine.at(behind + ranks[1])
 
 
-# Tile repeats the whole of an axis: channel c of the output is channel c % C of the input; forward the repeats have the channels of it.
+# Tile repeats an axis as a whole: channel c of the output is channel c % C of the input.
 def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:

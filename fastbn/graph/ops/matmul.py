@@ -190,7 +190,7 @@ def _bias(node: Node, graph: PresentGraph, weight: Constant, channels: int) -> D
     bias = graph.dense(node, BIAS)
     if len(bias.shape) > 2 or (bias.shape and bias.shape[-1] not in (1, channels)):
         raise ModelError(expected(f"a C that broadcasts to {channels} columns", f"shape {bias.shape}", node.label))
-    # A bias that an earlier fold has changed holds its beta already.
+    # A bias that an earlier fold has changed includes the factor beta already.
     return bias if graph.is_changed(node, BIAS) else bias.times(_beta(node))
 
 
@@ -250,8 +250,8 @@ def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
 
 
 # MatMul, constant B:  backward (A B)*S = A (B*S) along its columns;  forward (A*S + T) B = A (S*B) + T B along its rows, and T B goes on as
-# a shift.  Constant A: the same with rows and columns changed over.  It has no place for a shift of its own.  A scale along another axis
-# passes unchanged.
+# a shift.  Constant A: the same with rows and columns exchanged.  MatMul has no bias for a shift.  A scale along another axis passes
+# unchanged.
 def _matmul_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     affine = traveler.affine
     slot, weight, rank = _operands(node, affine, traveler.value, graph)
@@ -281,7 +281,7 @@ def _matmul_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
             raise Refusal("shift-cannot-pass", f"a shift along axis {axis} cannot pass MatMul '{node.label}'")
         if len(weight.shape) > 2:
             raise Refusal("axis", f"the weight of MatMul '{node.label}' mixes axis {axis}")
-        # A vector takes the contracted axis out: what lies before it moves one towards the end.
+        # A product with a vector removes the contracted axis: the axes before it come one closer to the end.
         moves = int(len(weight.shape) < 2 and axis < contracted)
         return Transfer(passed_on=[(0, affine.at(axis - rank + moves))])
     layout = _layouts(weight, slot)[1]
@@ -310,7 +310,8 @@ def _operands(node: Node, affine: Affine, value: Value, graph: PresentGraph) -> 
     slot = _weight_slot(node, graph)
     weight = graph.weight(node, slot)
     rank = graph.rank(value)
-    # From the right, the last axis is the last axis of any rank; from the left, a vector has its one axis where a matrix has columns.
+    # A weight on the right meets the last axis, whatever the rank. One on the left meets the last axis but one of a matrix and the only
+    # axis of a vector, so that the rank has to be known.
     if rank is None and (slot == 0 or (affine.axis is not None and affine.axis >= 0)):
         raise Refusal("axis-unknown", f"the rank of '{value.name}' at MatMul '{node.label}' is not known, so the axis cannot be placed")
     if affine.rank > (rank or len(weight.shape)):

@@ -26,7 +26,7 @@ PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
 # Why an affine does not pass the other normalizations along the data flow.
 NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
 
-# ONNX's default: an attribute is a float32, which a float64 model feels.
+# ONNX's default. An attribute is a float32, and in a float64 model the distance to 1e-5 is larger than rounding.
 EPSILON = float(np.float32(1e-5))
 
 

@@ -27,7 +27,7 @@ from fastbn.graph.reasons import Refusal
 
 __all__ = [
     "STRATEGIES",
-    "Changes",
+    "Attribute",
     "Origin",
     "PresentGraph",
     "Row",
@@ -44,8 +44,8 @@ __all__ = [
 Strategy: TypeAlias = Literal["plain", "rearrange", "split"]
 STRATEGIES: tuple[Strategy, ...] = ("plain", "rearrange", "split")
 
-# (node, input slot) -> the constant that a fold puts there.
-Changes: TypeAlias = Mapping[tuple[Node, int], Constant]
+# What a fold sets an attribute of a node to.
+Attribute: TypeAlias = int | float
 
 
 class PresentGraph(Protocol):
@@ -126,7 +126,7 @@ class PresentGraph(Protocol):
         """Say whether a plan has changed or made the constant at a slot."""
         ...
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes that plans set."""
         ...
 
@@ -203,17 +203,17 @@ class Transfer:
 
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
-    affine). merge is there where the affine goes into a sibling instead. lifted are other nodes with the same affine, which leave with the
-    one that is asked for. skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which
-    counts once all that is asked further would work out.
+    affine). merge is there where the affine goes into a sibling instead. alike are other nodes with the same affine, which are lifted too.
+    skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which counts once all that is
+    asked further would work out.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
-    attributes: dict[str, object] = field(default_factory=dict)
+    attributes: dict[str, Attribute] = field(default_factory=dict)
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None
-    lifted: Sequence[Node] = ()
+    alike: Sequence[Node] = ()
     skip: tuple[int, Skip] | None = None
     objection: Refusal | None = None
 

@@ -35,7 +35,8 @@ def _slice(node: Node, affine: Affine, source: Value, target: Value, graph: Pres
     return _chosen_channels(node, affine, axis, size, chosen, forward, axis)
 
 
-# Gather by constants too. Along another axis it moves whole rows, whatever the indices: its one axis becomes as many as the indices have.
+# Gather by constants chooses channels too. Along another axis it moves whole rows, whatever the indices, and the axis that it gathers along
+# is replaced by the axes of the indices.
 def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -46,7 +47,7 @@ def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
         return affine.at(moved)
     size = affine.channels if forward else _size_of_axis(node, chosen_axis, graph)
     chosen = _indices(node, countable(size), graph)
-    # One index that is no list takes the axis away.
+    # A scalar index removes the axis.
     remaining = None if graph.rank(node.input(1)) == 0 else chosen_axis
     return _chosen_channels(node, affine, chosen_axis, size, chosen, forward, remaining)
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
@@ -24,7 +25,7 @@ from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
-from fastbn.graph.runtime import UNIT, runtime_errors, said, session
+from fastbn.graph.runtime import runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
@@ -176,7 +177,7 @@ class _Segment:
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
-            raise _NotRun("what comes out of the site is empty on every input tried")
+            raise _NotRun("what comes out of the folded nodes is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
         return before, after, np.maximum(abs_terms, least)
 

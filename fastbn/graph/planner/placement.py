@@ -97,7 +97,7 @@ def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | Non
         try:
             return way(origin, affine, view, record)
         except Refusal:
-            pass  # what was said about both ways is the better reason
+            pass  # `refusal`, which has the reasons of both directions, says more
     raise refusal
 
 

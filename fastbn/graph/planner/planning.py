@@ -113,7 +113,7 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
-            # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+            # A fold may have removed what another was refused for: try those again, in reverse, so that one pass frees a whole chain.
             waiting = [node for node in refusals if node not in placed][::-1]
             step = 0 if placed else step + 1
         view = self.view
@@ -156,7 +156,7 @@ class _Planner:
                 self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
-                refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
+                refused[node] = refusal.with_traceback(None)  # the traceback would keep all objects of the search alive
         return refused, placed
 
     def _placement(self, node: Node, strategy: Strategy) -> tuple[Placement, int] | None:
@@ -183,7 +183,7 @@ class _Planner:
     def _record(self, node: Node, channels: int, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""
         view, new = self.view, placement.plan
-        if not new.absorbers:  # constants that a node on the way moves
+        if not new.absorbers:  # only constants that nodes on the path read have changed
             new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
         leaving = [node, *new.alike, *new.bypassed]

@@ -82,7 +82,7 @@ class Search:
             with self._question("backward", self.view.producer(source) or source, affine, depth):
                 return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
-            if refusal.code != "reads-twice":  # that one depends on the way taken
+            if refusal.code != "reads-twice":  # this refusal depends on the path of the search, so it is not remembered
                 self._refused[key] = refusal.code, refusal.sentence
             raise
 
@@ -144,7 +144,7 @@ class Search:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
         others = self.view.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
-            # What a constant becomes here, other readers would not see: they read it as the constant that it was.
+            # A changed constant belongs to one input slot: other readers would still read the constant as it was.
             is_fixed = self.strategy == "plain" or self.view.constant(value) is not None or (affine.scale == 0).any()
             if is_fixed or len(others) > MOST_STEPS:
                 raise _refused_reader(others[0][0], value)
@@ -165,7 +165,7 @@ class Search:
         try:
             return self._settled(ask)
         except Refusal:
-            pass  # what the caller hears is that somebody else reads it
+            pass  # the reason that is reported is the other reader
         raise _refused_reader(refused, value)
 
     def _into_constant(self, node: Node, slot: int, affine: Affine) -> Plan:
@@ -285,7 +285,7 @@ class Search:
                 return self._followed(transfer, node, follow, depth)
             except Refusal as refusal:
                 self._waiting = _copied(waiting)  # without what a way has left there that came to nothing
-                # Why a way around an operand failed says less than why the operand cannot take the scale.
+                # Why an operand cannot take the scale says more than why its detour, a transfer with a skip, was refused.
                 if refused is None or transfer.skip is None:
                     refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
@@ -314,7 +314,7 @@ def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:

@@ -19,7 +19,7 @@ from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.quantization import dequantized, is_quantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
-from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.row import Attribute, Strategy
 from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
@@ -29,8 +29,8 @@ __all__ = ["GraphView"]
 # A quantized constant of more elements is not stored as floats.
 LARGEST_WIDENED = 1 << 10
 
-# A value is given at most this many elements in a fold's verification where the model says its shape.
-LARGEST_PROBE = 1 << 16
+# The most elements of a shape of the model that is taken as a probe shape as it is.
+LARGEST_PROBE_SHAPE = 1 << 16
 
 
 @dataclass
@@ -47,7 +47,7 @@ class GraphView:
     Attributes
     ----------
     index : model.index.Index
-        The model as it came.
+        The model as it was read.
     constants : dict of (node, input slot) -> constant
         What plans have made of constants.
     removed : dict of node -> value
@@ -73,7 +73,7 @@ class GraphView:
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
 
-    # ---- the model as it came ----
+    # ---- the model as it was read ----
 
     @property
     def opset(self) -> int:
@@ -130,7 +130,7 @@ class GraphView:
         if known is None:
             return None
         shape = tuple(2 if size is None else size for size in known)
-        if math.prod(shape) > LARGEST_PROBE:
+        if math.prod(shape) > LARGEST_PROBE_SHAPE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
 
@@ -171,7 +171,7 @@ class GraphView:
             try:
                 self.check(node)
             except Refusal:
-                return None  # what this opset does not know is no affine
+                return None  # an operator that this opset does not have is no affine
         try:
             return row.lift(node, self)
         except Refusal as refusal:
@@ -194,7 +194,7 @@ class GraphView:
         root = value
         while root.producer in self.removed:
             root = self.removed[root.producer]
-        while value is not root and value.producer is not None:  # the next one who asks goes there in one step
+        while value is not root and value.producer is not None:  # path compression: later calls reach the root in one step
             following = self.removed[value.producer]
             self.removed[value.producer] = root
             value = following
@@ -250,7 +250,7 @@ class GraphView:
         self._refused[node] = len(self.owner), len(self.removed), strategy != "plain"
 
     def is_refused(self, node: Node, strategy: Strategy) -> bool:
-        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        """Say whether this search has been refused already and nothing has changed since."""
         return self._refused.get(node) == (len(self.owner), len(self.removed), strategy != "plain")
 
     def apply(self, plan: Plan) -> None:
@@ -266,7 +266,7 @@ class GraphView:
             plan = plan.joined
         return plan
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes of a node that plans set."""
         return self.owner[node].attributes.get(node, {}) if node in self.owner else {}
 

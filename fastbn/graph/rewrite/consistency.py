@@ -15,7 +15,7 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Use, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 
@@ -78,7 +78,7 @@ class _Check:
 
     def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
-        written = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
+        written = sum(node.op_type == BATCH_NORM and is_standard(node.domain) for graph in self.graphs for node in graph.node)
         lifted = {node for plan in self.plans for node in plan.lifted}
         lifted.update(node for node in self.unwritten if self.index.constant(node.required_output()) is not None)
         planned = sum(is_batch_norm(node) and node not in lifted for node in self.index.order)

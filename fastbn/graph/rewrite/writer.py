@@ -15,6 +15,7 @@ from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import is_external
 from fastbn.graph.ops.registry import ignores_elements, operator_row
+from fastbn.graph.ops.row import Attribute
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.reasons import first_few
 from fastbn.graph.report import size_text
@@ -37,7 +38,7 @@ FIRST_IR_OF_CONSTANTS = 4
 MessageT = TypeVar("MessageT")
 
 
-def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, object]) -> NodeProto:
+def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, Attribute]) -> NodeProto:
     """Change a NodeProto in place and return it.
 
     Parameters
