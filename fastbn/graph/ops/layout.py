@@ -243,6 +243,28 @@ def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, gr
     return merged
 
 
+# SpaceToDepth sends channel c to c, C + c, 2C + c, ... of C * block^2, one for each place in a block. Forward each of these takes
+# the affine of c; backward those of one c must agree.
+def _space_to_depth(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    if axis != 1:
+        raise Refusal("axis", f"SpaceToDepth '{node.label}' mixes the elements of axis {axis}")
+    is_backward = source is node.outputs[0]
+    area = node.attribute("blocksize", 1) ** 2
+    if area < 1 or (is_backward and affine.channels % area):
+        raise ModelError(expected(f"channels that are a multiple of {area}", f"{affine.channels}", node.label))
+    inputs = affine.channels // area if is_backward else affine.channels
+    spread = np.arange(countable(inputs * area)) % inputs
+    if not is_backward:
+        return affine.picked(spread, 1)
+    merged = affine.picked(np.arange(inputs), 1)
+    if (merged.scale[spread] != affine.scale).any() or (merged.shift[spread] != affine.shift).any():
+        raise Refusal("axis", f"SpaceToDepth '{node.label}' makes channels of different affines of one")
+    return merged
+
+
 # Expand repeats elements; along the affine's axis it must not.
 def _expand(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     before, after = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
@@ -316,7 +338,7 @@ LAYOUT = {
     "Concat": Row(_concat_backward, _concat_forward, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"),
     "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
     "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch),
-    "SpaceToDepth": Row(sizes=same_batch),
+    "SpaceToDepth": Row(*both_ways(_space_to_depth), sized=True, sizes=same_batch),
     "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
     "Tile": Row(*both_ways(_tile), sized=True, size_slots=(1, 2), result_size=_tiled_size),
     "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes),
