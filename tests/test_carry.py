@@ -1,4 +1,4 @@
-"""Every row of the table of carriers: lets the affine pass when it may, refuses with the right code when it may not, in both directions."""
+"""Operators that let an affine pass, in both directions: PASSES where they may, STAYS, with the code of the refusal, where they may not."""
 
 import numpy as np
 import onnx
@@ -57,9 +57,9 @@ W4 = normal(5, 4, 2, 2)
 # The one window of a single element takes what is before it and what is behind it.
 SPREAD = "<kernel_shape = [2,2], dilations = [2,2], pads = [1,1,1,1]>"
 
-# name -> model whose norm goes.
 SWAP, REVERSED = "Transpose <perm = [0,2,1,3]>", "ReverseSequence <time_axis = 1, batch_axis = 0>"
 
+# name -> model whose norm goes.
 PASSES = {
     "Identity": backward("d = Identity(c)"),
     "Cast to the same type": backward("d = Cast<to = 1>(c)"),

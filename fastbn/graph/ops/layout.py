@@ -46,7 +46,8 @@ def _transposed_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | Non
     return tuple(first[at] for at in perm) if sorted(perm) == list(range(len(first))) else None
 
 
-# Reshape, Flatten, Squeeze, Unsqueeze renumber the elements: the channel of element e is (e / inner) % channels; the new axis must tell it.
+# Reshape, Flatten, Squeeze, Unsqueeze renumber the elements: the channel of element e is (e / inner) % channels. The affine passes where
+# the target has an axis whose index alone gives the channel.
 def _reshape(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -65,7 +66,8 @@ def _reshape(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
         size = after[at]
         if size is None:
             break
-        # Behind this axis lie `behind` elements: it tells the channel when it steps through whole inner runs and whole channel cycles.
+        # One step along this axis is `behind` elements. Its index gives the channel if a whole number of steps makes an inner run, and if
+        # its size is a whole number of channel cycles.
         if inner % behind == 0 and size > 1 and size % (inner // behind * channels) == 0:
             return affine.picked(np.arange(countable(size)) // (inner // behind) % channels, at)
         behind *= size
