@@ -238,10 +238,14 @@ def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, gr
     spread = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
     if is_backward:
         return affine.picked(spread, 1)
-    first = np.arange(outputs) * area if repeats else np.arange(outputs)
-    merged = affine.picked(first, 1)
-    if (merged.scale[spread] != affine.scale).any() or (merged.shift[spread] != affine.shift).any():
-        raise Refusal("axis", f"DepthToSpace '{node.label}' puts channels of different affines into one")
+    return _merged(affine, spread, 1, f"DepthToSpace '{node.label}' puts channels of different affines into one")
+
+
+def _merged(affine: Affine, sources: NDArray[np.int64], axis: int, otherwise: str) -> Affine:
+    """Return the affine of which channel sources[c] is channel c of this one; Refusal where channels of one source are not alike."""
+    merged = affine.picked(np.unique(sources, return_index=True)[1], axis)
+    if (merged.scale[sources] != affine.scale).any() or (merged.shift[sources] != affine.shift).any():
+        raise Refusal("axis", otherwise)
     return merged
 
 
@@ -261,10 +265,7 @@ def _space_to_depth(node: Node, affine: Affine, source: Value, target: Value, gr
     spread = np.arange(countable(inputs * area)) % inputs
     if not is_backward:
         return affine.picked(spread, 1)
-    merged = affine.picked(np.arange(inputs), 1)
-    if (merged.scale[spread] != affine.scale).any() or (merged.shift[spread] != affine.shift).any():
-        raise Refusal("axis", f"SpaceToDepth '{node.label}' makes channels of different affines of one")
-    return merged
+    return _merged(affine, spread, 1, f"SpaceToDepth '{node.label}' makes channels of different affines of one")
 
 
 # Expand repeats elements; along the affine's axis it must not.
@@ -299,11 +300,8 @@ def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: Prese
         return affine.picked(np.arange(countable(affine.channels * count)) % affine.channels, axis)
     if count < 1 or affine.channels % count:
         raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of Tile '{node.label}', which repeats it {count} times")
-    first = affine.picked(np.arange(affine.channels // count), axis)
-    copies = np.arange(affine.channels) % first.channels
-    if (first.scale[copies] != affine.scale).any() or (first.shift[copies] != affine.shift).any():
-        raise Refusal("axis", f"Tile '{node.label}' makes channels of different affines of one")
-    return first
+    copies = np.arange(affine.channels) % (affine.channels // count)
+    return _merged(affine, copies, axis, f"Tile '{node.label}' makes channels of different affines of one")
 
 
 # ReverseSequence turns the order of some elements along two axes; along another one every element keeps its channel.
