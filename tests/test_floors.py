@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
+"""Floors of files: each imports only from lower ones, and onnx and onnxruntime only where they belong; CONTRIBUTING.md names every file."""
 
 import ast
 import itertools
@@ -197,7 +197,7 @@ def test_only_the_dependencies_are_imported(name):
         assert module.split(".")[0] in allowed
 
 
-# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one room; isa_<name>.c are all "isa".
+# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one unit; isa_<name>.c are all "isa".
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", CONTRIBUTING, re.MULTILINE)[1].split("<")
@@ -207,7 +207,7 @@ C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "a
 C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string"}
 
 
-def c_room(file):
+def c_unit(file):
     stem = file.rpartition(".")[0]
     return "isa" if stem.startswith("isa_") else stem
 
@@ -217,16 +217,24 @@ def c_included(name):
     yield from re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', C_FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_contributing_names_every_file():
+    tree = re.search(r"^    src_c/.*\n(?:    .+\n)+", CONTRIBUTING, re.MULTILINE)[0]
+    named = set(re.findall(r"[\w.]+", tree))
+    python = {path.name for path in FILES.values()} - {"__init__.py", "__main__.py"}
+    assert python <= named
+    assert {c_unit(name) for name in C_FILES} <= {file.split(".")[0] for file in named} | {"isa"}
+
+
 def test_every_c_file_stands_on_a_floor():
-    assert {c_room(name) for name in C_FILES} == set(C_FLOOR)
+    assert {c_unit(name) for name in C_FILES} == set(C_FLOOR)
     assert len(C_FLOORS) > 5
 
 
 @pytest.mark.parametrize("name", C_FILES)
 def test_a_c_file_includes_only_from_lower_floors(name):
     for bracket, file in c_included(name):
-        if bracket == '"' and c_room(file) != c_room(name):
-            assert C_FLOOR[c_room(file)] < C_FLOOR[c_room(name)], f"{name} includes {file}"
+        if bracket == '"' and c_unit(file) != c_unit(name):
+            assert C_FLOOR[c_unit(file)] < C_FLOOR[c_unit(name)], f"{name} includes {file}"
 
 
 @pytest.mark.parametrize("name", C_FILES)

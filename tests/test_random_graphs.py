@@ -459,6 +459,11 @@ class Graph:
         attributes = {"mode": self.one(["DCR", "CRD"])} if self.opset >= 11 else {}
         self.node("DepthToSpace", [x], (shape[0], shape[1] // 4, 2 * shape[2], 2 * shape[3]), blocksize=2, **attributes)
 
+    def space_to_depth(self, x):
+        shape = self.shapes[x]
+        if len(shape) == 4 and shape[2] % 2 == 0 and shape[3] % 2 == 0:
+            self.node("SpaceToDepth", [x], (shape[0], shape[1] * 4, shape[2] // 2, shape[3] // 2), blocksize=2)
+
     def expand(self, x):
         shape = self.shapes[x]
         after = [2 if size == 1 else size for size in shape]
@@ -533,7 +538,7 @@ ABSORB = ["conv", "conv", "conv_transpose", "gemm", "matmul", "matmul", "recurre
 AFFINE = ["batch_norm", "batch_norm", "elementwise"]
 CARRY = [
     *["combine", "concat", "reshape", "reshape", "activation", "transpose", "pool", "reduce", "split", "choose"] * 2,
-    *["dropout", "resize", "depth_to_space", "expand", "pad", "elementwise"],
+    *["dropout", "resize", "depth_to_space", "space_to_depth", "expand", "pad", "elementwise"],
 ]
 
 

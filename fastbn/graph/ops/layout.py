@@ -344,11 +344,34 @@ def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, gr
     spread = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
     if is_backward:
         return affine.picked(spread, 1)
-    first = np.arange(outputs) * area if repeats else np.arange(outputs)
-    merged = affine.picked(first, 1)
-    if (merged.scale[spread] != affine.scale).any() or (merged.shift[spread] != affine.shift).any():
-        raise Refusal("axis", f"DepthToSpace '{node.label}' puts channels of different affines into one")
+    return _merged(affine, spread, 1, f"DepthToSpace '{node.label}' puts channels of different affines into one")
+
+
+def _merged(affine: Affine, sources: NDArray[np.int64], axis: int, otherwise: str) -> Affine:
+    """Return the affine of which channel sources[c] is channel c of this one; Refusal where channels of one source are not alike."""
+    merged = affine.picked(np.unique(sources, return_index=True)[1], axis)
+    if (merged.scale[sources] != affine.scale).any() or (merged.shift[sources] != affine.shift).any():
+        raise Refusal("axis", otherwise)
     return merged
+
+
+# SpaceToDepth sends channel c to c, C + c, 2C + c, ... of C * block^2, one for each place in a block. Forward each of these takes
+# the affine of c; backward those of one c must agree.
+def _space_to_depth(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    if axis != 1:
+        raise Refusal("axis", f"SpaceToDepth '{node.label}' mixes the elements of axis {axis}")
+    is_backward = source is node.outputs[0]
+    area = node.attribute("blocksize", 1) ** 2
+    if area < 1 or (is_backward and affine.channels % area):
+        raise ModelError(expected(f"channels that are a multiple of {area}", f"{affine.channels}", node.label))
+    inputs = affine.channels // area if is_backward else affine.channels
+    spread = np.arange(countable(inputs * area)) % inputs
+    if not is_backward:
+        return affine.picked(spread, 1)
+    return _merged(affine, spread, 1, f"SpaceToDepth '{node.label}' makes channels of different affines of one")
 
 
 # Expand repeats elements along axes of size 1, which the affine's must not be: it keeps its size, counted from the end.
@@ -386,11 +409,8 @@ def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: Prese
         return affine.picked(np.arange(countable(affine.channels * count)) % affine.channels, axis)
     if count < 1 or affine.channels % count:
         raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of Tile '{node.label}', which repeats it {count} times")
-    first = affine.picked(np.arange(affine.channels // count), axis)
-    copies = np.arange(affine.channels) % first.channels
-    if (first.scale[copies] != affine.scale).any() or (first.shift[copies] != affine.shift).any():
-        raise Refusal("axis", f"Tile '{node.label}' makes channels of different affines of one")
-    return first
+    copies = np.arange(affine.channels) % (affine.channels // count)
+    return _merged(affine, copies, axis, f"Tile '{node.label}' makes channels of different affines of one")
 
 
 # ReverseSequence turns the order of some elements along two axes; along another one every element keeps its channel.
@@ -431,7 +451,7 @@ LAYOUT = {
     ),
     "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
     "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch, work=each_once),
-    "SpaceToDepth": Row(sizes=same_batch, work=each_once),
+    "SpaceToDepth": Row(*both_ways(_space_to_depth), sized=True, sizes=same_batch, work=each_once),
     "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
     "Tile": Row(*both_ways(_tile), sized=True, size_slots=(1, 2), result_size=_tiled_size),
     "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes, work=each_once),

@@ -7,7 +7,7 @@ A row answers two questions about a node and an affine S, T:
   remains to be made up for behind its outputs?
 
 Both return a Transfer, or raise Refusal. Rows only read. What they may ask is a PresentGraph: the graph in which the plans so far have
-already happened; what they are told of the journey is a Traveler.
+already happened; what they are given is a Traveler, the affine with the value where it has arrived.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -294,7 +294,8 @@ class Row:
         (node, graph) -> input slot -> shape to verify with, small but large enough for every weight to take part; for inputs that are no
         constants.
     sized : bool
-        What it makes of a value may depend on its sizes.
+        Whether an affine passes may depend on the sizes of its inputs, so the proof of a fold runs on the sizes that the model states,
+        where they are small enough, before it runs on smaller ones.
     bound : callable
         Edits a NodeProto so that, run on absolute values, it bounds the size of what the node rounds; returns the nodes that follow it.
     magnitude : callable

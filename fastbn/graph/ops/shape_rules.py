@@ -60,7 +60,7 @@ def same_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
 
 
 def same_batch(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
-    """Axis 0 of the output is that of the first input; the others have as many sizes, which are not told."""
+    """Axis 0 of the output is that of the first input; the others are as many as those of the input, their sizes unknown."""
     first = inputs[0] if inputs else None
     return None if first is None else (*first[:1], *[None] * (len(first) - 1))
 

@@ -19,7 +19,8 @@ from fastbn.graph.reasons import ReasonCode, Refusal
 
 __all__ = ["Search"]
 
-# Nodes that one search asks once other readers may be asked too: a long residual stream is not walked whole for each of its nodes.
+# The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
+# stream, and that for each of its batch normalizations.
 MOST_STEPS = 30
 
 # Nodes that one affine is followed through in a row.
@@ -35,7 +36,7 @@ class _Arrivals:
     values: dict[int, Value] = field(default_factory=dict)
 
 
-# What asks further, behind a node forward and before it backward: (slot, affine, skip) -> Plan.
+# How a search goes on from a node: (slot, affine, skip) -> Plan. The slot is that of an output forward, of an input backward.
 _Follow: TypeAlias = Callable[[int, Affine, Skip | None], Plan]
 
 
