@@ -57,7 +57,8 @@ def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
     added = None
     if node.inputs[0] is not None and graph.source(node.inputs[0]) is skip.source:
         scaled_weight = transfer.constants.get(WEIGHT, weight)
-        assert not isinstance(scaled_weight, Requantized), "a float weight"
+        if isinstance(scaled_weight, Requantized):
+            raise Refusal("quantised", f"the weight of Conv '{node.label}' is quantized: no scale of it holds what its center would take")
         added = _added_to_center(node, skip.scale, scaled_weight)
     if added is None:
         raise Refusal("other-branch", f"Conv '{node.label}' does not see each element of '{skip.source.name}' at its center")
