@@ -361,6 +361,11 @@ def _sub_bound(proto: NodeProto) -> list[NodeProto]:
     return []
 
 
+def _min_bound(proto: NodeProto) -> list[NodeProto]:
+    proto.op_type = "Max"
+    return []
+
+
 def _neg_bound(proto: NodeProto) -> list[NodeProto]:
     proto.op_type = "Identity"
     return []
@@ -382,6 +387,7 @@ _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_consta
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
 _MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward)
 _NEGATIVE = both_ways(_negative)
+_EXTREME = Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)
 
 # One operand, whose shape the result has.
 _SAME_EVALUATED = Row(sizes=same_sizes, result_size=broadcast_size)
@@ -393,7 +399,8 @@ ELEMENTWISE = {
     "Div": replace(_PRODUCT, with_constant=replace(_MULTIPLY_CONSTANT, result_size=_division_size), result_size=_division_size),
     "Sum": _SUM,
     "Neg": replace(_SAME_EVALUATED, backward=_NEGATIVE[0], forward=_NEGATIVE[1], bound=_neg_bound),
-    **dict.fromkeys(("Max", "Min"), Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)),
+    "Max": _EXTREME,
+    "Min": replace(_EXTREME, bound=_min_bound),
     "Where": Row(_each_backward, broadcasts=True, result_size=broadcast_size),
     "Mean": Row(_each_backward, _mean_forward, broadcasts=True, terms=_number_of_operands, result_size=broadcast_size),
     "Pow": Row(sizes=broadcast_sizes, result_size=broadcast_size),

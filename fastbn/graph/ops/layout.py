@@ -276,7 +276,7 @@ def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     axis, sizes = _split_axis(node, traveler, graph)
     if axis is None:
         others = [value for value in node.outputs if value is not None and value is not traveler.value]
-        readers = [_only_reader(value, traveler.affine, graph) for value in others]
+        readers = [_only_reader(node, value, traveler.affine, graph) for value in others]
         alike = [reader for reader in readers if reader is not None]
         if len(alike) < len(others):
             raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
@@ -302,10 +302,12 @@ def _split_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[in
 
 
 # Ghost batch normalization: the batch is split, every part has the same affine, and they are joined. All of them leave together.
-def _only_reader(value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
-    """Return the node that is the one reader of a value, where it is the same affine."""
+def _only_reader(node: Node, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
+    """Return the node that is the one reader of an output, in the same graph, where it is the same affine."""
     readers = graph.readers(value)
-    return readers[0][0] if len(readers) == 1 and _is_same(readers[0][0], affine, graph) else None
+    if len(readers) != 1 or readers[0][0].scope is not node.scope:
+        return None
+    return readers[0][0] if _is_same(readers[0][0], affine, graph) else None
 
 
 def _giver(node: Node, slot: int, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:

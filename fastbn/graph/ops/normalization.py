@@ -9,7 +9,7 @@ from onnx import NodeProto, helper
 from fastbn.affine import batch_norm_affine
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.constant import Dense, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
@@ -177,16 +177,27 @@ def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> 
     if rank is not None:
         axis_in(node, affine, rank)
     factor, shift, abs_terms = affine.shaped(rank)
-    if np.broadcast_shapes(factor.shape, scale.shape) != scale.shape:
+    if _broadcast(node, factor.shape, scale.shape) != scale.shape:
         raise Refusal("axis", f"its channels are not those that the scale of {node.op} '{node.label}' of shape {scale.shape} runs along")
     transfer = Transfer({SCALE: scale.times(factor)})
     if node.op == "RMSNormalization" and affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no bias to take the shift")
     if affine.shifts or graph.has(node, BIAS):
-        zeros = np.zeros(scale.shape)
-        bias = graph.bias(node, BIAS, scale.shape, scale.dtype)
+        bias = graph.dense(node, BIAS) if graph.has(node, BIAS) else Dense.zeros(scale.shape, scale.dtype)
+        shape = _broadcast(node, scale.shape, bias.shape)
+        if shape not in (scale.shape, bias.shape):
+            raise Refusal("grows", f"the bias of {node.op} '{node.label}' would grow from shape {bias.shape} to {shape}")
+        zeros = np.zeros(shape)
         transfer.constants[BIAS] = bias.affine(factor + zeros, shift + zeros, abs_terms + zeros)
     return transfer
+
+
+def _broadcast(node: Node, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that some shapes broadcast to; raises ModelError where they do not."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ModelError(expected("a scale and a bias that broadcast", f"shapes {shapes}", node.label)) from None
 
 
 def _last_axes_bound(proto: NodeProto) -> list[NodeProto]:

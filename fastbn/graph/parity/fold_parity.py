@@ -139,13 +139,16 @@ class _Segment:
         return sorted(nodes, key=lambda node: self.order[node])
 
     def _data_type(self) -> DType:
-        """Return the coarsest type of a constant; that of a BatchNormalization's parameters only where there is no other."""
+        """Return the coarsest type of a constant or beside a Cast; that of a batch normalization's parameters where there is no other."""
         constants = [
             (not is_batch_norm(node), UNIT[constant.dtype.name], constant.dtype)
             for node in self.before
             for constant in map(self.index.constant, node.inputs)
             if constant is not None and constant.dtype.name in UNIT
         ]
+        beside = [self.index.kind(value) for node in self.before if node.is_op("Cast") for value in (*node.inputs, *node.outputs) if value]
+        casts = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in beside if kind]
+        constants += [(True, UNIT[dtype.name], dtype) for dtype in casts if dtype.name in UNIT]
         return max(constants, key=lambda entry: entry[:2])[2]
 
     def _type_of(self, value: Value) -> DType:
@@ -250,7 +253,8 @@ class _Segment:
                 pass
             elif original is not None and value is not None:
                 array = _fed(original.array())
-                feed[value.name] = operator_row(node).magnitude(slot, array) if magnitudes and array.dtype.kind in "fV" else array
+                is_size = magnitudes and array.dtype.kind in "fV" and slot not in operator_row(node).signed_slots
+                feed[value.name] = operator_row(node).magnitude(slot, array) if is_size else array
             elif value is not None:
                 proto.input[slot] = self._name(value)
         for (step, slot), constant in self.plan.constants.items():

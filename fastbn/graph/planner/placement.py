@@ -128,8 +128,10 @@ def _shift_node(node: Node, affine: Affine, view: GraphView, plan: Plan) -> tupl
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{data.name}' is not known, so the shift that would stay cannot be placed")
     _, shift, abs_terms = affine.shaped(rank)
-    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-    dtype = next(constant.dtype for constant in plan.constants.values() if dtype_name(constant.dtype) in DTYPES)
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, as the weights have but for a Cast between.
+    kind = view.kind(data)
+    weight_type = next(constant.dtype for constant in plan.constants.values() if dtype_name(constant.dtype) in DTYPES)
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else weight_type
     vector = Dense(dtype, shift, abs_terms)
     proto = onnx.NodeProto(op_type="Add")
     for text in ("name", "doc_string"):

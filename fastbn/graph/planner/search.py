@@ -97,6 +97,8 @@ class Search:
         if value in self._open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
+        if others and skip is not None:  # which no constant of theirs undoes
+            raise _refused_reader(others[0][0], value)
         node, row = self._producer(value, asker, depth)
         if skip is not None and not row.takes_skip:
             raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
@@ -343,8 +345,8 @@ def _crossed(node: Node, slot: int, value: Value) -> dict[Node, None]:
 
 
 def _add_branch(plan: Plan, branch: Plan) -> None:
-    """Add what another branch changes; two branches may not meet in one node."""
-    met = next((node for node in branch.path if node in plan.path), None)
+    """Add what another branch changes; two branches may not meet in one node, nor change one that leaves."""
+    met = next((node for node in (*branch.path, *branch.alike) if node in plan.path or node in plan.alike), None)
     if met is not None:
         raise Refusal("reads-twice", f"two ways meet in {met.op} '{met.label}'")
     plan.join(branch)
