@@ -1,7 +1,6 @@
 """Floors of files: each imports only from lower ones, and onnx and onnxruntime only where they belong; CONTRIBUTING.md names every file."""
 
 import ast
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -249,48 +248,9 @@ def test_no_c_file_has_the_name_of_a_header_of_the_system(name):
     assert name.rpartition(".")[0] not in C_STANDARD | C_SYSTEM | {"assert", "errno", "float", "limits", "stdbool", "threads", "time"}
 
 
-# The page for contributors: the floors and the tree that it shows.
-
-
-def stated_floors():
-    """Yield the chains of floors in CONTRIBUTING.md, each a list of sets of names as in FLOORS."""
-    text = CONTRIBUTING.split("holds that:")[1].split("    src_c:")[0].replace("<family>", "FAMILY")
-    for chain in re.split(r"\n    (?!<)", text.strip()):
-        yield [{stated_name(each) for name in split_names(floor) for each in spread(name)} for floor in chain.split("<") if floor.strip()]
-
-
-def split_names(text):
-    """Yield the parts of a text between the commas that stand outside braces."""
-    yield from re.findall(r"(?:[^,{}]|\{(?:[^{}]|\{[^{}]*\})*\})+", text)
-
-
-def spread(text):
-    """Return a/b and a/c of a/{b, c}, as a shell does."""
-    head, brace, rest = text.strip().partition("{")
-    parts = split_names(rest.removesuffix("}")) if brace else ()
-    return [head + each for part in parts for each in spread(part)] or [head]
-
-
-def stated_name(text):
-    name = text.replace("/", ".")
-    return name if name in FLOOR else f"graph.{name}"
-
-
-def test_contributing_states_the_floors():
-    families = {"graph.ops.FAMILY": FLOOR["graph.ops.convolution"]}
-    named = set()
-    for chain in stated_floors():
-        numbers = [[families.get(name, FLOOR.get(name)) for name in floor] for floor in chain]
-        assert all(None not in floor for floor in numbers), chain
-        for lower, higher in itertools.pairwise(numbers):
-            assert max(lower) < min(higher), chain
-        named.update(*chain)
-    rows = {name for name, floor in FLOOR.items() if floor in families.values()}
-    assert set(FLOOR) - named - rows == {f"graph.{room}.__init__" for room in ("model", "ops", "planner", "rewrite", "parity")}
-
-
 def test_contributing_shows_every_file():
-    tree = CONTRIBUTING.split("## The house")[1].split("A file imports only")[0]
+    """The tree of the page for contributors."""
+    tree = CONTRIBUTING.split("## The house")[1].split("Every file stands on a floor")[0]
     shown = set(re.findall(r"[\w.<>]+", tree))
     files = {path for ending in ("py", "pyi", "pyx", "pxi") for path in (ROOT / "fastbn").rglob(f"*.{ending}") if path.stem[:2] != "__"}
     assert sorted(path.relative_to(ROOT).as_posix() for path in files if path.name not in shown) == []
