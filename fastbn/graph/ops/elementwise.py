@@ -413,6 +413,7 @@ ELEMENTWISE = {
     **dict.fromkeys(("Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
     "Clip": Row(sizes=same_sizes, result_size=first_size),
     "Erf": _SAME_EVALUATED,
-    **dict.fromkeys(("Acosh", "Asinh", "Atanh", "Cosh", "CumProd", "CumSum", "IsInf", "IsNaN", "Sinh"), Row(work=each_once)),
+    **dict.fromkeys(("Acosh", "Asinh", "Atanh", "Cosh", "IsInf", "IsNaN", "Sinh"), Row(work=each_once)),
+    **dict.fromkeys(("CumProd", "CumSum"), Row(size_slots=(1,), work=each_once)),
     **dict.fromkeys(("BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), Row(work=each_once)),
 }
