@@ -95,6 +95,7 @@ def _add_fold(fold: argparse.ArgumentParser) -> None:
     fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
     fold.add_argument("--json", metavar="FILE", help=JSON)
     _add_selection(fold)
+    fold.add_argument("--explain", metavar="GLOB", action="append", help="tell the whole search for nodes of these names (repeatable)")
     fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
     fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left, neither folded nor rewritten")
     fold.add_argument("--in-place", action="store_true", help="replace IN")

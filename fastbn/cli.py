@@ -103,6 +103,7 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
             rewrite_left=arguments.rewrite_left,
             progress=progress,
             workdir=workdir_of(target),
+            explain=names(arguments.explain),
         )
     failed = result.parity is not None and result.parity.status == "failed"
     lines = result.lines()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from onnx import helper
-from sketch import assert_same, folds, model, norm, normal, ops
+from sketch import assert_same, folds, model, norm, normal, ops, refuses
 
 import fastbn
 
@@ -58,3 +58,63 @@ def test_an_index_that_is_out_of_range_is_said():
     text = "(float[2,4,5] x) => (float[2,2,5] y) { c = Conv(x, w) g = Gather<axis = 1>(c, ids) y = BatchNormalization(g, s, t, m, v) }"
     with pytest.raises(fastbn.ModelError, match="Expected an axis of a value of rank 3, got 3 - at `g`"):
         fastbn.fold(model(text, w=normal(3, 4, 1), ids=np.array([3, 0], np.int64), **norm(2)), verify=False)
+
+
+def picked(nodes, *, x="2,4,5", first="c = Conv(x, w)", last="", **constants):
+    """Return a convolution of 3 channels, which gives c, and `nodes`, which give d, with a norm behind them or, in `last`, a Conv."""
+    behind = last or "y = BatchNormalization(d, s, t, m, v)"
+    channels = constants.pop("channels", 3)
+    return model(f"(float[{x}] x) => (float y) {{ {first} {nodes} {behind} }}", **norm(channels), **constants)
+
+
+FORWARD = {"first": "r = Tanh(x) c = BatchNormalization(r, s, t, m, v)", "last": "y = Conv(d, w)"}
+ELEMENTS = np.random.default_rng(0).integers(0, 5, (2, 3, 4))
+BLOCKS = np.random.default_rng(0).integers(0, 2, (4, 6, 1))
+
+# name -> (model whose norm goes, what stays).
+OTHER_PICKS = {
+    "GatherElements": (picked("d = GatherElements <axis = 2> (c, i)", i=ELEMENTS, w=normal(3, 4, 1)), "Conv GatherElements"),
+    "GatherElements of the first channels": (
+        picked("d = GatherElements <axis = -1> (c, i)", i=ELEMENTS[:, :2], channels=2, w=normal(3, 4, 1)),
+        "Conv GatherElements",
+    ),
+    "GatherElements forward": (
+        picked("d = GatherElements <axis = 2> (c, i)", x="2,3,5", i=ELEMENTS[:, :2], w=normal(6, 2, 1), **FORWARD),
+        "Tanh GatherElements Conv",
+    ),
+    "GatherND": (
+        picked(
+            "e = Transpose <perm = [2,0,1]> (c) f = GatherND(e, i) d = Transpose <perm = [0,2,1]> (f)",
+            i=BLOCKS[:, 0],
+            channels=3,
+            w=normal(3, 4, 1),
+        ),
+        "Conv Transpose GatherND Transpose",
+    ),
+    "GatherND forward": (
+        picked(
+            "e = Transpose <perm = [2,1,0]> (c) f = GatherND(e, i) d = Transpose <perm = [0,2,1,3]> (f)",
+            x="2,3,5",
+            i=BLOCKS,
+            w=normal(6, 3, 1, 1),
+            **FORWARD,
+        ),
+        "Tanh Transpose GatherND Transpose Conv",
+    ),
+    "GatherND in batches": (
+        picked("d = GatherND <batch_dims = 2> (c, i)", i=ELEMENTS[:, :, :, None], w=normal(3, 4, 1)),
+        "Conv GatherND",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PICKS)
+def test_other_ways_to_choose(case):
+    proto, stays = OTHER_PICKS[case]
+    folds(proto, stays)
+
+
+@pytest.mark.parametrize("nodes", ["d = GatherElements <axis = 1> (c, i)", "d = GatherND <batch_dims = 1> (c, j)"])
+def test_other_ways_to_choose_channels(nodes):
+    constants = {"i": ELEMENTS % 3} if "(c, i)" in nodes else {"j": np.array([[[0], [2]], [[1], [0]]])}
+    refuses(picked(nodes, channels=3 if "i" in constants else 2, w=normal(3, 4, 1), **constants), "axis", verify=False)

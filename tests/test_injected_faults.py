@@ -10,13 +10,16 @@ import pytest
 from sketch import assert_same, model, norm, normal
 from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
 from test_carry import PASSES, W4, backward, forward, ints
+from test_gather import OTHER_PICKS
+from test_join import PASSES as JOINS
 from test_normalization import BEHIND, behind, deformable
 
 import fastbn
 from fastbn.graph import job
 from fastbn.graph.model import storage
-from fastbn.graph.model.constant import Dense, Requantized
+from fastbn.graph.model.constant import Dense
 from fastbn.graph.model.index import Index
+from fastbn.graph.model.quantized import SCALE, Dequantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.parity.fold_parity import FoldParity
@@ -25,7 +28,7 @@ from fastbn.graph.planner.planning import plan
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
 
-WAYS = ("backward", "forward")
+WAYS = ("backward", "forward", "join")
 
 
 def recurrent(op, gates):
@@ -150,7 +153,8 @@ def crossed(proto):
 def models():
     """Row -> models whose folds use it."""
     found = {}
-    for proto in [*MORE.values(), *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
+    picks = [proto for proto, _ in OTHER_PICKS.values()]
+    for proto in [*MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
         for row in crossed(proto):
             found.setdefault(row, []).append(proto)
     return found
@@ -221,10 +225,14 @@ def test_a_wrong_scale_of_a_quantized_weight_is_caught(change, monkeypatch):
     assert right.folded
     assert right.parity.ok
 
-    def wrong(self):
-        return {(self.node, 1): replace(self.scale, values=change(self.scale.values))}
+    stepped = Dequantized._stepped
 
-    monkeypatch.setattr(Requantized, "constants", wrong)
+    def wrong(self, *given):
+        right = stepped(self, *given)
+        scale = right.constants[self.node, SCALE]
+        return replace(right, constants={**right.constants, (self.node, SCALE): replace(scale, values=change(scale.values))})
+
+    monkeypatch.setattr(Dequantized, "_stepped", wrong)
     spoiled = fastbn.fold(data, verify=False)
     assert spoiled.folded
     assert spoiled.to_bytes() != right.to_bytes()

@@ -81,7 +81,6 @@ def test_a_domain_of_someone_else_is_no_batch_norm():
 TRAINING = {
     "training_mode": ("<training_mode = 1>", "y", 17),
     "opset 14, three outputs": ("<training_mode = 1>", "y, rm, rv", 14),
-    "opset 14, outputs without the mode": ("", "y, rm, rv", 14),
     "opset 9, five outputs": ("", "y, rm, rv, sm, sv", 9),
     "opset 7, two outputs": ("", "y, rm", 7),
     "opset 13, empty outputs": ("", 'y, "", "", "", ""', 13),

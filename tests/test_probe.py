@@ -1,6 +1,7 @@
 """Inputs of a fold's own proof: in the sizes of the model where they matter, small where they do not."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from sketch import conv_bn, folds, model, norm, normal
 
 import fastbn
 from fastbn.cli import main
+from fastbn.graph import runtime
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity import fold_parity, probe
@@ -133,3 +135,57 @@ def test_files_of_public_reports(name, tmp_path):
     assert main(["fold", str(path), str(tmp_path / "out.onnx"), "-q"]) == 0
     result = fastbn.fold(onnx.load(path))
     assert result.parity is None or result.parity.ok
+
+
+COMPUTED = {
+    "Resize to computed sizes": "h = Shape(x) i = Slice(h, two, four) o = Concat <axis = 0> (pair, i) d = Resize(c, , , o)",
+    "Reshape to computed sizes": "h = Shape(c) i = Slice(h, zero, two) o = Concat <axis = 0> (i, rest) d = Reshape(c, o)",
+    "Slice to a computed end": "h = Shape(c) i = Slice(h, two, three) d = Slice(c, zero, i, two)",
+    "Expand by computed sizes": "p = GlobalAveragePool(c) h = Shape(c) d = Expand(p, h)",
+}
+LISTS = {"zero": [0], "two": [2], "three": [3], "four": [4], "rest": [-1], "pair": [2, 4]}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_fold_over_computed_sizes_is_proved(case):
+    """Its inputs are taken from a run of the original: numbers at random would be no sizes."""
+    text = f"(float[2,3,h,w] x) => (float y) {{ c = Conv(x, w, b) {COMPUTED[case]} y = BatchNormalization(d, s, t, m, v) }}"
+    lists = {name: np.array(values) for name, values in LISTS.items() if f"{name})" in text or f"{name}," in text}
+    (fold,) = fastbn.fold(conv_bn(text, **lists)).folded
+    assert 0 < fold.error <= fold.bound
+    assert fold.note is None
+
+
+def test_a_scalar_that_the_model_computes_is_captured():
+    """A dynamically quantized convolution, whose result is scaled by what the run finds."""
+    text = """(float[n,3,8,8] x) => (float y) {
+        q, qs, qz = DynamicQuantizeLinear(x) i = ConvInteger(q, wq, qz, wz) f = Cast <to = 1> (i) g = Mul(qs, k) h = Mul(f, g)
+        y = BatchNormalization(h, s, t, m, v)
+    }"""
+    weights = {"wq": np.arange(108).reshape(4, 3, 3, 3).astype(np.uint8), "wz": np.uint8(50), "k": np.float32(0.02)}
+    result = fastbn.fold(model(text, **weights, **norm(4)))
+    assert result.folded
+    assert all(fold.error is not None and fold.note is None for fold in result.folded)
+
+
+SAID = {
+    "Resize(x, , , s)": ("float", "Type Error: Type 'tensor(float)' of input parameter (s) of operator (Resize) in node (y) is invalid."),
+    "Reshape(x, s)": (
+        "int64",
+        "Reshape 'y': The input tensor cannot be reshaped to the requested shape. Input shape:{2,3}, requested shape:{7}",
+    ),
+    "Squeeze(x, s)": ("int64", "Squeeze 'y': "),
+    "MatMul(x, s)": ("float", "MatMul"),
+}
+
+
+@pytest.mark.parametrize("node", SAID)
+def test_no_message_shows_sources_of_onnxruntime(node):
+    kind, message = SAID[node]
+    proto = model(f"(float[a,b] x, {kind}[c] s) => (float y) {{ y = {node} }}")
+    feed = {"x": normal(2, 3), "s": np.array([7]).astype(np.int64 if kind == "int64" else np.float32)}
+    with pytest.raises(runtime.runtime_errors()) as error:
+        runtime.session(proto.SerializeToString()).run(None, feed)
+    said = runtime.said(error.value)
+    assert said.startswith(message)
+    assert not re.search(r"\.(h|cc|cpp)\b|onnxruntime|invalid model|status code", said), said

@@ -52,7 +52,7 @@ EXPECTED = {
     "cms-data__RecoBTag-Combined/DeepDoubleX__102X__V02__BvL.onnx": (4, 0, 0),
     "cms-data__RecoBTag-Combined/DeepFlavourV03_10X_training__model.onnx": (24, 0, 0),
     "cms-data__RecoBTag-Combined/HLT__ParticleNetAK4__V01__particle-net.onnx": (2, 0, 0),
-    "cms-data__RecoBTag-Combined/ParticleNetAK8__General__V00__ParticleNet.onnx": (15, 1, 1),
+    "cms-data__RecoBTag-Combined/ParticleNetAK8__General__V00__ParticleNet.onnx": (15, 0, 0),
     "dlshriver__dnnv/tests__system_tests__artifacts__networks__dronet.onnx": (6, 0, 0),
     "fastmachinelearning__example-models/onnx__conv2d_small_mp_keras.onnx": (1, 1, 1),
     "fastmachinelearning__qonnx_model_zoo/models__MNIST__Brevitas_FINN_TFC__TFC__TFC_2W2A.onnx": (3, 3, 3),

@@ -13,7 +13,7 @@ def ints(*values):
 
 
 CONSTANTS = {"zero": ints(0), "one": ints(1), "rest": ints(-1), "first": np.int64(0), "perm": ints(0, 2, 3, 1), "none": ints()}
-CONSTANTS |= {"rest32": np.int32([-1]), "two": ints(2), "three": ints(3), "four": ints(4), "pair": ints(1, 2)}
+CONSTANTS |= {"far": ints(1 << 40), "rest32": np.int32([-1]), "two": ints(2), "three": ints(3), "four": ints(4), "pair": ints(1, 2)}
 
 # How exporters write [Shape(v)[0], -1]; {v} is the value.
 FLATTENING = {
@@ -46,11 +46,13 @@ def dense(nodes, *, x="N,4,6,6", rows=144, inputs=""):
     return sized(text, norm(4, positive=True), w=normal(rows, 3))
 
 
-# The Identity behind the Reshape is there so that the rows of the matrix do not determine its sizes.
+# The Slice of the batch behind the Reshape is there so that the rows of the matrix do not determine its sizes.
 @pytest.mark.parametrize("case", FLATTENING)
 def test_a_norm_passes_a_flattening_of_unknown_batches(case):
     target = FLATTENING[case].format(v="n")
-    result = folds(dense(f"{target} f = Reshape(n, k) d = Identity(f)"), " ".join(["Tanh", *operators_of(target), "Reshape Identity Gemm"]))
+    result = folds(
+        dense(f"{target} f = Reshape(n, k) d = Slice(f, zero, far)"), " ".join(["Tanh", *operators_of(target), "Reshape Slice Gemm"])
+    )
     assert [fold.into for fold in result.folded] == ["y"]
 
 
@@ -62,15 +64,15 @@ def operators_of(nodes):
 def test_a_norm_passes_pooling_and_channels_last(case):
     target = FLATTENING[case].format(v="e")
     pool = "pool = MaxPool <kernel_shape = [2,2], strides = [2,2]> (n) e = Transpose <perm = [0,2,3,1]> (pool)"
-    proto = dense(f"{pool} {target} f = Reshape(e, k) d = Identity(f)", rows=36)
-    folds(proto, " ".join(["Tanh MaxPool Transpose", *operators_of(target), "Reshape Identity Gemm"]))
+    proto = dense(f"{pool} {target} f = Reshape(e, k) d = Slice(f, zero, far)", rows=36)
+    folds(proto, " ".join(["Tanh MaxPool Transpose", *operators_of(target), "Reshape Slice Gemm"]))
 
 
 def test_the_shape_may_be_taken_before_a_transpose():
     """tf2onnx moves it there, and chooses the sizes in the order of the other layout."""
     nodes = """e = Transpose <perm = [0,2,3,1]> (n) h = Shape(n) i = Gather(h, perm) j = Cast <to = 6> (i) u = Slice(j, zero, one, zero)
-        o = Concat <axis = 0> (u, rest32) k = Cast <to = 7> (o) f = Reshape(e, k) d = Identity(f)"""
-    folds(dense(nodes), "Tanh Transpose Shape Gather Cast Slice Concat Cast Reshape Identity Gemm")
+        o = Concat <axis = 0> (u, rest32) k = Cast <to = 7> (o) f = Reshape(e, k) d = Slice(f, zero, far)"""
+    folds(dense(nodes), "Tanh Transpose Shape Gather Cast Slice Concat Cast Reshape Slice Gemm")
 
 
 def test_a_norm_behind_a_flattening_goes_into_what_is_before_it():
@@ -84,8 +86,8 @@ def test_a_norm_behind_a_flattening_goes_into_what_is_before_it():
 # name -> (code, model whose norm stays).
 STAYS = {
     "the batch of another value": (
-        "axis",
-        dense(f"{FLATTENING['Slice'].format(v='z')} f = Reshape(n, k) d = Identity(f)", inputs=", float[M,5] z"),
+        "axis-unknown",
+        dense(f"{FLATTENING['Slice'].format(v='z')} f = Reshape(n, k) d = Slice(f, zero, far)", inputs=", float[M,5] z"),
     ),
     "the other order": ("axis", dense("h = Shape(n) u = Gather(h, zero) k = Concat <axis = 0> (rest, u) d = Reshape(n, k)", rows=2)),
     "another axis": (
@@ -94,7 +96,7 @@ STAYS = {
     ),
     "unknown space": (
         "axis-unknown",
-        dense(f"{FLATTENING['Slice'].format(v='n')} d = Reshape(n, k)", x="N,4,H,W", rows=16),
+        dense(f"{FLATTENING['Slice'].format(v='n')} f = Reshape(n, k) d = Slice(f, zero, far)", x="N,4,H,W", rows=16),
     ),
 }
 
@@ -143,7 +145,7 @@ KNOWN = {
     "a batch times two": (
         "N,4,6",
         "h = Shape(x) u = Gather(h, zero) a = Mul(u, two) k = Concat <axis = 0> (a, rest) d = Reshape(x, k)",
-        (None, None),
+        (None, 12),
     ),
     "does not divide": (
         "N,2,2",
@@ -172,8 +174,13 @@ KNOWN = {
     ),
     "another axis of a convolution": (
         "1,4,H",
-        "e = Conv(x, kernel) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
+        "e = Conv(x, kernel3) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
         (None, None),
+    ),
+    "another axis of a convolution that keeps it": (
+        "1,4,H",
+        "e = Conv <pads = [1, 1]> (x, kernel3) h = Shape(x) u = Gather(h, two) k = Concat <axis = 0> (rest, u) d = Reshape(e, k)",
+        (2, None),
     ),
     "behind a sum": (
         "N,4,6",
@@ -228,7 +235,7 @@ KNOWN = {
     "the rest, more than the batch": (
         "N,4,6",
         f"i = Concat <axis = 0> (rest, four) e = Reshape(x, i) {BATCH} d = Reshape(e, k)",
-        (None, None),
+        (None, 24),
     ),
     "behind a Flatten": (
         "N,4,6",
@@ -273,7 +280,14 @@ KNOWN = {
 @pytest.mark.parametrize("case", KNOWN)
 def test_what_is_known_of_a_reshape(case):
     x, nodes, shape = KNOWN[case]
-    weights = {"c6": normal(6, 5), "kernel": normal(2, 4, 1), "c56": normal(5, 6), "c24": normal(24, 5), "one6": normal(6)}
+    weights = {
+        "c6": normal(6, 5),
+        "kernel": normal(2, 4, 1),
+        "kernel3": normal(2, 4, 3),
+        "c56": normal(5, 6),
+        "c24": normal(24, 5),
+        "one6": normal(6),
+    }
     text = f"(float[{x}] x, float[M,5] z, float[L,4,6] other) => (float y) {{ {nodes} y = Identity(d) }}"
     proto = sized(text, {name: values for name, values in weights.items() if name in nodes})
     index = Index(storage.load(proto))

@@ -13,7 +13,7 @@ from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.storage import Source, external_tensors
 from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.results import SCHEMA, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
+from fastbn.graph.results import SCHEMA, Explanation, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
 from fastbn.graph.rewrite.output import Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
 
@@ -31,6 +31,8 @@ class FoldResult:
         bn, ops, code, reason, not_rewritten; in the order of the graph.
     rewritten : list of Rewritten
         What was not folded and has become another operator (rewrite_left): bn, op, channels, error, bound, note, code, reason.
+    explanations : list of Explanation
+        bn, outcome, steps: the search for a place for each node that `explain` names.
     parity : Parity or None
         The whole model compared with its original; None with verify=False or when nothing was folded.
     notes : tuple of str
@@ -71,6 +73,7 @@ class FoldResult:
         self.folded: list[Fold] = folded
         self.kept: list[Kept] = planning.kept
         self.rewritten: list[Rewritten] = rewritten
+        self.explanations: list[Explanation] = planning.explanations
         self.parity: Parity | None = parity
         raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
         self.notes: tuple[str, ...] = (*index.source.notes, *raised)
@@ -119,6 +122,7 @@ class FoldResult:
             "rewritten": [each.to_dict() for each in self.rewritten],
             "inference": self._inference(),
             "notes": list(self.notes),
+            "explanations": [explanation.to_dict() for explanation in self.explanations],
             "parity": None if self.parity is None else self.parity.to_dict(),
         }
 
@@ -134,7 +138,8 @@ class FoldResult:
         source = self._source
         size = report.size_text(source.size(external_tensors(source.proto)))
         head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
-        lines = [head, *report.result_rows(self.folded, self.kept, self.rewritten)]
+        rows = report.result_rows(self.folded, self.kept, self.rewritten)
+        lines = [head, *rows, *report.explanation_rows(self.explanations)]
         lines.extend(f"  note    {note}" for note in self.notes)
         rewritten = f" ({len(self.rewritten)} rewritten)" if self.rewritten else ""
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}{rewritten}, nodes {before[0]} -> {after[0]}")

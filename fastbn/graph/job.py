@@ -23,6 +23,7 @@ from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
+from fastbn.graph.planner.advice import advised
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import NodeKey, Planning, key_of
 from fastbn.graph.planner.substitute import REWRITE_FORMS, RewriteForm
@@ -58,6 +59,7 @@ def fold(
     seed: int = 0,
     progress: Progress | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    explain: Globs | None = None,
 ) -> FoldResult:
     """Fold every inference batch normalization that can be folded exactly into its neighbors' weights.
 
@@ -65,8 +67,8 @@ def fold(
     ----------
     model : str, os.PathLike, bytes or onnx.ModelProto
         The model; it is not changed.
-    only, skip : str or sequence of str, optional
-        Globs over node names: fold only these, never those.
+    only, skip, explain : str or sequence of str, optional
+        Globs over node names: fold only these; never those; tell the whole search for a place for these in `FoldResult.explanations`.
     verify : bool
         Run every fold and the whole model in onnxruntime, its optimizer off, against the original.
     input_shapes : dict of name -> sequence of int, optional
@@ -100,7 +102,8 @@ def fold(
     >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
     ('c', True, 1)
     """
-    globs, shapes = (_globs(only, "only"), _globs(skip, "skip")), checked_shapes(input_shapes)
+    globs = _globs(only, "only"), _globs(skip, "skip"), _globs(explain, "explain")
+    shapes = checked_shapes(input_shapes)
     options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
     source = storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
@@ -117,6 +120,7 @@ class _Options:
 
     only: list[str] | None
     skip: list[str] | None
+    explain: list[str] | None
     verify: bool
     input_shapes: dict[str, tuple[int, ...]]
     freeze_inputs: bool
@@ -147,7 +151,7 @@ class _Job:
         self.original = original
         self.options = options
         self.index = Index(form, options.freeze_inputs, options.input_shapes)
-        _check_globs(self.index, options.only, options.skip)
+        _check_globs(self.index, options)
         # Node -> why it is not folded: verification found its fold wrong.
         self.excluded: dict[NodeKey, str] = {}
         # Node -> why it is not rewritten: verification found that wrong.
@@ -167,7 +171,12 @@ class _Job:
 
     def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
         options, excluded, unrewritten = self.options, {**self.excluded, **without}, {**self.unrewritten, **without}
-        return planner.plan(self.index, options.only, options.skip, excluded, options.rewrite_left, unrewritten)
+        return planner.plan(self.index, options.only, options.skip, excluded, options.explain, options.rewrite_left, unrewritten)
+
+    def _supposed(self, shapes: Mapping[str, tuple[int, ...]]) -> Planning:
+        """Return the planning of the same model with these sizes and with its inputs frozen."""
+        index = Index(self.index.source, True, shapes)
+        return planner.plan(index, self.options.only, self.options.skip, self.excluded)
 
     def _check(self, plan: Plan, planning: Planning) -> FoldParity:
         key = _key(plan.lifted), _key(plan.rewritten)
@@ -204,6 +213,7 @@ class _Job:
     def result(self, planning: Planning) -> FoldResult:
         """Write and verify the whole model; return the FoldResult."""
         planning, output, parity = self._finish(planning)
+        planning.kept = advised(planning, self.index, self._supposed)
         missed: list[Plan] = []
         if parity is not None and parity.status in ("ok", "inconclusive"):
             missed = unreached(self.index, planning, parity.compared, parity.missed)
@@ -352,7 +362,7 @@ def _key(nodes: Iterable[Node]) -> PlanKey:
 
 def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | None, output: Output, is_missed: bool) -> str | None:
     """Return what a result says of a plan; is_missed: the comparison of the whole model does not depend on it."""
-    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in changed if node in output.duplicates]
+    notes = [note for node in dict.fromkeys(changed) for note in output.growth.get(node, ())]
     if keeps_shift:
         notes.append("an Add keeps the shift")
     if check and check.note:
@@ -387,7 +397,7 @@ def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bo
         channels=plan.channels,
         error=check.error if check else None,
         bound=check.bound if check else None,
-        note=_notes_of(plan.path, keeps_shift, check, output, is_missed),
+        note=_notes_of((node for node, _ in plan.constants), keeps_shift, check, output, is_missed),
     )
 
 
@@ -400,9 +410,9 @@ def _globs(value: Globs | None, where: str) -> list[str] | None:
     return list(globs)
 
 
-def _check_globs(index: Index, only: list[str] | None, skip: list[str] | None) -> None:
+def _check_globs(index: Index, options: _Options) -> None:
     labels = [node.label for node in index.order]
-    for where, globs in (("only", only), ("skip", skip)):
+    for where, globs in (("only", options.only), ("skip", options.skip), ("explain", options.explain)):
         for glob in globs or ():
             if not any(fnmatchcase(label, glob) for label in labels):
                 names = [node.label for node in index.order if is_batch_norm(node)]

@@ -5,12 +5,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from fastbn.graph.reasons import FORWARDS
-from fastbn.graph.results import Fold, Kept, Rewritten
+from fastbn.graph.results import Explanation, Fold, Kept, Rewritten
 
-__all__ = ["result_rows", "size_text", "table", "wrapped"]
+__all__ = ["explanation_rows", "result_rows", "size_text", "table", "wrapped"]
 
 # Columns of a line that is not printed to a terminal; columns of joined names above which they are listed below the row.
 WIDTH, LONGEST_NAMES = 160, 72
+
+# Columns by which a question is indented at most.
+DEEPEST_INDENT = 24
 
 # What a wrapped line is indented by: the width of its label (up to 8 characters) and the blanks after it, or of its own indent.
 HANGING = re.compile(r" {2}\S{1,8} +|\S{1,8} {2,}| +")
@@ -60,6 +63,18 @@ def _kept_rows(kept: Sequence[Kept]) -> list[str]:
         if entry.not_rewritten not in (None, entry.reason):
             lines.append(f"          {'':<{width}}  not rewritten: {entry.not_rewritten}")
         lines.extend([f"          {names}"] * bool(names))
+    return lines
+
+
+def explanation_rows(explanations: Iterable[Explanation]) -> list[str]:
+    """Return the lines of explanations: the questions of a search, each indented below the one that it follows from."""
+    lines = []
+    for explanation in explanations:
+        lines.append(f"  explain {explanation.bn}: {explanation.outcome}")
+        for step in explanation.steps:
+            code = f"   [{step.code}]" if step.code else ""
+            indent = " " * min(2 * step.depth, DEEPEST_INDENT)
+            lines.append(f"          {step.strategy:<9}  {indent}{step.direction}  {step.node}, {step.asked}: {step.answer}{code}")
     return lines
 
 

@@ -8,6 +8,8 @@ from fastbn.graph.reasons import ReasonCode
 __all__ = [
     "SCHEMA",
     "Change",
+    "Explanation",
+    "ExplanationDict",
     "Fold",
     "FoldDict",
     "FoldReport",
@@ -19,6 +21,8 @@ __all__ = [
     "ParityStatus",
     "Rewritten",
     "RewrittenDict",
+    "Step",
+    "StepDict",
     "json_number",
 ]
 
@@ -97,6 +101,26 @@ class ParityDict(TypedDict):
     missed: tuple[str, ...]
 
 
+class StepDict(TypedDict):
+    """A Step in the JSON report."""
+
+    strategy: str
+    depth: int
+    direction: str
+    node: str
+    asked: str
+    answer: str
+    code: ReasonCode | None
+
+
+class ExplanationDict(TypedDict):
+    """An Explanation in the JSON report."""
+
+    bn: str
+    outcome: str
+    steps: list[StepDict]
+
+
 class Change(TypedDict):
     """A count before and after folding."""
 
@@ -118,6 +142,7 @@ class FoldReport(TypedDict):
     rewritten: list[RewrittenDict]
     inference: InferenceDict | None
     notes: list[str]
+    explanations: list[ExplanationDict]
     parity: ParityDict | None
 
 
@@ -138,6 +163,12 @@ class Fold:
         Of the element of the segment with the largest error as a part of its bound: |folded - original|, and what rounding theory allows.
         None where the segment was not run; note says why.
     note : str or None
+
+    Examples
+    --------
+    >>> fold = Fold("bn1", ("BatchNormalization",), "conv1", "Conv", 64, error=1e-7, bound=5e-7)
+    >>> fold.into, fold.error < fold.bound, fold.to_dict()["channels"]
+    ('conv1', True, 64)
     """
 
     bn: str
@@ -179,6 +210,12 @@ class Kept:
         The reason as a sentence.
     not_rewritten : str or None
         Why it has not become another operator either, where rewrite_left asks for that.
+
+    Examples
+    --------
+    >>> kept = Kept("bn1", ("BatchNormalization",), "unused", "nothing reads it")
+    >>> kept.code, kept.to_dict()["reason"]
+    ('unused', 'nothing reads it')
     """
 
     bn: str
@@ -232,6 +269,71 @@ class Rewritten:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """One question of the search for a place: what a node was asked for, and what it said.
+
+    Attributes
+    ----------
+    strategy : str
+        "plain", "rearrange" (other readers of a changed value undo the change) or "split" (an Add keeps the shift).
+    depth : int
+        How many nodes lie between this one and the batch normalization.
+    direction : str
+        "backward" (against the data flow) or "forward".
+    node : str
+        Operator and label, or the value that no node gives.
+    asked : str
+        The affine.
+    answer : str
+    code : str or None
+        The reason of a refusal.
+    """
+
+    strategy: str
+    depth: int
+    direction: str
+    node: str
+    asked: str
+    answer: str
+    code: ReasonCode | None = None
+
+    def to_dict(self) -> StepDict:
+        """Return the fields as JSON holds them."""
+        return {
+            "strategy": self.strategy,
+            "depth": self.depth,
+            "direction": self.direction,
+            "node": self.node,
+            "asked": self.asked,
+            "answer": self.answer,
+            "code": self.code,
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The whole search for a place for one node.
+
+    Attributes
+    ----------
+    bn : str
+        Its label.
+    outcome : str
+        "folded", or the reason why it stays.
+    steps : list of Step
+        In the order of the questions.
+    """
+
+    bn: str
+    outcome: str
+    steps: list[Step]
+
+    def to_dict(self) -> ExplanationDict:
+        """Return the fields as JSON holds them."""
+        return {"bn": self.bn, "outcome": self.outcome, "steps": [step.to_dict() for step in self.steps]}
+
+
 @dataclass(frozen=True, repr=False)
 class Parity:
     """Two models compared on the same inputs, onnxruntime's optimizer off on both sides.
@@ -258,6 +360,14 @@ class Parity:
         Names of the outputs, and of values inside the model, that were compared within a bound that proves something.
     missed : tuple of str
         Choices of branches in which nothing was compared.
+
+    Examples
+    --------
+    >>> parity = Parity("ok", 3, "y", (0, 2), (1.0, 1.5), error=0.5, allowed=0.75)
+    >>> parity
+    <Parity ok: worst 0.5 at y[0,2], allowed 0.75>
+    >>> parity.ok, parity.is_unverified, parity.to_dict()["index"]
+    (True, False, (0, 2))
     """
 
     status: ParityStatus

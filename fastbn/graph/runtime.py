@@ -16,10 +16,16 @@ from fastbn.graph.model.storage import Source, serialize, utf8_path
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["UNIT", "Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
+__all__ = ["Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
 
-# The unit roundoff of each type: half the distance from 1 to the next larger number.
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+# What onnxruntime says that tells a user nothing: place and signature of a function of its own, with or without a condition; that a
+# model is invalid which may be a piece of a valid one; that a status is not zero.
+NOISE = (
+    (re.compile(r"/?\b[\w./-]+\.(?:h|cc|cpp):\d+ (?:.*? was false\. |\w+ (?=[A-Z])|.*?\) (?=[A-Z]))?"), ""),
+    (re.compile(r"^This is an invalid model\. "), ""),
+    (re.compile(r"^Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: "), r"\1 '\2': "),
+)
 
 
 class Session(Protocol):
@@ -76,11 +82,13 @@ def _exceptions() -> Any:  # a module without types
 
 
 def said(error: Exception) -> str:
-    """Return the first line of an error of onnxruntime, without its prefix."""
+    """Return the first line of an error of onnxruntime as a user reads it: without its prefix and the places in its own sources."""
     line = str(error).strip().splitlines()[0]
     if line.startswith("[ONNXRuntimeError]"):
         line = line.split(" : ", 3)[-1]
-    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)[:300]  # without file and line of onnxruntime's own sources
+    for pattern, instead in NOISE:
+        line = pattern.sub(instead, line)
+    return line[:300]
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

@@ -18,6 +18,7 @@ from fastbn.graph.model.nesting import LARGEST_INLINED, bodies, is_standard, sco
 from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import checker_context, is_function, is_inferable, propagates
 from fastbn.graph.model.sizes import LARGEST_LIST, SizeInference
+from fastbn.graph.ops.shape_rules import Size, Sizes
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -42,7 +43,7 @@ LARGEST_FACTORS = 64
 # A larger size in a file is taken as unknown.
 LARGEST_DIM = 1 << 31
 
-# Inference follows the elements of no longer list: it holds each one as a message.
+# The longest list whose elements inference follows: it holds each element as a message of protobuf.
 LARGEST_FOLLOWED = 1 << 16
 
 
@@ -111,6 +112,8 @@ class Inference:
         # Nodes left out of this pass because a list that they read may be too long.
         self._left_out: set[Node] = set()
         self._follows_lists = False
+        # The sizes that Dims tell to be equal, made when they are first asked for.
+        self._sizes: SizeInference | None = None
         self._infer()
 
     def _infer(self) -> None:
@@ -120,8 +123,8 @@ class Inference:
             if not self._pass():
                 break
             is_changing = bool(self._left_out) and before != self.shapes
-            sizes = SizeInference(self._main.ordered, self.shapes, self._constants)
-            if not any(sizes.is_open(node) for scope in scopes_within(self._main) for node in scope.ordered):
+            sizes = self._size_inference()
+            if not any(map(sizes.is_open, sizes.nodes)):
                 break
             if not self._follows_lists and not is_changing:
                 self._follows_lists = True  # ranks first: they tell which lists are short enough to be followed
@@ -131,10 +134,29 @@ class Inference:
                 self._computed_shapes.update(shapes)
                 continue
             if not shapes and not is_changing and lists.keys() <= self._computed_lists.keys():
+                self._sizes = sizes
                 break
             self._computed_shapes.update(shapes)
             self._computed_lists.update(lists)
             self._follows_lists = not self._left_out
+
+    def _size_inference(self) -> SizeInference:
+        nodes = [node for scope in scopes_within(self._main) for node in scope.ordered]
+        return SizeInference(nodes, self.shapes, self._constants)
+
+    def sizes(self, value: Value) -> Sizes | None:
+        """Return the sizes of a value, a Dim for each one that only a run tells; None where not even the rank is known."""
+        return self._finished().sizes(value)
+
+    def elements(self, value: Value) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        return self._finished().elements(value)
+
+    def _finished(self) -> SizeInference:
+        if self._sizes is None:
+            self._sizes = self._size_inference()
+            self._sizes.infer()
+        return self._sizes
 
     def _pass(self) -> bool:
         """Run inference once for each level of cropping nodes, the next one only while no size is negative; say whether it ran."""

@@ -1,22 +1,23 @@
 """Sizes that onnx's shape inference leaves open: the integers that a graph computes from shapes, and what a Reshape makes of them.
 
-Each size is a number, a Dim, or None where nothing is known. Two Dims are equal only where they are the same axis of the same value,
-followed through operators that keep it.
+Each size is a number, a Dim, a Product of such, or None where nothing is known. Two Dims are equal only where they are the same axis of
+the same value, followed through operators that keep it. The names that onnx's inference gives unknown sizes prove nothing of the kind: a
+file may give two inputs of different sizes the same name, and onnxruntime runs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastbn.graph.model.expressions import Constants, is_expression
+from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.ops.registry import operator_row
-from fastbn.graph.ops.shape_rules import Dim, Size, Sizes
+from fastbn.graph.ops.shape_rules import Dim, Size, Sizes, dims_of, quotient
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -25,6 +26,9 @@ __all__ = ["LARGEST_LIST", "SizeInference"]
 
 # Integer constants up to this many elements are read for their values.
 LARGEST_LIST = 1 << 10
+
+# Values behind a Reshape that are followed for what the weights behind them demand of its sizes.
+MOST_FOLLOWED = 16
 
 
 class SizeInference:
@@ -51,7 +55,7 @@ class SizeInference:
         Returns
         -------
         shapes : dict of value -> tuple of int or None
-            What a Reshape or Flatten gives.
+            What a Reshape or Flatten gives, and the shapes of values of which not even the rank was known.
         lists : dict of value -> numpy.ndarray
             Computed lists, all of them numbers, that an operator reads whose result has unknown sizes.
         """
@@ -67,9 +71,10 @@ class SizeInference:
                 if value is not None and value in lists:
                     self._lists[value] = self._list(node, value.slot)
             sizes = self._combine(node, output)
-            if node in open_nodes and sizes is not None and operator_row(node).reshape_target is not None:
+            known = self.known(output)
+            if sizes is not None and (known is None or (node in open_nodes and operator_row(node).reshape_target is not None)):
                 numbers = tuple(size if isinstance(size, int) else None for size in sizes)
-                if numbers != self.known(output):
+                if numbers != known:
                     shapes[output] = numbers
         numeric = {value: _numbers(self._lists.get(value)) for value in targets if value in lists}
         return shapes, {value: array for value, array in numeric.items() if array is not None}
@@ -78,10 +83,20 @@ class SizeInference:
         """Return the shape of a value that is known already."""
         return self._shapes.get((value.scope.number, value.name))
 
+    def sizes(self, value: Value) -> tuple[Size, ...] | None:
+        """Return the sizes of a value, a Dim for each one that only a run tells; None where not even the rank is known."""
+        return self._of(value)
+
+    def elements(self, value: Value) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        return self._integers(value)
+
     def is_open(self, node: Node) -> bool:
-        """Say whether a node reads sizes by value and gives unknown ones."""
-        value = node.outputs[0] if node.outputs else None
-        if value is None or not operator_row(node).size_slots:
+        """Say whether a node gives unknown sizes, and reads sizes by value or has a weight that tells the rank."""
+        value, row = node.outputs[0] if node.outputs else None, operator_row(node)
+        if value is not None and row.channel_axis is not None and row.sizes is not None and self.known(value) is None:
+            return True
+        if value is None or not row.size_slots:
             return False
         # Inference keeps what a graph output declares, so another pass would find nothing new for it.
         shape = self.known(value)
@@ -113,8 +128,7 @@ class SizeInference:
         if row.reshape_target is not None:
             first = self._of(node.input(0))
             return self._reshaped(node, first, row.reshape_target(node, first, self._integers))
-        inputs = [self._of(value) for value in node.inputs] if row.sizes is not None else []
-        return row.sizes(node, inputs) if row.sizes is not None and inputs and inputs[0] is not None else None
+        return row.sizes(node, [self._of(value) for value in node.inputs]) if row.sizes is not None and node.inputs else None
 
     def _reshaped(self, node: Node, first: Sizes | None, target: list[Size] | None) -> Sizes | None:
         """Return the sizes that a list of sizes makes of a value by Reshape's rules; first are those of the value."""
@@ -125,15 +139,17 @@ class SizeInference:
         for axis, size in enumerate(target):
             if size == 0:
                 size = None if keeps_zero or first is None or axis >= len(first) else first[axis]
-            elif isinstance(size, Dim) and (first is None or size not in first):
-                # In a run it may be 0, which means the size that the data has on this axis: so it is not known.
+            elif not isinstance(size, int) and (first is None or not {*dims_of([size])} <= {*dims_of(first)}):
+                # In a run it may be 0, which means the size that the data has on this axis: so it is not known. A size of the data itself
+                # is 0 only where the data is empty, and so is what is made of it.
                 size = None
             sizes.append(size)
         for axis in [axis for axis, size in enumerate(sizes) if size == -1]:
             others = sizes[:axis] + sizes[axis + 1 :]
-            sizes[axis] = _quotient(first, others) if first is not None else None
-        if sizes and not isinstance(sizes[-1], int):
-            sizes[-1] = self._rows_demanded(node.required_output(), sizes[-1])
+            sizes[axis] = quotient(first, others) if first is not None else None
+        if not all(isinstance(size, int) for size in sizes):
+            for axis, size in self._demanded(node.required_output(), len(sizes)):
+                sizes[axis] = sizes[axis] if isinstance(sizes[axis], int) else size
         return sizes
 
     def _integers(self, value: Value | None) -> list[Size] | None:
@@ -141,14 +157,24 @@ class SizeInference:
         elements = self._elements(value)
         return None if elements is None or elements.ndim != 1 or elements.dtype != object else list(elements.tolist())
 
-    def _rows_demanded(self, value: Value, size: Size) -> Size:
-        """Return the size of the last axis that a matrix product of this value demands, or `size` where there is none."""
-        for node, slot in value.readers:
-            data_width = operator_row(node).data_width
-            weight = self._of(node.input(1)) if data_width is not None and slot == 0 and node.scope is value.scope else None
-            demanded = data_width(node, weight) if data_width is not None and weight is not None else None
-            size = demanded if isinstance(demanded, int) else size
-        return size
+    def _demanded(self, value: Value, rank: int) -> Iterator[tuple[int, int]]:
+        """Yield (axis, size) that the weights of the next nodes demand of a value, through operators that keep its sizes."""
+        own: Sizes = tuple(Dim(value, axis) for axis in range(rank))
+        pending = [(value, own)]
+        for current, sizes in pending:
+            for node, slot in current.readers:
+                row, output = operator_row(node), node.outputs[0] if node.outputs else None
+                if slot or node.scope is not value.scope or output is None:
+                    continue
+                weight = self._of(node.input(1)) if row.demanded_size is not None else None
+                if row.demanded_size is not None and weight is not None:
+                    axis, size = row.demanded_size(node, weight)
+                    dim = sizes[axis] if -len(sizes) <= axis < len(sizes) else None
+                    if isinstance(size, int) and isinstance(dim, Dim) and dim.value is value:
+                        yield dim.axis, size
+                if row.sizes is not None and len(pending) < MOST_FOLLOWED:
+                    kept = row.sizes(node, [sizes, *map(self._of, node.inputs[1:])])
+                    pending.extend([] if kept is None else [(output, kept)])
 
     # ---- lists of integers ----
 
@@ -161,7 +187,7 @@ class SizeInference:
             if node is None or value in computed or not is_standard(node.domain):
                 continue
             row = operator_row(node)
-            if row.list_elements is not None or is_expression(node):
+            if row.list_elements is not None or row.result_size is not None:
                 computed.add(value)
                 by_shape = row.list_elements is not None and row.reads.get(0) == "shape"
                 pending.extend(read for read in node.inputs if read is not None and not by_shape)
@@ -203,7 +229,7 @@ class SizeInference:
         if any(array is None and each is not None for array, each in zip(arrays, inputs, strict=True)):
             return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
-        return None if result is None or slot >= len(result) else _listed(result[slot])
+        return None if result is None or slot not in result else _listed(result[slot])
 
     def _moved(self, node: Node, slot: int, inputs: Sequence[Array | None]) -> Array | None:
         """Return the elements that an operator which only moves them gives: it is run on their positions in a list of all elements."""
@@ -221,7 +247,7 @@ class SizeInference:
             else:
                 return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
-        if result is None or slot >= len(result):
+        if result is None or slot not in result:
             return None
         moved: Array = _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
         return moved
@@ -252,19 +278,3 @@ def _objects(elements: Sequence[Size]) -> Array:
 def _named(sizes: Sequence[Size] | None, value: Value) -> tuple[Size, ...] | None:
     """Return the sizes of a value with its Dim for each one that is not known."""
     return None if sizes is None else tuple(Dim(value, at) if size is None else size for at, size in enumerate(sizes))
-
-
-def _quotient(sizes: Sequence[Size], others: Sequence[Size]) -> Size:
-    """Return the size of an axis beside others that make up the same number of elements as sizes; None where they do not cancel."""
-    left = list(sizes)
-    for size in others:
-        if isinstance(size, Dim) and size in left:
-            left.remove(size)
-        elif not isinstance(size, int):
-            return None
-    number = math.prod(size for size in left if isinstance(size, int))
-    divisor = math.prod(size for size in others if isinstance(size, int))
-    dims = [size for size in left if isinstance(size, Dim)]
-    if len(dims) == 1 and number == divisor:
-        return dims[0]
-    return number // divisor if not dims and divisor > 0 and number % divisor == 0 else None

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
@@ -48,7 +48,7 @@ ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview 
 # The largest message that protobuf writes or reads, in bytes.
 PROTOBUF_LIMIT = 2**31 - 1
 
-# Offsets and lengths of data files: what is longer is no place in a file.
+# An offset or a length in a data file: 64 bits hold no more digits.
 NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 # NumPy's names of the types of which several elements share a byte.
@@ -202,10 +202,14 @@ def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from filter(is_external, (each.values, each.indices))
 
 
+# onnx looks the type up in two tables; a large model has thousands of tensors of a few types.
+_dtype_of = lru_cache(maxsize=64)(lambda kind: np.dtype(tensor_dtype_to_np_dtype(kind)))
+
+
 def tensor_dtype(tensor: TensorProto, where: str) -> np.dtype[np.generic]:
     """Return the NumPy dtype of a TensorProto."""
     try:
-        return np.dtype(tensor_dtype_to_np_dtype(tensor.data_type))
+        return _dtype_of(tensor.data_type)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(expected("a tensor of a known type", f"type {tensor.data_type}", where)) from error
 
@@ -218,21 +222,9 @@ class Place(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True)
-class InferenceForm:
-    """What was made of the nodes of a model that were in training mode.
+class InferenceForm(NamedTuple):
+    """Labels of the nodes in training mode that were made inference ones, and (label, reason) of those that were not."""
 
-    Attributes
-    ----------
-    is_changed : bool
-        Whether the model is another one than that of its file.
-    changed : list of str
-        Labels of the nodes that are inference ones now.
-    left : list of (str, str)
-        Labels of those that stay in training mode, and why.
-    """
-
-    is_changed: bool
     changed: list[str]
     left: list[tuple[str, str]]
 
@@ -270,7 +262,7 @@ class Source:
     @property
     def is_edited(self) -> bool:
         """Whether the model is another one than that of its file."""
-        return self.inference is not None and self.inference.is_changed
+        return self.inference is not None and bool(self.inference.changed)
 
     def derived(self, proto: ModelProto | None = None) -> Source:
         """Return the same model, or another one that is made of it, with the same name, data files, and notes."""
@@ -305,8 +297,9 @@ class Source:
         """
         where = tensor.name or "a constant"
         dtype = tensor_dtype(tensor, where)
-        if any(dim < 0 for dim in tensor.dims):
-            raise ModelError(expected("sizes that are not negative", f"{list(tensor.dims)}", where))
+        shape = tuple(tensor.dims)
+        if shape and min(shape) < 0:
+            raise ModelError(expected("sizes that are not negative", f"{list(shape)}", where))
         if is_external(tensor):
             raw = self.external(tensor)
         elif tensor.HasField("raw_data"):
@@ -318,10 +311,13 @@ class Source:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         if dtype.hasobject:
             raise ModelError(expected("strings in their own field", "raw bytes", where))
-        size = math.prod(tensor.dims) * dtype.itemsize
+        size = _bytes_of(tensor, where)
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
-        array = raw.view(dtype).reshape(tuple(tensor.dims))
+        if size < math.prod(shape) * dtype.itemsize:
+            packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
+            return np.asarray(numpy_helper.to_array(packed), order="C")
+        array = raw.view(dtype).reshape(shape)
         return array if array.flags.aligned else array.copy()
 
     def data_files(self) -> set[str]:

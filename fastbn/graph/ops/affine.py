@@ -56,6 +56,11 @@ class Affine:
         """Whether it adds anything."""
         return bool((self.shift != 0).any())
 
+    def equals(self, other: "Affine") -> bool:
+        """Say whether another affine has the same numbers along the same axis."""
+        same = np.array_equal(self.scale, other.scale) and np.array_equal(self.shift, other.shift)
+        return same and self.axis == other.axis
+
     def at(self, axis: int) -> "Affine":
         """Return the same affine along another axis; one number for every element stays so."""
         return self if self.axis is None else Affine(self.scale, self.shift, axis, 0, self.abs_terms)

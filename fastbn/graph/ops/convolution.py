@@ -1,6 +1,7 @@
 """Conv, ConvTranspose and DeformConv, and the affine that becomes the center of a sibling's kernel (RepVGG)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,13 @@ from numpy.typing import NDArray
 
 from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Constant, Dense, Requantized
+from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node
+from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_batch
+from fastbn.graph.ops.shape_rules import Size, Sizes, same_batch
 from fastbn.graph.ops.weighted import scaled, summed
 from fastbn.graph.reasons import Refusal
 
@@ -56,9 +58,7 @@ def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
     # S*(W x + b) + T + R x = (S*W + R at the center) x + (S*b + T), where the convolution reads the same x.
     added = None
     if node.inputs[0] is not None and graph.source(node.inputs[0]) is skip.source:
-        scaled_weight = transfer.constants.get(WEIGHT, weight)
-        assert not isinstance(scaled_weight, Requantized), "a float weight"
-        added = _added_to_center(node, skip.scale, scaled_weight)
+        added = _added_to_center(node, skip.scale, transfer.constants.get(WEIGHT, weight))
     if added is None:
         raise Refusal("other-branch", f"Conv '{node.label}' does not see each element of '{skip.source.name}' at its center")
     transfer.constants[WEIGHT] = added
@@ -191,12 +191,16 @@ def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> 
             if added is not None:
                 channels = weight.shape[0]
                 bias = graph.bias(sibling, BIAS, (channels,), weight.dtype).affine(1.0, *traveler.affine.along(channels)[1:])
+                if isinstance(bias, Requantized):
+                    return None
                 return Transfer(merge=SiblingMerge(sibling, {WEIGHT: added, BIAS: bias}, via, 1 - traveler.slot))
     return None
 
 
-def _added_to_center(conv: Node, affine: Affine, weight: Constant) -> Dense | None:
-    """Return a weight with the affine's scale on the tap that sees each element itself, None where there is no such tap."""
+def _added_to_center(conv: Node, affine: Affine, weight: Constant | Requantized) -> Dense | None:
+    """Return a weight with the affine's scale on the tap that sees each element itself, None where there is no such tap, or no float."""
+    if isinstance(weight, (Dequantized, Requantized)):
+        return None
     groups, channels = conv.attribute("group", 1), weight.shape[0]
     count = len(weight.shape) - 2
     pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
@@ -259,7 +263,56 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
     return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
 
 
-_SHARED = Row(channel_axis=1, bias_slot=BIAS, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, sizes=same_batch)
+def _work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    data, weight = arrays[0], arrays[WEIGHT]
+    assert data is not None, "ONNX demands both"
+    assert weight is not None, "ONNX demands both"
+    return (size if node.op == "Conv" else data.size) * weight.size / max(weight.shape[0] if weight.ndim else 1, 1)
+
+
+# The weight tells the rank, and the channels of both sides.
+def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
+    data, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
+    if weight is None or len(weight) < 3:
+        return same_batch(node, inputs)
+    channels, groups = weight[0 if node.op == "Conv" else 1], node.attribute("group", 1)
+    space: list[Size] = [None] * (len(weight) - 2)
+    if data is not None and len(data) == len(weight) and node.op == "Conv" and _keeps_space(node, weight[2:]):
+        space = [*data[2:]]
+    if isinstance(channels, int) and node.op == "ConvTranspose":
+        channels *= groups
+    return (data[0] if data else None, channels, *space)
+
+
+def _keeps_space(node: Node, kernel: Sizes) -> bool:
+    """Say whether a Conv gives images of the size that it takes: it goes in steps of 1, and the padding is what the window takes away."""
+    count = len(kernel)
+    if node.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
+        return all(step == 1 for step in node.attribute("strides", [1] * count))
+    pads, dilations = node.attribute("pads", [0] * 2 * count), node.attribute("dilations", [1] * count)
+    if node.attribute("auto_pad", b"NOTSET") != b"NOTSET" or len(pads) != 2 * count or len(dilations) != count:
+        return False
+    around = [before + behind for before, behind in zip(pads[:count], pads[count:], strict=True)]
+    windows = zip(kernel, dilations, around, strict=True)
+    fits = all(isinstance(size, int) and step * (size - 1) == pad for size, step, pad in windows)
+    return fits and all(step == 1 for step in node.attribute("strides", [1] * count))
+
+
+def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
+    size = weight[1 if node.op == "Conv" else 0] if len(weight) > 2 else None
+    return 1, size * node.attribute("group", 1) if node.op == "Conv" and isinstance(size, int) else size
+
+
+_SHARED = Row(
+    channel_axis=1,
+    bias_slot=BIAS,
+    terms=_terms,
+    probe_shapes=_probe_shapes,
+    weight_matrix=_weight_matrix,
+    sizes=_sizes,
+    demanded_size=_demanded_size,
+    work=_work,
+)
 
 CONVOLUTION = {
     "Conv": replace(_SHARED, backward=_conv_backward, forward=_conv_forward, takes_skip=True),

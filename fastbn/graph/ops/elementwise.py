@@ -11,7 +11,7 @@ An operand may be a constant: then the node is an affine itself, and takes anoth
 | Div(x, c)         | scale = 1 / c, shift = 0  |
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, same_sizes
+from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ELEMENTWISE"]
@@ -78,8 +78,8 @@ def _add_constant_backward(node: Node, traveler: Traveler, graph: PresentGraph) 
     scale, shift, abs_terms = _shaped(node, affine, 1 - slot, constant, graph)
     sign = -1.0 if node.op == "Sub" and slot == 1 else 1.0
     new = constant.affine(scale, sign * shift, abs_terms)
-    _refuse_growth(node, constant, new)
-    return Transfer({slot: new}, passed_on=[(1 - slot, affine.scale_only())] if affine.scales else [])
+    further = [(1 - slot, affine.scale_only())] if affine.scales else []
+    return Transfer({slot: new}, passed_on=further, objection=_growth(node, constant, new))
 
 
 def _add_constant_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -89,14 +89,13 @@ def _add_constant_forward(node: Node, traveler: Traveler, graph: PresentGraph) -
     if not affine.scales:
         # x + T + c, x + T - c, c - (x + T): the constant takes the shift and nothing goes on.
         new = constant.affine(1.0, -shift if node.op == "Sub" else shift, abs_terms)
-        _refuse_growth(node, constant, new)
-        return Transfer({slot: new})
+        return Transfer({slot: new}, objection=_growth(node, constant, new))
     if (affine.scale == 0).any():
         raise Refusal("no-absorber", f"a scale of zero cannot be taken out before {node.op} '{node.label}'")
     new = constant.times(1 / scale)
-    _refuse_growth(node, constant, new)
     # c - (S x + T) = S (c/S - x) - T
-    return Transfer({slot: new}, passed_on=[(0, affine.negated_shift() if node.op == "Sub" and slot == 0 else affine)])
+    further = affine.negated_shift() if node.op == "Sub" and slot == 0 else affine
+    return Transfer({slot: new}, passed_on=[(0, further)], objection=_growth(node, constant, new))
 
 
 # Mul, Div with a constant c:  backward S*(x * c) = x * (S*c), S*(x / c) = x / (c/S), and T finds no place;  forward (S*x + T) * c =
@@ -108,8 +107,7 @@ def _multiply_constant_backward(node: Node, traveler: Traveler, graph: PresentGr
     if affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no constant to take the shift")
     new = constant.times(_as_factor(node, slot, scale))
-    _refuse_growth(node, constant, new)
-    return Transfer({slot: new})
+    return Transfer({slot: new}, objection=_growth(node, constant, new))
 
 
 def _multiply_constant_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -119,8 +117,7 @@ def _multiply_constant_forward(node: Node, traveler: Traveler, graph: PresentGra
         raise Refusal("no-absorber", f"it is the divisor of Div '{node.label}'")
     scale, shift, abs_terms = _shaped(node, affine, traveler.slot, constant, graph)
     new = constant.times(_as_factor(node, slot, scale)) if affine.scales else constant
-    _refuse_growth(node, constant, new)
-    transfer = Transfer({slot: new} if affine.scales else {})
+    transfer = Transfer({slot: new} if affine.scales else {}, objection=_growth(node, constant, new))
     if affine.shifts:
         factor = constant.values if node.op == "Mul" else 1 / constant.values
         moved, size = shift * factor, abs_terms * np.abs(factor)
@@ -151,24 +148,21 @@ def _shaped(node: Node, affine: Affine, data_slot: int, constant: Dense, graph: 
         )
     if affine.rank > (len(constant.shape) if rank is None else rank):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at {node.op} '{node.label}'")
-    if rank is not None:
-        axis_in(node, affine, rank)
+    axis = None if rank is None else axis_in(node, affine, rank)
     data = graph.shape(node.inputs[data_slot])
-    if affine.axis is not None and data is not None and rank is not None:
-        at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)
-        if len(data) < -at or len(data) != rank or data[at] not in (None, affine.channels):
-            raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
+    if axis is not None and data is not None and (len(data) != rank or data[axis] not in (None, affine.channels)):
+        raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
     scale, shift, abs_terms = affine.shaped(rank)
     if any(len({*sizes} - {1}) > 1 for sizes in zip(scale.shape[::-1], constant.shape[::-1], strict=False)):
         raise Refusal("axis", f"{affine.channels} channels meet the constant of {node.op} '{node.label}', which has shape {constant.shape}")
     return scale, shift, abs_terms
 
 
-def _refuse_growth(node: Node, constant: Dense, new: Dense) -> None:
-    if new.values.size > max(constant.values.size, new.values.shape[0] if new.values.ndim else 1) and constant.values.size > 1:
-        raise Refusal(
-            "grows", f"the constant of {node.op} '{node.label}' would grow from {constant.values.size} to {new.values.size} values"
-        )
+def _growth(node: Node, constant: Dense, new: Dense) -> Refusal | None:
+    """Return what a node says against a constant that would be larger than it is."""
+    if new.values.size <= max(constant.values.size, new.values.shape[0] if new.values.ndim else 1) or constant.values.size == 1:
+        return None
+    return Refusal("grows", f"the constant of {node.op} '{node.label}' would grow from {constant.values.size} to {new.values.size} values")
 
 
 def _one_term(node: Node, graph: PresentGraph) -> int:
@@ -242,9 +236,51 @@ def _joined(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     behind = _behind_sum(node, traveler, graph)
     undone = behind.inverse().scale_only()
     others = [slot for slot in range(len(node.inputs)) if slot != traveler.slot]
-    # As they are asked for: a sum of very many is given up after a few.
+    # A generator, because the search gives up after a few of very many operands.
     required = ((slot, _narrowed(node, undone, node.outputs[0], node.inputs[slot], graph)) for slot in others)
     return Transfer(passed_on=[(0, behind)], required=required)
+
+
+# Forward, from several operands:  S a + Ta + S b + Tb = S (a + b) + (Ta + Tb), and those that do not have the affine have S = 1;
+# (Sa a) (Sb b) = Sa Sb (a b).
+def _sum_join(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> Transfer:
+    parts = _aligned(node, affines, graph)
+    scale = parts[0].scale
+    complete = len(affines) == len(node.inputs)
+    if any((part.scale != scale).any() for part in parts) or not (complete or (scale == 1).all()):
+        raise Refusal("other-branch", f"{node.op} '{node.label}' adds values that do not have the same scale")
+    signs = [-1.0 if node.op == "Sub" and slot == 1 else 1.0 for slot in affines]
+    shift = sum((sign * part.shift for sign, part in zip(signs, parts, strict=True)), np.zeros_like(scale))
+    abs_terms = sum((part.abs_terms for part in parts), np.zeros_like(scale))
+    return Transfer(passed_on=[(0, Affine(scale, shift, parts[0].axis, 0, abs_terms))])
+
+
+def _product_join(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> Transfer:
+    for affine in affines.values():
+        _refuse_shift(node, affine)
+    first, second = _aligned(node, dict(sorted(affines.items())), graph)
+    if node.op == "Mul":
+        scale = first.scale * second.scale
+    elif (second.scale == 0).any():
+        raise Refusal("no-absorber", f"a scale of zero cannot be taken out of the divisor of Div '{node.label}'")
+    else:
+        scale = first.scale / second.scale
+    return Transfer(passed_on=[(0, Affine(scale, np.zeros_like(scale), first.axis, 0))])
+
+
+def _aligned(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> list[Affine]:
+    """Return affines of operands as they lie along one axis of the result, in the order of the slots given."""
+    parts = [_narrowed(node, affine, node.inputs[slot], node.outputs[0], graph) for slot, affine in affines.items()]
+    longest = max(parts, key=lambda part: part.channels)
+    places = {_place(node, part, graph) for part in parts if part.channels > 1}
+    if len(places) > 1 or any(part.channels not in (1, longest.channels) for part in parts):
+        raise Refusal("other-branch", f"{node.op} '{node.label}' joins affines along different axes")
+    return [Affine(*part.along(longest.channels)[:2], longest.axis, 0, part.along(longest.channels)[2]) for part in parts]
+
+
+def _place(node: Node, affine: Affine, graph: PresentGraph) -> int | None:
+    rank = graph.rank(node.outputs[0])
+    return affine.axis if rank is None else axis_in(node, affine, rank)
 
 
 def _narrowed(node: Node, affine: Affine, source: Value | None, target: Value | None, graph: PresentGraph) -> Affine:
@@ -258,7 +294,9 @@ def _narrowed(node: Node, affine: Affine, source: Value | None, target: Value | 
     if axis is None:
         return affine
     behind = axis - len(before)
-    if -behind > len(after) or after[behind] is None or after[behind] != affine.channels:
+    # Forward, what has more than one channel is not repeated.
+    is_kept = target is node.outputs[0] and affine.channels > 1 and -behind <= len(after) and after[behind] is None
+    if not is_kept and (-behind > len(after) or after[behind] is None or after[behind] != affine.channels):
         raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting")
     return affine.at(behind + len(after))
 
@@ -323,6 +361,11 @@ def _sub_bound(proto: NodeProto) -> list[NodeProto]:
     return []
 
 
+def _min_bound(proto: NodeProto) -> list[NodeProto]:
+    proto.op_type = "Max"
+    return []
+
+
 def _neg_bound(proto: NodeProto) -> list[NodeProto]:
     proto.op_type = "Identity"
     return []
@@ -338,12 +381,13 @@ def _division_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 
 _TWO = Row(broadcasts=True, terms=_one_term, sizes=broadcast_sizes, result_size=broadcast_size)
-_SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, takes_skip=True)
-_PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward)
+_SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, join=_sum_join, takes_skip=True)
+_PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward, join=_product_join)
 _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_constant_probe_shapes)
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
 _MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward)
 _NEGATIVE = both_ways(_negative)
+_EXTREME = Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)
 
 # One operand, whose shape the result has.
 _SAME_EVALUATED = Row(sizes=same_sizes, result_size=broadcast_size)
@@ -351,11 +395,12 @@ _SAME_EVALUATED = Row(sizes=same_sizes, result_size=broadcast_size)
 ELEMENTWISE = {
     "Add": replace(_SUM, with_constant=_ADD_CONSTANT),
     "Sub": replace(_SUM, with_constant=replace(_ADD_CONSTANT, bound=_sub_bound), bound=_sub_bound),
-    "Mul": replace(_PRODUCT, with_constant=_MULTIPLY_CONSTANT),
+    "Mul": replace(_PRODUCT, with_constant=_MULTIPLY_CONSTANT, list_elements=product_elements),
     "Div": replace(_PRODUCT, with_constant=replace(_MULTIPLY_CONSTANT, result_size=_division_size), result_size=_division_size),
     "Sum": _SUM,
     "Neg": replace(_SAME_EVALUATED, backward=_NEGATIVE[0], forward=_NEGATIVE[1], bound=_neg_bound),
-    **dict.fromkeys(("Max", "Min"), Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)),
+    "Max": _EXTREME,
+    "Min": replace(_EXTREME, bound=_min_bound),
     "Where": Row(_each_backward, broadcasts=True, result_size=broadcast_size),
     "Mean": Row(_each_backward, _mean_forward, broadcasts=True, terms=_number_of_operands, result_size=broadcast_size),
     "Pow": Row(sizes=broadcast_sizes, result_size=broadcast_size),
@@ -368,4 +413,7 @@ ELEMENTWISE = {
     **dict.fromkeys(("Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
     "Clip": Row(sizes=same_sizes, result_size=first_size),
     "Erf": _SAME_EVALUATED,
+    **dict.fromkeys(("Acosh", "Asinh", "Atanh", "Cosh", "IsInf", "IsNaN", "Sinh"), Row(work=each_once)),
+    **dict.fromkeys(("CumProd", "CumSum"), Row(size_slots=(1,), work=each_once)),
+    **dict.fromkeys(("BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), Row(work=each_once)),
 }

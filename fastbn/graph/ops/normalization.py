@@ -9,12 +9,12 @@ from onnx import NodeProto, helper
 from fastbn.affine import batch_norm_affine
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.constant import Dense, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import same_sizes
+from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "BIAS", "EPSILON", "NORMALIZATION", "SCALE", "batch_norm_training", "is_batch_norm"]
@@ -26,7 +26,7 @@ PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
 # Why an affine does not pass the other normalizations along the data flow.
 NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
 
-# ONNX's default: an attribute is a float32, which a float64 model feels.
+# ONNX's default. An attribute is a float32, and in a float64 model the distance to 1e-5 is larger than rounding.
 EPSILON = float(np.float32(1e-5))
 
 
@@ -43,6 +43,10 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
         raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
     arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
     channels = arrays["var"].size
+    if arrays["mean"].size == channels == 0 < arrays["scale"].size:
+        raise Refusal(
+            "training", "its mean and variance are empty: it normalizes with the statistics of the batch, as a training graph does"
+        )
     if not channels:
         raise Refusal("bad-parameters", "it has no channels")
     for slot, name in PARAMETERS.items():
@@ -50,20 +54,25 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
             where = f"{node.label}.{node.proto.input[slot]}"
             raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", where))
     eps = node.attribute("epsilon", EPSILON)
-    good = np.isfinite(np.stack([*arrays.values()])).all(axis=0) & (arrays["var"] + eps > 0)
+    good = arrays["var"] + eps > 0
+    for values in arrays.values():
+        good &= np.isfinite(values)
     if not good.all():
         bad = np.flatnonzero(~good).tolist()
         which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
     scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
     abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
-    return Affine(scale, shift, 1, 2, abs_terms)
+    # A value of one channel may be a list: it has no axis 1 then.
+    return Affine(scale, shift, 1, 2 if channels == 1 else 0, abs_terms)
 
 
 def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
     """spatial=0 (before opset 9) has parameters per element; on data of shape (N, C) an element is a channel."""
+    if node.attribute("spatial", 1):
+        return
     rank = graph.rank(node.input(0))
-    if node.attribute("spatial", 1) or rank == 2:
+    if rank == 2:
         return
     if rank is None:
         raise Refusal("axis-unknown", "spatial=0, and the rank of its data is not known: only on (N, C) are its parameters per channel")
@@ -79,7 +88,7 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatAr
         if graph.is_overridable(value):
             sentence = f"its {name} '{value.name}' is also a graph input, which a caller may override: --freeze-inputs makes it a constant"
             raise Refusal("overridable-parameters", sentence)
-        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
+        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' {graph.why_no_constant(value)}")
     if dtype_name(constant.dtype) not in DTYPES:
         raise Refusal("unsupported-type", f"its {name} is {constant.dtype}")
     return float64_of(constant)
@@ -89,7 +98,8 @@ def _refuse_training(node: Node, opset: int) -> None:
     training = batch_norm_training(node, opset)
     if training is not None:
         raise Refusal("training", f"{training}; --as-inference makes it use the running ones")
-    if any(value is not None for value in node.outputs[1:]):
+    # In inference these outputs are not defined; where nothing reads them, they leave with the node.
+    if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
         raise Refusal("training", "it hands out running statistics")
 
 
@@ -151,6 +161,10 @@ def _magnitude(slot: int, array: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(-np.abs(array) if slot == MEAN else np.abs(array))
 
 
+def _demanded_size(node: Node, scale: Sizes) -> tuple[int, Size]:
+    return 1, scale[0] if len(scale) == 1 else None
+
+
 # InstanceNormalization, GroupNormalization, LayerNormalization, RMSNormalization, n what they normalize, of the rank of
 # the input:  backward S*(scale * n + bias) + T = (S*scale) n + (S*bias + T).
 def _channels_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -170,16 +184,27 @@ def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> 
     if rank is not None:
         axis_in(node, affine, rank)
     factor, shift, abs_terms = affine.shaped(rank)
-    if np.broadcast_shapes(factor.shape, scale.shape) != scale.shape:
+    if _broadcast(node, factor.shape, scale.shape) != scale.shape:
         raise Refusal("axis", f"its channels are not those that the scale of {node.op} '{node.label}' of shape {scale.shape} runs along")
     transfer = Transfer({SCALE: scale.times(factor)})
     if node.op == "RMSNormalization" and affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no bias to take the shift")
     if affine.shifts or graph.has(node, BIAS):
-        zeros = np.zeros(scale.shape)
-        bias = graph.bias(node, BIAS, scale.shape, scale.dtype)
+        bias = graph.dense(node, BIAS) if graph.has(node, BIAS) else Dense.zeros(scale.shape, scale.dtype)
+        shape = _broadcast(node, scale.shape, bias.shape)
+        if shape not in (scale.shape, bias.shape):
+            raise Refusal("grows", f"the bias of {node.op} '{node.label}' would grow from shape {bias.shape} to {shape}")
+        zeros = np.zeros(shape)
         transfer.constants[BIAS] = bias.affine(factor + zeros, shift + zeros, abs_terms + zeros)
     return transfer
+
+
+def _broadcast(node: Node, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that some shapes broadcast to; raises ModelError where they do not."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ModelError(expected("a scale and a bias that broadcast", f"shapes {shapes}", node.label)) from None
 
 
 def _last_axes_bound(proto: NodeProto) -> list[NodeProto]:
@@ -218,14 +243,27 @@ def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
     proto.CopyFrom(helper.make_node(op, inputs, [output]))
 
 
-_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes)
-_LAST_AXES = Row(_last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes)
+_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes, work=each_once)
+_LAST_AXES = Row(
+    _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes, work=each_once
+)
 
 NORMALIZATION = {
-    BATCH_NORM: Row(_backward, _forward, lift=_lift, terms=_terms, probe_shapes=_probe_shapes, magnitude=_magnitude, sizes=same_sizes),
+    BATCH_NORM: Row(
+        _backward,
+        _forward,
+        lift=_lift,
+        terms=_terms,
+        probe_shapes=_probe_shapes,
+        magnitude=_magnitude,
+        sizes=same_sizes,
+        demanded_size=_demanded_size,
+        work=each_once,
+    ),
     "InstanceNormalization": _CHANNELS,
     "GroupNormalization": _CHANNELS,
     "LayerNormalization": _LAST_AXES,
     "RMSNormalization": _LAST_AXES,
     "LRN": Row(sizes=same_sizes),
+    **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), Row(work=each_once)),
 }

@@ -1,6 +1,6 @@
 """Where an affine lies at a node, and what nearly every row demands of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -11,16 +11,21 @@ from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.row import PresentGraph, Transfer, Traveler
+from fastbn.graph.ops.shape_rules import Size
 from fastbn.graph.reasons import ReasonCode, Refusal, first_few
 
 __all__ = [
     "FIRST_BROADCASTING_OPSET",
+    "LARGEST_AXIS",
     "Move",
+    "axis_beside",
     "axis_in",
     "axis_of",
     "both_ways",
     "constant_slot",
     "countable",
+    "known_list",
+    "named_axes",
     "only_data",
     "own_axis",
     "own_list",
@@ -29,7 +34,7 @@ __all__ = [
     "require_sign",
 ]
 
-# Along an axis of more elements no affine is spread out: a few bytes of a model may ask for any number.
+# The longest axis along which an affine gets a scale for each element: a few bytes of a model may state any size.
 LARGEST_AXIS = 1 << 24
 
 # Before this opset the operators of two operands broadcast by attributes, not by shape: they are left alone.
@@ -100,6 +105,47 @@ def countable(size: int) -> int:
     if size > LARGEST_AXIS:
         raise Refusal("axis", f"an axis of {size} elements is too long for one scale each")
     return size
+
+
+def known_list(node: Node, slot: int, graph: PresentGraph) -> list[Size] | None:
+    """Return the integers of a list that a node reads as far as they are known; raises ModelError where a constant is none."""
+    value = node.input(slot)
+    constant = None if value is None else graph.constant(value)
+    return graph.elements(value) if constant is None else [*own_list(node, constant)]
+
+
+def named_axes(node: Node, slot: int, graph: PresentGraph) -> list[int] | None:
+    """Return the axes that a node names, in an attribute or in a list at a slot; None where it names none, or they are not known."""
+    axes = node.find_attribute("axes", list[int])
+    if axes is not None or node.input(slot) is None:
+        return axes
+    listed = known_list(node, slot, graph)
+    known = [axis for axis in listed or [] if isinstance(axis, int)]
+    return known if listed is not None and len(known) == len(listed) else None
+
+
+def axis_beside(node: Node, axis: int, absent: Sequence[int], rank: int | None, is_narrow: bool) -> int | None:
+    """Return the axis on the other side of a node that inserts some axes into a value or takes them away, None for one of these.
+
+    Parameters
+    ----------
+    axis : int
+        From the front: of the value without them where is_narrow says so, else of the one with them.
+    absent : sequence of int
+        The axes, as the node names them.
+    rank : int or None
+        Of the value with them; needed where one of them counts from the end.
+    """
+    if rank is None and min(absent, default=0) < 0:
+        raise Refusal("axis-unknown", f"the rank of the value at {node.op} '{node.label}' is not known")
+    gone = {at if rank is None else own_axis(node, at, rank) for at in absent}
+    if not is_narrow:
+        return None if axis in gone else axis - sum(at < axis for at in gone)
+    for at in sorted(gone):
+        axis += at <= axis
+    if rank is not None and axis >= rank:
+        raise ModelError(expected(f"axes of a value of rank {rank}", str(list(absent)), node.label))
+    return axis
 
 
 def own_list(node: Node, constant: Tensor) -> list[int]:

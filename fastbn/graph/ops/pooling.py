@@ -1,15 +1,18 @@
 """The operators that make one element of several and let a per-channel affine pass, one row per operator."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from numpy.typing import NDArray
 from onnx import NodeProto
 
-from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import axis_of, both_ways, own_axis, own_list, require_sign
+from fastbn.graph.ops.placing import axis_beside, axis_of, both_ways, known_list, named_axes, own_axis, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import first_size, same_batch
+from fastbn.graph.ops.shape_rules import each_once, first_size, product_of_elements, same_batch
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["POOLING"]
@@ -74,37 +77,41 @@ def _lp_pool(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
     return affine
 
 
-# ReduceMean over other axes:  as an average. ReduceSum: the scale only. ReduceMax: as MaxPool; ReduceMin too.
+# ReduceMean over other axes:  as an average. ReduceSum: the sum of n elements S x + T is S times their sum, and n T. ReduceMax: as MaxPool;
+# ReduceMin too.
 def _reduce(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
-    if node.op in ("ReduceMax", "ReduceMin"):
+    is_backward = source is node.outputs[0]
+    if node.op in ("ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2"):
         require_sign(node, affine, 0)
-    if node.op in ("ReduceSum", "ReduceL1", "ReduceL2") and affine.shifts:
-        raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' would count the shift once for each element")
-    if node.op in ("ReduceL1", "ReduceL2"):
-        require_sign(node, affine, 0)
+    if node.op in ("ReduceL1", "ReduceL2") and affine.shifts:
+        raise Refusal("shift-cannot-pass", f"a shift cannot pass {node.op} '{node.label}'")
+    axes = named_axes(node, 1, graph)
+    rank = graph.rank(node.inputs[0])
+    if node.op == "ReduceSum" and affine.shifts:
+        count = _reduced_count(node, axes, graph)
+        factor = 1 / count if is_backward else count
+        affine = Affine(affine.scale, affine.shift * factor, affine.axis, affine.rank, affine.abs_terms * factor)
     if axis is None:
         return affine
-    rank = graph.rank(node.inputs[0])
-    axes = node.find_attribute("axes", list[int])
-    if axes is None and node.input(1) is not None:
-        constant = graph.constant(node.input(1))
-        axes = None if constant is None else own_list(node, constant)
-    if rank is None or not axes:  # an empty list means all
+    if not axes:  # an empty list means all
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}, or axes that are not known")
-    reduced = sorted({own_axis(node, at, rank) for at in axes})
-    kept = [at for at in range(rank) if at not in reduced]
-    if node.attribute("keepdims", 1):
-        if axis in reduced:
-            raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}")
-        return affine.at(axis)
-    if source is node.outputs[0]:
-        if axis >= len(kept):
-            raise Refusal("axis", f"{node.op} '{node.label}' gives no axis {axis}")
-        return affine.at(kept[axis])
-    if axis in reduced:
+    keeps = node.attribute("keepdims", 1)
+    beside = axis_beside(node, axis, axes, rank, is_backward and not keeps)
+    if beside is None:
         raise Refusal("axis", f"{node.op} '{node.label}' reduces axis {axis}")
-    return affine.at(kept.index(axis))
+    return affine.at(axis if keeps else beside)
+
+
+def _reduced_count(node: Node, axes: list[int] | None, graph: PresentGraph) -> int:
+    """Return how many elements one sum has; Refusal where that is not known."""
+    sizes = graph.sizes(node.inputs[0])
+    named = None if sizes is None or axes is None else [own_axis(node, axis, len(sizes)) for axis in axes]
+    summed = [] if sizes is None or not named else [sizes[axis] for axis in named]
+    known = [size for size in summed if isinstance(size, int) and size]
+    if not named or len(known) < len(named):
+        raise Refusal("axis-unknown", f"how many elements {node.op} '{node.label}' sums is not known: it counts a shift for each")
+    return math.prod(known)
 
 
 # Resize, Upsample:  interpolation weights sum to 1; a constant beyond the border would not carry the affine.
@@ -113,30 +120,45 @@ def _resize(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
     mode = node.attribute("mode", b"nearest")
     if mode not in (b"nearest", b"linear", b"bilinear") or node.attribute("coordinate_transformation_mode") == b"tf_crop_and_resize":
         raise Refusal("interpolation", f"{node.op} '{node.label}' interpolates in a way that need not keep a shift")
-    shapes = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
-    if axis is not None and not _keeps_axis(node, axis, shapes, graph):
-        raise Refusal("axis", f"{node.op} '{node.label}' resizes axis {axis}, or may do so")
+    if axis is not None and not _keeps_axis(node, axis, graph):
+        raise Refusal("axis", f"{node.op} '{node.label}' resizes axis {axis}")
     return affine
 
 
-def _keeps_axis(node: Node, axis: int, shapes: tuple[Shape | None, Shape | None], graph: PresentGraph) -> bool:
-    listed = node.find_attribute("axes", list[int])
-    if listed:  # from opset 18 on, the axes that the factors are of
-        rank = None if shapes[0] is None else len(shapes[0])
-        if rank is not None or min(listed) >= 0:
-            return axis not in [at % rank if rank else at for at in listed]
-        return False
-    for slot in (1, 2):
-        factors = graph.constant(node.input(slot))
-        if slot == 1 and node.op == "Resize" and graph.opset >= 11:
-            continue  # the region of interest, which only tf_crop_and_resize reads
-        if factors is not None and factors.dtype.kind == "f" and len(factors.shape) == 1 and factors.shape[0] > axis:
-            return float(factors.array()[axis]) == 1.0
-    scales = node.find_attribute("scales", tuple[float, ...])
-    if scales is not None:
-        return len(scales) > axis and scales[axis] == 1.0
-    before, after = shapes
-    return before is not None and after is not None and before[axis] is not None and before[axis] == after[axis]
+def _keeps_axis(node: Node, axis: int, graph: PresentGraph) -> bool:
+    """Say whether a Resize or Upsample leaves the size of an axis as it is; Refusal where that is not known."""
+    before, after = graph.sizes(node.inputs[0]), graph.sizes(node.outputs[0])
+    at = axis
+    axes = node.find_attribute("axes", list[int])  # from opset 18 on, those that scales and sizes are of
+    if axes:
+        if before is None and min(axes) < 0:
+            raise Refusal("axis-unknown", f"the rank of the value before {node.op} '{node.label}' is not known")
+        own_axes = [each if before is None else own_axis(node, each, len(before)) for each in axes]
+        if axis not in own_axes:
+            return True
+        at = own_axes.index(axis)
+    scales = _scales(node, graph)
+    if scales is not None:  # sizes may be equal where a factor is not 1
+        return len(scales) > at and scales[at] == 1.0
+    # Sizes of an aspect ratio that is kept are bounds only.
+    if node.input(3) is not None and node.attribute("keep_aspect_ratio_policy", b"stretch") == b"stretch":
+        listed = known_list(node, 3, graph) or []
+        own = None if before is None else before[own_axis(node, axis, len(before))]
+        for wanted in (listed[at] if len(listed) > at else None, None if after is None else after[own_axis(node, axis, len(after))]):
+            if wanted is not None and (wanted == own or (isinstance(wanted, int) and isinstance(own, int))):
+                return wanted == own
+    raise Refusal("axis-unknown", f"the sizes at {node.op} '{node.label}' do not tell whether it resizes axis {axis}")
+
+
+def _scales(node: Node, graph: PresentGraph) -> list[float] | None:
+    """Return the factors of a Resize or Upsample where they are constants."""
+    # From opset 11 on, slot 1 holds the region of interest, which only tf_crop_and_resize reads.
+    constant = graph.constant(node.input(2 if node.op == "Resize" and graph.opset >= 11 else 1))
+    if constant is not None and constant.dtype.kind == "f" and len(constant.shape) == 1 and constant.size:
+        factors: list[float] = constant.array().tolist()
+        return factors
+    written = node.find_attribute("scales", tuple[float, ...])
+    return None if written is None else [*written]
 
 
 def _window_terms(node: Node, graph: PresentGraph) -> int:
@@ -156,17 +178,21 @@ def _interpolation_terms(node: Node, graph: PresentGraph) -> int:
     return 8
 
 
+def _window_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    return size * math.prod(node.attribute("kernel_shape", [1]))
+
+
 def _reduce_min_bound(proto: NodeProto) -> list[NodeProto]:
     proto.op_type = "ReduceMax"
     return []
 
 
-_AVERAGE = Row(*both_ways(_average_pool), terms=_window_terms, sizes=same_batch)
-_GLOBAL_AVERAGE = Row(*both_ways(_global_average_pool), terms=_reduced_terms, sizes=same_batch)
-_MAXIMUM = Row(*both_ways(_max_pool), sizes=same_batch)
+_AVERAGE = Row(*both_ways(_average_pool), terms=_window_terms, sizes=same_batch, work=_window_work)
+_GLOBAL_AVERAGE = Row(*both_ways(_global_average_pool), terms=_reduced_terms, sizes=same_batch, work=each_once)
+_MAXIMUM = Row(*both_ways(_max_pool), sizes=same_batch, work=_window_work)
 _REDUCTION = Row(*both_ways(_reduce), size_slots=(1,), result_size=first_size)
 _SUM = replace(_REDUCTION, terms=_reduced_terms)
-_RESIZE = Row(*both_ways(_resize), terms=_interpolation_terms, sized=True)
+_RESIZE = Row(*both_ways(_resize), terms=_interpolation_terms, sized=True, work=each_once)
 
 POOLING = {
     name: replace(row, equal_terms=True)
@@ -174,17 +200,19 @@ POOLING = {
         "AveragePool": _AVERAGE,
         "GlobalAveragePool": _GLOBAL_AVERAGE,
         "MaxPool": _MAXIMUM,
-        "GlobalMaxPool": _MAXIMUM,
-        "LpPool": Row(*both_ways(_lp_pool), terms=_window_terms),
-        "GlobalLpPool": Row(*both_ways(_lp_pool), terms=_reduced_terms),
+        "GlobalMaxPool": replace(_MAXIMUM, work=each_once),
+        "LpPool": Row(*both_ways(_lp_pool), terms=_window_terms, work=_window_work),
+        "GlobalLpPool": Row(*both_ways(_lp_pool), terms=_reduced_terms, work=each_once),
         "ReduceMean": _SUM,
         "ReduceSum": _SUM,
         "ReduceMax": _REDUCTION,
         "ReduceMin": replace(_REDUCTION, bound=_reduce_min_bound),
         "ReduceL1": _SUM,
         "ReduceL2": _SUM,
-        **dict.fromkeys(("ReduceProd", "ReduceSumSquare"), Row(size_slots=(1,), result_size=first_size)),
-        **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), Row(size_slots=(1,))),
+        "ReduceProd": Row(size_slots=(1,), result_size=first_size, list_elements=product_of_elements),
+        "ReduceSumSquare": Row(size_slots=(1,), result_size=first_size),
+        **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), Row(size_slots=(1,), work=each_once)),
+        **dict.fromkeys(("ArgMax", "ArgMin"), Row(work=each_once)),
         "Resize": replace(_RESIZE, size_slots=(1, 2, 3)),
         "Upsample": replace(_RESIZE, size_slots=(1,)),
     }.items()

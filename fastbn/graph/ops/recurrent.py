@@ -11,6 +11,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.placing import axis_in, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
+from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.ops.weighted import scaled, summed
 from fastbn.graph.reasons import Refusal
 
@@ -54,11 +55,15 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
     return values.reshape(-1, values.shape[-1]) if slot == WEIGHT else None
 
 
-_RECURRENT = Row(forward=_forward, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix)
+def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
+    return -1, weight[-1] if len(weight) == 3 else None
+
+
+_RECURRENT = Row(forward=_forward, terms=_terms, probe_shapes=_probe_shapes, weight_matrix=_weight_matrix, demanded_size=_demanded_size)
 
 RECURRENT = {
     "LSTM": _RECURRENT,
-    # Absolute values close the update gate z of a GRU, and 1 - z is next to nothing; its states are averages of numbers up to 1.
+    # On absolute values the update gate z of a GRU is nearly 1, so 1 - z vanishes. Its states are averages of numbers of at most 1.
     "GRU": replace(_RECURRENT, least_magnitude=1.0),
     "RNN": _RECURRENT,
 }

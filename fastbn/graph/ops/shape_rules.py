@@ -12,12 +12,19 @@ from fastbn.graph.model.node import Node, Value
 
 __all__ = [
     "Dim",
+    "Product",
     "Size",
     "Sizes",
     "broadcast_size",
     "broadcast_sizes",
+    "dims_of",
+    "each_once",
     "first_size",
     "list_of_sizes",
+    "product",
+    "product_elements",
+    "product_of_elements",
+    "quotient",
     "same_batch",
     "same_sizes",
 ]
@@ -34,8 +41,16 @@ class Dim:
     axis: int
 
 
-# A number, the size of an axis that only a run tells, or nothing known.
-Size = int | Dim | None
+@dataclass(frozen=True)
+class Product:
+    """A number times sizes that only a run tells, these in a fixed order, so that equal products are equal."""
+
+    number: int
+    dims: tuple[Dim, ...]
+
+
+# A number, the size of an axis that only a run tells, a product of such, or nothing known.
+Size = int | Dim | Product | None
 Sizes = Sequence[Size]
 
 
@@ -45,7 +60,7 @@ def same_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
 
 
 def same_batch(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
-    """Axis 0 of the output is that of the first input; the others have as many sizes, which are not told."""
+    """Axis 0 of the output is that of the first input; the others are as many as those of the input, their sizes unknown."""
     first = inputs[0] if inputs else None
     return None if first is None else (*first[:1], *[None] * (len(first) - 1))
 
@@ -62,6 +77,62 @@ def broadcast_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     return tuple((choice or {1}).pop() if len(choice) < 2 else None for choice in choices)
 
 
+def dims_of(sizes: Sequence[Size]) -> list[Dim]:
+    """Return the sizes that only a run tells among the factors of some sizes."""
+    return [dim for size in sizes for dim in ([size] if isinstance(size, Dim) else size.dims if isinstance(size, Product) else ())]
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    """Return the product of sizes, None where one of them is not known."""
+    if None in sizes:
+        return None
+    number = math.prod(size if isinstance(size, int) else size.number if isinstance(size, Product) else 1 for size in sizes)
+    return _size(number, dims_of(sizes))
+
+
+def quotient(sizes: Sequence[Size], others: Sequence[Size]) -> Size:
+    """Return the size of an axis beside others that make up the same number of elements as sizes; None where they do not cancel."""
+    whole, part = product(sizes), product(others)
+    if whole is None or part is None:
+        return None
+    left = dims_of([whole])
+    for dim in dims_of([part]):
+        if dim not in left:
+            return None
+        left.remove(dim)
+    number, divisor = (each if isinstance(each, int) else each.number if isinstance(each, Product) else 1 for each in (whole, part))
+    return _size(number // divisor, left) if divisor > 0 and number % divisor == 0 else None
+
+
+def _size(number: int, dims: Sequence[Dim]) -> Size:
+    if not dims:
+        return number
+    if number == 1 and len(dims) == 1:
+        return dims[0]
+    return Product(number, tuple(sorted(dims, key=lambda dim: (dim.value.scope.number, dim.value.name, dim.axis))))
+
+
+def product_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """The elements of a product of two lists of integers, not all of them numbers: these are left to the runtime, which may wrap them."""
+    arrays = [array for array in inputs if array is not None and array.dtype == object]
+    if len(arrays) != len(inputs) or not dims_of([size for array in arrays for size in array.flat]):
+        return None
+    first, second = np.broadcast_arrays(*arrays)
+    elements = np.empty(first.shape, object)
+    elements.reshape(-1)[:] = [product(pair) for pair in zip(first.flat, second.flat, strict=True)]
+    return elements
+
+
+def product_of_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """The product of the elements of a list of integers, not all of them numbers."""
+    listed = inputs[0]
+    if listed is None or listed.dtype != object or listed.ndim != 1 or not dims_of(listed.tolist()):
+        return None
+    elements = np.empty((1,) if node.attribute("keepdims", 1) else (), object)
+    elements[...] = product(listed.tolist())
+    return elements
+
+
 def first_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     """The result has as many elements as the first input, or fewer."""
     return arrays[0].size
@@ -70,6 +141,11 @@ def first_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 def broadcast_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     """The result has the elements of the operands broadcast."""
     return math.prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+
+
+def each_once(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    """It handles each element of its inputs and of its result a few times."""
+    return size + sum(array.size for array in arrays if array is not None)
 
 
 def list_of_sizes(array: NDArray[Any]) -> list[int]:

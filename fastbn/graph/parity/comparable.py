@@ -1,4 +1,5 @@
-"""Copies of a model that can be compared: random numbers repeat, every output is a tensor of numbers, every branch can be chosen.
+"""Copies of a model that can be compared: random numbers repeat, every output is a tensor of numbers, every branch can be chosen, and
+no batch normalization in inference has outputs that nothing reads, with which onnxruntime would not run it.
 
 Both models get the same change, so it makes no difference between them. The limits: docs/numerics.md, "Limits of effort".
 """
@@ -10,18 +11,20 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
+from fastbn.graph.model.schemas import RANDOM
+from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.parity.feeds import Feed
 
 __all__ = ["comparable", "has_branches", "is_random", "with_branches"]
-
-# Operators that draw random numbers from an attribute `seed`; Dropout does so in training mode.
-RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 # Names of graph inputs: the condition of every If inside that many others, and how often every Loop runs.
 CONDITION, TRIPS = "fastbn/condition/{}", "fastbn/trips"
 
 # An If inside more others than this gets the condition of one further out: there are 2 ** MOST_NESTED choices at most.
 MOST_NESTED = 3
+
+# Before this opset a batch normalization with more than one output is in training.
+FIRST_TRAINING_MODE = 14
 
 # Nodes that the search for tensors of numbers goes back from an output that is none.
 MOST_STEPS_BACK = 8
@@ -51,7 +54,8 @@ def comparable(proto: ModelProto) -> ModelProto | None:
 
     An output of maps, sequences or strings is replaced by the inputs of the node that gives it (ZipMap: the scores).
     """
-    if not is_random(proto) and all(map(_is_numeric, proto.graph.output)):
+    unread = _with_unread_statistics(proto)
+    if not is_random(proto) and not unread and all(map(_is_numeric, proto.graph.output)):
         return None
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -59,8 +63,28 @@ def comparable(proto: ModelProto) -> ModelProto | None:
         others = [attribute for attribute in node.attribute if attribute.name != "seed"]
         del node.attribute[:]
         node.attribute.extend([*others, helper.make_attribute("seed", number + 1 if node.op_type == "Dropout" else float(number + 1))])
+    for node in _with_unread_statistics(copy):
+        del node.output[1:]
     _replace_outputs(copy.graph)
     return copy
+
+
+def _with_unread_statistics(proto: ModelProto) -> list[NodeProto]:
+    """Return the batch normalizations in inference that name running statistics which nothing reads."""
+    if max((entry.version for entry in proto.opset_import if is_standard(entry.domain)), default=1) < FIRST_TRAINING_MODE:
+        return []
+    named = [node for node in _nodes(proto) if node.op_type == BATCH_NORM and is_standard(node.domain) and len(node.output) > 1]
+    if not named:
+        return []
+    read = {name for node in _nodes(proto) for name in node.input} | {
+        info.name for graph in scopes_of(proto.graph) for info in graph.output
+    }
+    read.update(name for function in proto.functions for name in function.output)
+    return [node for node in named if not _trains(node) and read.isdisjoint(node.output[1:])]
+
+
+def _trains(node: NodeProto) -> bool:
+    return any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
 
 
 def _is_numeric(info: ValueInfoProto) -> bool:

@@ -15,16 +15,17 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
-from fastbn.graph.runtime import UNIT, runtime_errors, said, session
+from fastbn.graph.runtime import runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
@@ -84,7 +85,9 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
             return result
         # The sizes are not those of the model: a Reshape, say, may mean something else with them, so the next probe decides.
         first = first or result
-    return first or FoldParity(True, note=f"not run: {complaint or 'an input of the site has no known type'}")
+    return first or FoldParity(
+        True, note=f"not run: {complaint or 'its inputs are not known without a run of the model, and onnxruntime cannot run that'}"
+    )
 
 
 def _check(segment: _Segment, probe: Probe, seed: int) -> FoldParity:
@@ -136,7 +139,7 @@ class _Segment:
         return sorted(nodes, key=lambda node: self.order[node])
 
     def _data_type(self) -> DType:
-        """Return the coarsest type of a constant; that of a BatchNormalization's parameters only where there is no other."""
+        """Return the coarsest type of a constant or beside a Cast; that of a batch normalization's parameters where there is no other."""
         constants = [
             (not is_batch_norm(node), UNIT[constant.dtype.name], constant.dtype)
             for node in self.before
@@ -144,6 +147,9 @@ class _Segment:
             if constant is not None and constant.dtype.name in UNIT
         ]
         constants += [(True, UNIT[self.plan.constants[node, 1].dtype.name], self.plan.constants[node, 1].dtype) for node in self.plan.added]
+        beside = [self.index.kind(value) for node in self.before if node.is_op("Cast") for value in (*node.inputs, *node.outputs) if value]
+        casts = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in beside if kind]
+        constants += [(True, UNIT[dtype.name], dtype) for dtype in casts if dtype.name in UNIT]
         return max(constants, key=lambda entry: entry[:2])[2]
 
     def _type_of(self, value: Value) -> DType:
@@ -175,7 +181,7 @@ class _Segment:
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
-            raise _NotRun("what comes out of the site is empty on every input tried")
+            raise _NotRun("what comes out of the folded nodes is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
         return before, after, np.maximum(abs_terms, least)
 
@@ -207,7 +213,8 @@ class _Segment:
         """Return the original segment; with `evaluated` the values of its constants are inputs, without it their own nodes compute them."""
         feed = dict(feed)
         computing: dict[Node, None] = {}
-        pending = [value for node in self.before for value in node.inputs if value is not None and self.index.constant(value) is not None]
+        read = (value for node in self.before for value in node.inputs if value is not None and value not in self.inside)
+        pending = [value for value in read if self.index.constant(value) is not None]
         for value in pending:
             node, constant = value.producer, self.index.constant(value)
             if constant is not None and (evaluated or node is None or value.initializer is not None or not _is_computed(node, self.index)):
@@ -242,12 +249,13 @@ class _Segment:
     def _connect(self, node: Node, proto: NodeProto, feed: Feed, magnitudes: bool) -> None:
         """Let the copy of a node read the constants that the plan gives it, other constants and the values before it."""
         for slot, value in enumerate(node.inputs):
-            original = self.index.constant(value)
+            original = None if value in self.inside else self.index.constant(value)
             if (node, slot) in self.plan.constants:
                 pass
             elif original is not None and value is not None:
                 array = _fed(original.array())
-                feed[value.name] = operator_row(node).magnitude(slot, array) if magnitudes and array.dtype.kind in "fV" else array
+                is_size = magnitudes and array.dtype.kind in "fV" and slot not in operator_row(node).signed_slots
+                feed[value.name] = operator_row(node).magnitude(slot, array) if is_size else array
             elif value is not None:
                 proto.input[slot] = self._name(value)
         for (step, slot), constant in self.plan.constants.items():
@@ -288,6 +296,8 @@ def _modern(proto: NodeProto, opset: int) -> NodeProto:
         attributes = [attribute for attribute in copy.attribute if attribute.name not in obsolete]
         del copy.attribute[:]
         copy.attribute.extend(attributes)
+    if copy.op_type == BATCH_NORM:
+        del copy.output[1:]  # running statistics that nothing reads, with which onnxruntime does not run it
     return copy
 
 

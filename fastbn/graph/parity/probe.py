@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
@@ -23,6 +24,9 @@ __all__ = ["Probe", "probes"]
 
 # Elements of one input that has the sizes of the model, unless nothing smaller can be run: docs/numerics.md, "Inputs".
 LARGEST_PROBE = 1 << 23
+
+# Types of values that random numbers may stand for; 0 is a type that is not known.
+FREE_KINDS = (0, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 # The shape of each input of a segment.
 ProbeShapes: TypeAlias = dict[Value, tuple[int, ...]]
@@ -57,30 +61,41 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
     """
     index = view.index
     proposed: ProbeShapes = {}
-    needed: list[Value] = []
+    needed: dict[Value, bool] = {}  # value -> whether it is free, so that any numbers will do
     for node in nodes:
         for slot, value in enumerate(node.inputs):
             if value is None or value in inside or index.constant(value) is not None:
                 continue
-            needed.append(value)
+            is_free = index.kind(value) in FREE_KINDS and slot not in operator_row(node).size_slots
+            needed[value] = needed.get(value, True) and is_free
             shape = row_of(node, view).probe_shapes(node, view).get(slot)
             if shape is not None:
                 proposed[value] = shape
-    complete = set(proposed) == set(needed)
-    stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
-    is_small = all(math.prod(shape) <= LARGEST_PROBE for shape in stated.values())
+    complete = set(proposed) == set(needed) and all(needed.values())
     if complete:
+        stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
+        is_small = all(math.prod(shape) <= LARGEST_PROBE for shape in stated.values())
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
         sized = any(operator_row(node).sized for node in nodes)
         if stated == proposed:
             yield full
         else:
             yield from (full, small) if sized and is_small else (small, full)
-    captured = _captured(index, needed)
-    if captured:
-        yield Probe(lambda rng, amplitude: captured, True)
+    yield from _captured_probes(index, needed)
     for rank in (2, 3, 4, 5) if complete else ():
         yield Probe(_normal({value: (*shape, 3, 3, 3)[:rank] for value, shape in proposed.items()}), False)
+
+
+def _captured_probes(index: Index, needed: Mapping[Value, bool]) -> Iterator[Probe]:
+    """Yield what the values are in a run of the original: first with random numbers in the place of what is free, then as it was."""
+    captured = _captured(index, list(needed))
+    if captured is None:
+        return
+    free = {value: captured[value.name].shape for value, is_free in needed.items() if is_free}
+    if len(free) < len(needed):
+        make = _normal(free)
+        yield Probe(lambda rng, amplitude: {**captured, **make(rng, amplitude)}, True)
+    yield Probe(lambda rng, amplitude: captured, True)
 
 
 def _normal(shapes: ProbeShapes) -> Callable[[np.random.Generator, float], Feed]:

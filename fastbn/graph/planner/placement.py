@@ -4,22 +4,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastbn.graph.model.constant import Dense, DType
+from fastbn.dtypes import DTYPES, dtype_name
+from fastbn.graph.model.constant import Dense, DType, Tensor
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Strategy
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.search import Search
 from fastbn.graph.planner.substitute import kept_shift
 from fastbn.graph.planner.view import GraphView
-from fastbn.graph.reasons import FORWARDS, Refusal
+from fastbn.graph.reasons import CURABLE, FORWARDS, ReasonCode, Refusal
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "place", "place_constant"]
 
 # Reasons that only say "nothing there": they give way to one that names a condition.
-VAGUE = ("reads-input", "reads-constant", "no-absorber", "unused")
+VAGUE: tuple[ReasonCode, ...] = ("reads-input", "reads-constant", "no-absorber", "unused")
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,53 @@ class Placement:
     kept_shift: tuple[Node, Dense] | None = None
 
 
-def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, record: Record | None = None) -> Placement:
     """Return where the affine of a lifted node goes; raises Refusal where there is no place."""
     origin = Origin(node, view.source(view.data(node)))
     if strategy == "split" and view.is_refused(node, strategy):
-        return _split(origin, affine, view, strategy, Refusal("no-absorber", "nothing has changed since it was refused"))
+        return _split(origin, affine, view, record, Refusal("no-absorber", "nothing has changed since it was refused"))
     try:
-        return Placement(Search(view, origin, strategy).backward(origin.value, affine, node, view.data_slot(node)))
+        return Placement(Search(view, origin, strategy, record).backward(origin.value, affine, node, view.data_slot(node)))
     except Refusal as refusal:
         behind = refusal.with_traceback(None)
     try:
-        plan = Search(view, origin, strategy).forward(node.outputs[0], affine)
+        plan = Search(view, origin, strategy, record).forward(node.outputs[0], affine)
         _refuse_unknown_width(node, affine, view, plan)
         return Placement(plan, forward=True)
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
     view.note_refused(node, strategy)
-    code = ahead.code if behind.code in VAGUE and ahead.code not in VAGUE else behind.code
+    code = min(behind.code, ahead.code, key=lambda each: _weight(each, view))
     both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
     if strategy == "split":
-        return _split(origin, affine, view, strategy, both)
+        return _split(origin, affine, view, record, both)
     raise both
+
+
+def place_constant(node: Node, constant: Tensor, view: GraphView) -> Placement:
+    """Return a placement that puts what a batch normalization of a constant gives in its place; Refusal where that is not possible.
+
+    A weight that is standardized in the graph is one: it is the batch normalization in training, but of the same batch in each run.
+    """
+    if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
+        raise Refusal("training", "it hands out statistics of a constant")
+    readers = view.readers(node.required_output())
+    if any(reader.scopes for reader, _ in readers) or not readers:
+        raise Refusal("reads-constant", "it reads a constant, and nothing that takes the result")
+    return Placement(Plan(constants=dict.fromkeys(readers, constant), path={reader: None for reader, _ in readers}))
+
+
+def _weight(code: ReasonCode, view: GraphView) -> int:
+    """Return how little a code says: 0 where an option of the user may change it, 3 where there only is nothing."""
+    if code == "axis-unknown" and not view.is_open():  # a size that no option tells
+        return 2
+    return 0 if code in CURABLE else 3 if code in VAGUE else 1
 
 
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
     """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
     value = view.data(node)
-    data = view.shape(value)
+    data = view.shape(view.source(value))  # a node before it that is removed now may have widened it
     is_narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
     if is_batch_norm(node) or affine.rank == 0 or not is_narrow or node.outputs[0] is None:
         return
@@ -69,30 +91,30 @@ def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Pla
             raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
 
 
-def _split(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy, refusal: Refusal) -> Placement:
+def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | None, refusal: Refusal) -> Placement:
     """Return a placement that leaves the shift in an Add; raises `refusal` where there is none."""
     for way in (_keep_shift_backward, _keep_shift_forward) if view.keeps_shifts() else ():
         try:
-            return way(origin, affine, view, strategy)
+            return way(origin, affine, view, record)
         except Refusal:
-            pass  # what was said about both ways is the better reason
+            pass  # `refusal`, which has the reasons of both directions, says more
     raise refusal
 
 
-def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
     """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
     node = origin.node
-    plan = Search(view, origin, strategy).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
+    plan = Search(view, origin, "split", record).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
     if not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
     return Placement(plan, False, kept_shift(node, affine, view, _weight_type(plan)))
 
 
-def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy) -> Placement:
+def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
     """MatMul(S x + T, W) = MatMul(x + T/S, S W): the scale goes into W, an Add of T/S stays."""
     if (affine.scale == 0).any():
         raise Refusal("shift-cannot-pass", "a scale of zero loses the shift")
-    plan = Search(view, origin, strategy).forward(origin.node.outputs[0], affine.scale_only())
+    plan = Search(view, origin, "split", record).forward(origin.node.outputs[0], affine.scale_only())
     before_scale = Affine(affine.scale, affine.shift / affine.scale, affine.axis, affine.rank, affine.abs_terms / np.abs(affine.scale))
     if not all(row_of(absorber, view).has_no_place_for_shift for absorber in plan.absorbers):
         raise Refusal("shift-cannot-pass", "more than the missing bias of a MatMul asks for it")
@@ -100,5 +122,5 @@ def _keep_shift_forward(origin: Origin, affine: Affine, view: GraphView, strateg
 
 
 def _weight_type(plan: Plan) -> DType:
-    """Return the type of the weights: the parameters may be float32 beside float16 data; what stays has the type of the data."""
-    return next(iter(plan.constants.values())).dtype
+    """Return the type of the weights that a plan changes."""
+    return next(constant.dtype for constant in plan.constants.values() if dtype_name(constant.dtype) in DTYPES)

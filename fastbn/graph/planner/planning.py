@@ -6,6 +6,7 @@ Nodes are taken in the order of the data flow, and a node whose affine went into
 (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,18 +14,18 @@ from fnmatch import fnmatchcase
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.kept import kept_nodes
-from fastbn.graph.planner.placement import Placement, place
+from fastbn.graph.planner.placement import Placement, place, place_constant
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
 from fastbn.graph.planner.substitute import RewriteForm, Rewriter
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
-from fastbn.graph.results import Kept
+from fastbn.graph.results import Explanation, Kept
 
 __all__ = ["NodeKey", "Planning", "key_of", "plan"]
 
@@ -39,12 +40,30 @@ def key_of(node: Node) -> NodeKey:
 
 @dataclass
 class Planning:
-    """What the planner decided: plans, kept nodes, the view of the graph after all plans, and why what is rewritten was not folded."""
+    """What the planner decided.
+
+    Attributes
+    ----------
+    plans : list of Plan
+    kept : list of Kept
+    view : GraphView
+        The graph after all plans.
+    refusals : dict of Node -> Refusal
+        Of every node that could be lifted and has found no place.
+    explanations : list of Explanation
+    rewritten : dict of Node -> Refusal
+        What becomes another operator, and why it was not folded.
+    unrewritten : dict of Node -> str
+        Why a batch normalization that stays does not become another operator, where that was asked for.
+    """
 
     plans: list[Plan]
     kept: list[Kept]
     view: GraphView
+    refusals: dict[Node, Refusal]
+    explanations: list[Explanation]
     rewritten: dict[Node, Refusal] = field(default_factory=dict)
+    unrewritten: dict[Node, str] = field(default_factory=dict)
 
     @property
     def folds(self) -> list[Plan]:
@@ -57,6 +76,7 @@ def plan(
     only: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     excluded: Mapping[NodeKey, str] | None = None,
+    explain: Sequence[str] | None = None,
     rewrite_left: RewriteForm | None = None,
     unrewritten: Mapping[NodeKey, str] | None = None,
 ) -> Planning:
@@ -69,6 +89,8 @@ def plan(
         Globs over node names: fold only these, never those.
     excluded : mapping of (scope number, position) -> str
         Nodes whose folds verification has found wrong, and the sentence to report.
+    explain : sequence of str, optional
+        Globs over the names of nodes whose search is written down.
     rewrite_left : str, optional
         What batch normalizations become that would stay: "conv" or "affine".
     unrewritten : mapping of (scope number, position) -> str
@@ -78,15 +100,24 @@ def plan(
     -------
     Planning
     """
-    planner = _Planner(index, only, skip, excluded or {})
+    planner = _Planner(index, only, skip, excluded or {}, explain)
     return planner.run(rewrite_left, unrewritten or {})
 
 
 class _Planner:
     """One planning on its way: the present graph, the plans so far, the refusals."""
 
-    def __init__(self, index: Index, only: Sequence[str] | None, skip: Sequence[str] | None, excluded: Mapping[NodeKey, str]) -> None:
+    def __init__(
+        self,
+        index: Index,
+        only: Sequence[str] | None,
+        skip: Sequence[str] | None,
+        excluded: Mapping[NodeKey, str],
+        explain: Sequence[str] | None,
+    ) -> None:
         self.index = index
+        self.explain = explain
+        self.records: dict[Node, Record] = {}
         self.only, self.skip, self.excluded = only, skip, excluded
         self.view = GraphView(index)
         self.plans: dict[Plan, None] = {}
@@ -101,7 +132,7 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
-            # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+            # A fold may have removed what another was refused for: try those again, in reverse, so that one pass frees a whole chain.
             waiting = [node for node in refusals if node not in placed][::-1]
             step = 0 if placed else step + 1
         view = self.view
@@ -110,7 +141,25 @@ class _Planner:
         unrewritten = {} if rewrite_left is None else self._rewrite(Rewriter(view, rewrite_left), refusals, excluded_rewrites, rewritten)
         order = {node: number for number, node in enumerate(self.index.order)}
         plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.leaving))
-        return Planning(plans, kept_nodes(self.index, view, refusals, unrewritten), view, rewritten)
+        kept = kept_nodes(self.index, view, refusals, unrewritten)
+        refusals = {node: refusal for node, refusal in refusals.items() if node not in view.removed and node not in view.replaced}
+        return Planning(plans, kept, view, refusals, self._explanations({**refusals, **rewritten}), rewritten, unrewritten)
+
+    def _explanations(self, refusals: Mapping[Node, Refusal]) -> list[Explanation]:
+        explanations = []
+        for node in self.index.order if self.explain else ():
+            outcome = refusals[node].sentence if node in refusals else "folded"
+            if node in self.records:
+                explanations.append(Explanation(node.label, outcome, self.records[node].steps))
+        return explanations
+
+    def _record_of(self, node: Node, strategy: Strategy) -> Record | None:
+        """Return where to write down the search of a node: that of the last round, in which the simplest strategy comes first."""
+        if not self.explain or not any(fnmatchcase(node.label, glob) for glob in self.explain):
+            return None
+        if strategy == STRATEGIES[0] or node not in self.records:
+            self.records[node] = Record()
+        return self.records[node]
 
     def _pass(self, nodes: Sequence[Node], strategy: Strategy) -> tuple[dict[Node, Refusal], set[Node]]:
         """Try each of some nodes once; return (refusals, the nodes that found a place)."""
@@ -119,19 +168,17 @@ class _Planner:
             if node in placed:
                 continue
             try:
-                affine = self.view.lifted(node)
-                if affine is None:
+                found = self._placement(node, strategy)
+                if found is None:
                     continue
-                self._refuse_unselected(node)
-                _refuse_widening(node, self.view)
-                placement = place(node, affine, self.view, strategy)
+                placement, channels = found
                 for other in placement.plan.alike:
                     self._refuse_unselected(other)
                 refuse_unrepresentable(placement.plan, self.view)
-                self._record(node, affine, placement)
+                self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
-                refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
+                refused[node] = refusal.with_traceback(None)  # the traceback would keep all objects of the search alive
         return refused, placed
 
     def _rewrite(
@@ -164,6 +211,19 @@ class _Planner:
             view.replaced.update(new.replaced)
         return obstacles
 
+    def _placement(self, node: Node, strategy: Strategy) -> tuple[Placement, int] | None:
+        """Return (where the affine of a node goes, its channels), None for a node that is none."""
+        constant = self.view.constant(node.outputs[0]) if is_batch_norm(node) and node.outputs else None
+        if constant is not None:
+            self._refuse_unselected(node)
+            return place_constant(node, constant, self.view), math.prod(constant.shape[1:2])
+        affine = self.view.lifted(node)
+        if affine is None:
+            return None
+        self._refuse_unselected(node)
+        _refuse_widening(node, self.view)
+        return place(node, affine, self.view, strategy, self._record_of(node, strategy)), affine.channels
+
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:
             raise Refusal("parity", self.excluded[key_of(node)])
@@ -172,10 +232,10 @@ class _Planner:
         if self.skip and any(fnmatchcase(node.label, glob) for glob in self.skip):
             raise Refusal("not-selected", "--skip names it")
 
-    def _record(self, node: Node, affine: Affine, placement: Placement) -> None:
+    def _record(self, node: Node, channels: int, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""
         view, new = self.view, placement.plan
-        if not new.absorbers:  # constants that a node on the way moves
+        if not new.absorbers:  # only constants that nodes on the path read have changed
             new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
         leaving = [node, *new.alike, *new.bypassed]
@@ -183,7 +243,7 @@ class _Planner:
         for gone in leaving:
             target.forget(gone)
         new.lifted.extend([node, *new.alike])
-        new.channels = affine.channels
+        new.channels = channels
         if placement.kept_shift is None:
             view.remove(node, value)
             if placement.forward:
@@ -233,9 +293,11 @@ def _candidates(index: Index) -> list[Node]:
 
 def _refuse_widening(node: Node, view: GraphView) -> None:
     """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
+    if is_batch_norm(node):
+        return
     value = view.data(node)
     data, out = view.shape(value), view.shape(node.outputs[0])
-    if is_batch_norm(node) or data is None or out is None:
+    if data is None or out is None:
         return
     if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
         raise Refusal("axis", f"its constant widens the value '{value.name}'")

@@ -1,28 +1,42 @@
 """The search: one affine on its way through the present graph, until every branch of it has found an absorber."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Requantized
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
-from fastbn.graph.ops.row import Origin, Row, Skip, Strategy, Transfer, Traveler
+from fastbn.graph.ops.row import Origin, Row, Rule, Skip, Strategy, Transfer, Traveler
 from fastbn.graph.planner.plan import Plan
+from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import ReasonCode, Refusal
 
 __all__ = ["Search"]
 
-# Nodes that one search asks once other readers may be asked too: a long residual stream is not walked whole for each of its nodes.
+# The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
+# stream, and that for each of its batch normalizations.
 MOST_STEPS = 30
 
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
 
-# What asks further, behind a node forward and before it backward: (slot, affine, skip) -> Plan.
+
+@dataclass
+class _Arrivals:
+    """What has come to a node by inputs of it, in a search forward: slot -> affine, slot -> the value that the search followed there."""
+
+    depth: int
+    affines: dict[int, Affine] = field(default_factory=dict)
+    values: dict[int, Value] = field(default_factory=dict)
+
+
+# How a search goes on from a node: (slot, affine, skip) -> Plan. The slot is that of an output forward, of an input backward.
 _Follow: TypeAlias = Callable[[int, Affine, Skip | None], Plan]
 
 
@@ -36,15 +50,20 @@ class Search:
         Where the affine comes from.
     strategy : Strategy
         How far to go.
+    record : Record, optional
+        Where to write down what is asked and answered.
     """
 
-    def __init__(self, view: GraphView, origin: Origin, strategy: Strategy) -> None:
+    def __init__(self, view: GraphView, origin: Origin, strategy: Strategy, record: Record | None = None) -> None:
         self.view = view
         self.origin = origin
         self.strategy: Strategy = strategy
         self._refused: dict[tuple[Value, bool, bool, Value | None], tuple[ReasonCode, str]] = {}
         self._open: set[Value] = set()
+        # Nodes that may join several branches of the search at hand: they are asked once all branches have come as far as them.
+        self._waiting: dict[Node, _Arrivals] = {}
         self._steps = 0
+        self._record = record
 
     # ---- against the data flow ----
 
@@ -59,10 +78,12 @@ class Search:
         key = value, affine.scales, affine.shifts, None if skip is None else skip.source
         if key in self._refused:
             raise Refusal(*self._refused[key])
+        source = self.view.source(value)
         try:
-            return self._ask_producer(value, affine, asker, slot, depth, skip)
+            with self._question("backward", self.view.producer(source) or source, affine, depth):
+                return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
-            if refusal.code != "reads-twice":  # that one depends on the way taken
+            if refusal.code != "reads-twice":  # this refusal depends on the path of the search, so it is not remembered
                 self._refused[key] = refusal.code, refusal.sentence
             raise
 
@@ -76,6 +97,8 @@ class Search:
         if value in self._open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
+        if others and skip is not None:  # which no constant of theirs undoes
+            raise _refused_reader(others[0][0], value)
         node, row = self._producer(value, asker, depth)
         if skip is not None and not row.takes_skip:
             raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
@@ -94,8 +117,8 @@ class Search:
         self._open.add(value)
         try:
             plan = self._first(transfers, node, follow, depth)
-            for reader, at in others:
-                _add_branch(plan, self._undone(reader, at, value, affine.inverse(), depth))
+            if others:
+                _add_branch(plan, self._undone(others, value, affine.inverse(), depth))
         finally:
             self._open.remove(value)
         plan.crossed.update(crossed)
@@ -124,19 +147,29 @@ class Search:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
         others = self.view.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
-            # What a constant becomes here, other readers would not see: they read it as the constant that it was.
+            # A changed constant belongs to one input slot: other readers would still read the constant as it was.
             is_fixed = self.strategy == "plain" or self.view.constant(value) is not None or (affine.scale == 0).any()
             if is_fixed or len(others) > MOST_STEPS:
                 raise _refused_reader(others[0][0], value)
         return others
 
-    def _undone(self, node: Node, slot: int, value: Value, affine: Affine, depth: int) -> Plan:
-        """Return a Plan in which another reader of a value that changes undoes the change in its own constants."""
+    def _undone(self, readers: Sequence[tuple[Node, int]], value: Value, affine: Affine, depth: int) -> Plan:
+        """Return a Plan in which the other readers of a value that changes undo the change in their own constants."""
+        refused = readers[0][0]
+
+        def ask() -> Plan:
+            nonlocal refused
+            plan = Plan()
+            for node, slot in readers:
+                refused = node
+                _add_branch(plan, self._ask_reader(node, slot, value, affine, depth))
+            return plan
+
         try:
-            return self._ask_reader(node, slot, value, affine, depth)
+            return self._settled(ask)
         except Refusal:
-            pass  # what the caller hears is that somebody else reads it
-        raise _refused_reader(node, value)
+            pass  # the reason that is reported is the other reader
+        raise _refused_reader(refused, value)
 
     def _into_constant(self, node: Node, slot: int, affine: Affine) -> Plan:
         constant = self.view.dense(node, slot)
@@ -151,8 +184,11 @@ class Search:
 
     # ---- along the data flow ----
 
-    def forward(self, value: Value | None, affine: Affine, depth: int = 0) -> Plan:
+    def forward(self, value: Value | None, affine: Affine) -> Plan:
         """Return a Plan that makes every reader of `value` work on what lacks the affine; raises Refusal where there is none."""
+        return self._settled(lambda: self._ask_readers(value, affine, 0))
+
+    def _ask_readers(self, value: Value | None, affine: Affine, depth: int) -> Plan:
         if value is None:
             raise Refusal("unused", "nothing reads it")
         readers = self.view.readers(value)
@@ -171,21 +207,64 @@ class Search:
         return plan
 
     def _ask_reader(self, node: Node, slot: int, value: Value, affine: Affine, depth: int) -> Plan:
-        """Return a Plan in which one reader of `value` makes up for the affine."""
+        """Return a Plan in which one reader of `value` makes up for the affine; an empty one where it waits for other branches."""
         if node.scope is not value.scope:
             raise Refusal("crosses-scope", f"{node.op} '{node.label}' in an inner graph reads it")
-        row = self._row(node, depth)
-        if row.forward is None:
-            raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, {row.forward_refusal}")
-        read = node.inputs[slot]
-        assert read is not None, "a reader reads"
-        transfers = row.forward(node, Traveler(affine, read, slot, self.strategy, self.origin), self.view)
-        plan = self._first(transfers, node, lambda at, behind, _: self.forward(node.outputs[at], behind, depth + 1), depth)
-        if read is not value and read.producer is not None:
-            plan.crossed[read.producer] = None
+        if row_of(node, self.view).join is None:
+            with self._question("forward", node, affine, depth):
+                row = self._row(node, depth)
+                if row.forward is None:
+                    raise Refusal("no-absorber", f"{node.op} '{node.label}' reads it, {row.forward_refusal}")
+                return self._answered(node, slot, value, affine, row.forward, depth)
+        self._row(node, depth)
+        arrivals = self._waiting.setdefault(node, _Arrivals(depth))
+        if slot in arrivals.affines:
+            raise Refusal("reads-twice", f"two ways meet in {node.op} '{node.label}'")
+        arrivals.affines[slot], arrivals.values[slot] = affine, value
+        return Plan()
+
+    def _answered(self, node: Node, slot: int, value: Value, affine: Affine, rule: Rule, depth: int) -> Plan:
+        """Return the Plan of one reader that is asked alone."""
+        transfers = rule(node, Traveler(affine, node.required_input(slot), slot, self.strategy, self.origin), self.view)
+        plan = self._first(transfers, node, lambda at, behind, _: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
+        plan.crossed.update(_crossed(node, slot, value))
+        return plan
+
+    def _settled(self, ask: Callable[[], Plan]) -> Plan:
+        """Return what `ask` returns, joined with the plans of the nodes that have waited for it to reach them by several inputs."""
+        outer, self._waiting = self._waiting, {}
+        try:
+            plan = ask()
+            while self._waiting:
+                # No branch can reach the first of them any more: all that still move are behind it.
+                node = min(self._waiting, key=lambda each: (each.scope.number, each.position))
+                _add_branch(plan, self._joined(node, self._waiting.pop(node)))
+            return plan
+        finally:
+            self._waiting = outer
+
+    def _joined(self, node: Node, arrivals: _Arrivals) -> Plan:
+        """Return the Plan of a node to which affines have come by one input or by several."""
+        row, depth = row_of(node, self.view), arrivals.depth
+        assert row.forward is not None, "only nodes with a rule wait"
+        assert row.join is not None, "only nodes that can join wait"
+        slot, affine = next(iter(arrivals.affines.items()))
+        with self._question("forward", node, affine, depth):
+            if len(arrivals.affines) == 1:
+                return self._answered(node, slot, arrivals.values[slot], affine, row.forward, depth)
+            transfer = row.join(node, arrivals.affines, self.view)
+            plan = self._first(transfer, node, lambda at, behind, _: self._ask_readers(node.outputs[at], behind, depth + 1), depth)
+        for slot, value in arrivals.values.items():
+            plan.crossed.update(_crossed(node, slot, value))
         return plan
 
     # ---- in either direction ----
+
+    def _question(
+        self, direction: Literal["backward", "forward"], asked: Node | Value, affine: Affine, depth: int
+    ) -> AbstractContextManager[None]:
+        """Return a context that writes down a question and its answer, where that is wanted."""
+        return nullcontext() if self._record is None else self._record.question(self.strategy, direction, asked, affine, depth)
 
     def _row(self, node: Node, depth: int) -> Row:
         self._steps += 1
@@ -203,11 +282,13 @@ class Search:
     def _first(self, transfers: Transfer | Iterable[Transfer], node: Node, follow: _Follow, depth: int) -> Plan:
         """Return the plan of the first transfer that works out; Refusal where none does."""
         refused: tuple[ReasonCode, str] | None = None
+        waiting = _copied(self._waiting)
         for transfer in [transfers] if isinstance(transfers, Transfer) else transfers:
             try:
                 return self._followed(transfer, node, follow, depth)
             except Refusal as refusal:
-                # Why a way around an operand failed says less than why the operand cannot take the scale.
+                self._waiting = _copied(waiting)  # without what a way has left there that came to nothing
+                # Why an operand cannot take the scale says more than why its detour, a transfer with a skip, was refused.
                 if refused is None or transfer.skip is None:
                     refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
@@ -225,21 +306,27 @@ class Search:
             _add_branch(plan, follow(at, affine, skip))
         for at, affine in transfer.required:
             _add_branch(plan, self._ask_input(node, at, affine, depth))
+        if transfer.objection is not None:
+            raise transfer.objection
         return plan
+
+
+def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
+    return {node: _Arrivals(each.depth, {**each.affines}, {**each.values}) for node, each in waiting.items()}
 
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:
         plan.attributes[node] = transfer.attributes
     for slot, constant in transfer.constants.items():
         if isinstance(constant, Requantized):
-            plan.path[constant.node] = None
-            plan.constants.update(constant.constants())
-            plan.attributes[constant.node] = {"axis": constant.axis}
+            plan.path.update(dict.fromkeys(step for step, _ in constant.constants))
+            plan.constants.update(constant.constants)
+            plan.attributes.update({step: {"axis": axis} for step, axis in constant.axes.items()})
         else:
             plan.constants[node, slot] = constant
     if transfer.merge is not None:
@@ -251,9 +338,15 @@ def _plan_of(transfer: Transfer, node: Node) -> Plan:
     return plan
 
 
+def _crossed(node: Node, slot: int, value: Value) -> dict[Node, None]:
+    """Return the removed node behind which a reader of `value` stood, if any."""
+    read = node.required_input(slot)
+    return {read.producer: None} if read is not value and read.producer is not None else {}
+
+
 def _add_branch(plan: Plan, branch: Plan) -> None:
-    """Add what another branch changes; two branches may not meet in one node."""
-    met = next((node for node in branch.path if node in plan.path), None)
+    """Add what another branch changes; two branches may not meet in one node, nor change one that leaves."""
+    met = next((node for node in (*branch.path, *branch.alike) if node in plan.path or node in plan.alike), None)
     if met is not None:
         raise Refusal("reads-twice", f"two ways meet in {met.op} '{met.label}'")
     plan.join(branch)

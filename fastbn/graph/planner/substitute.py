@@ -30,10 +30,12 @@ FIRST_MIXED_OPSET = 14
 CONV_RANKS = (3, 4, 5)
 
 
-def kept_shift(node: Node, affine: Affine, view: GraphView, dtype: DType) -> tuple[Node, Dense]:
+def kept_shift(node: Node, affine: Affine, view: GraphView, weight_type: DType) -> tuple[Node, Dense]:
     """Return (Add, its constant): what stays of a batch normalization whose scale went away."""
     _, shift, abs_terms = affine.shaped(_rank(node, view, "the shift that would stay"))
-    constant = Dense(dtype, shift, abs_terms)
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, as the weights have but for a Cast between.
+    kind = view.kind(node.required_input(0))
+    constant = Dense(np.dtype(helper.tensor_dtype_to_np_dtype(kind)) if kind else weight_type, shift, abs_terms)
     add = _substitute(node, "Add", node.required_input(0), node.required_output(), [(BIAS, constant)])
     return add, constant
 

@@ -12,20 +12,25 @@ from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
-from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.node import Node, Shape, Value, is_complete
+from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
-from fastbn.graph.ops.quantization import dequantized, is_dequantized
+from fastbn.graph.ops.quantization import dequantized, is_quantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
-from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.row import Attribute, Strategy
+from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["GraphView"]
 
-# A value is given at most this many elements in a fold's verification where the model says its shape.
-LARGEST_PROBE = 1 << 16
+# A quantized constant of more elements is not stored as floats.
+LARGEST_WIDENED = 1 << 10
+
+# The most elements of a shape of the model that is taken as a probe shape as it is.
+LARGEST_PROBE_SHAPE = 1 << 16
 
 
 @dataclass
@@ -42,7 +47,7 @@ class GraphView:
     Attributes
     ----------
     index : model.index.Index
-        The model as it came.
+        The model as it was read.
     constants : dict of (node, input slot) -> constant
         What plans have made of constants.
     removed : dict of node -> value
@@ -68,7 +73,7 @@ class GraphView:
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
 
-    # ---- the model as it came ----
+    # ---- the model as it was read ----
 
     @property
     def opset(self) -> int:
@@ -77,11 +82,15 @@ class GraphView:
 
     def constant(self, value: Value | None) -> Tensor | None:
         """Return the constant that a value of the original always is, or None."""
-        return None if value is None else self.index.constant(value)
+        return None if value is None else self.index.constant(value, infer=True)
 
     def is_overridable(self, value: Value) -> bool:
         """Say whether a caller of the model may override an initializer."""
         return self.index.is_overridable(value)
+
+    def why_no_constant(self, value: Value) -> str:
+        """Return why a value is no constant, as the end of a sentence about it."""
+        return self.index.why_no_constant(value)
 
     def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
@@ -102,6 +111,14 @@ class GraphView:
             self._shapes[value] = shape
         return self._shapes[value]
 
+    def sizes(self, value: Value | None) -> Sizes | None:
+        """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
+        return None if value is None else self.index.sizes(value)
+
+    def elements(self, value: Value | None) -> list[Size] | None:
+        """Return the elements of a list of integers as far as they are known, None where not even their number is."""
+        return None if value is None else self.index.elements(value)
+
     def rank(self, value: Value | None) -> int | None:
         """Return the rank of a value, or None."""
         shape = self.shape(value)
@@ -113,9 +130,14 @@ class GraphView:
         if known is None:
             return None
         shape = tuple(2 if size is None else size for size in known)
-        if math.prod(shape) > LARGEST_PROBE:
+        if math.prod(shape) > LARGEST_PROBE_SHAPE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
+
+    def is_open(self) -> bool:
+        """Say whether a graph input leaves a size open that the caller could give."""
+        inputs = [value for value in self.index.main.values.values() if value.is_input and value.initializer is None]
+        return any(value.name not in self.index.input_shapes and not is_complete(self.declared_shape(value)) for value in inputs)
 
     def check(self, node: Node) -> None:
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
@@ -149,7 +171,7 @@ class GraphView:
             try:
                 self.check(node)
             except Refusal:
-                return None  # what this opset does not know is no affine
+                return None  # an operator that this opset does not have is no affine
         try:
             return row.lift(node, self)
         except Refusal as refusal:
@@ -172,7 +194,7 @@ class GraphView:
         root = value
         while root.producer in self.removed:
             root = self.removed[root.producer]
-        while value is not root and value.producer is not None:  # the next one who asks goes there in one step
+        while value is not root and value.producer is not None:  # path compression: later calls reach the root in one step
             following = self.removed[value.producer]
             self.removed[value.producer] = root
             value = following
@@ -232,7 +254,7 @@ class GraphView:
         self._refused[node] = len(self.owner), len(self.removed), strategy != "plain"
 
     def is_refused(self, node: Node, strategy: Strategy) -> bool:
-        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        """Say whether this search has been refused already and nothing has changed since."""
         return self._refused.get(node) == (len(self.owner), len(self.removed), strategy != "plain")
 
     def apply(self, plan: Plan) -> None:
@@ -248,7 +270,7 @@ class GraphView:
             plan = plan.joined
         return plan
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes of a node that plans set."""
         return self.owner[node].attributes.get(node, {}) if node in self.owner else {}
 
@@ -268,9 +290,13 @@ class GraphView:
 
     def weight(self, node: Node, slot: int) -> Constant:
         """Return the constant weight at a slot; raises Refusal where it is none."""
-        constant = self.tensor(node, slot) or dequantized(node, slot, self)
         value = node.input(slot)
         name = "" if value is None else value.name
+        constant = self.constants.get((node, slot)) or dequantized(node, slot, self)
+        if constant is None:
+            constant = self.constant(value)
+            if constant is not None and is_quantized(value):
+                raise Refusal("quantised", f"the quantized weight '{name}' of {node.op} '{node.label}' has no step that takes a scale")
         if constant is not None:
             if dtype_name(constant.dtype) not in DTYPES:
                 raise Refusal("unsupported-type", f"the weight '{name}' of {node.op} '{node.label}' is {constant.dtype}")
@@ -283,21 +309,29 @@ class GraphView:
                 "--freeze-inputs makes it a constant"
             )
             raise Refusal("overridable-weight", sentence)
-        fate = "is too large to be evaluated here" if self.index.is_too_large(value) else "is computed when the model runs"
-        raise Refusal("dynamic-weight", f"the weight '{name}' of {node.op} '{node.label}' {fate}")
+        raise Refusal("dynamic-weight", f"the weight '{name}' of {node.op} '{node.label}' {self.why_no_constant(value)}")
 
     def dense(self, node: Node, slot: int) -> Dense:
         """Return the constant at a slot in float64."""
-        return Dense.of(self.weight(node, slot))
+        constant, value = self.tensor(node, slot), node.input(slot)
+        if constant is None or dtype_name(constant.dtype) not in DTYPES:
+            return Dense.of(self.weight(node, slot))  # which refuses it
+        if value is not None and math.prod(constant.shape) > LARGEST_WIDENED and not self.is_changed(node, slot) and is_quantized(value):
+            raise Refusal("quantised", f"the quantized constant '{value.name}' of {node.op} '{node.label}' would be stored as floats")
+        return Dense.of(constant)
 
-    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
-        """Return the bias at a slot in float64, which must have this shape; zeros where it is absent."""
+    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
+        """Return the bias at a slot, which must have this shape, in float64; zeros where it is absent.
+
+        Where a DequantizeLinear gives it, it comes as it is: it must stay quantized.
+        """
         if not self.has(node, slot):
             return Dense.zeros(shape, dtype)
         value = node.input(slot)
-        if value is not None and self.tensor(node, slot) is None and is_dequantized(node, slot):
-            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantized: no scale of it holds the shift")
-        bias = self.dense(node, slot)
+        quantized = None if self.is_changed(node, slot) else dequantized(node, slot, self)
+        if quantized is None and value is not None and not self.is_changed(node, slot) and is_quantized(value):
+            raise Refusal("quantised", f"the quantized bias '{value.name}' of {node.op} '{node.label}' has no step that takes a scale")
+        bias = quantized or self.dense(node, slot)
         if bias.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {bias.shape}", node.label))
         return bias

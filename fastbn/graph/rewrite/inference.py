@@ -65,7 +65,7 @@ class _Conversion:
         self._clean()
         is_changed = any(self.changed.values())
         made = self.source.derived(self.proto if is_changed else None)
-        made.inference = InferenceForm(is_changed, [name for names in self.changed.values() for name in names], self.left)
+        made.inference = InferenceForm([name for names in self.changed.values() for name in names], self.left)
         made.notes = (*self.source.notes, *self._notes())
         return made
 
