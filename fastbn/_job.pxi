@@ -2,7 +2,7 @@
 
 
 cdef int check_address(const void *address, int64_t elements, str where) except -1:
-    """Raise where elements have no memory, as those of a tensor that only stands for others: 0 means None to the kernels."""
+    """Raise where there are elements at address 0, as in a tensor without memory of its own: to the kernels 0 means None."""
     if address is NULL and elements:
         raise RuntimeError(f"Expected memory, got address 0 for {elements} elements - at `{where}`")
     return 0

@@ -124,4 +124,6 @@ Exchange: TypeAlias = Callable[[FloatArray], Iterable[npt.ArrayLike]]
 class Communicator(Protocol):
     """What shares arrays between processes, such as a communicator of mpi4py."""
 
-    def allgather(self, values: FloatArray, /) -> Iterable[npt.ArrayLike]: ...
+    def allgather(self, values: FloatArray, /) -> Iterable[npt.ArrayLike]:
+        """Return the arrays of all processes, in the order of the ranks."""
+        ...

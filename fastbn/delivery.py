@@ -235,7 +235,7 @@ class Delivery:
         from fastbn.graph.rewrite.destination import is_stream
         from fastbn.graph.rewrite.replacement import atomic
 
-        # Places are taken in order, but what goes through a device or a pipe goes first: it may be full, and the model is to stand last.
+        # In this order when the block ends: what goes through a device or a pipe, because that may fail, then the model, then other files.
         with contextlib.ExitStack() as after, contextlib.ExitStack() as files, contextlib.ExitStack() as before:
             data = model.to_bytes() if model is not None and self.target == STREAM else None
             if model is not None:

@@ -12,10 +12,16 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["DTYPES", "dtype_code", "dtype_name"]
+__all__ = ["DTYPES", "LEAST_NORMAL", "UNIT", "dtype_code", "dtype_name"]
 
 # dtype name -> its number in fbn_dtype. NumPy knows bfloat16 by name once ml_dtypes is imported; nothing here needs to import it.
 DTYPES: dict[str, int] = _native.dtype_codes()
+
+# dtype name -> its unit roundoff, half the distance from 1 to the next larger number.
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+# dtype name -> its least normal number.
+LEAST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 
 @cache

@@ -123,12 +123,24 @@ class BatchNorm:
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Normalize with the statistics of each batch from here on; return self."""
+        """Normalize with the statistics of each batch from here on; return self.
+
+        Examples
+        --------
+        >>> BatchNorm(3).eval().train().training
+        True
+        """
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Normalize with the running statistics from here on; return self."""
+        """Normalize with the running statistics from here on; return self.
+
+        Examples
+        --------
+        >>> BatchNorm(2, eps=0.0).eval()(np.array([[1.0, 5.0]])).tolist()
+        [[1.0, 5.0]]
+        """
         return self.train(False)
 
     @overload
@@ -305,6 +317,7 @@ class BatchNorm:
         names = set(self.state_dict())
         if unknown := set(state) ^ names - ({"num_batches_tracked"} - set(state)):
             raise ArgumentError(expected(f"the names {', '.join(sorted(names))}", f"{', '.join(sorted(state))}", sorted(unknown)[0]))
+        # A checker lets a State be read by literal names alone.
         arrays = cast("Mapping[str, ArrayLike]", state)
         vectors = {name: _vector(arrays[name], name, self.num_features) for name in _ARRAYS if name in names}
         count = self.num_batches_tracked

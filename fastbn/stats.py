@@ -72,7 +72,13 @@ class BatchStats:
 
     @property
     def var(self) -> FloatArray:
-        """The biased variance, m2 / count, of shape (C,); zeros where there are no values."""
+        """The biased variance, m2 / count, of shape (C,); zeros where there are no values.
+
+        Examples
+        --------
+        >>> BatchStats(4, [0.0], [8.0]).var.tolist()
+        [2.0]
+        """
         return self.m2 / max(self.count, 1)
 
     def merge(self, other: BatchStats) -> BatchStats:

@@ -26,7 +26,7 @@ def open_streams() -> set[str]:
         try:
             os.fstat(number)
         except OSError:
-            # The system gives the lowest free number; a child process is to find all three as well.
+            # os.open takes the lowest free descriptor, which is this one. Child processes inherit it, so that they find all three open.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             closed.add(name)
         if getattr(sys, name) is None:

@@ -52,7 +52,7 @@ def batch_norm(
     weight, bias : Tensor of shape (C,) or None
         gamma and beta, of any of the four types; float32 beside bfloat16 data keeps their precision.
     training : bool
-        Normalise with the statistics of the batch.
+        Normalize with the statistics of the batch.
     momentum : float
         The weight of this batch in the running statistics.
     eps : float
@@ -268,7 +268,7 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
     Returns
     -------
     torch.nn.Module
-        The same object. Modules change their class and nothing else: parameters, buffers, hooks, the training flag and what optimisers
+        The same object. Modules change their class and nothing else: parameters, buffers, hooks, the training flag and what optimizers
         hold stay as they are.
 
     Raises

@@ -15,7 +15,7 @@ enum { LANES = 8 };
  *   otherwise                          lane j of 8 adds elements j, j+8, ... of every plane; those behind the last whole 8 go to lane 0;
  *                                      the lanes are added in their order
  *
- * n values so lose at most n * 2^-53 of the sum of their sizes. docs/numerics.md: two-pass statistics. */
+ * The error of a sum is at most n * 2^-53 times the sum of the sizes of its terms. docs/numerics.md: two-pass statistics. */
 #define SUMS(DTYPE, name, T)                                                                                                               \
     static void sums_side_by_side_##name(double *sum_d, double *sum_dd, const double *center, const T *x, const fbn_job *job,              \
                                          int64_t channels) {                                                                               \

@@ -223,8 +223,7 @@ static fbn_run new_backward(const fbn_job *job, void *work) {
     fbn_run run = {.reduce_op = FBN_GRAD_REDUCE, .map_op = FBN_GRAD_INPUT, .finish = finish_backward, .independent = job->frozen};
     fbn_plan_job(&run.plan, job, work);
     const double one_over_count = 1 / (double)job->count;
-    /* z is recomputed for its activation, and a frozen map begins before the sums are finished; else the center is all that is needed yet.
-     */
+    /* An activation needs z, and a frozen map begins before the sums are finished. Otherwise only the center is needed here. */
     const int needs_affine = job->frozen || job->activation != FBN_NO_ACTIVATION;
     for (int64_t c = 0; c < job->C; c += FBN_CHANNEL_BLOCK) {
         const int count = job->C - c < FBN_CHANNEL_BLOCK ? (int)(job->C - c) : FBN_CHANNEL_BLOCK;

@@ -9,7 +9,7 @@ static void *element(const fbn_tensor *tensor, int64_t bytes, int64_t n, int64_t
 }
 
 /* A piece that begins at sample n, channel c, position s, its rows `step` samples (along_n) or positions of a plane apart; what is not set
- * here is 0. Field by field: a whole fbn_piece that is returned or assigned is copied, which shows where a plane is short. */
+ * here is 0. Set field by field: returning or assigning a whole fbn_piece copies it, which costs time where planes are short. */
 static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64_t c, int64_t s, int along_n, int64_t step) {
     const fbn_job *job = plan->job;
     const int64_t bytes = plan->element_bytes;

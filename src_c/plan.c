@@ -173,7 +173,7 @@ static void cut(fbn_plan *plan) {
         plan->reduction.fused = 0;
 }
 
-/* Lays the scratch out from `work` and returns its bytes. In integers, because there may be no memory yet. */
+/* Lays the scratch out from `work` and returns its bytes. Addresses are integers here, because `work` may be NULL. */
 static int64_t lay_out(fbn_plan *plan, void *work) {
     fbn_scratch *scratch = &plan->scratch;
     const int64_t C = plan->job->C, constant = plan->constant_bytes;

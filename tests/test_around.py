@@ -140,3 +140,52 @@ def test_a_chain_before_the_norms_does_not_pass():
             **norm(4),
         )
     )
+
+
+def test_another_reader_of_what_takes_the_operand_keeps_it():
+    # It could undo a scale and a shift, but not what the center adds.
+    nodes = f"x = Tanh(u) c = {FULL} d = Add(c, x) {NORM} n = BatchNormalization(c, s2, t2, m2, v2) z = Sigmoid(n) w = Sigmoid(x)"
+    text = f"(float[2,4,6,6] u) => (float y, float z, float w) {{ {nodes} }}"
+    refused = fastbn.fold(model(text, full=WEIGHTS["full"], b=WEIGHTS["b"], **norm(4), **norm(4, "2", seed=7)), verify=False)
+    assert codes(refused) == {"other-readers": 2}
+
+
+def test_a_quantized_convolution_takes_no_operand():
+    nodes = f"w = DequantizeLinear <axis = 0> (q, k) c = Conv <pads = [1,1,1,1]> (x, w) d = Add(c, x) {NORM}"
+    quantized = np.random.default_rng(0).integers(-100, 100, (4, 4, 3, 3)).astype(np.int8)
+    result = fastbn.fold(around(nodes, q=quantized, k=np.full(4, 0.01, np.float32), **norm(4, positive=True)))
+    assert not result.folded
+
+
+def test_a_part_that_a_body_normalizes_stays():
+    body = "then_branch = a () => (float o) { o = BatchNormalization(p1, s, t, m, v) }, else_branch = e () => (float i) { i = Neg(x) }"
+    nodes = f"c = Gemm(x, w) p0, p1 = Split(c, k) y = {PART.format('p0')} z = If <{body}> (f)"
+    text = f"(float[4,4] x, bool f) => (float y, float z) {{ {nodes} }}"
+    result = fastbn.fold(model(text, w=normal(4, 4), k=np.full(2, 2, np.int64), **norm(4)), verify=False)
+    assert codes(result) == {"other-outputs": 1, "crosses-scope": 1}
+
+
+def test_a_part_that_takes_the_affine_does_not_leave_with_it():
+    text = f"""(float[4,5] x) => (float y) {{
+        c = MatMul(x, w)
+        n = {PART.format("c")}
+        p0, p1 = Split <axis = 0> (n, k)
+        n1 = {PART.format("p1")}
+        d = Concat <axis = 0> (p0, n1)
+        y = Gemm(d, w2)
+    }}"""
+    proto = model(text, w=normal(5, 4), w2=normal(4, 3), k=np.full(2, 2, np.int64), **norm(4))
+    assert codes(fastbn.fold(proto, verify=False)) == codes(fastbn.fold(proto)) == {"other-outputs": 1}
+
+
+def test_the_bound_of_a_minimum():
+    """What Min rounds is as large as the larger of what it compares."""
+    least = np.full((4, 1, 1), 1e-6, np.float32)
+    text = f"(float[2,4,6,6] u) => (float y) {{ x = Conv <pads = [1,1,1,1]> (u, full, b) d = Min(x, k) {NORM} }}"
+    folds(model(text, full=WEIGHTS["full"], b=WEIGHTS["b"], k=least, **norm(4, positive=True)), "Conv Min")
+
+
+def test_a_deformed_convolution_of_constant_offsets():
+    text = "(float[1,4,5,5] u) => (float y) { x = Relu(u) n = Mul(x, k) y = DeformConv <pads = [1,1,1,1]> (n, full, o) }"
+    changes = {"k": np.full((4, 1, 1), 3, np.float32), "o": 3 * normal(1, 18, 5, 5), "full": WEIGHTS["full"]}
+    folds(model(text, opset=19, **changes), "Relu DeformConv")

@@ -1,4 +1,4 @@
-"""Every row of the table of carriers: lets the affine pass when it may, refuses with the right code when it may not, in both directions."""
+"""Operators that let an affine pass, in both directions: PASSES where they may, STAYS, with the code of the refusal, where they may not."""
 
 import numpy as np
 import onnx
@@ -37,13 +37,13 @@ def forward(nodes, *, x="2,4,6,6", w, positive=False, shift=True, opset=17, **co
     return model(text, opset=opset, w=w, **parameters, **constants)
 
 
-def repeated(nodes, **constants):
-    """Return what `backward` does with a norm whose second half of channels is like the first."""
+def repeated(nodes, *, times=2, **constants):
+    """Return what `backward` does with a norm whose channels are a first part, repeated."""
     proto = backward(nodes, **constants)
     for tensor in proto.graph.initializer:
         if tensor.name in "stmv":
             values = onnx.numpy_helper.to_array(tensor)
-            tensor.raw_data = np.tile(values[: values.size // 2], 2).tobytes()
+            tensor.raw_data = np.tile(values[: values.size // times], times).tobytes()
     return proto
 
 
@@ -57,9 +57,9 @@ W4 = normal(5, 4, 2, 2)
 # The one window of a single element takes what is before it and what is behind it.
 SPREAD = "<kernel_shape = [2,2], dilations = [2,2], pads = [1,1,1,1]>"
 
-# name -> model whose norm goes.
 SWAP, REVERSED = "Transpose <perm = [0,2,1,3]>", "ReverseSequence <time_axis = 1, batch_axis = 0>"
 
+# name -> model whose norm goes.
 PASSES = {
     "Identity": backward("d = Identity(c)"),
     "Cast to the same type": backward("d = Cast<to = 1>(c)"),
@@ -157,6 +157,11 @@ PASSES = {
     "Resize forward": forward("d = Resize(n, , k)", w=W4, k=np.float32([1, 1, 2, 2])),
     "DepthToSpace DCR": backward("d = DepthToSpace <blocksize = 2> (c)", channels=2, w=normal(8, 3, 3, 3)),
     "DepthToSpace CRD": backward('d = DepthToSpace <blocksize = 2, mode = "CRD"> (c)', channels=2, w=normal(8, 3, 3, 3)),
+    "SpaceToDepth": repeated("d = SpaceToDepth <blocksize = 2> (c)", times=4, channels=16),
+    "SpaceToDepth forward": forward("d = SpaceToDepth <blocksize = 3> (n)", w=normal(5, 36, 2, 2)),
+    "SpaceToDepth of one number": forward(
+        "e = Reshape(n, k) d = SpaceToDepth <blocksize = 2> (e)", x="2,1,6,6", w=normal(5, 8, 2, 2), k=ints(1, 2, 6, 6)
+    ),
     "Expand": backward("p = GlobalAveragePool(c) d = Expand(p, k)", k=ints(2, 4, 3, 3)),
     "Expand by an axis": backward(
         "e = Transpose <perm = [1,0,2,3]> (c) f = Expand(e, k) d = Transpose <perm = [2,1,0,3,4]> (f)", k=ints(3, 4, 2, 6, 6)
@@ -290,6 +295,14 @@ STAYS = {
         ),
     ),
     "DepthToSpace forward": ("axis", forward("d = DepthToSpace <blocksize = 2> (n)", w=normal(5, 1, 2, 2))),
+    "SpaceToDepth of channels that differ": ("axis", backward("d = SpaceToDepth <blocksize = 2> (c)", channels=16)),
+    "SpaceToDepth of the space": (
+        "axis",
+        backward(
+            "e = Transpose <perm = [0,2,1,3]> (c) f = SpaceToDepth <blocksize = 2> (e) g = DepthToSpace <blocksize = 2> (f)"
+            " d = Transpose <perm = [0,2,1,3]> (g)"
+        ),
+    ),
     "Expand of the channels": ("axis", backward("d = Expand(c, k)", w=normal(1, 3, 3, 3), k=ints(2, 4, 6, 6))),
     "Pad with zeros": ("padding", backward("d = Pad(c, k)", k=ints(0, 0, 1, 1, 0, 0, 1, 1))),
     "Pad with ones": ("padding", backward("d = Pad(c, k, o)", shift=False, k=ints(0, 0, 1, 1, 0, 0, 1, 1), o=np.float32(1))),

@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from lower floors, and onnx and onnxruntime only where they belong."""
+"""Floors of files: each imports only from lower ones, and onnx and onnxruntime only where they belong; CONTRIBUTING.md names every file."""
 
 import ast
 import re
@@ -34,6 +34,7 @@ FLOORS = [
     ["graph.reasons", "graph.ranges", "graph.model.nesting", "graph.model.storage", "graph.ops.affine"],
     ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination"],
     ["graph.report", "graph.model.constant", "graph.ops.shape_rules", "graph.rewrite.workdir"],
+    ["graph.model.quantized"],
     ["graph.ops.row", "graph.rewrite.replacement", "graph.rewrite.data_files"],
     ["graph.ops.placing", "graph.ops.weighted"],
     [
@@ -51,6 +52,8 @@ FLOORS = [
     ],
     ["graph.ops.elementwise"],
     ["graph.ops.registry"],
+    ["graph.model.evaluation"],
+    ["graph.model.extent"],
     ["graph.model.expressions"],
     ["graph.model.sizes"],
     ["graph.model.cropping"],
@@ -193,16 +196,17 @@ def test_only_the_dependencies_are_imported(name):
         assert module.split(".")[0] in allowed
 
 
-# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one room; isa_<name>.c are all "isa".
+# The floors of the C files, as CONTRIBUTING.md states them. A .c, a .h and an .inc of one name are one unit; isa_<name>.c are all "isa".
 ROOT = Path(__file__).resolve().parent.parent
-C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)[1].split("<")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", CONTRIBUTING, re.MULTILINE)[1].split("<")
 C_FLOOR = {name: number for number, floor in enumerate(C_FLOORS) for name in re.findall(r"\w+", floor)}
 C_FILES = {path.name: path for path in sorted((ROOT / "src_c").iterdir())}
 C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
 C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string"}
 
 
-def c_room(file):
+def c_unit(file):
     stem = file.rpartition(".")[0]
     return "isa" if stem.startswith("isa_") else stem
 
@@ -212,16 +216,24 @@ def c_included(name):
     yield from re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', C_FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_contributing_names_every_file():
+    tree = re.search(r"^    src_c/.*\n(?:    .+\n)+", CONTRIBUTING, re.MULTILINE)[0]
+    named = set(re.findall(r"[\w.]+", tree))
+    python = {path.name for path in FILES.values()} - {"__init__.py", "__main__.py"}
+    assert python <= named
+    assert {c_unit(name) for name in C_FILES} <= {file.split(".")[0] for file in named} | {"isa"}
+
+
 def test_every_c_file_stands_on_a_floor():
-    assert {c_room(name) for name in C_FILES} == set(C_FLOOR)
+    assert {c_unit(name) for name in C_FILES} == set(C_FLOOR)
     assert len(C_FLOORS) > 5
 
 
 @pytest.mark.parametrize("name", C_FILES)
 def test_a_c_file_includes_only_from_lower_floors(name):
     for bracket, file in c_included(name):
-        if bracket == '"' and c_room(file) != c_room(name):
-            assert C_FLOOR[c_room(file)] < C_FLOOR[c_room(name)], f"{name} includes {file}"
+        if bracket == '"' and c_unit(file) != c_unit(name):
+            assert C_FLOOR[c_unit(file)] < C_FLOOR[c_unit(name)], f"{name} includes {file}"
 
 
 @pytest.mark.parametrize("name", C_FILES)
@@ -234,3 +246,11 @@ def test_c_includes_nothing_but_libc_libm_pthreads_and_vectors(name):
 def test_no_c_file_has_the_name_of_a_header_of_the_system(name):
     """src_c is searched before the directories of the system: threads.h would hide C11's own from Python's headers."""
     assert name.rpartition(".")[0] not in C_STANDARD | C_SYSTEM | {"assert", "errno", "float", "limits", "stdbool", "threads", "time"}
+
+
+def test_contributing_shows_every_file():
+    """The tree of the page for contributors."""
+    tree = CONTRIBUTING.split("## The house")[1].split("Every file stands on a floor")[0]
+    shown = set(re.findall(r"[\w.<>]+", tree))
+    files = {path for ending in ("py", "pyi", "pyx", "pxi") for path in (ROOT / "fastbn").rglob(f"*.{ending}") if path.stem[:2] != "__"}
+    assert sorted(path.relative_to(ROOT).as_posix() for path in files if path.name not in shown) == []

@@ -17,8 +17,9 @@ from test_normalization import BEHIND, behind, deformable
 import fastbn
 from fastbn.graph import job
 from fastbn.graph.model import storage
-from fastbn.graph.model.constant import Dense, Requantized
+from fastbn.graph.model.constant import Dense
 from fastbn.graph.model.index import Index
+from fastbn.graph.model.quantized import SCALE, Dequantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.parity.fold_parity import FoldParity
@@ -224,10 +225,14 @@ def test_a_wrong_scale_of_a_quantized_weight_is_caught(change, monkeypatch):
     assert right.folded
     assert right.parity.ok
 
-    def wrong(self):
-        return {(self.node, 1): replace(self.scale, values=change(self.scale.values))}
+    stepped = Dequantized._stepped
 
-    monkeypatch.setattr(Requantized, "constants", wrong)
+    def wrong(self, *given):
+        right = stepped(self, *given)
+        scale = right.constants[self.node, SCALE]
+        return replace(right, constants={**right.constants, (self.node, SCALE): replace(scale, values=change(scale.values))})
+
+    monkeypatch.setattr(Dequantized, "_stepped", wrong)
     spoiled = fastbn.fold(data, verify=False)
     assert spoiled.folded
     assert spoiled.to_bytes() != right.to_bytes()

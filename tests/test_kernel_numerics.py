@@ -98,7 +98,7 @@ def test_a_scaled_weight_is_rounded_once_or_all_but_once():
     weight, scale = rng.standard_normal(20_000).astype(np.float32), rng.standard_normal(20_000)
     for w, s, got in zip(weight.tolist(), scale.tolist(), scaled(weight, scale), strict=True):
         error = abs(Fraction(w) * Fraction(s) - Fraction(float(got))) / Fraction(float(np.spacing(np.abs(got))))
-        assert error <= Fraction(1, 2) + Fraction(1, 2**29)
+        assert error <= Fraction(1, 2) + Fraction(1, 2**30)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)], ids=lambda dtype: dtype.name)

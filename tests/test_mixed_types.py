@@ -63,3 +63,22 @@ def test_offsets_of_a_deformable_convolution_keep_their_signs():
     proto = deformable(nodes, **norm(4))
     (fold,) = fastbn.fold(proto).folded
     assert fold.error < 0.5 * fold.bound
+
+
+def test_a_shift_that_stays_has_the_type_of_its_data_behind_a_cast():
+    nodes = "c = MatMul(x, w) d = Cast <to = 11> (c) n = BatchNormalization(d, s, t, m, v) e = Cast <to = 1> (n) y = Tanh(e)"
+    proto = model(f"(float[4,5] x) => (float y) {{ {nodes} }}", w=normal(5, 4), **norm(4, dtype=np.float64))
+    folds(proto, "MatMul Cast Add Cast Tanh")
+
+
+def test_what_a_cast_rounds_counts_where_no_narrow_constant_does():
+    nodes = f"""
+        h = Cast <to = {HALF}> (x)
+        a = BatchNormalization(h, s2, t2, m2, v2)
+        e = Cast <to = 1> (a)
+        n = BatchNormalization(e, s, t, m, v)
+        y = Tanh(n)
+        z = Conv(e, w)"""
+    proto = model(f"(float[2,4,6] x) => (float y, float z) {{ {nodes} }}", w=normal(5, 4, 1), **norm(4), **norm(4, "2", dtype=np.float16))
+    (kept,) = fastbn.fold(proto).kept
+    assert kept.bn == "a"

@@ -95,3 +95,14 @@ def test_per_element_on_images_stays_and_the_repair_is_named():
     text = "(float[2,3,6,6] x) => (float y) { c = Conv(x, w) y = BatchNormalization <spatial = 0> (c, s, t, m, v) }"
     sentence = refuses(model(text, opset=8, w=normal(4, 3, 3, 3), **norm(4)), "per-element")
     assert "spatial=1 is the repair" in sentence
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 4), (6, 4)])
+def test_a_bias_of_another_shape_than_the_scale(shape):
+    text = f"(float[2,6,4] x) => (float y) {{ e = LayerNormalization(x, g, h) c = Transpose <perm = [0,2,1]> (e) {NORM} }}"
+    folds(model(text, g=S, h=normal(*shape), **norm(4)), "LayerNormalization Transpose")
+
+
+def test_a_bias_that_would_outgrow_both():
+    text = f"(float[2,6,4] x) => (float y) {{ c = LayerNormalization <axis = 1> (x, g, h) {NORM} }}"
+    refuses(model(text, g=normal(6, 1), h=S, **norm(6)), "grows")

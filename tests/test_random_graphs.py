@@ -33,6 +33,7 @@ class Graph:
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
+        self.expressions = np.random.default_rng([seed, 1])
         self.opset = int(self.rng.choice(OPSETS))
         self.nodes, self.constants, self.shapes = [], [], {}
         shape = [(2, 4, 6, 6), (2, 6, 5, 5), (2, 4, 8), (2, 3, 8), (3, 8), (4, 4, 4), (2, 2, 4, 4), (2, 8, 4, 4)][self.rng.integers(8)]
@@ -70,7 +71,57 @@ class Graph:
         return name
 
     def weight(self, *shape, fan_in=1):
-        return self.constant((self.rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32))
+        values = (self.rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+        kinds = ["computed", "quantized", "quantizer"] if self.opset >= 13 and len(shape) > 1 else ["computed"]
+        if self.expressions.random() < 0.75:
+            return self.constant(values)
+        return getattr(self, kinds[int(self.expressions.integers(len(kinds)))])(values)
+
+    def computed(self, values):
+        """Return a weight that nodes compute from constants."""
+        rng = self.expressions
+        other = rng.uniform(0.5, 2, (values.shape[0], *[1] * (values.ndim - 1))).astype(np.float32)
+        kind = int(rng.integers(4))
+        if kind == 0:  # weight normalization
+            return self.node(
+                "Mul", [self.node("Div", [self.constant(values * other), self.constant(other)], None), self.constant(other)], None
+            )
+        if kind == 1:  # an update of low rank
+            first, second = rng.normal(size=(values.shape[0], 2)), rng.normal(size=(2, values.size // values.shape[0]))
+            product = self.node("MatMul", [self.constant(each.astype(np.float32) / 8) for each in (first, second)], None)
+            update = self.node("Reshape", [product, self.ints(*values.shape)], None)
+            return self.node("Add", [self.constant(values), update], None)
+        if kind == 2:
+            return self.node("Cast", [self.constant(values.astype(np.float64))], None, to=TensorProto.FLOAT)
+        return self.node(
+            "Where", [self.constant(rng.random(values.shape) < 0.9), self.constant(values), self.constant(np.float32(0))], None
+        )
+
+    def steps(self, values):
+        """Return (inputs behind the first of a QuantizeLinear of these values, its attributes, integers)."""
+        rng = self.expressions
+        dtype = [np.int8, np.uint8][int(rng.integers(2))]
+        axis = int(rng.integers(values.ndim)) if rng.random() < 0.6 else None
+        along = tuple(at for at in range(values.ndim) if at != axis)
+        largest = np.abs(values).max() if axis is None else np.abs(values).max(along)
+        scale = np.asarray(np.maximum(largest, 0.01) / 110, np.float32)
+        zero = np.full(scale.shape, 128 if dtype == np.uint8 else rng.integers(-2, 3), dtype)
+        full = [1] * values.ndim if axis is None else [-1 if at == axis else 1 for at in range(values.ndim)]
+        integers = np.clip(
+            np.rint(values / scale.reshape(full)) + zero.reshape(full).astype(int),
+            -128 + 128 * (dtype == np.uint8),
+            255 * (dtype == np.uint8) or 127,
+        )
+        return [self.constant(scale), self.constant(zero)], {} if axis is None else {"axis": axis}, integers.astype(dtype)
+
+    def quantized(self, values):
+        inputs, attributes, integers = self.steps(values)
+        return self.node("DequantizeLinear", [self.constant(integers), *inputs], None, **attributes)
+
+    def quantizer(self, values):
+        inputs, attributes, _ = self.steps(values)
+        quantized = self.node("QuantizeLinear", [self.constant(values), *inputs], None, **attributes)
+        return self.node("DequantizeLinear", [quantized, *inputs], None, **attributes)
 
     def factor(self, *shape):
         sign = 1 if self.chance(0.6) else self.rng.choice([-1, 1], shape)
@@ -408,6 +459,11 @@ class Graph:
         attributes = {"mode": self.one(["DCR", "CRD"])} if self.opset >= 11 else {}
         self.node("DepthToSpace", [x], (shape[0], shape[1] // 4, 2 * shape[2], 2 * shape[3]), blocksize=2, **attributes)
 
+    def space_to_depth(self, x):
+        shape = self.shapes[x]
+        if len(shape) == 4 and shape[2] % 2 == 0 and shape[3] % 2 == 0:
+            self.node("SpaceToDepth", [x], (shape[0], shape[1] * 4, shape[2] // 2, shape[3] // 2), blocksize=2)
+
     def expand(self, x):
         shape = self.shapes[x]
         after = [2 if size == 1 else size for size in shape]
@@ -482,7 +538,7 @@ ABSORB = ["conv", "conv", "conv_transpose", "gemm", "matmul", "matmul", "recurre
 AFFINE = ["batch_norm", "batch_norm", "elementwise"]
 CARRY = [
     *["combine", "concat", "reshape", "reshape", "activation", "transpose", "pool", "reduce", "split", "choose"] * 2,
-    *["dropout", "resize", "depth_to_space", "expand", "pad", "elementwise"],
+    *["dropout", "resize", "depth_to_space", "space_to_depth", "expand", "pad", "elementwise"],
 ]
 
 
@@ -500,7 +556,7 @@ def worst_difference(before, after):
 
 
 # A Split must find absorbers behind all its outputs, an Upsample needs an old opset: random graphs have few.
-SELDOM = {"DequantizeLinear", "Split", "Upsample", "LSTM", "GRU", "RNN", "Sum", "ReduceL1", "ReduceL2", "ReduceSum"}
+SELDOM = {"Split", "Upsample", "LSTM", "GRU", "RNN", "Sum", "ReduceL1", "ReduceL2", "ReduceSum"}
 SELDOM |= {"Abs", "Mean", "Max", "Min", "Where", "Tile", "ReverseSequence", "LpPool", "GlobalLpPool", "DeformConv"}
 SELDOM |= {"GatherElements", "GatherND"}
 SELDOM |= {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"}

@@ -1,12 +1,13 @@
 """Folded weights that round to zero: refused where a run could tell, folded where it could not. The oracle is onnxruntime."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
 from fastbn.graph.model.constant import Dense
-from fastbn.graph.planner.representable import LARGEST_INPUT, flushed_channels
+from fastbn.graph.planner.representable import LARGEST_INPUT, ROUNDING, flushed_channels
 
 CONV = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
 BEFORE = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Conv(n, w, b) }}"
@@ -103,3 +104,36 @@ def test_what_is_lost_is_not_more_than_rounding(dtype):
     assert (lost[passed].sum(axis=1) * LARGEST_INPUT <= allowed[passed]).all()
     assert (lost[channels].sum(axis=1) * LARGEST_INPUT > allowed[channels]).all()
     assert min(len(channels), (lost[passed].sum(axis=1) > 0).sum()) > 100
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_the_rounding_of_each_type(name):
+    kind = ml_dtypes.finfo(name)
+    assert ROUNDING[name] == (float(kind.eps) / 2, float(kind.smallest_normal))
+
+
+def half(values):
+    return np.asarray(values, np.float16)
+
+
+def scaling(channels, scale):
+    """Return the parameters of a normalization that only scales."""
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    return {"s": half(ones * scale), "t": half(zeros), "m": half(zeros), "v": half(ones)}
+
+
+def test_a_weight_without_a_bias_has_nothing_to_hide_it():
+    """3 * 1e-9 * 65536 is 2e-4: more than a unit roundoff of the largest product, less than one of a bias of 1."""
+    text = "(float16[5,3] x) => (float16[5,4] y) { c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    small = model(text, w=half(np.full((3, 4), 1e-4)), **scaling(4, 1e-5))
+    assert "12 values of input 1 of MatMul 'c'" in refuses(small, "flush-to-zero")
+
+
+@pytest.mark.parametrize(
+    ("c", "beta", "left"), [(8.0, 1.0, "Gemm"), (8.0, 0.0, ""), ([[8.0], [0.0]], 1.0, ""), ([[8.0], [9.0]], 1.0, "Gemm")]
+)
+def test_the_bias_that_hides_is_the_least_of_each_column_times_beta(c, beta, left):
+    text = f"(float16[2,3] x) => (float16[2,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Gemm <beta = {beta}> (n, w, c) }}"
+    bias = half(np.broadcast_to(c, (2, 4) if isinstance(c, list) else (4,)))
+    result = fastbn.fold(model(text, w=half(np.full((3, 4), 1e-4)), c=bias, **scaling(3, 1e-4)), verify=False)
+    assert ops(result.model) == (left or "BatchNormalization Gemm")

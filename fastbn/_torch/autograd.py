@@ -80,5 +80,5 @@ class _BatchNorm(torch.autograd.Function):
         return *kernels.backward(grad, input, batch[0], batch[1], weight, bias, 0, eps, True, wanted), None
 
 
-# What Function.apply comes to where no transform of torch.func is at work, without asking for one again.
+# What Function.apply calls where no transform of torch.func is active; the caller has checked that already.
 _apply_step: Callable[[Tensor, Tensor | None, Tensor | None, _Options], Tensor] = super(torch.autograd.Function, _BatchNorm).apply

@@ -60,7 +60,7 @@ forward_ad: _ForwardAD = torch.autograd.forward_ad
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _num_threads: Callable[[], int] = torch.get_num_threads
-# Elements of a tensor whose pages cost more than keeping its memory does.
+# Tensors of this many elements and more take memory of the pool: new pages from the system would cost more.
 _LARGE = 1 << 17
 
 

@@ -20,7 +20,7 @@ PASSING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Dropout", "Quan
 PROBABILITIES = ("Softmax", "LogSoftmax")
 LINEAR = ("Gemm", "MatMul", "GlobalAveragePool", "ReduceMean")
 
-# Classes where no name speaks of them. Below that it may as well be a box, a pose or a steering angle.
+# How many scores an output may have where no name tells that they are scores. Fewer may be a box, a pose or a steering angle.
 FEWEST_CLASSES, MOST_CLASSES = 5, 100_000
 
 # Powers of two from here on are the sizes of embeddings.

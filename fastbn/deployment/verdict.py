@@ -31,7 +31,7 @@ class Verdict:
     decision: str
 
     def after(self, parity: Parity | None) -> Verdict:
-        """Return the same where a stage is shipped whose fold, by its parity, is not verified as a whole: that is said."""
+        """Return this verdict; where a stage is shipped and the parity of its fold proves nothing, its status and its sentence say so."""
         if self.shipped is None or parity is None or not parity.is_unverified:
             return self
         status: Status = "unverified" if self.status == "done" else self.status

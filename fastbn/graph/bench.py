@@ -24,7 +24,7 @@ __all__ = ["Latency", "bench", "side_by_side"]
 
 WARM_UP = 3
 
-# However slow the models are, a median and a 90th percentile take this many runs.
+# The fewest timed runs, however slow the models are: a median and a 90th percentile need them.
 FEWEST_RUNS = 5
 
 

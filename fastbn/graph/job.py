@@ -333,7 +333,7 @@ def _key(plan: Plan) -> PlanKey:
 
 def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
     """Return a plan as the result reports it; is_missed says that the comparison of the whole model does not depend on it."""
-    notes = [f"weight '{output.duplicates[node]}' is shared: duplicated" for node in plan.path if node in output.duplicates]
+    notes = [note for node in dict.fromkeys(node for node, _ in plan.constants) for note in output.growth.get(node, ())]
     if plan.replaced:
         notes.append("an Add keeps the shift")
     if check and check.note:

@@ -53,7 +53,7 @@ REASONS: dict[ReasonCode, str] = {
     # What the node itself is.
     "training": "it normalizes with the statistics of the batch, or hands them out",
     "per-element": "spatial=0: its parameters are per element, not per channel",
-    "dynamic-parameters": "a parameter is computed when the model runs",
+    "dynamic-parameters": "a parameter is computed when the model runs, or cannot be evaluated here",
     "overridable-parameters": "a parameter is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
     "bad-parameters": "a parameter is Inf or NaN, or var + eps is not positive",
     "unsupported-type": "the type is none of float32, float64, float16, bfloat16",
@@ -70,7 +70,7 @@ REASONS: dict[ReasonCode, str] = {
     "other-branch": "a node on the way joins it with a value that does not have the affine",
     "reads-twice": "a node reads the value in two places, or two ways meet in one node",
     "graph-output": "a value on the way is a graph output",
-    "dynamic-weight": "a weight on the way is computed when the model runs",
+    "dynamic-weight": "a weight on the way is computed when the model runs, or cannot be evaluated here",
     "overridable-weight": "a weight on the way is also a graph input, which a caller may override; --freeze-inputs makes it a constant",
     "quantised": "a quantized weight or bias on the way cannot take it exactly",
     "dynamic-index": "a node on the way chooses or pads by values that are no constants",

@@ -130,6 +130,12 @@ class Fold:
         Of the element of the segment with the largest error as a part of its bound: |folded - original|, and what rounding theory allows.
         None where the segment was not run; note says why.
     note : str or None
+
+    Examples
+    --------
+    >>> fold = Fold("bn1", ("BatchNormalization",), "conv1", "Conv", 64, error=1e-7, bound=5e-7)
+    >>> fold.into, fold.error < fold.bound, fold.to_dict()["channels"]
+    ('conv1', True, 64)
     """
 
     bn: str
@@ -169,6 +175,12 @@ class Kept:
         A key of `reasons.REASONS`.
     reason : str
         The reason as a sentence.
+
+    Examples
+    --------
+    >>> kept = Kept("bn1", ("BatchNormalization",), "unused", "nothing reads it")
+    >>> kept.code, kept.to_dict()["reason"]
+    ('unused', 'nothing reads it')
     """
 
     bn: str
@@ -272,6 +284,14 @@ class Parity:
         Names of the outputs, and of values inside the model, that were compared within a bound that proves something.
     missed : tuple of str
         Choices of branches in which nothing was compared.
+
+    Examples
+    --------
+    >>> parity = Parity("ok", 3, "y", (0, 2), (1.0, 1.5), error=0.5, allowed=0.75)
+    >>> parity
+    <Parity ok: worst 0.5 at y[0,2], allowed 0.75>
+    >>> parity.ok, parity.is_unverified, parity.to_dict()["index"]
+    (True, False, (0, 2))
     """
 
     status: ParityStatus

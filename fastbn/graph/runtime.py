@@ -16,10 +16,7 @@ from fastbn.graph.model.storage import Source, serialize, utf8_path
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["UNIT", "Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
-
-# The unit roundoff of each type: half the distance from 1 to the next larger number.
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+__all__ = ["Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
 
 
 # What onnxruntime says that tells a user nothing: place and signature of a function of its own, with or without a condition; that a

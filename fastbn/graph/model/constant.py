@@ -1,4 +1,4 @@
-"""Constants of a graph: as the model holds them (Tensor, Dequantized), and as a fold leaves them (Scaled, Dense, Requantized).
+"""Constants of a graph: as the model holds them (Tensor), and as a fold leaves them (Scaled, Dense).
 
 No values are computed before array() is called: weights may be gigabytes in a memory-mapped file.
 """
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 
 from fastbn.affine import WeightLayout, narrow, scale_weight
+from fastbn.dtypes import LEAST_NORMAL
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.node import Node, Use
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
 
-__all__ = ["BLOCK", "Constant", "Dense", "Dequantized", "Requantized", "Scaled", "Tensor", "broadcast_scale", "float64_of"]
+__all__ = ["BLOCK", "Constant", "DType", "Dense", "Scaled", "Tensor", "broadcast_scale", "float64_of"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -93,61 +93,6 @@ class Tensor:
     def magnitude(self) -> Array:
         """Return the values as they are: a plan moves integers (zero points) only, which are exact."""
         return self.array()
-
-
-@dataclass(frozen=True, eq=False)
-class Dequantized(Tensor):
-    """A weight behind a DequantizeLinear, (quantized - zero_point) * scale.
-
-    Parameters
-    ----------
-    node : model.Node
-        The DequantizeLinear.
-    axis : int or None
-        The axis that scale and zero_point run along; None where both are one number for the whole tensor.
-    scale : Dense
-        Of shape (steps of the axis,), or (1,).
-    zero_point : Tensor or None
-    """
-
-    node: Node
-    axis: int | None
-    scale: Dense
-    zero_point: Constant | None
-
-    def times(self, layout: WeightLayout, factor: FloatArray) -> Requantized | None:
-        """Return what becomes of the weight times a factor per (group, channel) of a layout.
-
-        None where the factor is not one positive number per step of the axis: the quantized integers could not stay as they are.
-        """
-        full = broadcast_scale(layout, factor, self.shape)
-        for axis in range(len(self.shape)) if self.axis is None else [self.axis]:
-            first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
-            if (full == full[first]).all() and (full > 0).all():
-                return self._along(axis, full[first].reshape(-1))
-        return None
-
-    def _along(self, axis: int, factor: FloatArray) -> Requantized:
-        zero = self.zero_point
-        if zero is not None and math.prod(zero.shape) == 1:
-            values = np.broadcast_to(zero.array().reshape(-1), factor.shape).copy()
-            zero = Tensor(zero.dtype, values.shape, lambda: values)
-        return Requantized(self.node, axis, Dense(self.scale.dtype, self.scale.values * factor, self.scale.abs_terms * factor), zero)
-
-
-@dataclass(frozen=True, eq=False)
-class Requantized:
-    """What becomes of a DequantizeLinear whose weight is scaled: its scale, its zero point, and the axis that both run along."""
-
-    node: Node
-    axis: int
-    scale: Dense
-    zero_point: Constant | None
-
-    def constants(self) -> dict[Use, Constant]:
-        """Return (node, slot) -> constant: what the DequantizeLinear reads afterwards."""
-        constants: dict[Use, Constant] = {(self.node, 1): self.scale}
-        return constants if self.zero_point is None else {**constants, (self.node, 2): self.zero_point}
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,12 +182,8 @@ class Scaled:
         """Return |folded weight|, no smaller than the least normal number: rounding is relative only above it."""
         values = self.array()
         np.abs(values, out=values)
-        np.maximum(values, np.array(_least_normal(values.dtype), values.dtype), out=values)
+        np.maximum(values, np.array(LEAST_NORMAL[values.dtype.name], values.dtype), out=values)
         return values
-
-
-def _least_normal(dtype: DType) -> float:
-    return {"float32": 2.0**-126, "float64": 2.0**-1022, "float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype.name]
 
 
 def float64_of(constant: Constant) -> FloatArray:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import TensorProto, helper
 
-from fastbn.errors import FastbnError, ModelError, expected
 from fastbn.graph.model.constant import Tensor
+from fastbn.graph.model.evaluation import Inputs, Key, evaluated, is_numeric, key_of
+from fastbn.graph.model.extent import is_too_slow, result_size
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
+from fastbn.graph.model.schemas import RANDOM
 from fastbn.graph.model.storage import Source, tensor_dtype
 from fastbn.graph.ops.registry import operator_row
-from fastbn.graph.runtime import session
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -30,8 +29,9 @@ LARGEST_RESULT = 1 << 24
 # The most elements of all results of a model's constant expressions together.
 LARGEST_TOTAL = 1 << 26
 
-# The session of an operator is kept for the next node like it where the inputs have no more bytes than this.
-KEPT_SESSION = 1 << 20
+# Operators whose kernels in onnxruntime 1.32 end the process for some constants, or do not end: DFT for an axis that is none,
+# TfIdfVectorizer for many skips.
+UNSAFE = ("DFT", "TfIdfVectorizer")
 
 # Attribute of a Constant node -> the type of the attribute, the dtype of the constant.
 LITERALS: dict[str, tuple[type, type[np.generic]]] = {
@@ -41,20 +41,10 @@ LITERALS: dict[str, tuple[type, type[np.generic]]] = {
     "value_ints": (list, np.int64),
 }
 
-# The IR version of models of one operator: runtimes accept it together with every opset.
-OPERATOR_IR = 8
-
-# Feeds -> outputs.
-Run: TypeAlias = "Callable[[Mapping[str, Array]], list[Array]]"
-# The inputs of a node by slot, None for an absent one.
-Inputs: TypeAlias = "Sequence[Array | None]"
-# Serialized node and types of its inputs (numbers of TensorProto): nodes with the same key give the same for the same inputs.
-Key: TypeAlias = tuple[bytes, tuple[int | None, ...]]
-
 
 def is_expression(node: Node) -> bool:
-    """Say whether the result of a node on constants is a constant: its operator is deterministic and has no bodies."""
-    return operator_row(node).result_size is not None
+    """Say whether what a node gives for constants is constant: an operator of ONNX's own without bodies that draws no random numbers."""
+    return is_standard(node.domain) and not node.scopes and node.op not in (*RANDOM, *UNSAFE)
 
 
 class Constants:
@@ -68,8 +58,10 @@ class Constants:
     source : storage.Source
     is_overridable : callable
         Value -> whether a caller may override its initializer.
-    declared : callable
-        Value -> the shape that the file itself declares, or None.
+    kind : callable
+        (value, whether shape inference may be asked) -> the type of a value as a number of TensorProto, 0 where it is not known.
+    shape : callable
+        (value, whether shape inference may be asked) -> the shape that a value always has, as far as it is known.
     """
 
     def __init__(
@@ -78,73 +70,110 @@ class Constants:
         opset: int,
         source: Source,
         is_overridable: Callable[[Value], bool],
-        declared: Callable[[Value], Shape | None],
+        kind: Callable[[Value, bool], int],
+        shape: Callable[[Value, bool], Shape | None],
     ) -> None:
         self._opset = opset
         self._source = source
         self._is_overridable = is_overridable
-        self._declared = declared
+        self._kind = kind
+        self._shape = shape
         self._tensors: dict[Value | None, Tensor | None] = {}
         self._too_large: set[Value | None] = set()
-        self._refused: dict[int, set[Value | None]] = {}
+        # (limit, whether shape inference may be asked) -> what is not decided so.
+        self._refused: dict[tuple[int, bool], set[Value | None]] = {}
         self._elements_left = LARGEST_TOTAL
         self._keys: dict[tuple[object, ...], Key] = {}
         self._candidates = _candidates(nodes)
 
-    def find(self, value: Value | None, largest: int | None = None) -> Tensor | None:
+    def find(self, value: Value | None, largest: int | None = None, infer: bool = False) -> Tensor | None:
         """Return the Tensor that a value always is, or None.
 
-        With `largest`, no expression of more elements is evaluated, neither for the value nor for what it is computed from.
+        With `largest`, no expression of more elements is evaluated, neither for the value nor for what it is computed from. With `infer`,
+        shape inference is asked for types and shapes that the file does not declare and an expression reads.
         """
-        limit = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT)
-        refused = self._refused.setdefault(limit, set())
+        effort = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT), infer
+        refused = self._refused.setdefault(effort, set())
         pending = [value]
         while pending:
             current = pending[-1]
             if self._is_decided(current, refused):
                 pending.pop()
                 continue
-            waiting = [read for read in _reads(current) if not self._is_decided(read, refused)]
+            waiting = [read for read in self._reads(current) if not self._is_decided(read, refused)]
             if waiting:
                 pending.extend(waiting)
             elif current is not None:
-                self._decide(current, limit, refused)
+                self._decide(current, effort, refused)
         return self._tensors.get(value)
 
     def known(self, value: Value) -> Tensor | None:
         """Return the Tensor of a value where it has been found already."""
         return self._tensors.get(value)
 
-    def is_too_large(self, value: Value) -> bool:
-        """Say whether a value would be a constant without the limits on its size."""
-        return self.find(value) is None and value in self._too_large
+    def why_none(self, value: Value) -> str:
+        """Return why a value without a Tensor is no constant, as the end of a sentence about it."""
+        if self.find(value, infer=True) is None and value in self._too_large:
+            return "is too large to be evaluated here"
+        seen: set[Value] = set()
+        while value in self._candidates and value not in seen and value.initializer is None and value.producer is not None:
+            seen.add(value)
+            node = value.producer
+            missing = [read for read in self._reads(value) if self.find(read, infer=True) is None]
+            if not missing and node.op == "Dropout":
+                return f"is what Dropout '{node.label}' drops at random"
+            if not missing:
+                return f"is constant, but {node.op} '{node.label}' cannot be evaluated here"
+            value = missing[0]
+        if self._is_overridable(value):
+            return f"is computed from '{value.name}', a graph input too, which a caller may override: --freeze-inputs makes it a constant"
+        return "is a graph input" if value.is_input and value.scope.parent is None else "is computed when the model runs"
 
-    def evaluate(self, node: Node, arrays: Inputs, largest: int) -> list[Array] | None:
-        """Return the outputs of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""
-        size = _result_size(node, arrays)
-        return None if size is None or size > largest else _run(node, arrays, self._opset, self._keys)
+    def evaluate(self, node: Node, arrays: Inputs, largest: int) -> dict[int, Array] | None:
+        """Return slot -> output of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""
+        key = self._key(node, arrays)
+        size = None if key is None else result_size(node, arrays, key, self._opset)
+        if key is None or size is None or size > largest or is_too_slow(node, arrays, size):
+            return None
+        return evaluated(key, arrays, self._opset)
 
     def _is_decided(self, value: Value | None, refused: set[Value | None]) -> bool:
         return value is None or value in self._tensors or value in refused or (value.initializer is None and value not in self._candidates)
 
-    def _decide(self, value: Value, limit: int, refused: set[Value | None]) -> None:
+    def _reads(self, value: Value | None) -> list[Value]:
+        """Return the values that have to be decided before a candidate can be."""
+        node = None if value is None or value.initializer is not None else value.producer
+        if node is None:
+            return []
+        aspects = operator_row(node).reads
+        return [read for slot, read in enumerate(node.inputs) if read is not None and not self._tells(read, aspects.get(slot))]
+
+    def _tells(self, value: Value, aspect: str | None) -> bool:
+        """Say whether what is read of a value, its type or its shape, is known or can be known without its elements."""
+        if aspect is None:
+            return False
+        if value.initializer is None and value not in self._candidates:
+            return True
+        return bool(self._kind(value, False)) if aspect == "type" else is_complete(self._shape(value, False))
+
+    def _decide(self, value: Value, effort: tuple[int, bool], refused: set[Value | None]) -> None:
         """Note what a value is, once everything is decided that it is computed from."""
         node = value.producer
         if value.initializer is not None:
             self._tensors[value] = None if self._is_overridable(value) else self._tensor(value.initializer, value.name)
         elif node is None:
             self._tensors[value] = None
-        elif node.op in ("Identity", "Shape") and node.input(0) in refused:
-            refused.add(value)
-        elif node.op == "Identity":
-            self._tensors[value] = self._tensors.get(node.input(0))
-            self._too_large.update([value] if node.input(0) in self._too_large else ())
         elif node.op == "Constant":
             self._tensors[value] = self._constant_node(node)
-        elif node.op == "Shape":
-            self._tensors[value] = self._shape(node)
+        elif node.op == "Identity" and node.input(0) not in refused:
+            self._tensors[value] = self._tensors.get(node.input(0))
+            self._too_large.update([value] if node.input(0) in self._too_large else ())
+        elif any(read in refused for read in self._reads(value)):
+            refused.update(node.outputs)
+        elif node.op in ("Shape", "Size"):
+            self._read_shape(node, value, effort[1], refused)
         else:
-            self._expression(node, limit, refused)
+            self._expression(node, *effort, refused)
 
     def _tensor(self, tensor: TensorProto, where: str) -> Tensor:
         return Tensor(tensor_dtype(tensor, where), tuple(tensor.dims), lambda: self._source.array(tensor))
@@ -160,165 +189,103 @@ class Constants:
         kind, dtype = LITERALS[name]
         return _literal(np.asarray(node.find_attribute(name, kind), dtype))
 
-    def _shape(self, node: Node) -> Tensor | None:
+    def _read_shape(self, node: Node, value: Value, infer: bool, refused: set[Value | None]) -> None:
         data = node.required_input(0)
         known = self._tensors.get(data)
-        shape = self._declared(data) if known is None else known.shape
+        shape = self._shape(data, infer) if known is None else known.shape
         if not is_complete(shape):
-            return None
-        return _literal(np.asarray(shape[node.attribute("start", 0) : node.attribute("end", len(shape))], np.int64))
+            self._leave(node, infer, refused)
+        elif node.op == "Size":
+            self._tensors[value] = _literal(np.asarray(math.prod(shape), np.int64))
+        else:
+            chosen = shape[node.attribute("start", 0) : node.attribute("end", len(shape))]
+            self._tensors[value] = _literal(np.asarray(chosen, np.int64))
 
-    def _expression(self, node: Node, limit: int, refused: set[Value | None]) -> None:
+    def _leave(self, node: Node, infer: bool, refused: set[Value | None]) -> None:
+        """Note that a node reads a type or a shape that is not known, or not without shape inference."""
+        outputs = [value for value in node.outputs if value is not None]
+        if infer:
+            self._tensors.update(dict.fromkeys(outputs))
+        else:
+            refused.update(outputs)
+
+    def _expression(self, node: Node, limit: int, infer: bool, refused: set[Value | None]) -> None:
         """Evaluate a node for all its outputs, or note that it is beyond the limits."""
         outputs = [value for value in node.outputs if value is not None]
-        if any(value in refused for value in node.inputs):
-            refused.update(outputs)
-            return
-        inputs = [self._tensors.get(value) for value in node.inputs]
-        if any(tensor is None and value is not None for value, tensor in zip(node.inputs, inputs, strict=True)):
+        aspects = operator_row(node).reads
+        inputs = [None if value is None or slot in aspects else self._tensors.get(value) for slot, value in enumerate(node.inputs)]
+        read = [value for slot, value in enumerate(node.inputs) if slot not in aspects]
+        if any(value is not None and self._tensors.get(value) is None for value in read):
             self._tensors.update(dict.fromkeys(outputs))
-            self._too_large.update(outputs if any(value in self._too_large for value in node.inputs) else ())
+            self._too_large.update(outputs if any(value in self._too_large for value in read) else ())
             return
-        size: float | None = math.inf
-        arrays: list[Array | None] = []
-        if sum(tensor.size for tensor in inputs if tensor is not None) <= limit:
-            arrays = [None if tensor is None else tensor.array() for tensor in inputs]
-            size = _result_size(node, arrays)
-        if size is not None and size > min(limit, self._elements_left):
-            (refused if limit < LARGEST_RESULT else self._too_large).update(outputs)
-            self._tensors.update(dict.fromkeys(outputs) if limit >= LARGEST_RESULT else {})
+        given = [tensor for tensor in inputs if tensor is not None]
+        if sum(tensor.size for tensor in given) > limit:
+            self._refuse(outputs, limit, refused)
             return
-        results = None if size is None else _run(node, arrays, self._opset, self._keys)
-        self._tensors.update(dict.fromkeys(outputs))
-        if results is None:
+        if not all(is_numeric(tensor.dtype) for tensor in given):
+            self._tensors.update(dict.fromkeys(outputs))
             return
+        arrays: list[Array | None] = [None if tensor is None else tensor.array() for tensor in inputs]
+        for slot, aspect in aspects.items():
+            if (described := node.input(slot)) is not None:
+                arrays[slot] = self._stand_in(described, aspect, limit, infer)
+                if arrays[slot] is None:
+                    self._leave(node, infer, refused)
+                    return
+        key = self._key(node, arrays)
+        size = None if key is None else result_size(node, arrays, key, self._opset)
+        if size is not None and (size > min(limit, self._elements_left) or is_too_slow(node, arrays, size)):
+            self._refuse(outputs, limit, refused)
+            return
+        results = None if key is None or size is None else evaluated(key, arrays, self._opset)
         for value in outputs:
-            tensor = self._tensors[value] = _literal(results[value.slot])
-            self._elements_left -= tensor.size
+            tensor = self._tensors[value] = None if results is None else _literal(results[value.slot])
+            self._elements_left -= 0 if tensor is None else tensor.size
+
+    def _refuse(self, outputs: list[Value], limit: int, refused: set[Value | None]) -> None:
+        if limit < LARGEST_RESULT:
+            refused.update(outputs)
+        else:
+            self._too_large.update(outputs)
+            self._tensors.update(dict.fromkeys(outputs))
+
+    def _stand_in(self, value: Value, aspect: str, largest: int, infer: bool) -> Array | None:
+        """Return an array of zeros with the type of a value, and with its shape where that is read; None where they are not known."""
+        known = self._tensors.get(value)
+        kind = self._kind(value, infer) if known is None else helper.np_dtype_to_tensor_dtype(known.dtype)
+        shape = (1,) if aspect == "type" else self._shape(value, infer) if known is None else known.shape
+        if not kind or not is_complete(shape) or math.prod(shape) > largest:
+            return None
+        try:
+            return np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind))
+        except KeyError:  # a number that is no type
+            return None
+
+    def _key(self, node: Node, arrays: Inputs) -> Key | None:
+        """Return the Key of a node for inputs of these types, None where the runtime does not know a type."""
+        types = node, *(None if array is None else array.dtype for array in arrays)
+        if types not in self._keys:
+            try:
+                self._keys[types] = key_of(node, arrays)
+            except (KeyError, ValueError):
+                return None
+        return self._keys[types]
 
 
 def _candidates(nodes: Iterable[Node]) -> set[Value]:
     """Return the values that constant nodes and expressions over constants give: one pass in the order of the data flow."""
     candidates: set[Value] = set()
     for node in nodes:
-        if not is_standard(node.domain):
+        if not is_expression(node):
             continue
-        constants_only = all(value is None or value in candidates or value.initializer is not None for value in node.inputs)
-        if node.op in ("Constant", "Shape") or (constants_only and any(node.inputs) and (is_expression(node) or node.is_op("Identity"))):
+        aspects = operator_row(node).reads
+        read = (value for slot, value in enumerate(node.inputs) if value is not None and slot not in aspects)
+        if node.op == "Constant" or (any(node.inputs) and all(value in candidates or value.initializer is not None for value in read)):
             candidates.update(value for value in node.outputs if value is not None)
     return candidates
-
-
-def _reads(value: Value | None) -> list[Value]:
-    """Return the values that have to be decided before a candidate can be."""
-    if value is None or value.producer is None or value.initializer is not None:
-        return []
-    return [read for read in value.producer.inputs if read is not None]
 
 
 def _literal(array: Array) -> Tensor:
     array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
     return Tensor(array.dtype, array.shape, lambda: array)
-
-
-def _result_size(node: Node, arrays: Inputs) -> float | None:
-    """Return how many elements a node gives in all, math.inf where it is sure to be too many, None where it cannot run."""
-    given = [array for array in arrays if array is not None]
-    result_size = operator_row(node).result_size
-    if not given or result_size is None or not all(map(_is_numeric, given)):
-        return None
-    try:
-        return result_size(node, given)
-    except (ValueError, IndexError, TypeError, OverflowError):
-        return None
-
-
-def _run(node: Node, arrays: Inputs, opset: int, keys: dict[tuple[object, ...], Key]) -> list[Array] | None:
-    """Return the outputs of a standard operator for these inputs, None where the runtime cannot run it.
-
-    keys remembers the Key of a node for inputs of these types.
-    """
-    try:
-        types = node, *(None if array is None else array.dtype for array in arrays)
-        if types not in keys:
-            keys[types] = _key(node, arrays)
-        feeds = {f"i{slot}": _without_bfloat16(array) for slot, array in enumerate(arrays) if array is not None}
-        is_large = sum(array.nbytes for array in feeds.values()) > KEPT_SESSION
-        run, dtypes = (_operator.__wrapped__ if is_large else _operator)(*keys[types], opset)
-        results = [np.asarray(result) for result in run(feeds)]
-    except Exception:  # the runtime raises many kinds; a node that it cannot run is no constant
-        return None
-    results = [result if dtype is None else result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True)]
-    return results if all(_is_numeric(result) for result in results) else None
-
-
-def _key(node: Node, arrays: Inputs) -> Key:
-    """Return the Key of a node: serialized with the inputs i0, i1, ... and the outputs o0, o1, ..., and the types of the inputs."""
-    kinds = tuple(None if array is None else helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays)
-    proto = NodeProto(op_type=node.op, attribute=node.proto.attribute)
-    proto.input.extend("" if kind is None else f"i{slot}" for slot, kind in enumerate(kinds))
-    proto.output.extend(f"o{slot}" for slot in range(len(node.outputs)))
-    return proto.SerializeToString(deterministic=True), kinds
-
-
-def _is_numeric(array: np.ndarray) -> bool:
-    return array.dtype.kind in "biuf" or _is_bfloat16(array)
-
-
-def _is_bfloat16(array: np.ndarray) -> bool:
-    return array.dtype.kind == "V" and array.dtype.name == "bfloat16"
-
-
-def _without_bfloat16(array: Array) -> Array:
-    """Return an array that the runtime takes: bfloat16, which NumPy does not have itself, as float32, which holds every value of it."""
-    return array.astype(np.float32) if _is_bfloat16(array) else array
-
-
-@lru_cache(maxsize=256)
-def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[Run, list[np.dtype[np.generic] | None]]:
-    """Return (feeds -> outputs, for each output the dtype to cast it to or None); kept: making a session takes longer than a run."""
-    proto: NodeProto = NodeProto.FromString(node)
-    nodes: list[NodeProto] = []
-    inputs: list[ValueInfoProto] = []
-    outputs = list(proto.output)
-    for slot, kind in enumerate(kinds):
-        if kind is not None:
-            inputs.append(helper.make_tensor_value_info(f"i{slot}", TensorProto.FLOAT if kind == TensorProto.BFLOAT16 else kind, None))
-        if kind == TensorProto.BFLOAT16:
-            nodes.append(helper.make_node("Cast", [f"i{slot}"], [f"n{slot}"], to=kind))
-            proto.input[slot] = f"n{slot}"
-    nodes.append(proto)
-    model = _model(nodes, inputs, outputs, opset)
-    try:
-        made = session(model.SerializeToString(), threads=1)
-    except FastbnError:  # onnxruntime is not installed
-        return _reference(proto, model), [None] * len(outputs)
-    is_bfloat16 = [info.type == "tensor(bfloat16)" for info in made.get_outputs()]
-    if any(is_bfloat16):
-        for slot in np.flatnonzero(is_bfloat16).tolist():
-            nodes.append(helper.make_node("Cast", [outputs[slot]], [f"w{slot}"], to=TensorProto.FLOAT))
-            outputs[slot] = f"w{slot}"
-        made = session(_model(nodes, inputs, outputs, opset).SerializeToString(), threads=1)
-    dtype = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
-    return partial(made.run, None), [dtype if each else None for each in is_bfloat16]
-
-
-def _model(nodes: Sequence[NodeProto], inputs: Sequence[ValueInfoProto], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "constant", inputs, [ValueInfoProto(name=name) for name in outputs])
-    return helper.make_model(graph, ir_version=OPERATOR_IR, opset_imports=[helper.make_opsetid("", opset)])
-
-
-def _reference(proto: NodeProto, model: onnx.ModelProto) -> Run:
-    """Return the node's outputs as a function of its feeds, by onnx's own evaluator; raises ModelError where that is known to be wrong."""
-    from onnx.reference import ReferenceEvaluator
-
-    axes = next((list(attribute.ints) for attribute in proto.attribute if attribute.name == "axes"), [])
-    if proto.op_type in ("Squeeze", "Unsqueeze") and len(axes) > 1 and (min(axes) < 0 or axes != sorted(axes)):
-        raise ModelError(expected("axes in order, from the front", str(axes), proto.op_type))
-    evaluator = ReferenceEvaluator(model)
-
-    def run(feeds: Mapping[str, Array]) -> list[Array]:
-        with np.errstate(all="ignore"):
-            return [np.asarray(result) for result in evaluator.run(None, dict(feeds))]
-
-    return run

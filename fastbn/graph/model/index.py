@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NoReturn
 
-from onnx import GraphProto
+from onnx import GraphProto, ValueInfoProto
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Tensor
@@ -62,7 +62,7 @@ class Index:
         self._expanded = expanded_size(self.proto)
         self._read_scopes()
         self.main = self.scopes[0]
-        self._constants = Constants(self.order, self.opset, source, self.is_overridable, self.declared_shape)
+        self._constants = Constants(self.order, self.opset, source, self.is_overridable, self._kind_of_any, self._shape_of_any)
         self._check_inputs()
 
     def _read_scopes(self) -> None:
@@ -191,17 +191,17 @@ class Index:
         """Say whether a caller may override an initializer: it is a graph input too, and the file's IR version allows that."""
         return value.is_input and value.initializer is not None and self.proto.ir_version >= 4 and not self.freeze_inputs
 
-    def constant(self, value: Value | None) -> Tensor | None:
+    def constant(self, value: Value | None, infer: bool = False) -> Tensor | None:
         """Return the Tensor that a value always is, or None.
 
-        Constant nodes, and standard operators on constants (Cast, Expand, ConstantOfShape, Shape, ...), count; what a caller may override
-        does not, nor what is beyond the limits of expressions.py.
+        Constant nodes, and standard operators on constants, count; what a caller may override does not, nor what is beyond the limits of
+        expressions.py. With `infer`, shape inference is asked for types and shapes that the file does not declare and an expression reads.
         """
-        return self._constants.find(value)
+        return self._constants.find(value, infer=infer)
 
-    def is_too_large(self, value: Value) -> bool:
-        """Say whether a value is no constant only because it, or what it is computed from, is too large to be evaluated here."""
-        return self._constants.is_too_large(value)
+    def why_no_constant(self, value: Value) -> str:
+        """Return why a value is no constant, as the end of a sentence about it."""
+        return self._constants.why_none(value)
 
     def shape(self, value: Value | None) -> Shape | None:
         """Return the shape of a value, None for each size that is not known; None where not even the rank is known, or for no value."""
@@ -248,17 +248,41 @@ class Index:
 
     def declared_shape(self, value: Value) -> Shape | None:
         """Return what the file itself says of a value's shape, without inference."""
+        return self._declared(value)[1]
+
+    def _declared(self, value: Value) -> tuple[int, Shape | None]:
+        """Return (type, shape) of a value as the file itself says, 0 and None where it does not."""
         scope = value.scope
         if scope.declared is None:
             # An output without sizes is a scalar, or what an exporter wrote that knew none: inference tells which.
-            outputs = (info for info in scope.graph.output if shape_of(info) != ())
-            scope.declared = {info.name: shape_of(info) for info in (*outputs, *scope.graph.value_info, *scope.graph.input)}
-        return scope.declared.get(value.name)
+            outputs = {info.name: (_kind(info), shape_of(info) or None) for info in scope.graph.output}
+            inside = (*scope.graph.value_info, *scope.graph.input)
+            scope.declared = {**outputs, **{info.name: (_kind(info), shape_of(info)) for info in inside}}
+        return scope.declared.get(value.name, (0, None))
+
+    def _kind_of_any(self, value: Value, infer: bool) -> int:
+        """Return the type of a value; 0 where it is not known, or not without inference."""
+        if value.initializer is not None:
+            return value.initializer.data_type
+        return self._declared(value)[0] or (self.kind(value) if infer else 0)
+
+    def _shape_of_any(self, value: Value, infer: bool) -> Shape | None:
+        """Return the shape that a value has whatever the sizes are that the caller gives; None where it is not known."""
+        if value.initializer is not None and not self.is_overridable(value):
+            return tuple(value.initializer.dims)
+        declared = self.declared_shape(value)
+        return (
+            self.shape(value) if infer and not is_complete(declared) and not self.input_shapes and value.initializer is None else declared
+        )
 
     def _inference(self) -> Inference:
         if self._inferred is None:
             self._inferred = Inference(self.proto, self.opset, self.main, self._constants, self.input_shapes, self._expanded)
         return self._inferred
+
+
+def _kind(info: ValueInfoProto) -> int:
+    return info.type.tensor_type.elem_type
 
 
 def _fail_of_two_sources(name: str) -> NoReturn:

@@ -13,10 +13,10 @@ __all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "expanded_size", "is_standard
 # The domain, name and overload by which a node calls an operator or a function.
 Callee: TypeAlias = tuple[str, str, str]
 
-# Bodies within bodies go no deeper; protobuf reads and copies about 30.
+# The most bodies within bodies; protobuf reads and copies about 30.
 DEEPEST = 24
 
-# A model that has more nodes than this once its functions stand in the place of their calls is read with its functions as they are.
+# The most nodes that a model may have with its functions inlined; where it has more, they stay functions.
 LARGEST_INLINED = 20_000
 
 

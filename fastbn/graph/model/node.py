@@ -189,8 +189,8 @@ class Scope:
         Those that its inputs, initializers and nodes give.
     nodes, ordered : list of Node
         As the file lists them, and in an order of the data flow.
-    declared : dict of str -> tuple or None
-        The shapes that the file declares, read by the index at first use.
+    declared : dict of str -> (int, tuple or None)
+        The types and shapes that the file declares, read by the index at first use.
     """
 
     __slots__ = ("declared", "depth", "graph", "nodes", "number", "ordered", "parent", "values")
@@ -201,7 +201,7 @@ class Scope:
         self.number = number
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.ordered: list[Node] = []
-        self.declared: dict[str, Shape | None] | None = None
+        self.declared: dict[str, tuple[int, Shape | None]] | None = None
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
 

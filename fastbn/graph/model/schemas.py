@@ -11,7 +11,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.reasons import Refusal
 
-__all__ = ["check_node", "check_version", "checker_context", "is_function", "is_inferable", "propagates"]
+__all__ = ["RANDOM", "check_node", "check_version", "checker_context", "is_function", "is_inferable", "propagates"]
 
 NAMES = AttributeProto.AttributeType
 BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
@@ -28,6 +28,9 @@ INTERNAL = "__"
 
 # Their shape inference reads the type of the input without a check that it is known, and ends the process where it is not.
 UNSAFE = ("EyeLike", "RegexFullMatch")
+
+# Operators that draw random numbers from an attribute `seed`; Dropout does so in training mode.
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 # A well-formed equation of Einsum: on some malformed ones its shape inference does not end.
 EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)*(->[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)?")
@@ -172,7 +175,7 @@ def is_inferable(proto: NodeProto, context: checker.C.CheckerContext) -> bool:
 
 def _is_sound(proto: NodeProto) -> bool:
     """Say whether inference is safe on a node that the checker accepts."""
-    if proto.op_type in UNSAFE:
+    if proto.op_type in UNSAFE or any(attribute.name == "axis" and abs(attribute.i) > HIGHEST_RANK for attribute in proto.attribute):
         return False
     if proto.op_type == "Split":
         return all(attribute.i == len(proto.output) for attribute in proto.attribute if attribute.name == "num_outputs")

@@ -43,7 +43,7 @@ LARGEST_FACTORS = 64
 # A larger size in a file is taken as unknown.
 LARGEST_DIM = 1 << 31
 
-# Inference follows the elements of no longer list: it holds each one as a message.
+# The longest list whose elements inference follows: it holds each element as a message of protobuf.
 LARGEST_FOLLOWED = 1 << 16
 
 

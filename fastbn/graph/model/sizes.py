@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastbn.graph.model.expressions import Constants, is_expression
+from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.ops.registry import operator_row
@@ -187,7 +187,7 @@ class SizeInference:
             if node is None or value in computed or not is_standard(node.domain):
                 continue
             row = operator_row(node)
-            if row.list_elements is not None or is_expression(node):
+            if row.list_elements is not None or row.result_size is not None:
                 computed.add(value)
                 by_shape = row.list_elements is not None and row.reads.get(0) == "shape"
                 pending.extend(read for read in node.inputs if read is not None and not by_shape)
@@ -229,7 +229,7 @@ class SizeInference:
         if any(array is None and each is not None for array, each in zip(arrays, inputs, strict=True)):
             return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
-        return None if result is None or slot >= len(result) else _listed(result[slot])
+        return None if result is None or slot not in result else _listed(result[slot])
 
     def _moved(self, node: Node, slot: int, inputs: Sequence[Array | None]) -> Array | None:
         """Return the elements that an operator which only moves them gives: it is run on their positions in a list of all elements."""
@@ -247,7 +247,7 @@ class SizeInference:
             else:
                 return None
         result = self.constants.evaluate(node, arrays, LARGEST_LIST)
-        if result is None or slot >= len(result):
+        if result is None or slot not in result:
             return None
         moved: Array = _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
         return moved

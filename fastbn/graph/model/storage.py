@@ -47,7 +47,7 @@ ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview 
 # The largest message that protobuf writes or reads, in bytes.
 PROTOBUF_LIMIT = 2**31 - 1
 
-# Offsets and lengths of data files: what is longer is no place in a file.
+# An offset or a length in a data file: 64 bits hold no more digits.
 NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 # NumPy's names of the types of which several elements share a byte.
@@ -289,9 +289,12 @@ class Source:
                 raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
         if dtype.hasobject:
             raise ModelError(expected("strings in their own field", "raw bytes", where))
-        size = math.prod(shape) * dtype.itemsize
+        size = _bytes_of(tensor, where)
         if raw.size != size:
             raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
+        if size < math.prod(shape) * dtype.itemsize:
+            packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
+            return np.asarray(numpy_helper.to_array(packed), order="C")
         array = raw.view(dtype).reshape(shape)
         return array if array.flags.aligned else array.copy()
 

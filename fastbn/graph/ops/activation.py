@@ -6,7 +6,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import both_ways, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import broadcast_size, same_sizes
+from fastbn.graph.ops.shape_rules import broadcast_size, each_once, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ACTIVATION"]
@@ -20,7 +20,7 @@ def _piecewise_linear(node: Node, affine: Affine, source: Value, target: Value, 
     return affine
 
 
-_PIECEWISE_LINEAR = Row(*both_ways(_piecewise_linear), sizes=same_sizes)
+_PIECEWISE_LINEAR = Row(*both_ways(_piecewise_linear), sizes=same_sizes, work=each_once)
 
 ACTIVATION = {
     "Relu": replace(_PIECEWISE_LINEAR, result_size=broadcast_size),
@@ -29,6 +29,8 @@ ACTIVATION = {
     "PRelu": _PIECEWISE_LINEAR,
     **dict.fromkeys(("Sigmoid", "Softplus", "Tanh"), Row(sizes=same_sizes, result_size=broadcast_size)),
     **dict.fromkeys(
-        ("Elu", "Gelu", "HardSigmoid", "HardSwish", "LogSoftmax", "Mish", "Selu", "Softmax", "Softsign"), Row(sizes=same_sizes)
+        ("Elu", "Gelu", "HardSigmoid", "HardSwish", "LogSoftmax", "Mish", "Selu", "Softmax", "Softsign"),
+        Row(sizes=same_sizes, work=each_once),
     ),
+    **dict.fromkeys(("Celu", "Hardmax", "Shrink", "Swish", "ThresholdedRelu"), Row(work=each_once)),
 }

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Constant, Dense, Requantized
+from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node
+from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
@@ -57,9 +58,7 @@ def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
     # S*(W x + b) + T + R x = (S*W + R at the center) x + (S*b + T), where the convolution reads the same x.
     added = None
     if node.inputs[0] is not None and graph.source(node.inputs[0]) is skip.source:
-        scaled_weight = transfer.constants.get(WEIGHT, weight)
-        assert not isinstance(scaled_weight, Requantized), "a float weight"
-        added = _added_to_center(node, skip.scale, scaled_weight)
+        added = _added_to_center(node, skip.scale, transfer.constants.get(WEIGHT, weight))
     if added is None:
         raise Refusal("other-branch", f"Conv '{node.label}' does not see each element of '{skip.source.name}' at its center")
     transfer.constants[WEIGHT] = added
@@ -192,12 +191,16 @@ def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> 
             if added is not None:
                 channels = weight.shape[0]
                 bias = graph.bias(sibling, BIAS, (channels,), weight.dtype).affine(1.0, *traveler.affine.along(channels)[1:])
+                if isinstance(bias, Requantized):
+                    return None
                 return Transfer(merge=SiblingMerge(sibling, {WEIGHT: added, BIAS: bias}, via, 1 - traveler.slot))
     return None
 
 
-def _added_to_center(conv: Node, affine: Affine, weight: Constant) -> Dense | None:
-    """Return a weight with the affine's scale on the tap that sees each element itself, None where there is no such tap."""
+def _added_to_center(conv: Node, affine: Affine, weight: Constant | Requantized) -> Dense | None:
+    """Return a weight with the affine's scale on the tap that sees each element itself, None where there is no such tap, or no float."""
+    if isinstance(weight, (Dequantized, Requantized)):
+        return None
     groups, channels = conv.attribute("group", 1), weight.shape[0]
     count = len(weight.shape) - 2
     pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
@@ -260,6 +263,13 @@ def _weight_matrix(node: Node, slot: int, values: NDArray[Any]) -> NDArray[Any] 
     return grouped.swapaxes(1, 2).reshape(groups * values.shape[1], -1)
 
 
+def _work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    data, weight = arrays[0], arrays[WEIGHT]
+    assert data is not None, "ONNX demands both"
+    assert weight is not None, "ONNX demands both"
+    return (size if node.op == "Conv" else data.size) * weight.size / max(weight.shape[0] if weight.ndim else 1, 1)
+
+
 # The weight tells the rank, and the channels of both sides.
 def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     data, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
@@ -301,6 +311,7 @@ _SHARED = Row(
     weight_matrix=_weight_matrix,
     sizes=_sizes,
     demanded_size=_demanded_size,
+    work=_work,
 )
 
 CONVOLUTION = {

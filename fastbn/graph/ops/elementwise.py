@@ -25,7 +25,7 @@ from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, first_size, product_elements, same_sizes
+from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ELEMENTWISE"]
@@ -148,13 +148,10 @@ def _shaped(node: Node, affine: Affine, data_slot: int, constant: Dense, graph: 
         )
     if affine.rank > (len(constant.shape) if rank is None else rank):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at {node.op} '{node.label}'")
-    if rank is not None:
-        axis_in(node, affine, rank)
+    axis = None if rank is None else axis_in(node, affine, rank)
     data = graph.shape(node.inputs[data_slot])
-    if affine.axis is not None and data is not None and rank is not None:
-        at = affine.axis - len(data) if affine.axis >= 0 and len(data) < rank else (affine.axis % rank - rank)
-        if len(data) < -at or len(data) != rank or data[at] not in (None, affine.channels):
-            raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
+    if axis is not None and data is not None and (len(data) != rank or data[axis] not in (None, affine.channels)):
+        raise Refusal("axis", f"{node.op} '{node.label}' makes the {affine.channels} channels by broadcasting a narrower value")
     scale, shift, abs_terms = affine.shaped(rank)
     if any(len({*sizes} - {1}) > 1 for sizes in zip(scale.shape[::-1], constant.shape[::-1], strict=False)):
         raise Refusal("axis", f"{affine.channels} channels meet the constant of {node.op} '{node.label}', which has shape {constant.shape}")
@@ -239,7 +236,7 @@ def _joined(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     behind = _behind_sum(node, traveler, graph)
     undone = behind.inverse().scale_only()
     others = [slot for slot in range(len(node.inputs)) if slot != traveler.slot]
-    # As they are asked for: a sum of very many is given up after a few.
+    # A generator, because the search gives up after a few of very many operands.
     required = ((slot, _narrowed(node, undone, node.outputs[0], node.inputs[slot], graph)) for slot in others)
     return Transfer(passed_on=[(0, behind)], required=required)
 
@@ -364,6 +361,11 @@ def _sub_bound(proto: NodeProto) -> list[NodeProto]:
     return []
 
 
+def _min_bound(proto: NodeProto) -> list[NodeProto]:
+    proto.op_type = "Max"
+    return []
+
+
 def _neg_bound(proto: NodeProto) -> list[NodeProto]:
     proto.op_type = "Identity"
     return []
@@ -385,6 +387,7 @@ _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_consta
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
 _MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward)
 _NEGATIVE = both_ways(_negative)
+_EXTREME = Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)
 
 # One operand, whose shape the result has.
 _SAME_EVALUATED = Row(sizes=same_sizes, result_size=broadcast_size)
@@ -396,7 +399,8 @@ ELEMENTWISE = {
     "Div": replace(_PRODUCT, with_constant=replace(_MULTIPLY_CONSTANT, result_size=_division_size), result_size=_division_size),
     "Sum": _SUM,
     "Neg": replace(_SAME_EVALUATED, backward=_NEGATIVE[0], forward=_NEGATIVE[1], bound=_neg_bound),
-    **dict.fromkeys(("Max", "Min"), Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)),
+    "Max": _EXTREME,
+    "Min": replace(_EXTREME, bound=_min_bound),
     "Where": Row(_each_backward, broadcasts=True, result_size=broadcast_size),
     "Mean": Row(_each_backward, _mean_forward, broadcasts=True, terms=_number_of_operands, result_size=broadcast_size),
     "Pow": Row(sizes=broadcast_sizes, result_size=broadcast_size),
@@ -409,4 +413,7 @@ ELEMENTWISE = {
     **dict.fromkeys(("Ceil", "Exp", "Floor", "Log", "Reciprocal", "Sqrt"), _SAME_EVALUATED),
     "Clip": Row(sizes=same_sizes, result_size=first_size),
     "Erf": _SAME_EVALUATED,
+    **dict.fromkeys(("Acosh", "Asinh", "Atanh", "Cosh", "IsInf", "IsNaN", "Sinh"), Row(work=each_once)),
+    **dict.fromkeys(("CumProd", "CumSum"), Row(size_slots=(1,), work=each_once)),
+    **dict.fromkeys(("BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), Row(work=each_once)),
 }

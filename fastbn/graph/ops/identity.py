@@ -43,8 +43,8 @@ def _dropout(node: Node, affine: Affine, source: Value, target: Value, graph: Pr
     return affine
 
 
-# Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may go to the
-# side of the narrower one: what is there rounds to that type with the affine as it did without. Any other Cast rounds or converts.
+# Cast to the type that a value already has is Identity, as some exporters write it. Between two floating types the affine may move to
+# the side of the narrower one, whose values are rounded to that type with and without the affine. Any other Cast rounds or converts.
 def _cast(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     kind, narrower = graph.kind(source), graph.kind(target)
     is_known = kind != 0 and narrower != 0
@@ -62,9 +62,14 @@ def _cast_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any
     return elements if node.attribute("to", 0) in INTEGERS and elements is not None and elements.dtype == object else None
 
 
+def _dropout_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
+    """None where it drops at random; its mask is as large as its data."""
+    return None if any(array.dtype == bool and array.any() for array in arrays[1:]) else 2 * arrays[0].size
+
+
 IDENTITY = {
     "Identity": Row(*both_ways(_identity), sizes=same_sizes, list_elements=_same_elements),
-    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes),
+    "Dropout": Row(*both_ways(_dropout), sizes=same_sizes, result_size=_dropout_size),
     "Cast": Row(*both_ways(_cast), sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
     "CastLike": Row(reads={1: "type"}, result_size=first_size),
 }

@@ -24,7 +24,18 @@ from fastbn.graph.ops.placing import (
     own_list,
 )
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import Product, Size, Sizes, dims_of, first_size, list_of_sizes, quotient, same_batch, same_sizes
+from fastbn.graph.ops.shape_rules import (
+    Product,
+    Size,
+    Sizes,
+    dims_of,
+    each_once,
+    first_size,
+    list_of_sizes,
+    quotient,
+    same_batch,
+    same_sizes,
+)
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["LAYOUT"]
@@ -147,11 +158,11 @@ def _concat_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     axis, sizes = _concat_axis(node, traveler, graph)
     if axis is None:
         others = [(slot, value) for slot, value in enumerate(node.inputs) if slot != traveler.slot and value is not None]
-        alike = [_giver(node, slot, value, traveler.affine, graph) for slot, value in others]
-        lifted = [other for other in alike if other is not None]
-        if len(lifted) < len(node.inputs) - 1:
+        givers = [_giver(node, slot, value, traveler.affine, graph) for slot, value in others]
+        alike = [giver for giver in givers if giver is not None]
+        if len(alike) < len(node.inputs) - 1:
             raise Refusal("other-branch", f"Concat '{node.label}' joins it with values that do not have the affine, along another axis")
-        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
+        return Transfer(passed_on=[(0, traveler.affine)], alike=alike)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -265,11 +276,11 @@ def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     axis, sizes = _split_axis(node, traveler, graph)
     if axis is None:
         others = [value for value in node.outputs if value is not None and value is not traveler.value]
-        alike = [_only_reader(value, traveler.affine, graph) for value in others]
-        lifted = [other for other in alike if other is not None]
-        if len(lifted) < len(others):
+        readers = [_only_reader(node, value, traveler.affine, graph) for value in others]
+        alike = [reader for reader in readers if reader is not None]
+        if len(alike) < len(others):
             raise Refusal("other-outputs", f"Split '{node.label}' hands out more than the one value")
-        return Transfer(passed_on=[(0, traveler.affine)], lifted=lifted)
+        return Transfer(passed_on=[(0, traveler.affine)], alike=alike)
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
@@ -291,10 +302,12 @@ def _split_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[in
 
 
 # Ghost batch normalization: the batch is split, every part has the same affine, and they are joined. All of them leave together.
-def _only_reader(value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
-    """Return the node that is the one reader of a value, where it is the same affine."""
+def _only_reader(node: Node, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
+    """Return the node that is the one reader of an output, in the same graph, where it is the same affine."""
     readers = graph.readers(value)
-    return readers[0][0] if len(readers) == 1 and _is_same(readers[0][0], affine, graph) else None
+    if len(readers) != 1 or readers[0][0].scope is not node.scope:
+        return None
+    return readers[0][0] if _is_same(readers[0][0], affine, graph) else None
 
 
 def _giver(node: Node, slot: int, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
@@ -316,8 +329,8 @@ def _is_same(node: Node, affine: Affine, graph: PresentGraph) -> bool:
     )
 
 
-# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C takes its own; forward the
-# channels that meet in one must agree.
+# DepthToSpace sends channel c to c % C' (DCR) or c / block^2 (CRD), C' = C / block^2. Backward each of the C
+# channels has the affine of the channel that it goes to; forward channels that go to one must have the same affine.
 def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -334,11 +347,34 @@ def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, gr
     spread = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
     if is_backward:
         return affine.picked(spread, 1)
-    first = np.arange(outputs) * area if repeats else np.arange(outputs)
-    merged = affine.picked(first, 1)
-    if (merged.scale[spread] != affine.scale).any() or (merged.shift[spread] != affine.shift).any():
-        raise Refusal("axis", f"DepthToSpace '{node.label}' puts channels of different affines into one")
+    return _merged(affine, spread, 1, f"DepthToSpace '{node.label}' puts channels of different affines into one")
+
+
+def _merged(affine: Affine, sources: NDArray[np.int64], axis: int, otherwise: str) -> Affine:
+    """Return the affine of which channel sources[c] is channel c of this one; Refusal where channels of one source are not alike."""
+    merged = affine.picked(np.unique(sources, return_index=True)[1], axis)
+    if (merged.scale[sources] != affine.scale).any() or (merged.shift[sources] != affine.shift).any():
+        raise Refusal("axis", otherwise)
     return merged
+
+
+# SpaceToDepth sends channel c to c, C + c, 2C + c, ... of C * block^2, one for each place in a block. Forward each of these takes
+# the affine of c; backward those of one c must agree.
+def _space_to_depth(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
+    axis = axis_of(node, affine, source, graph)
+    if axis is None:
+        return affine
+    if axis != 1:
+        raise Refusal("axis", f"SpaceToDepth '{node.label}' mixes the elements of axis {axis}")
+    is_backward = source is node.outputs[0]
+    area = node.attribute("blocksize", 1) ** 2
+    if area < 1 or (is_backward and affine.channels % area):
+        raise ModelError(expected(f"channels that are a multiple of {area}", f"{affine.channels}", node.label))
+    inputs = affine.channels // area if is_backward else affine.channels
+    spread = np.arange(countable(inputs * area)) % inputs
+    if not is_backward:
+        return affine.picked(spread, 1)
+    return _merged(affine, spread, 1, f"SpaceToDepth '{node.label}' makes channels of different affines of one")
 
 
 # Expand repeats elements along axes of size 1, which the affine's must not be: it keeps its size, counted from the end.
@@ -360,7 +396,7 @@ def _expand(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
     return affine.at(behind + ranks[1])
 
 
-# Tile repeats the whole of an axis: channel c of the output is channel c % C of the input; forward the repeats have the channels of it.
+# Tile repeats an axis as a whole: channel c of the output is channel c % C of the input.
 def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -376,11 +412,8 @@ def _tile(node: Node, affine: Affine, source: Value, target: Value, graph: Prese
         return affine.picked(np.arange(countable(affine.channels * count)) % affine.channels, axis)
     if count < 1 or affine.channels % count:
         raise Refusal("axis", f"{affine.channels} channels meet axis {axis} of Tile '{node.label}', which repeats it {count} times")
-    first = affine.picked(np.arange(affine.channels // count), axis)
-    copies = np.arange(affine.channels) % first.channels
-    if (first.scale[copies] != affine.scale).any() or (first.shift[copies] != affine.shift).any():
-        raise Refusal("axis", f"Tile '{node.label}' makes channels of different affines of one")
-    return first
+    copies = np.arange(affine.channels) % (affine.channels // count)
+    return _merged(affine, copies, axis, f"Tile '{node.label}' makes channels of different affines of one")
 
 
 # ReverseSequence turns the order of some elements along two axes; along another one every element keeps its channel.
@@ -420,10 +453,10 @@ LAYOUT = {
         _concat_backward, _concat_forward, join=_concat_join, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"
     ),
     "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
-    "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch),
-    "SpaceToDepth": Row(sizes=same_batch),
+    "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch, work=each_once),
+    "SpaceToDepth": Row(*both_ways(_space_to_depth), sized=True, sizes=same_batch, work=each_once),
     "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
     "Tile": Row(*both_ways(_tile), sized=True, size_slots=(1, 2), result_size=_tiled_size),
-    "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes),
-    "CenterCropPad": Row(size_slots=(1,)),
+    "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes, work=each_once),
+    "CenterCropPad": Row(size_slots=(1,), work=each_once),
 }

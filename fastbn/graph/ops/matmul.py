@@ -12,6 +12,7 @@ from fastbn.affine import WeightLayout
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
@@ -20,6 +21,12 @@ from fastbn.graph.ops.weighted import scaled
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["MATMUL"]
+
+# Products of matrices that take one step.
+AT_ONCE = 8
+
+# The most elements of a product of two operands of an Einsum of more.
+MOST_HELD = 1 << 24
 
 # Where Gemm reads its matrix B and its C.
 MATRIX, BIAS = 1, 2
@@ -173,14 +180,17 @@ def _beta(node: Node) -> float:
     return node.attribute("beta", 1.0)
 
 
-def _bias(node: Node, graph: PresentGraph, weight: Constant, channels: int) -> Dense:
-    """Return beta * C in float64; zeros where there is none."""
+def _bias(node: Node, graph: PresentGraph, weight: Constant, channels: int) -> Dense | Dequantized:
+    """Return beta * C in float64, zeros where there is none; as it is where a DequantizeLinear gives it."""
     if not graph.is_changed(node, BIAS) and not _has_bias(node):
         return Dense.zeros((channels,), weight.dtype)
+    constant = graph.tensor(node, BIAS)
+    if _beta(node) == 1 and constant is not None and constant.shape == (channels,):
+        return graph.bias(node, BIAS, (channels,), weight.dtype)
     bias = graph.dense(node, BIAS)
     if len(bias.shape) > 2 or (bias.shape and bias.shape[-1] not in (1, channels)):
         raise ModelError(expected(f"a C that broadcasts to {channels} columns", f"shape {bias.shape}", node.label))
-    # A bias that an earlier fold has changed holds its beta already.
+    # A bias that an earlier fold has changed includes the factor beta already.
     return bias if graph.is_changed(node, BIAS) else bias.times(_beta(node))
 
 
@@ -240,8 +250,8 @@ def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
 
 
 # MatMul, constant B:  backward (A B)*S = A (B*S) along its columns;  forward (A*S + T) B = A (S*B) + T B along its rows, and T B goes on as
-# a shift.  Constant A: the same with rows and columns changed over.  It has no place for a shift of its own.  A scale along another axis
-# passes unchanged.
+# a shift.  Constant A: the same with rows and columns exchanged.  MatMul has no bias for a shift.  A scale along another axis passes
+# unchanged.
 def _matmul_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     affine = traveler.affine
     slot, weight, rank = _operands(node, affine, traveler.value, graph)
@@ -271,7 +281,7 @@ def _matmul_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
             raise Refusal("shift-cannot-pass", f"a shift along axis {axis} cannot pass MatMul '{node.label}'")
         if len(weight.shape) > 2:
             raise Refusal("axis", f"the weight of MatMul '{node.label}' mixes axis {axis}")
-        # A vector takes the contracted axis out: what lies before it moves one towards the end.
+        # A product with a vector removes the contracted axis: the axes before it come one closer to the end.
         moves = int(len(weight.shape) < 2 and axis < contracted)
         return Transfer(passed_on=[(0, affine.at(axis - rank + moves))])
     layout = _layouts(weight, slot)[1]
@@ -300,7 +310,8 @@ def _operands(node: Node, affine: Affine, value: Value, graph: PresentGraph) -> 
     slot = _weight_slot(node, graph)
     weight = graph.weight(node, slot)
     rank = graph.rank(value)
-    # From the right, the last axis is the last axis of any rank; from the left, a vector has its one axis where a matrix has columns.
+    # A weight on the right meets the last axis, whatever the rank. One on the left meets the last axis but one of a matrix and the only
+    # axis of a vector, so that the rank has to be known.
     if rank is None and (slot == 0 or (affine.axis is not None and affine.axis >= 0)):
         raise Refusal("axis-unknown", f"the rank of '{value.name}' at MatMul '{node.label}' is not known, so the axis cannot be placed")
     if affine.rank > (rank or len(weight.shape)):
@@ -366,6 +377,29 @@ def _matmul_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     return (*first[:-1], None)
 
 
+# ---- how long they take for constants: one step for a product, or for several at once ----
+
+
+def _gemm_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    first = arrays[0]
+    assert first is not None, "an operand that ONNX demands"
+    return size * first.shape[0 if node.attribute("transA", 0) else -1] / AT_ONCE if first.ndim else size
+
+
+def _einsum_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    """Return the product of the sizes of all letters; infinite where a product of two of several operands may be too large to be held."""
+    sizes: dict[str | int, int] = {}
+    terms = node.attribute("equation", b"").decode("latin-1").replace(" ", "").partition("->")[0].split(",")
+    for term, array in zip(terms, arrays, strict=False):
+        before, _, behind = term.partition("...")
+        shape = () if array is None else array.shape
+        middle = len(shape) - len(before) - len(behind)
+        for letter, length in zip((*before, *range(-middle, 0), *behind), shape, strict=False):
+            sizes[letter] = max(sizes.get(letter, 1), length)
+    steps = math.prod(sizes.values())
+    return math.inf if len(arrays) > 2 and steps > MOST_HELD else steps
+
+
 MATMUL = {
     "Gemm": Row(
         _gemm_backward,
@@ -379,6 +413,7 @@ MATMUL = {
         bound=_gemm_bound,
         sizes=_gemm_sizes,
         demanded_size=_demanded_size,
+        work=_gemm_work,
     ),
     "MatMul": Row(
         _matmul_backward,
@@ -389,5 +424,8 @@ MATMUL = {
         weight_matrix=_matmul_weight_matrix,
         sizes=_matmul_sizes,
         demanded_size=_demanded_size,
+        work=_gemm_work,
     ),
+    **dict.fromkeys(("MatMulInteger", "QLinearMatMul"), Row(work=_gemm_work)),
+    "Einsum": Row(work=_einsum_work),
 }

@@ -9,12 +9,12 @@ from onnx import NodeProto, helper
 from fastbn.affine import batch_norm_affine
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.constant import Dense, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import Size, Sizes, same_sizes
+from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = ["BATCH_NORM", "EPSILON", "NORMALIZATION", "is_batch_norm"]
@@ -26,7 +26,7 @@ PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
 # Why an affine does not pass the other normalizations along the data flow.
 NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
 
-# ONNX's default: an attribute is a float32, which a float64 model feels.
+# ONNX's default. An attribute is a float32, and in a float64 model the distance to 1e-5 is larger than rounding.
 EPSILON = float(np.float32(1e-5))
 
 
@@ -88,7 +88,7 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatAr
         if graph.is_overridable(value):
             sentence = f"its {name} '{value.name}' is also a graph input, which a caller may override: --freeze-inputs makes it a constant"
             raise Refusal("overridable-parameters", sentence)
-        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' is computed when the model runs")
+        raise Refusal("dynamic-parameters", f"its {name} '{value.name}' {graph.why_no_constant(value)}")
     if dtype_name(constant.dtype) not in DTYPES:
         raise Refusal("unsupported-type", f"its {name} is {constant.dtype}")
     return float64_of(constant)
@@ -177,16 +177,27 @@ def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> 
     if rank is not None:
         axis_in(node, affine, rank)
     factor, shift, abs_terms = affine.shaped(rank)
-    if np.broadcast_shapes(factor.shape, scale.shape) != scale.shape:
+    if _broadcast(node, factor.shape, scale.shape) != scale.shape:
         raise Refusal("axis", f"its channels are not those that the scale of {node.op} '{node.label}' of shape {scale.shape} runs along")
     transfer = Transfer({SCALE: scale.times(factor)})
     if node.op == "RMSNormalization" and affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no bias to take the shift")
     if affine.shifts or graph.has(node, BIAS):
-        zeros = np.zeros(scale.shape)
-        bias = graph.bias(node, BIAS, scale.shape, scale.dtype)
+        bias = graph.dense(node, BIAS) if graph.has(node, BIAS) else Dense.zeros(scale.shape, scale.dtype)
+        shape = _broadcast(node, scale.shape, bias.shape)
+        if shape not in (scale.shape, bias.shape):
+            raise Refusal("grows", f"the bias of {node.op} '{node.label}' would grow from shape {bias.shape} to {shape}")
+        zeros = np.zeros(shape)
         transfer.constants[BIAS] = bias.affine(factor + zeros, shift + zeros, abs_terms + zeros)
     return transfer
+
+
+def _broadcast(node: Node, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that some shapes broadcast to; raises ModelError where they do not."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ModelError(expected("a scale and a bias that broadcast", f"shapes {shapes}", node.label)) from None
 
 
 def _last_axes_bound(proto: NodeProto) -> list[NodeProto]:
@@ -225,8 +236,10 @@ def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
     proto.CopyFrom(helper.make_node(op, inputs, [output]))
 
 
-_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes)
-_LAST_AXES = Row(_last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes)
+_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes, work=each_once)
+_LAST_AXES = Row(
+    _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes, work=each_once
+)
 
 NORMALIZATION = {
     BATCH_NORM: Row(
@@ -238,10 +251,12 @@ NORMALIZATION = {
         magnitude=_magnitude,
         sizes=same_sizes,
         demanded_size=_demanded_size,
+        work=each_once,
     ),
     "InstanceNormalization": _CHANNELS,
     "GroupNormalization": _CHANNELS,
     "LayerNormalization": _LAST_AXES,
     "RMSNormalization": _LAST_AXES,
     "LRN": Row(sizes=same_sizes),
+    **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), Row(work=each_once)),
 }

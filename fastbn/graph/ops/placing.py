@@ -34,7 +34,7 @@ __all__ = [
     "require_sign",
 ]
 
-# Along an axis of more elements no affine is spread out: a few bytes of a model may ask for any number.
+# The longest axis along which an affine gets a scale for each element: a few bytes of a model may state any size.
 LARGEST_AXIS = 1 << 24
 
 # Before this opset the operators of two operands broadcast by attributes, not by shape: they are left alone.

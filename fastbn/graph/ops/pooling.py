@@ -1,15 +1,18 @@
 """The operators that make one element of several and let a per-channel affine pass, one row per operator."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from numpy.typing import NDArray
 from onnx import NodeProto
 
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_beside, axis_of, both_ways, known_list, named_axes, own_axis, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import first_size, product_of_elements, same_batch
+from fastbn.graph.ops.shape_rules import each_once, first_size, product_of_elements, same_batch
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["POOLING"]
@@ -175,17 +178,21 @@ def _interpolation_terms(node: Node, graph: PresentGraph) -> int:
     return 8
 
 
+def _window_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    return size * math.prod(node.attribute("kernel_shape", [1]))
+
+
 def _reduce_min_bound(proto: NodeProto) -> list[NodeProto]:
     proto.op_type = "ReduceMax"
     return []
 
 
-_AVERAGE = Row(*both_ways(_average_pool), terms=_window_terms, sizes=same_batch)
-_GLOBAL_AVERAGE = Row(*both_ways(_global_average_pool), terms=_reduced_terms, sizes=same_batch)
-_MAXIMUM = Row(*both_ways(_max_pool), sizes=same_batch)
+_AVERAGE = Row(*both_ways(_average_pool), terms=_window_terms, sizes=same_batch, work=_window_work)
+_GLOBAL_AVERAGE = Row(*both_ways(_global_average_pool), terms=_reduced_terms, sizes=same_batch, work=each_once)
+_MAXIMUM = Row(*both_ways(_max_pool), sizes=same_batch, work=_window_work)
 _REDUCTION = Row(*both_ways(_reduce), size_slots=(1,), result_size=first_size)
 _SUM = replace(_REDUCTION, terms=_reduced_terms)
-_RESIZE = Row(*both_ways(_resize), terms=_interpolation_terms, sized=True)
+_RESIZE = Row(*both_ways(_resize), terms=_interpolation_terms, sized=True, work=each_once)
 
 POOLING = {
     name: replace(row, equal_terms=True)
@@ -193,9 +200,9 @@ POOLING = {
         "AveragePool": _AVERAGE,
         "GlobalAveragePool": _GLOBAL_AVERAGE,
         "MaxPool": _MAXIMUM,
-        "GlobalMaxPool": _MAXIMUM,
-        "LpPool": Row(*both_ways(_lp_pool), terms=_window_terms),
-        "GlobalLpPool": Row(*both_ways(_lp_pool), terms=_reduced_terms),
+        "GlobalMaxPool": replace(_MAXIMUM, work=each_once),
+        "LpPool": Row(*both_ways(_lp_pool), terms=_window_terms, work=_window_work),
+        "GlobalLpPool": Row(*both_ways(_lp_pool), terms=_reduced_terms, work=each_once),
         "ReduceMean": _SUM,
         "ReduceSum": _SUM,
         "ReduceMax": _REDUCTION,
@@ -204,7 +211,8 @@ POOLING = {
         "ReduceL2": _SUM,
         "ReduceProd": Row(size_slots=(1,), result_size=first_size, list_elements=product_of_elements),
         "ReduceSumSquare": Row(size_slots=(1,), result_size=first_size),
-        **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), Row(size_slots=(1,))),
+        **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), Row(size_slots=(1,), work=each_once)),
+        **dict.fromkeys(("ArgMax", "ArgMin"), Row(work=each_once)),
         "Resize": replace(_RESIZE, size_slots=(1, 2, 3)),
         "Upsample": replace(_RESIZE, size_slots=(1,)),
     }.items()

@@ -9,57 +9,103 @@ from onnx import NodeProto, helper
 
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, Dequantized
-from fastbn.graph.model.node import Node
+from fastbn.graph.model.constant import Constant, Dense
+from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import QUANTIZED, SCALE, ZERO_POINT, Dequantized, Quantizer, quantized
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import same_sizes
+from fastbn.graph.ops.shape_rules import each_once, same_sizes
+from fastbn.graph.reasons import Refusal
 
-__all__ = ["QUANTIZATION", "dequantized", "is_dequantized"]
+__all__ = ["QUANTIZATION", "dequantized", "is_quantized"]
 
-# The slot of the weight of Conv, ConvTranspose and Gemm; DequantizeLinear has a scale per step of an axis from this opset on.
-WEIGHT_SLOT, FIRST_PER_AXIS_OPSET = 1, 13
+# QuantizeLinear and DequantizeLinear have a scale per step of an axis from this opset on.
+FIRST_PER_AXIS_OPSET = 13
 
-# Of a DequantizeLinear.
-QUANTIZED, SCALE, ZERO_POINT = 0, 1, 2
+# Values that a constant is followed back to.
+MOST_VALUES = 64
 
 
-def is_dequantized(node: Node, slot: int) -> bool:
-    """Say whether a DequantizeLinear gives the input at a slot."""
-    value = node.input(slot)
-    return value is not None and value.producer is not None and value.producer.is_op("DequantizeLinear")
+def is_quantized(value: Value | None) -> bool:
+    """Say whether a constant is what a DequantizeLinear gives, or is computed from that."""
+    pending = [] if value is None else [value]
+    for at in pending:
+        node = None if at.initializer is not None else at.producer
+        if node is not None and node.is_op("DequantizeLinear"):
+            return True
+        if node is not None and len(pending) < MOST_VALUES:
+            pending.extend(read for read in node.inputs if read is not None and read not in pending)
+    return False
 
 
 def dequantized(node: Node, slot: int, graph: PresentGraph) -> Dequantized | None:
-    """Return the weight at a slot that a DequantizeLinear of constants gives, None where there is none."""
+    """Return the constant at a slot that a DequantizeLinear of constants gives, None where there is none that a fold can change."""
     value = node.input(slot)
     source = None if value is None else value.producer
-    if value is None or source is None or not is_dequantized(node, slot) or slot != WEIGHT_SLOT or graph.opset < FIRST_PER_AXIS_OPSET:
+    if value is None or source is None or not source.is_op("DequantizeLinear") or source.scope is not node.scope:
         return None
     graph.check(source)
-    integers, scale = graph.tensor(source, QUANTIZED), graph.tensor(source, SCALE)
-    zero_point = graph.tensor(source, ZERO_POINT)
+    scale, zero_point = graph.tensor(source, SCALE), graph.tensor(source, ZERO_POINT)
+    quantizer = _quantizer(source, graph)
+    integers = _integers(source, quantizer, graph)
     if integers is None or scale is None or (zero_point is None and source.input(ZERO_POINT) is not None):
         return None
-    if not integers.shape or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES or source.scope is not node.scope:
+    if not integers.shape or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES:
         return None
     graph.refuse_readers(value, node, slot)
-    planned = graph.planned_attributes(source).get("axis")
-    axis = (planned if isinstance(planned, int) else source.attribute("axis", 1)) % len(integers.shape)
-    per_axis = math.prod(scale.shape) > 1
-    steps = (integers.shape[axis],) if per_axis else scale.shape
-    if scale.shape != steps or (zero_point is not None and zero_point.shape != steps):
+    axis = _axis(source, len(integers.shape), graph) if math.prod(scale.shape) > 1 else None
+    steps = scale.shape if axis is None else (integers.shape[axis],)
+    if scale.shape != steps or len(steps) > 1 or (zero_point is not None and zero_point.shape != steps):
         raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
     step = Dense.of(scale)
-    flat = Dense(step.dtype, step.values.reshape(-1), step.abs_terms.reshape(-1))
 
     def read() -> NDArray[Any]:
-        along = [-1 if at == axis and per_axis else 1 for at in range(len(integers.shape))]
-        zero = (
-            0.0 if zero_point is None else zero_point.array().reshape(along if math.prod(zero_point.shape) > 1 else -1).astype(np.float64)
-        )
-        return ((integers.array().astype(np.float64) - zero) * flat.values.reshape(along)).astype(scale.dtype)
+        along = [-1 if at == axis else 1 for at in range(len(integers.shape))]
+        zero: NDArray[Any] | int = 0 if zero_point is None else zero_point.array().astype(np.float64).reshape(along)
+        return ((integers.array().astype(np.float64) - zero) * step.values.reshape(along)).astype(scale.dtype)
 
-    return Dequantized(scale.dtype, integers.shape, read, source, axis if per_axis else None, flat, zero_point)
+    may_have_axis = graph.opset >= FIRST_PER_AXIS_OPSET
+    return Dequantized(scale.dtype, integers.shape, read, source, quantizer, integers, step, zero_point, axis, may_have_axis)
+
+
+def _axis(node: Node, rank: int, graph: PresentGraph) -> int:
+    planned = graph.planned_attributes(node).get("axis")
+    return (planned if isinstance(planned, int) else node.attribute("axis", 1)) % rank
+
+
+def _quantizer(source: Node, graph: PresentGraph) -> Quantizer | None:
+    """Return the QuantizeLinear of a constant that a DequantizeLinear alone reads, if its steps are the same."""
+    value = source.input(QUANTIZED)
+    node = None if value is None else value.producer
+    if value is None or node is None or not node.is_op("QuantizeLinear") or graph.is_changed(source, QUANTIZED):
+        return None
+    data, integers = graph.tensor(node, QUANTIZED), graph.constant(value)
+    same = all(_are_same(graph.tensor(node, slot), graph.tensor(source, slot)) for slot in (SCALE, ZERO_POINT))
+    is_plain = node.scope is source.scope and not node.attribute("block_size", 0) and not node.attribute("precision", 0)
+    if data is None or integers is None or not same or not is_plain or integers.dtype.kind not in "iu" or not data.shape:
+        return None
+    if math.prod(integers.shape) and _axis(node, len(data.shape), graph) != _axis(source, len(data.shape), graph):
+        return None
+    try:
+        graph.refuse_readers(value, source, QUANTIZED)
+    except Refusal:
+        return None
+    return Quantizer(node, data)
+
+
+def _are_same(first: Constant | None, second: Constant | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and first.dtype == second.dtype and bool((first.array() == second.array()).all())
+
+
+def _integers(source: Node, quantizer: Quantizer | None, graph: PresentGraph) -> Constant | None:
+    given = graph.tensor(source, QUANTIZED)
+    if quantizer is None or given is None or not graph.is_changed(quantizer.node, QUANTIZED):
+        return given
+    scale, zero_point = graph.tensor(source, SCALE), graph.tensor(source, ZERO_POINT)
+    assert scale is not None, "compared with that of the quantizer"
+    axis = _axis(source, len(given.shape), graph) if math.prod(scale.shape) > 1 else None
+    return quantized(quantizer.data, scale, zero_point, axis, given.dtype)
 
 
 def _one_term(node: Node, graph: PresentGraph) -> int:
@@ -84,6 +130,8 @@ QUANTIZATION = {
         bound=_bound,
         input_names={SCALE: "scale", ZERO_POINT: "zero_point"},
         sizes=same_sizes,
+        work=each_once,
     ),
-    "QuantizeLinear": Row(sizes=same_sizes),
+    "QuantizeLinear": Row(sizes=same_sizes, work=each_once),
+    "DynamicQuantizeLinear": Row(work=each_once),
 }

@@ -63,7 +63,7 @@ _RECURRENT = Row(forward=_forward, terms=_terms, probe_shapes=_probe_shapes, wei
 
 RECURRENT = {
     "LSTM": _RECURRENT,
-    # Absolute values close the update gate z of a GRU, and 1 - z is next to nothing; its states are averages of numbers up to 1.
+    # On absolute values the update gate z of a GRU is nearly 1, so 1 - z vanishes. Its states are averages of numbers of at most 1.
     "GRU": replace(_RECURRENT, least_magnitude=1.0),
     "RNN": _RECURRENT,
 }

@@ -7,7 +7,7 @@ A row answers two questions about a node and an affine S, T:
   remains to be made up for behind its outputs?
 
 Both return a Transfer, or raise Refusal. Rows only read. What they may ask is a PresentGraph: the graph in which the plans so far have
-already happened; what they are told of the journey is a Traveler.
+already happened; what they are given is a Traveler, the affine with the value where it has arrived.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from fastbn.graph.model.constant import Constant, Dense, Requantized, Tensor
+from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.node import Node, Shape, Value
+from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = [
     "STRATEGIES",
-    "Changes",
+    "Attribute",
     "Origin",
     "PresentGraph",
     "Row",
@@ -43,8 +44,8 @@ __all__ = [
 Strategy: TypeAlias = Literal["plain", "rearrange", "split"]
 STRATEGIES: tuple[Strategy, ...] = ("plain", "rearrange", "split")
 
-# (node, input slot) -> the constant that a fold puts there.
-Changes: TypeAlias = Mapping[tuple[Node, int], Constant]
+# What a fold sets an attribute of a node to.
+Attribute: TypeAlias = int | float
 
 
 class PresentGraph(Protocol):
@@ -57,6 +58,10 @@ class PresentGraph(Protocol):
 
     def constant(self, value: Value | None) -> Tensor | None:
         """Return the constant that a value of the original always is, or None."""
+        ...
+
+    def why_no_constant(self, value: Value) -> str:
+        """Return why a value is no constant, as the end of a sentence about it."""
         ...
 
     def kind(self, value: Value) -> int:
@@ -121,7 +126,7 @@ class PresentGraph(Protocol):
         """Say whether a plan has changed or made the constant at a slot."""
         ...
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes that plans set."""
         ...
 
@@ -137,8 +142,8 @@ class PresentGraph(Protocol):
         """Return weight(node, slot) in float64."""
         ...
 
-    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
-        """Return the bias at a slot in float64, zeros where it is absent."""
+    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
+        """Return the bias at a slot in float64, zeros where it is absent; as it is where a DequantizeLinear gives it."""
         ...
 
 
@@ -198,17 +203,17 @@ class Transfer:
 
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
-    affine). merge is there where the affine goes into a sibling instead. lifted are other nodes with the same affine, which leave with the
-    one that is asked for. skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which
-    counts once all that is asked further would work out.
+    affine). merge is there where the affine goes into a sibling instead. alike are other nodes with the same affine, which are lifted too.
+    skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which counts once all that is
+    asked further would work out.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
-    attributes: dict[str, object] = field(default_factory=dict)
+    attributes: dict[str, Attribute] = field(default_factory=dict)
     passed_on: list[tuple[int, Affine]] = field(default_factory=list)
     required: Iterable[tuple[int, Affine]] = ()
     merge: SiblingMerge | None = None
-    lifted: Sequence[Node] = ()
+    alike: Sequence[Node] = ()
     skip: tuple[int, Skip] | None = None
     objection: Refusal | None = None
 
@@ -289,7 +294,8 @@ class Row:
         (node, graph) -> input slot -> shape to verify with, small but large enough for every weight to take part; for inputs that are no
         constants.
     sized : bool
-        What it makes of a value may depend on its sizes.
+        Whether an affine passes may depend on the sizes of its inputs, so the proof of a fold runs on the sizes that the model states,
+        where they are small enough, before it runs on smaller ones.
     bound : callable
         Edits a NodeProto so that, run on absolute values, it bounds the size of what the node rounds; returns the nodes that follow it.
     magnitude : callable
@@ -308,7 +314,11 @@ class Row:
     demanded_size : callable or None
         (node, sizes of its second input) -> (axis, size) that these demand of its first input.
     result_size : callable or None
-        (node, arrays) -> how many elements it gives for constants; None: the result on constants is not taken for a constant.
+        (node, arrays) -> how many elements it gives for constants, told before it is run; None where it is not to be run for them. Without
+        it, onnx's shape inference is asked.
+    work : callable or None
+        (node, arrays by slot, elements of the result) -> how many steps it takes for constants. Without it, an operator with result_size
+        takes a few for each element; one without, a step for each pair of an element of its result and one of its largest input.
     list_elements : callable or None
         (node, sizes of the first input, elements of the inputs) -> the elements of a list that it gives, where no run is needed for them.
     moved_inputs : "first", "all" or None
@@ -348,6 +358,7 @@ class Row:
     reshape_target: Callable[[Node, Sizes | None, Callable[[Value | None], list[Size] | None]], list[Size] | None] | None = None
     demanded_size: Callable[[Node, Sizes], tuple[int, Size]] | None = None
     result_size: Callable[[Node, Sequence[NDArray[Any]]], float | None] | None = None
+    work: Callable[[Node, Sequence[NDArray[Any] | None], float], float] | None = None
     list_elements: Callable[[Node, Sizes | None, Sequence[NDArray[Any] | None]], NDArray[Any] | None] | None = None
     moved_inputs: Literal["first", "all"] | None = None
 

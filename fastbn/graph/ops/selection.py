@@ -11,7 +11,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import LARGEST_AXIS, axis_of, both_ways, countable, known_list, named_axes, own_axis, own_list
 from fastbn.graph.ops.row import PresentGraph, Row
-from fastbn.graph.ops.shape_rules import Size, first_size
+from fastbn.graph.ops.shape_rules import Size, each_once, first_size
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["SELECTION"]
@@ -35,7 +35,8 @@ def _slice(node: Node, affine: Affine, source: Value, target: Value, graph: Pres
     return _chosen_channels(node, affine, axis, size, chosen, forward, axis)
 
 
-# Gather by constants too. Along another axis it moves whole rows, whatever the indices: its one axis becomes as many as the indices have.
+# Gather by constants chooses channels too. Along another axis it moves whole rows, whatever the indices, and the axis that it gathers along
+# is replaced by the axes of the indices.
 def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: PresentGraph) -> Affine:
     axis = axis_of(node, affine, source, graph)
     if axis is None:
@@ -46,7 +47,7 @@ def _gather(node: Node, affine: Affine, source: Value, target: Value, graph: Pre
         return affine.at(moved)
     size = affine.channels if forward else _size_of_axis(node, chosen_axis, graph)
     chosen = _indices(node, countable(size), graph)
-    # One index that is no list takes the axis away.
+    # A scalar index removes the axis.
     remaining = None if graph.rank(node.input(1)) == 0 else chosen_axis
     return _chosen_channels(node, affine, chosen_axis, size, chosen, forward, remaining)
 
@@ -232,10 +233,17 @@ def _gathered_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     return float(data.size // max(data.shape[axis], 1) * indices.size)
 
 
+def _places_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
+    return arrays[0].size * max(arrays[0].ndim, 1)
+
+
 SELECTION = {
     "Slice": Row(*both_ways(_slice), sized=True, size_slots=(1, 2, 3, 4), result_size=first_size, moved_inputs="first"),
-    "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first"),
-    "GatherElements": Row(*both_ways(_gather_elements), sized=True),
-    "GatherND": Row(*both_ways(_gather_blocks), sized=True),
-    "Pad": Row(*both_ways(_pad), size_slots=(1, 3)),
+    "Gather": Row(*both_ways(_gather), sized=True, result_size=_gathered_size, moved_inputs="first", input_names={0: "table"}),
+    "GatherElements": Row(*both_ways(_gather_elements), sized=True, work=each_once),
+    "GatherND": Row(*both_ways(_gather_blocks), sized=True, work=each_once),
+    "Pad": Row(*both_ways(_pad), size_slots=(1, 3), work=each_once),
+    "Compress": Row(result_size=first_size),
+    "NonZero": Row(result_size=_places_size),
+    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND", "TensorScatter", "Trilu"), Row(work=each_once)),
 }

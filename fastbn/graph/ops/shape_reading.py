@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.row import Row
-from fastbn.graph.ops.shape_rules import Sizes, first_size, list_of_sizes
+from fastbn.graph.ops.shape_rules import Sizes, each_once, first_size, list_of_sizes
 
 __all__ = ["SHAPE_READING"]
 
@@ -34,10 +34,11 @@ def _range_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 SHAPE_READING = {
     "Shape": Row(reads={0: "shape"}, list_elements=_shape_elements),
-    "Size": Row(reads={0: "shape"}, result_size=first_size),
-    **dict.fromkeys(("EyeLike", "RandomNormalLike", "RandomUniformLike"), Row(reads={0: "shape"})),
+    "Size": Row(reads={0: "shape"}),
+    "EyeLike": Row(reads={0: "shape"}, result_size=first_size),
+    **dict.fromkeys(("RandomNormalLike", "RandomUniformLike"), Row(reads={0: "shape"})),
     "ConstantOfShape": Row(size_slots=(0,), result_size=_filled_size),
     "Range": Row(size_slots=(0, 1, 2), result_size=_range_size),
-    "OneHot": Row(size_slots=(1,)),
-    "TopK": Row(size_slots=(1,)),
+    "OneHot": Row(size_slots=(1,), work=each_once),
+    "TopK": Row(size_slots=(1,), work=each_once),
 }

@@ -18,6 +18,7 @@ __all__ = [
     "broadcast_size",
     "broadcast_sizes",
     "dims_of",
+    "each_once",
     "first_size",
     "list_of_sizes",
     "product",
@@ -59,7 +60,7 @@ def same_sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
 
 
 def same_batch(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
-    """Axis 0 of the output is that of the first input; the others have as many sizes, which are not told."""
+    """Axis 0 of the output is that of the first input; the others are as many as those of the input, their sizes unknown."""
     first = inputs[0] if inputs else None
     return None if first is None else (*first[:1], *[None] * (len(first) - 1))
 
@@ -140,6 +141,11 @@ def first_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 def broadcast_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     """The result has the elements of the operands broadcast."""
     return math.prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+
+
+def each_once(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
+    """It handles each element of its inputs and of its result a few times."""
+    return size + sum(array.size for array in arrays if array is not None)
 
 
 def list_of_sizes(array: NDArray[Any]) -> list[int]:

@@ -3,9 +3,9 @@
 import numpy as np
 
 from fastbn.affine import WeightLayout
-from fastbn.graph.model.constant import Constant, Dense, Dequantized, Requantized, Scaled, Tensor, broadcast_scale
+from fastbn.graph.model.constant import Constant, Dense, Scaled, Tensor, broadcast_scale
+from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine, FloatArray
-from fastbn.graph.reasons import Refusal
 
 __all__ = ["scaled", "summed"]
 
@@ -13,10 +13,7 @@ __all__ = ["scaled", "summed"]
 def scaled(weight: Constant, layout: WeightLayout, scale: FloatArray) -> Constant | Requantized:
     """Return a weight times a scale for each (group, channel) of its layout."""
     if isinstance(weight, Dequantized):
-        requantized = weight.times(layout, scale)
-        if requantized is None:
-            raise Refusal("quantised", f"the scale is not one positive number per step of DequantizeLinear '{weight.node.label}'")
-        return requantized
+        return weight.times(layout, scale)
     if isinstance(weight, Dense):
         return weight.times(broadcast_scale(layout, scale, weight.shape))
     if isinstance(weight, Scaled):

@@ -11,13 +11,11 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
+from fastbn.graph.model.schemas import RANDOM
 from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.parity.feeds import Feed
 
 __all__ = ["comparable", "has_branches", "is_random", "with_branches"]
-
-# Operators that draw random numbers from an attribute `seed`; Dropout does so in training mode.
-RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 # Names of graph inputs: the condition of every If inside that many others, and how often every Loop runs.
 CONDITION, TRIPS = "fastbn/condition/{}", "fastbn/trips"

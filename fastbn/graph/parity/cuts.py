@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import bodies, scopes_of
 from fastbn.graph.model.node import Value
@@ -24,7 +25,7 @@ from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.noise import Noise
 from fastbn.graph.parity.reference import copied
 from fastbn.graph.parity.verdict import Verdict, judged
-from fastbn.graph.runtime import UNIT, Runnable, Runner
+from fastbn.graph.runtime import Runnable, Runner
 
 if TYPE_CHECKING:
     from fastbn._types import Array

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
-from fastbn.graph.runtime import UNIT, ValueInfo, runtime_errors, said
+from fastbn.graph.runtime import ValueInfo, runtime_errors, said
 
 if TYPE_CHECKING:
     from fastbn._types import Array

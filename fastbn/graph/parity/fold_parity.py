@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
@@ -24,7 +25,7 @@ from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
-from fastbn.graph.runtime import UNIT, runtime_errors, said, session
+from fastbn.graph.runtime import runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
@@ -138,13 +139,16 @@ class _Segment:
         return sorted(nodes, key=lambda node: self.order[node])
 
     def _data_type(self) -> DType:
-        """Return the coarsest type of a constant; that of a BatchNormalization's parameters only where there is no other."""
+        """Return the coarsest type of a constant or beside a Cast; that of a batch normalization's parameters where there is no other."""
         constants = [
             (not is_batch_norm(node), UNIT[constant.dtype.name], constant.dtype)
             for node in self.before
             for constant in map(self.index.constant, node.inputs)
             if constant is not None and constant.dtype.name in UNIT
         ]
+        beside = [self.index.kind(value) for node in self.before if node.is_op("Cast") for value in (*node.inputs, *node.outputs) if value]
+        casts = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in beside if kind]
+        constants += [(True, UNIT[dtype.name], dtype) for dtype in casts if dtype.name in UNIT]
         return max(constants, key=lambda entry: entry[:2])[2]
 
     def _type_of(self, value: Value) -> DType:
@@ -176,7 +180,7 @@ class _Segment:
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
-            raise _NotRun("what comes out of the site is empty on every input tried")
+            raise _NotRun("what comes out of the folded nodes is empty on every input tried")
         least = max(operator_row(node).least_magnitude for node in self.before)
         return before, after, np.maximum(abs_terms, least)
 
@@ -208,7 +212,8 @@ class _Segment:
         """Return the original segment; with `evaluated` the values of its constants are inputs, without it their own nodes compute them."""
         feed = dict(feed)
         computing: dict[Node, None] = {}
-        pending = [value for node in self.before for value in node.inputs if value is not None and self.index.constant(value) is not None]
+        read = (value for node in self.before for value in node.inputs if value is not None and value not in self.inside)
+        pending = [value for value in read if self.index.constant(value) is not None]
         for value in pending:
             node, constant = value.producer, self.index.constant(value)
             if constant is not None and (evaluated or node is None or value.initializer is not None or not _is_computed(node, self.index)):
@@ -243,12 +248,13 @@ class _Segment:
     def _connect(self, node: Node, proto: NodeProto, feed: Feed, magnitudes: bool) -> None:
         """Let the copy of a node read the constants that the plan gives it, other constants and the values before it."""
         for slot, value in enumerate(node.inputs):
-            original = self.index.constant(value)
+            original = None if value in self.inside else self.index.constant(value)
             if (node, slot) in self.plan.constants:
                 pass
             elif original is not None and value is not None:
                 array = _fed(original.array())
-                feed[value.name] = operator_row(node).magnitude(slot, array) if magnitudes and array.dtype.kind in "fV" else array
+                is_size = magnitudes and array.dtype.kind in "fV" and slot not in operator_row(node).signed_slots
+                feed[value.name] = operator_row(node).magnitude(slot, array) if is_size else array
             elif value is not None:
                 proto.input[slot] = self._name(value)
         for (step, slot), constant in self.plan.constants.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import ModelProto, helper
 
+from fastbn.dtypes import UNIT
 from fastbn.errors import FastbnError
 from fastbn.graph.model.constant import float64_of
 from fastbn.graph.model.index import Index
@@ -22,7 +23,6 @@ from fastbn.graph.ops.registry import can_be_affine, operator_row, row_of
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
-from fastbn.graph.runtime import UNIT
 
 if TYPE_CHECKING:
     from fastbn._types import FloatArray
@@ -157,7 +157,7 @@ class _Parameter:
 
 
 def _neighbors(node: Node, forward: bool) -> list[Node]:
-    """Return the absorbers and carriers after a node (or before it), on every path up to the first that multiplies by a weight."""
+    """Return the nodes that take an affine or let it pass after a node (or before it), on every path up to the first with a weight."""
     neighbors: dict[Node, None] = {}
     pending = [node]
     while pending and len(neighbors) < MOST_NEIGHBORS:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from fastbn.graph.model.constant import Dense
+from fastbn.dtypes import DTYPES, dtype_name
+from fastbn.graph.model.constant import Dense, Tensor
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
@@ -17,7 +18,7 @@ from fastbn.graph.planner.search import Search
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import CURABLE, FORWARDS, ReasonCode, Refusal
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "place", "place_constant"]
 
 # Reasons that only say "nothing there": they give way to one that names a condition.
 VAGUE: tuple[ReasonCode, ...] = ("reads-input", "reads-constant", "no-absorber", "unused")
@@ -55,6 +56,19 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, recor
     raise both
 
 
+def place_constant(node: Node, constant: Tensor, view: GraphView) -> Placement:
+    """Return a placement that puts what a batch normalization of a constant gives in its place; Refusal where that is not possible.
+
+    A weight that is standardized in the graph is one: it is the batch normalization in training, but of the same batch in each run.
+    """
+    if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
+        raise Refusal("training", "it hands out statistics of a constant")
+    readers = view.readers(node.required_output())
+    if any(reader.scopes for reader, _ in readers) or not readers:
+        raise Refusal("reads-constant", "it reads a constant, and nothing that takes the result")
+    return Placement(Plan(constants=dict.fromkeys(readers, constant), path={reader: None for reader, _ in readers}))
+
+
 def _weight(code: ReasonCode, view: GraphView) -> int:
     """Return how little a code says: 0 where an option of the user may change it, 3 where there only is nothing."""
     if code == "axis-unknown" and not view.is_open():  # a size that no option tells
@@ -65,7 +79,7 @@ def _weight(code: ReasonCode, view: GraphView) -> int:
 def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Plan) -> None:
     """Refuse to take a node out before its readers where its data may be narrower than what they read, unless they widen it themselves."""
     value = view.data(node)
-    data = view.shape(value)
+    data = view.shape(view.source(value))  # a node before it that is removed now may have widened it
     is_narrow = data is None or len(data) < affine.rank or (affine.axis is not None and data[affine.axis] != affine.channels)
     if is_batch_norm(node) or affine.rank == 0 or not is_narrow or node.outputs[0] is None:
         return
@@ -83,7 +97,7 @@ def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | Non
         try:
             return way(origin, affine, view, record)
         except Refusal:
-            pass  # what was said about both ways is the better reason
+            pass  # `refusal`, which has the reasons of both directions, says more
     raise refusal
 
 
@@ -114,8 +128,11 @@ def _shift_node(node: Node, affine: Affine, view: GraphView, plan: Plan) -> tupl
     if rank is None:
         raise Refusal("axis-unknown", f"the rank of '{data.name}' is not known, so the shift that would stay cannot be placed")
     _, shift, abs_terms = affine.shaped(rank)
-    # The parameters may be float32 beside float16 data; what stays has the type of the data, which is that of the weights.
-    vector = Dense(next(iter(plan.constants.values())).dtype, shift, abs_terms)
+    # The parameters may be float32 beside float16 data; what stays has the type of the data, as the weights have but for a Cast between.
+    kind = view.kind(data)
+    weight_type = next(constant.dtype for constant in plan.constants.values() if dtype_name(constant.dtype) in DTYPES)
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else weight_type
+    vector = Dense(dtype, shift, abs_terms)
     proto = onnx.NodeProto(op_type="Add")
     for text in ("name", "doc_string"):
         if node.proto.HasField(text):

@@ -5,6 +5,7 @@ from typing import Optional
 
 from fastbn.graph.model.constant import Constant
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.ops.row import Attribute
 
 __all__ = ["Plan"]
 
@@ -46,7 +47,7 @@ class Plan:
     """
 
     constants: dict[tuple[Node, int], Constant] = field(default_factory=dict)
-    attributes: dict[Node, dict[str, object]] = field(default_factory=dict)
+    attributes: dict[Node, dict[str, Attribute]] = field(default_factory=dict)
     lifted: list[Node] = field(default_factory=list)
     bypassed: dict[Node, Value] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)

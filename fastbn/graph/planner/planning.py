@@ -6,6 +6,7 @@ Nodes are taken in the order of the data flow, and a node whose affine went into
 (Conv, BN, Mul, Add) folds link by link while its constants stay exact: they are rounded once, when they are written.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,12 +14,11 @@ from fnmatch import fnmatchcase
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.kept import kept_nodes
-from fastbn.graph.planner.placement import Placement, place
+from fastbn.graph.planner.placement import Placement, place, place_constant
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
@@ -113,7 +113,7 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
-            # What stood in the way of one affine may have gone with another; against the order, what frees a whole chain does so at once.
+            # A fold may have removed what another was refused for: try those again, in reverse, so that one pass frees a whole chain.
             waiting = [node for node in refusals if node not in placed][::-1]
             step = 0 if placed else step + 1
         view = self.view
@@ -146,21 +146,31 @@ class _Planner:
             if node in placed:
                 continue
             try:
-                record = self._record_of(node, strategy)
-                affine = self.view.lifted(node)
-                if affine is None:
+                found = self._placement(node, strategy)
+                if found is None:
                     continue
-                self._refuse_unselected(node)
-                _refuse_widening(node, self.view)
-                placement = place(node, affine, self.view, strategy, record)
+                placement, channels = found
                 for other in placement.plan.alike:
                     self._refuse_unselected(other)
                 refuse_unrepresentable(placement.plan, self.view)
-                self._record(node, affine, placement)
+                self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike])
             except Refusal as refusal:
-                refused[node] = refusal.with_traceback(None)  # which would keep everything that the search looked at
+                refused[node] = refusal.with_traceback(None)  # the traceback would keep all objects of the search alive
         return refused, placed
+
+    def _placement(self, node: Node, strategy: Strategy) -> tuple[Placement, int] | None:
+        """Return (where the affine of a node goes, its channels), None for a node that is none."""
+        constant = self.view.constant(node.outputs[0]) if is_batch_norm(node) and node.outputs else None
+        if constant is not None:
+            self._refuse_unselected(node)
+            return place_constant(node, constant, self.view), math.prod(constant.shape[1:2])
+        affine = self.view.lifted(node)
+        if affine is None:
+            return None
+        self._refuse_unselected(node)
+        _refuse_widening(node, self.view)
+        return place(node, affine, self.view, strategy, self._record_of(node, strategy)), affine.channels
 
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:
@@ -170,10 +180,10 @@ class _Planner:
         if self.skip and any(fnmatchcase(node.label, glob) for glob in self.skip):
             raise Refusal("not-selected", "--skip names it")
 
-    def _record(self, node: Node, affine: Affine, placement: Placement) -> None:
+    def _record(self, node: Node, channels: int, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""
         view, new = self.view, placement.plan
-        if not new.absorbers:  # constants that a node on the way moves
+        if not new.absorbers:  # only constants that nodes on the path read have changed
             new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
         leaving = [node, *new.alike, *new.bypassed]
@@ -181,7 +191,7 @@ class _Planner:
         for gone in leaving:
             target.forget(gone)
         new.lifted.extend([node, *new.alike])
-        new.channels = affine.channels
+        new.channels = channels
         if placement.kept_shift is None:
             view.remove(node, value)
             if placement.forward:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.dtypes import LEAST_NORMAL, UNIT
 from fastbn.graph.model.constant import Constant, Dense, Scaled, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import FloatArray
@@ -25,14 +26,6 @@ __all__ = ["flushed_channels", "refuse_unrepresentable"]
 
 # X: float16 ends there.
 LARGEST_INPUT = 2.0**16
-
-# Type -> (unit roundoff, least normal number).
-ROUNDING = {
-    "float16": (2.0**-11, 2.0**-14),
-    "bfloat16": (2.0**-8, 2.0**-126),
-    "float32": (2.0**-24, 2.0**-126),
-    "float64": (2.0**-53, 2.0**-1022),
-}
 
 
 def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
@@ -87,9 +80,9 @@ def flushed_channels(
     bias : array of shape (output channels,), or 0.0
         |b|, the least one where a channel has several.
     """
-    unit, least_normal = ROUNDING[constant.dtype.name]
+    unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
     exact, kept = np.abs(matrix(float64_of(constant))), matrix(constant.array()) != 0
     flushed = (exact != 0) & ~kept
-    lost, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
-    matters = lost * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
+    flushed_size, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
+    matters = flushed_size * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
     return int(flushed[matters].sum()), np.flatnonzero(matters).tolist()

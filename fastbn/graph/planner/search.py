@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Requantized
 from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.quantized import Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.registry import row_of
@@ -19,7 +19,8 @@ from fastbn.graph.reasons import ReasonCode, Refusal
 
 __all__ = ["Search"]
 
-# Nodes that one search asks once other readers may be asked too: a long residual stream is not walked whole for each of its nodes.
+# The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
+# stream, and that for each of its batch normalizations.
 MOST_STEPS = 30
 
 # Nodes that one affine is followed through in a row.
@@ -35,7 +36,7 @@ class _Arrivals:
     values: dict[int, Value] = field(default_factory=dict)
 
 
-# What asks further, behind a node forward and before it backward: (slot, affine, skip) -> Plan.
+# How a search goes on from a node: (slot, affine, skip) -> Plan. The slot is that of an output forward, of an input backward.
 _Follow: TypeAlias = Callable[[int, Affine, Skip | None], Plan]
 
 
@@ -82,7 +83,7 @@ class Search:
             with self._question("backward", self.view.producer(source) or source, affine, depth):
                 return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
-            if refusal.code != "reads-twice":  # that one depends on the way taken
+            if refusal.code != "reads-twice":  # this refusal depends on the path of the search, so it is not remembered
                 self._refused[key] = refusal.code, refusal.sentence
             raise
 
@@ -96,6 +97,8 @@ class Search:
         if value in self._open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
+        if others and skip is not None:  # which no constant of theirs undoes
+            raise _refused_reader(others[0][0], value)
         node, row = self._producer(value, asker, depth)
         if skip is not None and not row.takes_skip:
             raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
@@ -144,7 +147,7 @@ class Search:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
         others = self.view.other_readers(value, asker, slot, MOST_STEPS + 1)
         if others:
-            # What a constant becomes here, other readers would not see: they read it as the constant that it was.
+            # A changed constant belongs to one input slot: other readers would still read the constant as it was.
             is_fixed = self.strategy == "plain" or self.view.constant(value) is not None or (affine.scale == 0).any()
             if is_fixed or len(others) > MOST_STEPS:
                 raise _refused_reader(others[0][0], value)
@@ -165,7 +168,7 @@ class Search:
         try:
             return self._settled(ask)
         except Refusal:
-            pass  # what the caller hears is that somebody else reads it
+            pass  # the reason that is reported is the other reader
         raise _refused_reader(refused, value)
 
     def _into_constant(self, node: Node, slot: int, affine: Affine) -> Plan:
@@ -285,7 +288,7 @@ class Search:
                 return self._followed(transfer, node, follow, depth)
             except Refusal as refusal:
                 self._waiting = _copied(waiting)  # without what a way has left there that came to nothing
-                # Why a way around an operand failed says less than why the operand cannot take the scale.
+                # Why an operand cannot take the scale says more than why its detour, a transfer with a skip, was refused.
                 if refused is None or transfer.skip is None:
                     refused = refusal.code, refusal.sentence
                 if self._is_exhausted():
@@ -314,16 +317,16 @@ def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.lifted))
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:
         plan.attributes[node] = transfer.attributes
     for slot, constant in transfer.constants.items():
         if isinstance(constant, Requantized):
-            plan.path[constant.node] = None
-            plan.constants.update(constant.constants())
-            plan.attributes[constant.node] = {"axis": constant.axis}
+            plan.path.update(dict.fromkeys(step for step, _ in constant.constants))
+            plan.constants.update(constant.constants)
+            plan.attributes.update({step: {"axis": axis} for step, axis in constant.axes.items()})
         else:
             plan.constants[node, slot] = constant
     if transfer.merge is not None:
@@ -342,8 +345,8 @@ def _crossed(node: Node, slot: int, value: Value) -> dict[Node, None]:
 
 
 def _add_branch(plan: Plan, branch: Plan) -> None:
-    """Add what another branch changes; two branches may not meet in one node."""
-    met = next((node for node in branch.path if node in plan.path), None)
+    """Add what another branch changes; two branches may not meet in one node, nor change one that leaves."""
+    met = next((node for node in (*branch.path, *branch.alike) if node in plan.path or node in plan.alike), None)
     if met is not None:
         raise Refusal("reads-twice", f"two ways meet in {met.op} '{met.label}'")
     plan.join(branch)

@@ -13,20 +13,24 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
+from fastbn.graph.model.quantized import Dequantized
 from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
-from fastbn.graph.ops.quantization import dequantized, is_dequantized
+from fastbn.graph.ops.quantization import dequantized, is_quantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
-from fastbn.graph.ops.row import Strategy
+from fastbn.graph.ops.row import Attribute, Strategy
 from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["GraphView"]
 
-# A value is given at most this many elements in a fold's verification where the model says its shape.
-LARGEST_PROBE = 1 << 16
+# A quantized constant of more elements is not stored as floats.
+LARGEST_WIDENED = 1 << 10
+
+# The most elements of a shape of the model that is taken as a probe shape as it is.
+LARGEST_PROBE_SHAPE = 1 << 16
 
 
 @dataclass
@@ -43,7 +47,7 @@ class GraphView:
     Attributes
     ----------
     index : model.index.Index
-        The model as it came.
+        The model as it was read.
     constants : dict of (node, input slot) -> constant
         What plans have made of constants.
     removed : dict of node -> value
@@ -69,7 +73,7 @@ class GraphView:
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
 
-    # ---- the model as it came ----
+    # ---- the model as it was read ----
 
     @property
     def opset(self) -> int:
@@ -78,11 +82,15 @@ class GraphView:
 
     def constant(self, value: Value | None) -> Tensor | None:
         """Return the constant that a value of the original always is, or None."""
-        return None if value is None else self.index.constant(value)
+        return None if value is None else self.index.constant(value, infer=True)
 
     def is_overridable(self, value: Value) -> bool:
         """Say whether a caller of the model may override an initializer."""
         return self.index.is_overridable(value)
+
+    def why_no_constant(self, value: Value) -> str:
+        """Return why a value is no constant, as the end of a sentence about it."""
+        return self.index.why_no_constant(value)
 
     def kind(self, value: Value) -> int:
         """Return the type of a value as a number of TensorProto, 0 where it is not known."""
@@ -122,7 +130,7 @@ class GraphView:
         if known is None:
             return None
         shape = tuple(2 if size is None else size for size in known)
-        if math.prod(shape) > LARGEST_PROBE:
+        if math.prod(shape) > LARGEST_PROBE_SHAPE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
 
@@ -163,7 +171,7 @@ class GraphView:
             try:
                 self.check(node)
             except Refusal:
-                return None  # what this opset does not know is no affine
+                return None  # an operator that this opset does not have is no affine
         try:
             return row.lift(node, self)
         except Refusal as refusal:
@@ -186,7 +194,7 @@ class GraphView:
         root = value
         while root.producer in self.removed:
             root = self.removed[root.producer]
-        while value is not root and value.producer is not None:  # the next one who asks goes there in one step
+        while value is not root and value.producer is not None:  # path compression: later calls reach the root in one step
             following = self.removed[value.producer]
             self.removed[value.producer] = root
             value = following
@@ -242,7 +250,7 @@ class GraphView:
         self._refused[node] = len(self.owner), len(self.removed), strategy != "plain"
 
     def is_refused(self, node: Node, strategy: Strategy) -> bool:
-        """Say whether a search for the whole affine would find what it found before: nothing has changed since."""
+        """Say whether this search has been refused already and nothing has changed since."""
         return self._refused.get(node) == (len(self.owner), len(self.removed), strategy != "plain")
 
     def apply(self, plan: Plan) -> None:
@@ -258,7 +266,7 @@ class GraphView:
             plan = plan.joined
         return plan
 
-    def planned_attributes(self, node: Node) -> Mapping[str, object]:
+    def planned_attributes(self, node: Node) -> Mapping[str, Attribute]:
         """Return the attributes of a node that plans set."""
         return self.owner[node].attributes.get(node, {}) if node in self.owner else {}
 
@@ -278,9 +286,13 @@ class GraphView:
 
     def weight(self, node: Node, slot: int) -> Constant:
         """Return the constant weight at a slot; raises Refusal where it is none."""
-        constant = self.tensor(node, slot) or dequantized(node, slot, self)
         value = node.input(slot)
         name = "" if value is None else value.name
+        constant = self.constants.get((node, slot)) or dequantized(node, slot, self)
+        if constant is None:
+            constant = self.constant(value)
+            if constant is not None and is_quantized(value):
+                raise Refusal("quantised", f"the quantized weight '{name}' of {node.op} '{node.label}' has no step that takes a scale")
         if constant is not None:
             if dtype_name(constant.dtype) not in DTYPES:
                 raise Refusal("unsupported-type", f"the weight '{name}' of {node.op} '{node.label}' is {constant.dtype}")
@@ -293,21 +305,29 @@ class GraphView:
                 "--freeze-inputs makes it a constant"
             )
             raise Refusal("overridable-weight", sentence)
-        fate = "is too large to be evaluated here" if self.index.is_too_large(value) else "is computed when the model runs"
-        raise Refusal("dynamic-weight", f"the weight '{name}' of {node.op} '{node.label}' {fate}")
+        raise Refusal("dynamic-weight", f"the weight '{name}' of {node.op} '{node.label}' {self.why_no_constant(value)}")
 
     def dense(self, node: Node, slot: int) -> Dense:
         """Return the constant at a slot in float64."""
-        return Dense.of(self.weight(node, slot))
+        constant, value = self.tensor(node, slot), node.input(slot)
+        if constant is None or dtype_name(constant.dtype) not in DTYPES:
+            return Dense.of(self.weight(node, slot))  # which refuses it
+        if value is not None and math.prod(constant.shape) > LARGEST_WIDENED and not self.is_changed(node, slot) and is_quantized(value):
+            raise Refusal("quantised", f"the quantized constant '{value.name}' of {node.op} '{node.label}' would be stored as floats")
+        return Dense.of(constant)
 
-    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense:
-        """Return the bias at a slot in float64, which must have this shape; zeros where it is absent."""
+    def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
+        """Return the bias at a slot, which must have this shape, in float64; zeros where it is absent.
+
+        Where a DequantizeLinear gives it, it comes as it is: it must stay quantized.
+        """
         if not self.has(node, slot):
             return Dense.zeros(shape, dtype)
         value = node.input(slot)
-        if value is not None and self.tensor(node, slot) is None and is_dequantized(node, slot):
-            raise Refusal("quantised", f"the bias '{value.name}' of {node.op} '{node.label}' is quantized: no scale of it holds the shift")
-        bias = self.dense(node, slot)
+        quantized = None if self.is_changed(node, slot) else dequantized(node, slot, self)
+        if quantized is None and value is not None and not self.is_changed(node, slot) and is_quantized(value):
+            raise Refusal("quantised", f"the quantized bias '{value.name}' of {node.op} '{node.label}' has no step that takes a scale")
+        bias = quantized or self.dense(node, slot)
         if bias.shape != shape:
             raise ModelError(expected(f"a bias of shape {shape}", f"shape {bias.shape}", node.label))
         return bias

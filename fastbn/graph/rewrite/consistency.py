@@ -15,7 +15,7 @@ from fastbn.errors import ModelError
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Use, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 
@@ -62,6 +62,7 @@ class _Check:
         self.index = index
         self.view = view
         self.plans = plans
+        self.unwritten = unwritten
         self.graphs = scopes_of(proto.graph)
         replaced = view.replaced
         self.nodes = [
@@ -69,7 +70,7 @@ class _Check:
         ]
         self.positions = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
-        self.constants = {use: constant for plan in plans for use, constant in plan.constants.items()}
+        self.constants = {use: constant for plan in plans for use, constant in plan.constants.items() if use[0] not in unwritten}
         self.attributes = {node: attributes for plan in plans for node, attributes in plan.attributes.items()}
         self.meanings: list[dict[str, Meaning]] = []
         self.reads: Counter[Meaning | None] = Counter()
@@ -77,9 +78,10 @@ class _Check:
 
     def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
-        written = sum(node.op_type == "BatchNormalization" and is_standard(node.domain) for graph in self.graphs for node in graph.node)
-        lifted = sum(is_batch_norm(node) for plan in self.plans for node in plan.lifted)
-        planned = sum(map(is_batch_norm, self.index.order)) - lifted
+        written = sum(node.op_type == BATCH_NORM and is_standard(node.domain) for graph in self.graphs for node in graph.node)
+        lifted = {node for plan in self.plans for node in plan.lifted}
+        lifted.update(node for node in self.unwritten if self.index.constant(node.required_output()) is not None)
+        planned = sum(is_batch_norm(node) and node not in lifted for node in self.index.order)
         if written != planned:
             _fail(f"it has {written} BatchNormalization, planned are {planned}")
         for nodes, graph in zip(self.nodes, self.graphs, strict=True):

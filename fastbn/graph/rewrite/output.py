@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -72,8 +72,8 @@ class Output:
         The weights that go into its data files; they are computed when they are written.
     source : storage.Source
         The original.
-    duplicates : dict of Node -> str
-        Node -> name of the weight that the node shared with others and now has for itself.
+    growth : dict of Node -> list of str
+        What a node has for itself now and shared with others, or computed from less: the report says so.
     changed : bool
         Whether it is another model than the original.
 
@@ -83,8 +83,10 @@ class Output:
         Whether the model keeps tensors in data files.
     """
 
-    def __init__(self, proto: ModelProto, patches: list[Patch], source: Source, duplicates: Mapping[Node, str], changed: bool) -> None:
-        self.duplicates = duplicates
+    def __init__(
+        self, proto: ModelProto, patches: list[Patch], source: Source, growth: Mapping[Node, Sequence[str]], changed: bool
+    ) -> None:
+        self.growth = growth
         self.proto = proto
         self.patches = patches
         self.source = source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import TypeVar
@@ -13,8 +14,11 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import is_external
-from fastbn.graph.ops.registry import operator_row
+from fastbn.graph.ops.registry import ignores_elements, operator_row
+from fastbn.graph.ops.row import Attribute
 from fastbn.graph.planner.planning import Planning
+from fastbn.graph.reasons import first_few
+from fastbn.graph.report import size_text
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.data_files import Patches
 from fastbn.graph.rewrite.output import Output
@@ -24,6 +28,9 @@ __all__ = ["edited", "raises_ir_version", "rewrite"]
 # A folded weight of more bytes stays in the data file of its original; a smaller one goes into the model file.
 LARGEST_INLINE = 1 << 20
 
+# A constant that takes this many bytes more than what it was computed from is reported.
+LARGEST_UNSAID = 1 << 10
+
 # From this IR version on, an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
 
@@ -31,7 +38,7 @@ FIRST_IR_OF_CONSTANTS = 4
 MessageT = TypeVar("MessageT")
 
 
-def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, object]) -> NodeProto:
+def edited(proto: NodeProto, constants: Mapping[int, str], attributes: Mapping[str, Attribute]) -> NodeProto:
     """Change a NodeProto in place and return it.
 
     Parameters
@@ -73,7 +80,8 @@ class _Writer:
     """The edits of one model.
 
     unwritten holds the nodes that are not written; unused_constants and unused_values hold, by scope number, the names of initializers and
-    of values that no node reads or gives any more.
+    of values that no node reads or gives any more. left_out is unused_constants before any of them is used again, counted those of its
+    values that the note of a larger constant has counted, spare the bytes of the parameters of the plan at hand that no new one takes up.
     """
 
     def __init__(self, index: Index, planning: Planning) -> None:
@@ -87,20 +95,28 @@ class _Writer:
         self.before = {add: node for plan in self.plans for node, add in plan.replaced.items()}
         self.unwritten = {*self.view.removed, *self.view.replaced}
         self.freed = {use for plan in self.plans for use in plan.constants}
-        self.duplicates: dict[Node, str] = {}
+        self.growth: defaultdict[Node, list[str]] = defaultdict(list)
+        self.counted: set[Value] = set()
         self.patches = Patches(index.source)
         self.names = {name for scope in index.scopes for name in scope.values}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
         self.unused_constants: defaultdict[int, set[str]] = defaultdict(set)
         self.unused_values: defaultdict[int, set[str]] = defaultdict(set)
+        self.left_out: dict[int, frozenset[str]] = {}
+        self.spare = 0
         self.infos: dict[int, defaultdict[str, list[ValueInfoProto]]] = {}
 
     def output(self) -> Output:
         """Make all edits, in this order: they read what the ones before have noted."""
         self._take_over_names()
         self._find_unused()
+        self.left_out = {number: frozenset(names) for number, names in self.unused_constants.items()}
         for plan in self.plans:
+            read = {value for node in plan.lifted for value in node.inputs if value is not None and self._is_left_out(value)}
+            self.spare = sum(_stored_bytes(self.index, value) for value in read)
             for (node, slot), constant in plan.constants.items():
+                if node in self.unwritten:  # another fold replaces all that it computed
+                    continue
                 edited(self._proto(node), {slot: self._write_constant(node, slot, constant)}, {})
             for node, attributes in plan.attributes.items():
                 edited(self._proto(node), {}, attributes)
@@ -109,7 +125,7 @@ class _Writer:
             self._freeze_inputs()
         check_written(self.index, self.view, self.plans, self.unwritten, self.proto)
         changed = bool(self.plans) or self.index.freeze_inputs
-        return Output(self.proto, self.patches.entries, self.index.source, self.duplicates, changed)
+        return Output(self.proto, self.patches.entries, self.index.source, self.growth, changed)
 
     def _proto(self, node: Node) -> NodeProto:
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -153,14 +169,51 @@ class _Writer:
             tensor = self.graphs[scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
-                self.duplicates[node] = old.name
             role = operator_row(node).input_names.get(slot) or ("weight" if isinstance(constant, Scaled) else "bias")
+            self._note_growth(node, old, constant, role)
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
         self._fill(scope.number, tensor, constant)
         return str(tensor.name)
+
+    def _note_growth(self, node: Node, old: Value | None, constant: Constant, role: str) -> None:
+        """Note that a constant is new, written beside the one that it comes from, or in the place of less that it was computed from."""
+        size = math.prod(constant.shape) * constant.dtype.itemsize
+        if old is None:
+            if size > LARGEST_UNSAID + self.spare:
+                self.growth[node].append(f"a new {role} of {size_text(size)}")
+            self.spare = max(0, self.spare - size)
+            return
+        sources = self._sources(old)
+        if sources == [old]:
+            self.growth[node].append(
+                f"weight '{old.name}' is shared: duplicated" + (f", {size_text(size)}" if size > LARGEST_UNSAID else "")
+            )
+            return
+        spared = [value for value in sources if value not in self.counted and self._is_left_out(value)]
+        self.counted.update(spared)
+        if size > LARGEST_UNSAID + sum(_stored_bytes(self.index, value) for value in spared):
+            names = first_few([f"'{value.name}'" for value in sources])
+            self.growth[node].append(f"weight '{old.name}' was computed from {names}: stored as it is, {size_text(size)}")
+
+    def _sources(self, value: Value) -> list[Value]:
+        """Return the stored constants that a constant is computed from: initializers, and outputs of Constant nodes."""
+        pending: dict[Value, None] = {value: None}
+        for at in (found := [value]):
+            node = None if at.initializer is not None else at.producer
+            inputs = () if node is None else [read for slot, read in enumerate(node.inputs) if not ignores_elements(node, slot)]
+            reads = [read for read in inputs if read is not None and read not in pending]
+            pending.update(dict.fromkeys(reads))
+            found.extend(reads)
+        return [at for at in pending if at.initializer is not None or (at.producer is not None and at.producer.is_op("Constant"))]
+
+    def _is_left_out(self, value: Value) -> bool:
+        """Say whether a stored constant is not written any more."""
+        if value.initializer is not None:
+            return value.name in self.left_out.get(value.scope.number, ())
+        return value.producer in self.unwritten
 
     def _declare(self, scope: int, name: str, constant: Constant) -> None:
         """Write the shape and type of a constant into its graph input and value_info, where it has these."""
@@ -210,9 +263,9 @@ class _Writer:
                     continue
                 self.unwritten.add(node)
                 self.unused_values[node.scope.number].update(output.name for output in outputs)
-                inputs = [value for value in node.inputs if value is not None]
-                reads.subtract(map(self.view.source, inputs))
-                pending.extend(inputs)
+                inputs = [(slot, value) for slot, value in enumerate(node.inputs) if value is not None]
+                reads.subtract(self.view.source(value) for slot, value in inputs if (node, slot) not in self.freed)
+                pending.extend(value for _, value in inputs)
 
     def _reads(self) -> Counter[Value]:
         """Return value -> how often the written graph reads it; a removed node's output counts as its input."""
@@ -252,6 +305,11 @@ class _Writer:
         if raises_ir_version(self.index):
             self.proto.ir_version = FIRST_IR_OF_CONSTANTS
         _remove(self.proto.graph.input, [info.name in constants for info in self.proto.graph.input])
+
+
+def _stored_bytes(index: Index, value: Value) -> int:
+    constant = index.constant(value)
+    return 0 if constant is None else constant.size * constant.dtype.itemsize
 
 
 def _remove(entries: MutableSequence[MessageT], unwanted: Sequence[bool]) -> None:
