@@ -157,6 +157,7 @@ def _depth_to_space(node: Node, affine: Affine, source: Value, target: Value, gr
     if area < 1 or (not is_backward and affine.channels % area):
         raise ModelError(expected(f"channels that blocks of {area} divide", f"{affine.channels}", node.label))
     outputs = affine.channels if is_backward else affine.channels // area
+    countable(outputs * area)
     repeats = node.attribute("mode", b"DCR") == b"CRD"
     spread = np.arange(outputs * area) // area if repeats else np.arange(outputs * area) % outputs
     if is_backward:
