@@ -245,8 +245,7 @@ STAYS = {
         "axis",
         backward("e = Gather <axis = 1> (c, k) d = Transpose <perm = [0,2,1,3,4]> (e)", channels=2, k=ints(0, 1, 2, 3).reshape(2, 2)),
     ),
-    "GatherElements": ("graph-output", backward("d = GatherElements <axis = 1> (c, k)", channels=1, k=np.zeros((2, 1, 6, 6), np.int64))),
-    "GatherND": ("graph-output", backward("d = GatherND(c, k)", k=ints(1, 0).reshape(2, 1))),
+    "GatherElements": ("axis", backward("d = GatherElements <axis = 1> (c, k)", channels=1, k=np.zeros((2, 1, 6, 6), np.int64))),
     "Gather gives a channel twice": ("axis", backward("d = Gather <axis = 1> (c, k)", k=ints(0, 1, 1, 2))),
     "Gather by an input": (
         "dynamic-index",

@@ -18,6 +18,7 @@ from fastbn.graph.model.schemas import RANDOM
 NOT_EVALUATED = {
     *("If", "Loop", "Scan", "Dropout", "NonMaxSuppression", "Unique", "SplitToSequence", "GroupNormalization", "MeanVarianceNormalization"),
     *("DFT", "CausalConvWithState", "LinearAttention", "MaxUnpool", "Equal", "LpPool"),
+    *("ReduceLogSum", "ReduceLogSumExp", "TfIdfVectorizer", "Trilu"),  # of arrays without elements, the third of any
     *("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", "LabelEncoder"),
 }
 

@@ -448,22 +448,3 @@ def test_refuses(name):
         make().answers(direction)
     assert caught.value.code == code, caught.value.sentence
     assert part in caught.value.sentence
-
-
-# What a node says against its own part, which counts once everything else works out: its constant would grow.
-GROWING = {
-    "Add": ("backward", "Add(x, k)", A4),
-    "Add, forward": ("forward", "Add(x, k)", A4),
-    "Add of a shift": ("forward", "Add(x, k)", A4T),
-    "Mul": ("backward", "Mul(x, k)", A4S),
-    "Mul, forward": ("forward", "Mul(x, k)", A4S),
-}
-
-
-@pytest.mark.parametrize("name", GROWING)
-def test_objects_to_growing(name):
-    direction, node, affine = GROWING[name]
-    (transfer,) = case(node, affine, k=LEFT[1])().answers(direction)
-    assert transfer.objection is not None
-    assert transfer.objection.code == "grows"
-    assert "would grow from 6 to 24 values" in transfer.objection.sentence

@@ -6,7 +6,7 @@ node on an input that lacks S and T, with those constants, lacks behind it what 
 
 import numpy as np
 import pytest
-from rows import A4, A4P, A4S, A4T, BN, GROUPED, HALVES, PER_ELEMENT, TRANSPOSED, K, W, affine, applied, case, ints
+from rows import A4, A4P, A4S, A4T, BN, GROUPED, HALVES, LEFT, PER_ELEMENT, TRANSPOSED, K, W, affine, applied, case, ints
 from sketch import norm, normal, run
 
 from fastbn.graph.ops.affine import Affine
@@ -377,3 +377,22 @@ def test_one_number_for_every_element_passes_whatever_moves(name, unknown):
     setting = case(node, PER_ELEMENT, unknown=hidden, **constants)
     check_backward(setting())
     check_forward(setting())
+
+
+# What a node says against its own part, which counts once everything else works out: its constant would grow.
+GROWING = {
+    "Add": ("backward", "Add(x, k)", A4),
+    "Add, forward": ("forward", "Add(x, k)", A4),
+    "Add of a shift": ("forward", "Add(x, k)", A4T),
+    "Mul": ("backward", "Mul(x, k)", A4S),
+    "Mul, forward": ("forward", "Mul(x, k)", A4S),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_objects_to_growing(name):
+    direction, node, affine = GROWING[name]
+    (transfer,) = case(node, affine, k=LEFT[1])().answers(direction)
+    assert transfer.objection is not None
+    assert transfer.objection.code == "grows"
+    assert "would grow from 6 to 24 values" in transfer.objection.sentence

@@ -220,3 +220,9 @@ def test_nodes_with_the_same_affine_that_leave_with_another_have_gone_the_same_w
     planning = plan(Index(storage.load(model(text, k=np.array([1, 1]), w=normal(5, 4, 1, 1), **norm(4)))))
     assert {node.label for node in planning.view.forwarded} == {"n", "o"}
     assert [[node.label for node in each.lifted] for each in planning.plans] == [["n", "o"]]
+
+
+def test_an_elementwise_node_is_checked_before_it_is_taken_for_an_affine():
+    view, nodes = viewed("(float[2,4] x) => (float y) { y = Mul <axis = 1> (x, k) }", k=normal(4))
+    with pytest.raises(ModelError, match="attributes that Mul has at opset 17, got 'axis'"):
+        view.lifted(nodes["y"])

@@ -38,8 +38,8 @@ from mutants import ROOT, Mutant, mutants_of
 # The tests of the rows and of the planner, by themselves and through whole folds; those of verification and of writing take too long.
 TESTS = (
     "absorb around bodies carry effort expressions forward gather graph_affine injected_faults injected_values kept lift",
-    "mixed_types nesting normalization odd_nodes plan probe quantized refusals results rows search shape_rules",
-    "shapes sizes transfers underflow view wrong_nodes",
+    "mixed_types nesting normalization odd_nodes plan probe quantized refusals results rows schemas search shape_rules shapes",
+    "sizes transfers underflow view wrong_nodes",
 )
 
 # A test may take ten times as long as without the mutant, and this many seconds more: the machine may be busy.

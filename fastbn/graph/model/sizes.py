@@ -160,7 +160,7 @@ class SizeInference:
     def _demanded(self, value: Value, rank: int) -> Iterator[tuple[int, int]]:
         """Yield (axis, size) that the weights of the next nodes demand of a value, through operators that keep its sizes."""
         own: Sizes = tuple(Dim(value, axis) for axis in range(rank))
-        pending = [(value, own)]
+        pending: list[tuple[Value, Sizes]] = [(value, own)]
         for current, sizes in pending:
             for node, slot in current.readers:
                 row, output = operator_row(node), node.outputs[0] if node.outputs else None

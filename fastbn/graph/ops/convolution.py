@@ -275,7 +275,7 @@ def _sizes(node: Node, inputs: Sequence[Sizes | None]) -> Sizes | None:
     data, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
     if weight is None or len(weight) < 3:
         return same_batch(node, inputs)
-    channels, groups = weight[0 if node.op == "Conv" else 1], node.attribute("group", 1)
+    channels, groups = weight[1 if node.op == "ConvTranspose" else 0], node.attribute("group", 1)
     space: list[Size] = [None] * (len(weight) - 2)
     if data is not None and len(data) == len(weight) and node.op == "Conv" and _keeps_space(node, weight[2:]):
         space = [*data[2:]]
@@ -299,8 +299,9 @@ def _keeps_space(node: Node, kernel: Sizes) -> bool:
 
 
 def _demanded_size(node: Node, weight: Sizes) -> tuple[int, Size]:
-    size = weight[1 if node.op == "Conv" else 0] if len(weight) > 2 else None
-    return 1, size * node.attribute("group", 1) if node.op == "Conv" and isinstance(size, int) else size
+    transposed = node.op == "ConvTranspose"
+    size = weight[0 if transposed else 1] if len(weight) > 2 else None
+    return 1, size * node.attribute("group", 1) if not transposed and isinstance(size, int) else size
 
 
 _SHARED = Row(

@@ -9,6 +9,7 @@ from fastbn.graph.ops.identity import IDENTITY
 from fastbn.graph.ops.layout import LAYOUT
 from fastbn.graph.ops.matmul import MATMUL
 from fastbn.graph.ops.normalization import NORMALIZATION
+from fastbn.graph.ops.parts import PARTS
 from fastbn.graph.ops.placing import constant_slot
 from fastbn.graph.ops.pooling import POOLING
 from fastbn.graph.ops.quantization import QUANTIZATION
@@ -27,6 +28,7 @@ OPERATORS: dict[str, Row] = {
     **LAYOUT,
     **MATMUL,
     **NORMALIZATION,
+    **PARTS,
     **POOLING,
     **QUANTIZATION,
     **RECURRENT,

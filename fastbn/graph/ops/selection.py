@@ -173,10 +173,11 @@ def _pads(node: Node, graph: PresentGraph) -> tuple[list[int], list[Size]]:
         raise Refusal("dynamic-index", f"which axes Pad '{node.label}' pads is no constant")
     if not written and listed is None and axes is None and rank is None:
         raise Refusal("dynamic-index", f"how much Pad '{node.label}' pads is no constant")
-    unknown: list[Size] = [None]
-    pads = unknown * 2 * len(axes or range(rank or 0))
+    pads: list[Size] = []
     if written or listed is not None:
-        pads = [size if isinstance(size, int) else None for size in written or listed or []]
+        pads.extend(size if isinstance(size, int) else None for size in written or listed or [])
+    else:
+        pads.extend(None for _ in range(2 * len(axes or range(rank or 0))))
     return list(range(len(pads) // 2)) if axes is None else axes, pads
 
 

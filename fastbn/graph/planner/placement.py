@@ -49,7 +49,7 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, recor
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
     view.note_refused(node, strategy)
-    code = min(behind.code, ahead.code, key=lambda each: _weight(each, view))
+    code = behind.code if _weight(behind.code, view) <= _weight(ahead.code, view) else ahead.code
     both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
     if strategy == "split":
         return _split(origin, affine, view, record, both)
