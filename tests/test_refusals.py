@@ -180,7 +180,7 @@ REFUSED = {
     "Relu, shift": refused("backward", "shift-through-relu", "a shift cannot pass Relu", "Relu(x)", A4P),
     "Cast": refused("backward", "no-absorber", "may change the type of 'x'", "Cast <to = 7> (x)", A4),
     "Dropout": refused("backward", "training-dropout", "opset 6 without is_test=1", "Dropout(x)", A4, opset=6),
-    "Dropout in training": refused("backward", "training-dropout", "may drop", "Dropout(x, r, k)", A4, r=np.float32(0.5), k=np.array(True)),
+    "Dropout in training": refused("backward", "training-dropout", "drops at", "Dropout(x, r, k)", A4, r=np.float32(0.5), k=np.array(True)),
     "Transpose, unknown": refused("backward", "axis-unknown", "the rank of 'y' at Transpose", "Transpose(x)", affine(4, -3), unknown=True),
     "Transpose without a list, unknown": refused("backward", "axis-unknown", "is not known", "Transpose(x)", A4, unknown=True),
     "Reshape mixes": refused(

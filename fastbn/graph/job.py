@@ -102,8 +102,7 @@ def fold(
     >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
     ('c', True, 1)
     """
-    globs = _globs(only, "only"), _globs(skip, "skip"), _globs(explain, "explain")
-    shapes = checked_shapes(input_shapes)
+    globs, shapes = (_globs(only, "only"), _globs(skip, "skip"), _globs(explain, "explain")), checked_shapes(input_shapes)
     options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
     source = storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)

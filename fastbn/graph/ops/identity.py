@@ -54,7 +54,7 @@ def dropout_training(node: Node, graph: PresentGraph) -> str | None:
         return None
     training = graph.constant(mode)
     if training is None:
-        return f"may drop at random: its training_mode '{mode.name}' is no constant"
+        return "may drop at random: its training_mode is not a constant false"
     return "drops at random (training_mode=1): --as-inference makes it pass its data" if training.array().any() else None
 
 
