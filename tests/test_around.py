@@ -189,3 +189,9 @@ def test_a_deformed_convolution_of_constant_offsets():
     text = "(float[1,4,5,5] u) => (float y) { x = Relu(u) n = Mul(x, k) y = DeformConv <pads = [1,1,1,1]> (n, full, o) }"
     changes = {"k": np.full((4, 1, 1), 3, np.float32), "o": 3 * normal(1, 18, 5, 5), "full": WEIGHTS["full"]}
     folds(model(text, opset=19, **changes), "Relu DeformConv")
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-6])
+def test_an_operand_does_not_stay_where_it_would_nearly_cancel(least):
+    small = {**norm(4), "s": np.array([1, least, 1, 1], np.float32)}
+    assert codes(fastbn.fold(around(f"c = {DW} d = Add(c, x) {NORM}", **small), verify=False)) == {"other-readers": 1}

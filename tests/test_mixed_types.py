@@ -82,3 +82,9 @@ def test_what_a_cast_rounds_counts_where_no_narrow_constant_does():
     proto = model(f"(float[2,4,6] x) => (float y, float z) {{ {nodes} }}", w=normal(5, 4, 1), **norm(4), **norm(4, "2", dtype=np.float16))
     (kept,) = fastbn.fold(proto).kept
     assert kept.bn == "a"
+
+
+def test_the_factors_of_a_resize_are_no_data():
+    nodes = 'a = BatchNormalization(r, s, t, m, v) e = Resize(a, "", f) y = BatchNormalization(e, s2, t2, m2, v2)'
+    half = {**norm(4, dtype=np.float16), **norm(4, "2", seed=5, dtype=np.float16), "f": np.array([1, 1, 2, 2], np.float32)}
+    folds(model(f"(float16[2,4,3,3] x) => (float16 y) {{ r = Tanh(x) {nodes} }}", **half), "Tanh Resize BatchNormalization")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from sketch import folds, model, norm, normal, refuses
 
+import fastbn
+
 S, B = normal(4, seed=3), normal(4, seed=4)
 NORM = "y = BatchNormalization(c, s, t, m, v)"
 
@@ -106,3 +108,10 @@ def test_a_bias_of_another_shape_than_the_scale(shape):
 def test_a_bias_that_would_outgrow_both():
     text = f"(float[2,6,4] x) => (float y) {{ c = LayerNormalization <axis = 1> (x, g, h) {NORM} }}"
     refuses(model(text, g=normal(6, 1), h=S, **norm(6)), "grows")
+
+
+@pytest.mark.parametrize("shapes", [((), (4,)), ((4,), (3,)), ((1, 4), (4,))])
+def test_scales_and_biases_that_are_no_lists_of_one_length(shapes):
+    text = f"(float[2,4,5] x) => (float y) {{ c = InstanceNormalization(x, g, h) {NORM} }}"
+    with pytest.raises(fastbn.ModelError):
+        fastbn.fold(model(text, g=normal(*shapes[0]), h=normal(*shapes[1]), **norm(4)))

@@ -31,6 +31,10 @@ from fastbn.graph.reasons import Refusal
 __all__ = ["ELEMENTWISE"]
 
 
+# Of the scales with which an operand of a sum stays as it is.
+LEAST_SCALE_AROUND = 2.0**-10
+
+
 # ---- one operand is a constant ----
 
 
@@ -201,7 +205,12 @@ def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Iterab
 
 
 def _around_operands(node: Node, parts: list[Affine], scales: list[Affine], graph: PresentGraph) -> Iterable[Transfer]:
-    """S (a + x) + T = (S a + T + (S - 1) x) + x: an operand x stays as it is where a convolution of x among the others makes up for it."""
+    """S (a + x) + T = (S a + T + (S - 1) x) + x: an operand x stays as it is where a convolution of x among the others makes up for it.
+
+    With a small S the two x nearly cancel, and what is left is their rounding errors, which are 1 / S as large beside it.
+    """
+    if any((np.abs(part.scale) < LEAST_SCALE_AROUND).any() for part in parts):
+        return
     for stays, value in enumerate(node.inputs):
         if value is None:
             continue

@@ -169,7 +169,10 @@ def _demanded_size(node: Node, scale: Sizes) -> tuple[int, Size]:
 # the input:  backward S*(scale * n + bias) + T = (S*scale) n + (S*bias + T).
 def _channels_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     affine = traveler.affine
-    scale, bias = graph.dense(node, SCALE), graph.dense(node, BIAS)
+    scale = graph.dense(node, SCALE)
+    if len(scale.shape) != 1:
+        raise ModelError(expected("a list of scales", f"shape {scale.shape}", node.label))
+    bias = graph.bias(node, BIAS, scale.shape, scale.dtype)
     require_axis(node, affine, axis_of(node, affine, node.required_input(0), graph), 1, "output")
     require_channels(node, affine, scale.shape[0], "output")
     factor, shift, abs_terms = affine.along(scale.shape[0])

@@ -143,8 +143,8 @@ class _Segment:
         constants = [
             (not is_batch_norm(node), UNIT[constant.dtype.name], constant.dtype)
             for node in self.before
-            for constant in map(self.index.constant, node.inputs)
-            if constant is not None and constant.dtype.name in UNIT
+            for slot, constant in enumerate(map(self.index.constant, node.inputs))
+            if constant is not None and constant.dtype.name in UNIT and slot not in operator_row(node).size_slots
         ]
         constants += [(True, UNIT[self.plan.constants[node, 1].dtype.name], self.plan.constants[node, 1].dtype) for node in self.plan.added]
         beside = [self.index.kind(value) for node in self.before if node.is_op("Cast") for value in (*node.inputs, *node.outputs) if value]
