@@ -6,8 +6,9 @@ import pytest
 from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
+from fastbn.dtypes import LEAST_NORMAL, UNIT
 from fastbn.graph.model.constant import Dense
-from fastbn.graph.planner.representable import LARGEST_INPUT, ROUNDING, flushed_channels
+from fastbn.graph.planner.representable import LARGEST_INPUT, flushed_channels
 
 CONV = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v) }}"
 BEFORE = "({0}[N,3,4,4] x) => ({0}[N,4,4,4] y) {{ n = BatchNormalization(x, s, t, m, v) y = Conv(n, w, b) }}"
@@ -106,10 +107,10 @@ def test_what_is_lost_is_not_more_than_rounding(dtype):
     assert min(len(channels), (lost[passed].sum(axis=1) > 0).sum()) > 100
 
 
-@pytest.mark.parametrize("name", ROUNDING)
+@pytest.mark.parametrize("name", UNIT)
 def test_the_rounding_of_each_type(name):
     kind = ml_dtypes.finfo(name)
-    assert ROUNDING[name] == (float(kind.eps) / 2, float(kind.smallest_normal))
+    assert (UNIT[name], LEAST_NORMAL[name]) == (float(kind.eps) / 2, float(kind.smallest_normal))
 
 
 def half(values):
