@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from random_graphs import CHUNK, FIRST, GRAPHS, Graph, worst_difference
 from sketch import conv_bn, normal, ops, run
-from test_random_graphs import ALLOWED, CHUNK, FIRST, GRAPHS, Graph, worst_difference
+from test_random_graphs import ALLOWED
 
 import fastbn
 from fastbn.graph.fold_result import planning_of

@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import pytest
 from sketch import assert_same, model, norm, normal
-from test_absorb import FOLDS, MATMUL_CONSTANTS, MATMULS
+from test_absorb import FOLDS
 from test_carry import PASSES, W4, backward, forward, ints
 from test_gather import OTHER_PICKS
 from test_join import PASSES as JOINS
+from test_matmul import MATMUL_CONSTANTS, MATMULS
 from test_normalization import BEHIND, behind, deformable
 
 import fastbn
