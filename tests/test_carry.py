@@ -147,6 +147,8 @@ PASSES = {
     "Relu": backward("d = Relu(c)", positive=True, shift=False),
     "Relu forward": forward("d = Relu(n)", w=W4, positive=True, shift=False),
     "LeakyRelu": backward("d = LeakyRelu <alpha = 0.2> (c)", positive=True, shift=False),
+    "PRelu of a steep slope": forward("d = PRelu(n, k)", w=W4, positive=True, shift=False, k=30 * normal(4, 1, 1)),
+    "LeakyRelu of a steep slope": forward("d = LeakyRelu <alpha = 30.0> (n)", w=W4, positive=True, shift=False),
     "PRelu": backward("d = PRelu(c, k)", positive=True, shift=False, k=normal(4, 1, 1)),
     "Resize nearest": backward("d = Resize(c, , k)", k=np.float32([1, 1, 2, 2])),
     "Resize linear": backward('d = Resize <mode = "linear"> (c, , k)', k=np.float32([1, 1, 1.5, 2])),

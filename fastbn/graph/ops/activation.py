@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from onnx import NodeProto, helper
+
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import both_ways, require_sign
@@ -20,13 +22,24 @@ def _piecewise_linear(node: Node, affine: Affine, source: Value, target: Value, 
     return affine
 
 
+def _slope_bound(proto: NodeProto) -> list[NodeProto]:
+    """A slope may be larger than 1, and data without signs does not show it: the larger of |x| and |f(-|x|)|."""
+    data, output = proto.input[0], proto.output[0]
+    negative, sloped, size = (f"{output}/{step}" for step in ("negative", "sloped", "size"))
+    activation = NodeProto()
+    activation.CopyFrom(proto)
+    activation.input[0], activation.output[0] = negative, sloped
+    proto.CopyFrom(helper.make_node("Neg", [data], [negative]))
+    return [activation, helper.make_node("Abs", [sloped], [size]), helper.make_node("Max", [data, size], [output])]
+
+
 _PIECEWISE_LINEAR = Row(*both_ways(_piecewise_linear), sizes=same_sizes, work=each_once)
 
 ACTIVATION = {
     "Relu": replace(_PIECEWISE_LINEAR, result_size=broadcast_size),
     "Abs": replace(_PIECEWISE_LINEAR, result_size=broadcast_size),
-    "LeakyRelu": _PIECEWISE_LINEAR,
-    "PRelu": _PIECEWISE_LINEAR,
+    "LeakyRelu": replace(_PIECEWISE_LINEAR, bound=_slope_bound),
+    "PRelu": replace(_PIECEWISE_LINEAR, bound=_slope_bound),
     **dict.fromkeys(("Sigmoid", "Softplus", "Tanh"), Row(sizes=same_sizes, result_size=broadcast_size)),
     **dict.fromkeys(
         ("Elu", "Gelu", "HardSigmoid", "HardSwish", "LogSoftmax", "Mish", "Selu", "Softmax", "Softsign"),
