@@ -309,3 +309,22 @@ def test_a_new_scale_is_called_so():
     result = fastbn.fold(model(text, **PER_TENSOR, **norm(4, positive=True)))
     (name,) = (tensor.name for tensor in result.model.graph.initializer if list(tensor.dims) == [4] and "scale" in tensor.name)
     assert result.model.graph.node[0].input[1] == name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_quantized_bias_of_two_directions_has_a_step_per_step_of_its_axis(axis):
+    """The bias of a recurrent network is a matrix; a shift of no whole steps leaves the norm where it is."""
+    text = f"""(float[3,2,4] x) => (float y) {{
+        r = Tanh(x)
+        e = Transpose <perm = [0,2,1]> (r)
+        n = BatchNormalization(e, s, t, m, v)
+        q = Transpose <perm = [0,2,1]> (n)
+        b = DequantizeLinear <axis = {axis}> (qb, sb)
+        y = GRU <hidden_size = 1, direction = "bidirectional"> (q, w, u, b)
+    }}"""
+    steps = np.linspace(0.5, 1, (2, 6)[axis], dtype=np.float32)
+    integers = np.random.default_rng(0).integers(-3, 4, (2, 6)).astype(np.int8)
+    proto = model(text, w=normal(2, 3, 4), u=normal(2, 3, 1), qb=integers, sb=steps, **norm(4))
+    result = fastbn.fold(proto)
+    assert [kept.code for kept in result.kept] == ["quantised"]
+    assert "whole number of steps" in result.kept[0].reason

@@ -134,7 +134,7 @@ def joined(count):
 def test_rows_of_joined_plans_are_folded_and_their_names_listed_below(width):
     names, fold = joined(60)
     kept = Kept("+".join(names), fold.ops, "axis", "backwards: one; forwards: another")
-    lines = wrapped(["m.onnx   opset 17", *result_rows([fold, joined(1)[1]], [kept])], width)
+    lines = wrapped(["m.onnx   opset 17", *result_rows([fold, joined(1)[1]], [kept], [])], width)
     assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())
     assert "folded 60 nodes into 60 nodes 64 channels error 1.0e-07 of 1.0e-06 allowed" in text
@@ -147,13 +147,13 @@ def test_rows_of_joined_plans_are_folded_and_their_names_listed_below(width):
 
 def test_short_rows_stay_as_they_are():
     _, fold = joined(1)
-    (line,) = result_rows([fold], [])
+    (line,) = result_rows([fold], [], [])
     assert wrapped([line]) == [line]
     assert len(line) < 160
 
 
 def test_a_name_of_a_thousand_letters():
-    lines = wrapped(result_rows([Fold("n" * 1000, ("BatchNormalization",), "conv", "Conv", 3)], []), 100)
+    lines = wrapped(result_rows([Fold("n" * 1000, ("BatchNormalization",), "conv", "Conv", 3)], [], []), 100)
     assert max(map(len, lines)) <= 100
     assert "".join(lines).replace(" ", "").count("n" * 1000) == 1
 

@@ -67,7 +67,7 @@ def test_the_caller_of_the_model_sees_its_outputs_wherever_they_stand():
 
 def test_a_node_that_another_replaces():
     view, nodes = viewed()
-    view.replaced[nodes["d"]] = nodes["z"]
+    view.replaced[nodes["d"]] = (nodes["z"],)
     assert view.producer(nodes["d"].outputs[0]) is nodes["z"]
     assert view.producer(nodes["a"].outputs[0]) is nodes["a"]
     assert view.producer(nodes["c"].inputs[0]) is None
@@ -107,7 +107,7 @@ def test_why_there_is_no_weight():
         with pytest.raises(Refusal) as caught:
             view.weight(nodes[name], 1)
         reasons[name] = caught.value.code, caught.value.sentence
-    assert reasons["a"] == ("dynamic-weight", "the weight 'given' of Gemm 'a' is computed when the model runs")
+    assert reasons["a"] == ("dynamic-weight", "the weight 'given' of Gemm 'a' is a graph input")
     assert reasons["b"] == ("dynamic-weight", "the weight 'e' of Gemm 'b' is computed when the model runs")
     assert reasons["q"] == ("unsupported-type", "the weight 'i' of Gemm 'q' is int64")
     with pytest.raises(ModelError, match="Expected a weight, got none - at `c`"):
@@ -142,7 +142,7 @@ def test_plans_that_join_are_one():
     assert view.owned(nodes["a"]) is third
     assert view.owned(nodes["b"]) is None
     a, b, new = nodes["a"], nodes["b"], Dense.zeros((4,), np.dtype(np.float32))
-    other = Plan({(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, {a: b}, {a: None}, {b: None}, {a: None}, {b: None}, 4)
+    other = Plan({(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, [b], {a: (b,)}, {a: None}, {b: None}, {a: None}, {b: None}, 4)
     second.join(other)
     assert (second.constants, second.attributes, second.lifted, second.bypassed) == (
         {(a, 1): new},

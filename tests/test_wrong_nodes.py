@@ -55,7 +55,9 @@ WRONG = {
         "forward", "a start, an end and a step for each axis", "Slice(x, k, l, a, p)", A4, k=ints(1), l=ints(3), a=ints(1), p=ints(0)
     ),
     "Pad of too few": refused("forward", "two sizes of padding for each axis", "Pad(x, k)", A4, k=ints(0, 0, 0, 0, 0, 1)),
-    "Pad with two numbers": refused("forward", "one number to pad with, got 2", "Pad(x, k, o)", A4, k=ints(*[0] * 8), o=np.float32([1, 2])),
+    "Pad with two numbers": refused(
+        "forward", "one number to pad with, got 2", "Pad(x, k, o)", A4, k=ints(0, 0, 1, 1, 0, 0, 1, 1), o=np.float32([1, 2])
+    ),
     "Slice by a matrix": refused("forward", "a list of integers", "Slice(x, k, l)", A4, k=ints(1).reshape(1, 1), l=ints(3)),
     "DepthToSpace of blocks that do not fit": refused(
         "forward", "channels that blocks of 9 divide, got 8", "DepthToSpace <blocksize = 3> (x)", affine(8, 1), x=(2, 8, 3, 3)

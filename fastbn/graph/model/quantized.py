@@ -102,7 +102,11 @@ class Dequantized(Tensor):
             return self._stepped(None, factor.reshape(-1)[:1], shifts, sizes)
         if not self.may_have_axis:
             raise Refusal("quantised", f"DequantizeLinear '{self.node.label}' has one step for all channels at this opset")
-        return self._stepped(0, factor, shifts, sizes)
+        axis = self.axis or 0
+        first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
+        if (factor != factor[first]).any():
+            raise Refusal("quantised", f"the scale is not one number per step of DequantizeLinear '{self.node.label}'")
+        return self._stepped(axis, factor[first].reshape(-1), shifts, sizes)
 
     def _stepped(self, axis: int | None, factor: FloatArray, shift: FloatArray, abs_terms: FloatArray) -> Requantized:
         size = np.where(factor == 0, 1.0, np.abs(factor))
