@@ -138,7 +138,7 @@ class Blocks:
         self.node(op, inputs, (shape[0], directions, shape[1], hidden), hidden_size=hidden, direction=direction, **extra)
 
     def activation(self, x):
-        op = self.one(["Relu", "Relu", "LeakyRelu", "PRelu", "Neg", "Identity"])
+        op = self.one(["Relu", "Relu", "LeakyRelu", "PRelu", "Neg", "Identity", "Abs"])
         inputs = [x]
         if op == "PRelu":
             shape = self.shapes[x]
@@ -152,7 +152,7 @@ class Blocks:
 
     def dropout(self, x):
         if self.one([0, 0, 1]):
-            self.node("Cast", [x], self.shapes[x], to=1)
+            self.node("Cast", [x], self.shapes[x], to=self.type)
         elif self.opset < 12:
             self.node("Dropout", [x], self.shapes[x], ratio=0.4)
         else:
@@ -289,15 +289,17 @@ class Blocks:
         mode = "nearest" if factors[1] != 1 else self.one(["nearest", "linear"])
         scales = np.array(factors, np.float32)
         if self.opset < 10:
-            self.node("Upsample", [x, self.constant(scales)], after, mode=mode)
+            self.node("Upsample", [x, self.constant(scales, kept=True)], after, mode=mode)
         elif self.opset < 11:
-            self.node("Resize", [x, self.constant(scales)], after, mode=mode)
+            self.node("Resize", [x, self.constant(scales, kept=True)], after, mode=mode)
         elif self.opset >= 18 and self.chance(0.5):
             axes = [at for at, factor in enumerate(factors) if factor != 1]
-            self.node("Resize", [x, "", self.constant(scales[axes])], after, mode=mode, axes=axes)
+            self.node("Resize", [x, "", self.constant(scales[axes], kept=True)], after, mode=mode, axes=axes)
         else:
-            none = "" if self.opset >= 13 else self.constant(np.zeros(0, np.float32))
-            self.node("Resize", self.one([[x, none, self.constant(scales)], [x, none, none, self.ints(*after)]]), after, mode=mode)
+            none = "" if self.opset >= 13 else self.constant(np.zeros(0, np.float32), kept=True)
+            self.node(
+                "Resize", self.one([[x, none, self.constant(scales, kept=True)], [x, none, none, self.ints(*after)]]), after, mode=mode
+            )
 
     def depth_to_space(self, x):
         shape = self.shapes[x]

@@ -5,21 +5,30 @@ import os
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from random_blocks import Blocks
+from random_operators import Operators
 
 GRAPHS = int(os.environ.get("FASTBN_GRAPHS", "400"))
 FIRST = int(os.environ.get("FASTBN_SEED", "0"))
 CHUNK = 50
 
-OPSETS = (9, 10, 11, 12, 13, 17, 18, 21)
+OPSETS = (9, 10, 11, 12, 13, 17, 18, 19, 21, 23)
 
 
-class Graph(Blocks):
-    """A random graph under construction: every value has a known shape."""
+class Graph(Blocks, Operators):
+    """A random graph under construction: every value has a known shape.
 
-    def __init__(self, seed):
+    `narrow` graphs are of float16 throughout; with `half` False such a graph is the same in float32.
+    """
+
+    narrow, dtype, type = False, np.float32, TensorProto.FLOAT
+
+    def __init__(self, seed, half=True):
         self.rng = np.random.default_rng(seed)
         self.expressions = np.random.default_rng([seed, 1])
         self.opset = int(self.rng.choice(OPSETS))
+        self.narrow = self.opset >= 13 and self.expressions.random() < 0.2
+        if self.narrow and half:
+            self.dtype, self.type = np.float16, TensorProto.FLOAT16
         self.nodes, self.constants, self.shapes = [], [], {}
         shape = [(2, 4, 6, 6), (2, 6, 5, 5), (2, 4, 8), (2, 3, 8), (3, 8), (4, 4, 4), (2, 2, 4, 4), (2, 8, 4, 4)][self.rng.integers(8)]
         self.shapes["x"] = shape
@@ -48,16 +57,19 @@ class Graph(Blocks):
         return self.one(fits) if fits else None
 
     # Pieces.
-    def constant(self, values):
-        name = f"k{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(values), name))
+    def constant(self, values, kept=False):
+        """Add a constant; float32 ones get the type of the graph unless they are kept."""
+        name, values = f"k{len(self.constants)}", np.asarray(values)
+        if values.dtype == np.float32 and not kept:
+            values = values.astype(self.dtype)
+        self.constants.append(numpy_helper.from_array(values, name))
         if self.chance(0.1):
             return self.node("Identity", [name], None)
         return name
 
     def weight(self, *shape, fan_in=1):
         values = (self.rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
-        kinds = ["computed", "quantized", "quantizer"] if self.opset >= 13 and len(shape) > 1 else ["computed"]
+        kinds = ["computed", "quantized", "quantizer"] if self.opset >= (19 if self.narrow else 13) and len(shape) > 1 else ["computed"]
         if self.expressions.random() < 0.75:
             return self.constant(values)
         return getattr(self, kinds[int(self.expressions.integers(len(kinds)))])(values)
@@ -77,7 +89,7 @@ class Graph(Blocks):
             update = self.node("Reshape", [product, self.ints(*values.shape)], None)
             return self.node("Add", [self.constant(values), update], None)
         if kind == 2:
-            return self.node("Cast", [self.constant(values.astype(np.float64))], None, to=TensorProto.FLOAT)
+            return self.node("Cast", [self.constant(values.astype(np.float64))], None, to=self.type)
         return self.node(
             "Where", [self.constant(rng.random(values.shape) < 0.9), self.constant(values), self.constant(np.float32(0))], None
         )
@@ -108,9 +120,12 @@ class Graph(Blocks):
         quantized = self.node("QuantizeLinear", [self.constant(values), *inputs], None, **attributes)
         return self.node("DequantizeLinear", [quantized, *inputs], None, **attributes)
 
-    def factor(self, *shape):
+    def factor_values(self, *shape):
         sign = 1 if self.chance(0.6) else self.rng.choice([-1, 1], shape)
-        return self.constant((self.rng.uniform(0.5, 2, shape) * sign).astype(np.float32))
+        return np.asarray(self.rng.uniform(0.5, 2, shape) * sign)
+
+    def factor(self, *shape):
+        return self.constant(self.factor_values(*shape).astype(np.float32))
 
     def ints(self, *values):
         return self.constant(np.array(values, np.int64))
@@ -132,10 +147,18 @@ class Graph(Blocks):
             self.node(op, [x], shape, **{name: list(values)}, **attributes)
 
     def motif(self):
-        """Add an absorber and an affine, in either order, with carriers between them; or any few nodes."""
+        """Add an absorber and an affine, in either order, with carriers between them; or any few nodes.
+
+        Most carriers in a row leave nothing to fold: a pair around one carrier, without other readers, reaches more.
+        """
         between = [self.one(CARRY) for _ in range(self.rng.integers(0, 4))]
         absorb, affine = self.one(ABSORB), self.one(AFFINE)
-        kind = self.one(["backward", "forward", "forward", "any"])
+        kind = self.one(["backward", "forward", "forward", "any", "pair", "pair"])
+        if kind == "pair":
+            pair = [self.one(ABSORB), self.one([*between, self.one(CARRY)]), affine]
+            for step in pair if self.chance(0.6) else ["block", *pair[::-1]]:
+                getattr(self, step)(self.latest)
+            return
         if kind == "backward":
             steps = [absorb, *between, affine]
         elif kind == "forward":
@@ -152,19 +175,26 @@ class Graph(Blocks):
         read = {name for node in self.nodes for name in node.input}
         results = [name for name in self.shapes if name != "x" and (name not in read or self.chance(0.03))]
         results = results or ["x"]
-        free = [f"d{at}" if self.chance(0.5) and at == 0 else size for at, size in enumerate(shape)]
-        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, free if self.chance(0.3) else shape)]
-        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * len(self.shapes[name])) for name in results]
+        kind = self.one(["fixed"] * 6 + ["batch", "batch", "any", "any"])
+        named = self.one(["d{at}", "s{size}"])  # one name per axis, or per size
+        free = [
+            named.format(at=at, size=size) if kind != "fixed" and self.chance(0.6) and (kind == "any" or at == 0) else size
+            for at, size in enumerate(shape)
+        ]
+        inputs = [helper.make_tensor_value_info("x", self.type, free)]
+        outputs = [helper.make_tensor_value_info(name, self.type, [None] * len(self.shapes[name])) for name in results]
         graph = helper.make_graph(self.nodes, "random", inputs, outputs, self.constants)
-        self.model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
-        self.feed = {"x": self.rng.standard_normal(shape).astype(np.float32)}
+        self.model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8 if self.opset < 23 else 11)
+        self.feed = {"x": self.rng.standard_normal(shape).astype(self.dtype)}
 
 
-ABSORB = ["conv", "conv", "conv_transpose", "gemm", "matmul", "matmul", "recurrent", "batch_norm", "repvgg"]
-AFFINE = ["batch_norm", "batch_norm", "elementwise"]
+ABSORB = ["conv", "conv", "conv_transpose", "gemm", "matmul", "matmul", "recurrent", "batch_norm", "repvgg", "repvit"]
+ABSORB += ["norm_by_data", "norm_by_data", "deform_conv"]
+AFFINE = [*["batch_norm", "batch_norm", "elementwise"] * 3, "ghost_norm", "norm_in_wider_type"]
 CARRY = [
     *["combine", "concat", "reshape", "reshape", "activation", "transpose", "pool", "reduce", "split", "choose"] * 2,
     *["dropout", "resize", "depth_to_space", "space_to_depth", "expand", "pad", "elementwise"],
+    *["join", "join", "tile", "reverse", "lp_pool", "lp_pool", "gather_elements", "gather_blocks", "norm_in_wider_type"],
 ]
 
 
@@ -176,6 +206,8 @@ def worst_difference(before, after):
     worst = 0.0
     for one, other in zip(before, after, strict=True):
         assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        one, other = one.astype(np.float64), other.astype(np.float64)
         assert np.isfinite(one).all() == np.isfinite(other).all()
         worst = max(worst, float(np.abs(one - other).max(initial=0) / max(np.abs(one).max(initial=0), 0.05)))
     return worst

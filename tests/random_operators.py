@@ -1,0 +1,194 @@
+"""More blocks of random graphs: other normalizations, joins, selections, and patterns that exporters write around a norm."""
+
+import numpy as np
+from onnx import TensorProto
+from random_blocks import LARGEST
+
+
+class Operators:
+    """What `random_graphs.Graph` chooses from, beside `random_blocks.Blocks`."""
+
+    # Absorbers.
+    def norm_by_data(self, x):
+        """A normalization by the statistics of the data, large eps: next to no variance would make noise large."""
+        shape = self.shapes[x]
+        ops = ["InstanceNormalization"] * (len(shape) > 2) + ["LayerNormalization"] * (self.opset >= 17)
+        ops += ["GroupNormalization"] * (len(shape) > 2 and self.opset >= 21) + ["RMSNormalization"] * 2 * (self.opset >= 23)
+        if not ops:
+            return
+        op, attributes = self.one(ops), {"epsilon": 0.1}
+        if op in ("InstanceNormalization", "GroupNormalization"):
+            size = shape[1:2]
+        else:
+            attributes["axis"] = self.one([-1, -1, len(shape) - 1, int(self.rng.integers(len(shape)))])
+            size = shape[attributes["axis"] :]
+            if self.chance(0.2):
+                size = (*[1] * (len(size) - 1), size[-1])
+        if op == "GroupNormalization":
+            attributes["num_groups"] = self.one([groups for groups in (1, 2, 3, shape[1]) if shape[1] % groups == 0])
+        inputs = [x, self.factor(*size)]
+        if op in ("InstanceNormalization", "GroupNormalization") or (op == "LayerNormalization" and self.chance(0.7)):
+            inputs.append(self.weight(*size))
+        self.node(op, inputs, shape, **attributes)
+
+    def deform_conv(self, x):
+        shape = self.shapes[x]
+        if len(shape) != 4 or self.opset < 19 or min(shape[2:]) < 2:
+            return
+        n, c, *sizes = shape
+        groups = self.one([g for g in (1, 2) if c % g == 0])
+        out, kernel, pad = groups * self.one([1, 2]), self.one([1, 2]), self.one([0, 0, 1])
+        after = [size + 2 * pad - kernel + 1 for size in sizes]
+        inside = self.chance(0.5)
+        taps = kernel * kernel
+        offset = np.zeros((n, 2 * taps, *after)) if inside else self.rng.normal(size=(n, 2 * taps, *after)) * 0.5
+        inputs = [x, self.weight(out, c // groups, kernel, kernel, fan_in=c // groups * taps), self.constant(offset.astype(np.float32))]
+        inputs.append(self.weight(out) if self.chance(0.6) else "")
+        if self.chance(0.4):
+            inputs.append(self.constant(self.rng.uniform(0.2, 1, (n, taps, *after)).astype(np.float32)))
+        attributes = {"group": groups, "pads": [pad] * 4, "kernel_shape": [kernel] * 2}
+        self.node("DeformConv", inputs if inputs[-1] else inputs[:-1], (n, out, *after), **attributes)
+
+    def repvit(self, x):
+        """A convolution of its own input, which is added as it is or scaled, and a norm behind them; or parts of them in a Concat."""
+        shape = self.shapes[x]
+        if len(shape) != 4:
+            return
+        c, branches = shape[1], [x]
+        groups = self.one([g for g in (1, 2, c, c) if c % g == 0])
+        for kernel in self.one([[3], [1], [3, 1]]):
+            inputs = [x, self.weight(c, c // groups, kernel, kernel, fan_in=c // groups * kernel * kernel)]
+            if self.chance(0.4):
+                inputs.append(self.weight(c))
+            self.node("Conv", inputs, shape, pads=[kernel // 2] * 4, group=groups)
+            branches.append(self.latest)
+        if self.chance(0.3):
+            self.node("Mul", [x, self.factor(*self.one([(), (c, 1, 1), (1, c, 1, 1)]))], shape)
+            branches[0] = self.latest
+        self.rng.shuffle(branches)
+        self.node("Add", branches[:2], shape)
+        if branches[2:]:
+            self.node("Add", [self.latest, branches[2]], shape)
+        if self.chance(0.2):
+            both = [self.latest, x]
+            if np.prod(shape) * 2 <= LARGEST:
+                self.node("Concat", both, (shape[0], 2 * c, *shape[2:]), axis=1)
+        self.batch_norm(self.latest)
+
+    # Affines.
+    def ghost_norm(self, x):
+        """The same norm in each part of the batch, or (seldom) another one in each."""
+        shape = self.shapes[x]
+        if len(shape) < 2 or shape[0] % 2:
+            return
+        half, c = shape[0] // 2, shape[1]
+        part = (half, *shape[1:])
+        self.by_opset(13, "Split", x, "split", [half, half], [part, part], axis=0, outputs=2)
+        name = self.nodes[-1].output
+        parameters, normed, same = None, [], self.chance(0.8)
+        for each in name:
+            if parameters is None or not same:
+                parameters = [self.rng.uniform(0.5, 2, c), self.rng.normal(size=c), self.rng.normal(size=c), self.rng.uniform(0.3, 3, c)]
+                shared = [self.constant(values.astype(np.float32)) for values in parameters]
+            if self.chance(0.5):
+                shared = [self.constant(values.astype(np.float32)) for values in parameters]
+            normed.append(self.node("BatchNormalization", [each, *shared], part))
+        self.node("Concat", normed, shape, axis=0)
+
+    def norm_in_wider_type(self, x):
+        """Cast up, a norm, or nothing, and Cast down."""
+        shape = self.shapes[x]
+        wide, dtype = (TensorProto.FLOAT, np.float32) if self.narrow else (TensorProto.DOUBLE, np.float64)
+        up = self.node("Cast", [x], None, to=wide)
+        if len(shape) > 1 and self.chance(0.7):
+            c = shape[1]
+            parameters = [self.factor_values(c), self.rng.normal(size=c), self.rng.normal(size=c), self.rng.uniform(0.3, 3, c)]
+            up = self.node("BatchNormalization", [up, *(self.constant(each.astype(dtype), kept=True) for each in parameters)], None)
+        self.node("Cast", [up], shape, to=self.type)
+
+    # Carriers.
+    def mixed(self, x):
+        """Return x times a square matrix: a value of the same shape that takes an affine."""
+        shape = self.shapes[x]
+        if len(shape) > 2:
+            return self.node("Conv", [x, self.weight(shape[1], shape[1], *[1] * (len(shape) - 2), fan_in=shape[1])], shape)
+        return self.node("MatMul", [x, self.weight(shape[-1], shape[-1], fan_in=shape[-1])], shape)
+
+    def join(self, x):
+        shape = self.shapes[x]
+        op = self.one(["Mean", "Max", "Min", "Where", "Where", "Sum"])
+        kind = self.one(["factor", "mixed", "mixed", "any", "any"])
+        if kind == "mixed":
+            pair = [self.mixed(x), self.mixed(x)]
+        elif kind == "factor":  # all operands through the same factor
+            other = self.node("Tanh", [x], shape)
+            k = self.constant(np.float32(self.rng.uniform(0.5, 2)))
+            pair = [self.node("Mul", [each, k], shape) for each in (x, other)]
+        else:
+            other = self.alike(shape, but=x)
+            if other is None or self.chance(0.3):
+                other = self.constant(self.rng.standard_normal(self.one([(), (1,), shape[-1:]])).astype(np.float32))
+            pair = [x, other]
+        self.rng.shuffle(pair)
+        if op == "Where":
+            size = [size if self.chance(0.7) else 1 for size in shape]
+            pair.insert(0, self.constant(self.rng.random(size) < 0.6))
+        elif self.chance(0.1):
+            pair.append(x)
+        self.node(op, [str(name) for name in pair], shape)
+
+    def tile(self, x):
+        shape = self.shapes[x]
+        repeats = [self.one([1, 1, 2]) for _ in shape]
+        after = [size * times for size, times in zip(shape, repeats, strict=True)]
+        if np.prod(after) <= LARGEST:
+            self.node("Tile", [x, self.ints(*repeats)], after)
+
+    def reverse(self, x):
+        shape = self.shapes[x]
+        if len(shape) < 2 or self.opset < 10:
+            return
+        time = self.one([0, 1])
+        lengths = self.rng.integers(1, shape[time] + 1, shape[1 - time])
+        self.node("ReverseSequence", [x, self.ints(*lengths)], shape, time_axis=time, batch_axis=1 - time)
+
+    def lp_pool(self, x):
+        shape = self.shapes[x]
+        count = len(shape) - 2
+        if count < 1:
+            return
+        p = self.one([1, 2, 3])
+        if self.chance(0.4) and self.opset < 22:  # onnxruntime has no kernel of opset 22
+            self.node("GlobalLpPool", [x], (*shape[:2], *[1] * count), p=p)
+            return
+        kernel, stride, pad = self.one([2, 3]), self.one([1, 2]), self.one([0, 0, 1])
+        sizes = [(size + 2 * pad - kernel) // stride + 1 for size in shape[2:]]
+        if min(sizes) < 1 or min(shape[2:]) + 2 * pad < kernel:
+            return
+        attributes = {"kernel_shape": [kernel] * count, "strides": [stride] * count, "pads": [pad] * 2 * count}
+        self.node("LpPool", [x], (*shape[:2], *sizes), p=p, **attributes)
+
+    def gather_elements(self, x):
+        shape = self.shapes[x]
+        if self.opset < 11:
+            return
+        axis = int(self.rng.integers(len(shape)))
+        after = list(shape)
+        after[axis] = int(self.rng.integers(1, shape[axis] + 2))
+        if self.chance(0.1):
+            after = [int(self.rng.integers(1, size + 1)) for size in after]
+        indices = self.rng.integers(-shape[axis] if self.chance(0.3) else 0, shape[axis], after)
+        if np.prod(after) <= LARGEST:
+            self.node("GatherElements", [x, self.constant(indices)], after, axis=axis)
+
+    def gather_blocks(self, x):
+        shape = self.shapes[x]
+        if self.opset < 12:
+            return
+        batch = int(self.rng.integers(min(2, len(shape) - 1) + 1)) if len(shape) > 1 else 0
+        depth = 2 if len(shape) > batch + 1 and self.chance(0.2) else 1
+        count = int(self.rng.integers(1, shape[batch] + 2))
+        indices = np.stack([self.rng.integers(0, shape[batch + at], (*shape[:batch], count)) for at in range(depth)], -1)
+        after = (*shape[:batch], count, *shape[batch + depth :])
+        if np.prod(after) <= LARGEST:
+            self.node("GatherND", [x, self.constant(indices)], after, batch_dims=batch)
