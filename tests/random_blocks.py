@@ -9,13 +9,13 @@ LARGEST = 4000
 class Blocks:
     """What `random_graphs.Graph` chooses from."""
 
-    def batch_norm(self, x):
+    def batch_norm(self, x, positive=False):
         shape = self.shapes[x]
         if len(shape) < 2:
             return
         c = shape[1]
         shift = 0 if self.chance(0.35) else 1
-        sign = 1 if self.chance(0.6) else self.rng.choice([-1, 1], c)
+        sign = 1 if positive or self.chance(0.6) else self.rng.choice([-1, 1], c)
         parameters = [self.rng.uniform(0.5, 2, c) * sign, shift * self.rng.normal(size=c), shift * self.rng.normal(size=c)]
         parameters.append(self.rng.uniform(0.3, 3, c))
         self.node("BatchNormalization", [x, *(self.constant(p.astype(np.float32)) for p in parameters)], shape)

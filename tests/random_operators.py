@@ -8,6 +8,9 @@ from random_blocks import LARGEST
 class Operators:
     """What `random_graphs.Graph` chooses from, beside `random_blocks.Blocks`."""
 
+    # Whether a Cast up may stand before a Cast down.
+    bare_casts = True
+
     # Absorbers.
     def norm_by_data(self, x):
         """A normalization by the statistics of the data, large eps: next to no variance would make noise large."""
@@ -96,7 +99,7 @@ class Operators:
         self.node("Concat", normed, shape, axis=0)
 
     def norm_in_wider_type(self, x):
-        """Cast up, a norm, or nothing, and Cast down."""
+        """Cast up, a norm, or a sign, or nothing, and Cast down."""
         shape = self.shapes[x]
         wide, dtype = (TensorProto.FLOAT, np.float32) if self.narrow else (TensorProto.DOUBLE, np.float64)
         up = self.node("Cast", [x], None, to=wide)
@@ -104,6 +107,8 @@ class Operators:
             c = shape[1]
             parameters = [self.factor_values(c), self.rng.normal(size=c), self.rng.normal(size=c), self.rng.uniform(0.3, 3, c)]
             up = self.node("BatchNormalization", [up, *(self.constant(each.astype(dtype), kept=True) for each in parameters)], None)
+        elif not self.bare_casts or self.chance(0.5):
+            up = self.node("Neg", [up], None)
         self.node("Cast", [up], shape, to=self.type)
 
     # Carriers.
@@ -136,6 +141,8 @@ class Operators:
         elif self.chance(0.1):
             pair.append(x)
         self.node(op, [str(name) for name in pair], shape)
+        if kind == "mixed" and self.chance(0.5):  # Max and Min pass no other
+            self.batch_norm(self.latest, positive=True)
 
     def tile(self, x):
         shape = self.shapes[x]
