@@ -126,6 +126,10 @@ class Blocks:
         shape = self.shapes[x]
         if len(shape) != 3:
             return
+        if self.chance(0.4):  # its features stand on the last axis, a norm's channels on axis 1
+            self.batch_norm(x)
+            x, shape = self.latest, (shape[0], shape[2], shape[1])
+            x = self.node("Transpose", [x], shape, perm=[0, 2, 1])
         op = self.one(["LSTM", "GRU", "RNN"])
         gates, hidden, directions = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 3, self.one([1, 2])
         inner = shape[2]
