@@ -208,6 +208,7 @@ def worst_difference(before, after):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
         one, other = one.astype(np.float64), other.astype(np.float64)
-        assert np.isfinite(one).all() == np.isfinite(other).all()
+        assert np.isfinite(one).all()
+        assert np.isfinite(other).all()
         worst = max(worst, float(np.abs(one - other).max(initial=0) / max(np.abs(one).max(initial=0), 0.05)))
     return worst

@@ -22,7 +22,7 @@ SELDOM = {"Upsample"}
 
 # Rounding of a dozen layers, conditioned as badly as these graphs are; a wrong fold is wrong in the first digits.
 ALLOWED = 2e-4
-ALLOWED_HALF = 0.02
+ALLOWED_HALF = 0.005  # beside four times the original's own error
 
 
 def said(seed, graph, *found):
@@ -36,16 +36,13 @@ def compare(seed, graph, result):
     """
     try:
         before, after = run(graph.model, graph.feed), run(result.model, graph.feed)
+        difference, allowed = worst_difference(before, after), ALLOWED
+        if graph.narrow:
+            twin = Graph(seed, half=False)
+            exact = [each.astype(np.float16) for each in run(twin.model, twin.feed)]
+            difference, allowed = worst_difference(exact, after), ALLOWED_HALF + 4 * worst_difference(exact, before)
     except Exception as error:
         raise AssertionError(said(seed, graph, result, error)) from error
-    if not graph.narrow:
-        difference, allowed = worst_difference(before, after), ALLOWED
-    elif all(np.isfinite(each).all() for each in before):
-        twin = Graph(seed, half=False)
-        exact = [each.astype(np.float16) for each in run(twin.model, twin.feed)]
-        difference, allowed = worst_difference(exact, after), ALLOWED_HALF + 4 * worst_difference(exact, before)
-    else:
-        return  # an overflow of the original
     assert difference <= allowed, said(seed, graph, result, difference, allowed)
 
 
