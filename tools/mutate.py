@@ -62,9 +62,11 @@ class NotApplied(Exception):
 def functions_of(files: Sequence[Path]) -> dict[str, list[FunctionType]]:
     """Return the functions of each file that this process holds, closures among them."""
     functions: dict[str, list[FunctionType]] = {str(path): [] for path in files}
+    # The package may be an installed copy of these files.
+    loaded = {_module(path).__file__: str(path) for path in files if _module_name(path) in sys.modules}
     for value in gc.get_objects():
-        if isinstance(value, FunctionType) and value.__code__.co_filename in functions:
-            functions[value.__code__.co_filename].append(value)
+        if isinstance(value, FunctionType) and value.__code__.co_filename in loaded:
+            functions[loaded[value.__code__.co_filename]].append(value)
     return functions
 
 
@@ -77,8 +79,12 @@ def put_in_place(mutant: Mutant, functions: list[FunctionType]) -> None:
         _replace_globals(_module(mutant.path), code)
 
 
+def _module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def _module(path: Path) -> ModuleType:
-    return sys.modules[".".join(path.relative_to(ROOT).with_suffix("").parts)]
+    return sys.modules[_module_name(path)]
 
 
 def _replace_functions(functions: list[FunctionType], code: CodeType) -> None:
