@@ -98,3 +98,22 @@ def test_a_residual_network_is_planned_as_before():
     """The Add waits for its other operand, which takes the affine on the way."""
     proto = graph("a = Conv <pads = [1,1]> (n, w) d = Add(a, n) y = Tanh(d)", w=normal(4, 4, 3))
     assert codes(fastbn.fold(proto, verify=False))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_branches_that_meet_within_others_do_so_in_any_order_of_the_file(seed):
+    """The Sub waits for the Add, whatever place the file gives them."""
+    text = """(float[2,4,6,6] x) => (float y) {
+        r = Tanh(x) n = BatchNormalization(r, s, t, m, v) a = Neg(n) e = Add(n, a) f = Identity(e)
+        g = Sub(n, f) h = Mul(g, k) y = Conv(h, w)
+    }"""
+
+    def nested():
+        return model(text, w=normal(5, 4, 1, 1), k=normal(4, 1, 1), **norm(4))
+
+    proto, shuffled = nested(), nested()
+    nodes = [proto.graph.node[int(number)] for number in np.random.default_rng(seed).permutation(len(proto.graph.node))]
+    del shuffled.graph.node[:]
+    shuffled.graph.node.extend(nodes)
+    assert not fastbn.fold(proto, verify=False).kept
+    assert not fastbn.fold(shuffled, verify=False).kept

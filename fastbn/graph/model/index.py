@@ -86,6 +86,8 @@ class Index:
         for scope in self.scopes:
             scope.ordered = self._sorted(scope)
         self.order = [node for scope in self.scopes for node in scope.ordered]
+        for number, node in enumerate(self.order):
+            node.order = number
 
     def _declare(self, scope: Scope) -> None:
         graph = scope.graph

@@ -72,6 +72,8 @@ class Node:
     scope : Scope
     position : int
         Its place among the nodes of its graph, as the file lists them.
+    order : int
+        Its place among all nodes of the model in the order of the data flow; a node is before those that read what it gives.
     op, domain : str
     label : str
         Its name, or that of its first output, or its operator and position.
@@ -82,12 +84,13 @@ class Node:
     attributes : dict of str -> onnx.AttributeProto
     """
 
-    __slots__ = ("attributes", "domain", "inputs", "label", "op", "outputs", "position", "proto", "scope", "scopes")
+    __slots__ = ("attributes", "domain", "inputs", "label", "op", "order", "outputs", "position", "proto", "scope", "scopes")
 
     def __init__(self, proto: NodeProto, scope: "Scope", position: int) -> None:
         self.proto = proto
         self.scope = scope
         self.position = position
+        self.order = position
         self.op = proto.op_type
         self.domain = proto.domain
         self.label = proto.name or next((name for name in proto.output if name), f"{proto.op_type} {position}")

@@ -127,7 +127,6 @@ class _Segment:
         self.plan = plan
         self.view = view
         self.index: Index = view.index
-        self.order = {node: position for position, node in enumerate(self.index.order)}
         self.lifted = set(plan.lifted)
         self.before = self._sorted({*plan.path, *plan.leaving, *plan.bypassed} - set(plan.added))
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
@@ -136,7 +135,7 @@ class _Segment:
         self.promoted = self.dtype.name == "bfloat16"
 
     def _sorted(self, nodes: Iterable[Node]) -> list[Node]:
-        return sorted(nodes, key=lambda node: self.order[node])
+        return sorted(nodes, key=lambda node: node.order)
 
     def _data_type(self) -> DType:
         """Return the coarsest type of a constant or beside a Cast; that of a batch normalization's parameters where there is no other."""

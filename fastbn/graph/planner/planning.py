@@ -139,8 +139,7 @@ class _Planner:
         view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
         rewritten: dict[Node, Refusal] = {}
         unrewritten = {} if rewrite_left is None else self._rewrite(Rewriter(view, rewrite_left), refusals, excluded_rewrites, rewritten)
-        order = {node: number for number, node in enumerate(self.index.order)}
-        plans = sorted(self.plans, key=lambda each: min(order[node] for node in each.leaving))
+        plans = sorted(self.plans, key=lambda each: min(node.order for node in each.leaving))
         kept = kept_nodes(self.index, view, refusals, unrewritten)
         refusals = {node: refusal for node, refusal in refusals.items() if node not in view.removed and node not in view.replaced}
         return Planning(plans, kept, view, refusals, self._explanations({**refusals, **rewritten}), rewritten, unrewritten)

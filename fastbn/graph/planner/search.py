@@ -237,7 +237,7 @@ class Search:
             plan = ask()
             while self._waiting:
                 # No branch can reach the first of them any more: all that still move are behind it.
-                node = min(self._waiting, key=lambda each: (each.scope.number, each.position))
+                node = min(self._waiting, key=lambda each: each.order)
                 _add_branch(plan, self._joined(node, self._waiting.pop(node)))
             return plan
         finally:

@@ -138,6 +138,7 @@ def _substitute(node: Node, op: str, data: Value, output: Value, constants: Sequ
     proto.input.extend(value.name for value in inputs)
     proto.output.append(output.name)
     made = Node(proto, node.scope, node.position)
+    made.order = node.order
     made.inputs.extend(inputs)
     made.outputs.append(output)
     return made
