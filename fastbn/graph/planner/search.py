@@ -14,7 +14,7 @@ from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Row, Rule, Skip, Strategy, Transfer, Traveler
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
-from fastbn.graph.planner.view import GraphView
+from fastbn.graph.planner.view import GraphView, refused_reader
 from fastbn.graph.reasons import ReasonCode, Refusal
 
 __all__ = ["Search"]
@@ -98,7 +98,7 @@ class Search:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
         others = self._other_readers(value, affine, asker, slot)
         if others and skip is not None:  # which no constant of theirs undoes
-            raise _refused_reader(others[0][0], value)
+            raise refused_reader(others[0][0], value)
         node, row = self._producer(value, asker, depth)
         if skip is not None and not row.takes_skip:
             raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
@@ -150,7 +150,7 @@ class Search:
             # A changed constant belongs to one input slot: other readers would still read the constant as it was.
             is_fixed = self.strategy == "plain" or self.view.constant(value) is not None or (affine.scale == 0).any()
             if is_fixed or len(others) > MOST_STEPS:
-                raise _refused_reader(others[0][0], value)
+                raise refused_reader(others[0][0], value)
         return others
 
     def _undone(self, readers: Sequence[tuple[Node, int]], value: Value, affine: Affine, depth: int) -> Plan:
@@ -169,7 +169,7 @@ class Search:
             return self._settled(ask)
         except Refusal:
             pass  # the reason that is reported is the other reader
-        raise _refused_reader(refused, value)
+        raise refused_reader(refused, value)
 
     def _into_constant(self, node: Node, slot: int, affine: Affine) -> Plan:
         constant = self.view.dense(node, slot)
@@ -350,10 +350,6 @@ def _add_branch(plan: Plan, branch: Plan) -> None:
     if met is not None:
         raise Refusal("reads-twice", f"two ways meet in {met.op} '{met.label}'")
     plan.join(branch)
-
-
-def _refused_reader(node: Node, value: Value) -> Refusal:
-    return Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
 
 
 def _refused_source(value: Value) -> Refusal:

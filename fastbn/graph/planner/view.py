@@ -24,7 +24,7 @@ from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
-__all__ = ["GraphView"]
+__all__ = ["GraphView", "refused_reader"]
 
 # A quantized constant of more elements is not stored as floats.
 LARGEST_WIDENED = 1 << 10
@@ -245,7 +245,7 @@ class GraphView:
     def refuse_readers(self, value: Value, asker: Node, slot: int) -> None:
         """Refuse when anything but this slot of `asker` sees a value of the present graph."""
         for node, _ in self.other_readers(value, asker, slot, 1):
-            raise Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
+            raise refused_reader(node, value)
 
     # ---- plans ----
 
@@ -339,3 +339,8 @@ class GraphView:
     def keeps_shifts(self) -> bool:
         """Say whether a node of the model takes a scale and has no place for a shift, which may then stay behind in an Add."""
         return any(operator_row(node).has_no_place_for_shift for node in self.index.order)
+
+
+def refused_reader(node: Node, value: Value) -> Refusal:
+    """Return the Refusal of a value that this node sees too."""
+    return Refusal("other-readers", f"{node.op} '{node.label}' reads the value '{value.name}' before it too")
