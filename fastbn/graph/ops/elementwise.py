@@ -24,7 +24,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
-from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler
+from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
 
@@ -167,10 +167,6 @@ def _growth(node: Node, constant: Dense, new: Dense) -> Refusal | None:
     if new.values.size <= max(constant.values.size, new.values.shape[0] if new.values.ndim else 1) or constant.values.size == 1:
         return None
     return Refusal("grows", f"the constant of {node.op} '{node.label}' would grow from {constant.values.size} to {new.values.size} values")
-
-
-def _one_term(node: Node, graph: PresentGraph) -> int:
-    return 1
 
 
 def _constant_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
@@ -389,7 +385,7 @@ def _division_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     return broadcast_size(node, arrays)
 
 
-_TWO = Row(broadcasts=True, terms=_one_term, sizes=broadcast_sizes, result_size=broadcast_size)
+_TWO = Row(broadcasts=True, terms=one_term, sizes=broadcast_sizes, result_size=broadcast_size)
 _SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, join=_sum_join, takes_skip=True)
 _PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward, join=_product_join)
 _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_constant_probe_shapes)

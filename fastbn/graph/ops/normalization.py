@@ -13,7 +13,7 @@ from fastbn.graph.model.constant import Dense, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
-from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
+from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
@@ -141,10 +141,6 @@ def _forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     return Transfer({SCALE: weight.times(scale), BIAS: bias.affine(1.0, moved, size)})
 
 
-def _terms(node: Node, graph: PresentGraph) -> int:
-    return 1
-
-
 def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
     scale, data = graph.constant(node.inputs[SCALE]), node.inputs[0]
     assert scale is not None, "it has been lifted"
@@ -246,9 +242,9 @@ def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
     proto.CopyFrom(helper.make_node(op, inputs, [output]))
 
 
-_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_channels_bound, sizes=same_sizes, work=each_once)
+_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=one_term, bound=_channels_bound, sizes=same_sizes, work=each_once)
 _LAST_AXES = Row(
-    _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=_terms, bound=_last_axes_bound, sizes=same_sizes, work=each_once
+    _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=one_term, bound=_last_axes_bound, sizes=same_sizes, work=each_once
 )
 
 NORMALIZATION = {
@@ -256,7 +252,7 @@ NORMALIZATION = {
         _backward,
         _forward,
         lift=_lift,
-        terms=_terms,
+        terms=one_term,
         probe_shapes=_probe_shapes,
         magnitude=_magnitude,
         sizes=same_sizes,

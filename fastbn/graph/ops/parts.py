@@ -202,12 +202,7 @@ def _giver(node: Node, slot: int, value: Value, affine: Affine, graph: PresentGr
 
 def _is_same(node: Node, affine: Affine, graph: PresentGraph) -> bool:
     own = graph.affine(node)
-    return (
-        own is not None
-        and own.axis == affine.axis
-        and own.channels == affine.channels
-        and bool((own.scale == affine.scale).all() and (own.shift == affine.shift).all())
-    )
+    return own is not None and own.equals(affine)
 
 
 PARTS = {

@@ -12,7 +12,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.quantized import QUANTIZED, SCALE, ZERO_POINT, Dequantized, Quantizer, quantized
-from fastbn.graph.ops.row import PresentGraph, Row
+from fastbn.graph.ops.row import PresentGraph, Row, one_term
 from fastbn.graph.ops.shape_rules import each_once, same_sizes
 from fastbn.graph.reasons import Refusal
 
@@ -108,10 +108,6 @@ def _integers(source: Node, quantizer: Quantizer | None, graph: PresentGraph) ->
     return quantized(quantizer.data, scale, zero_point, axis, given.dtype)
 
 
-def _one_term(node: Node, graph: PresentGraph) -> int:
-    return 1
-
-
 def _no_probe(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
     return {}
 
@@ -125,7 +121,7 @@ def _bound(proto: NodeProto) -> list[NodeProto]:
 
 QUANTIZATION = {
     "DequantizeLinear": Row(
-        terms=_one_term,
+        terms=one_term,
         probe_shapes=_no_probe,
         bound=_bound,
         input_names={SCALE: "scale", ZERO_POINT: "zero_point"},

@@ -37,6 +37,7 @@ __all__ = [
     "Strategy",
     "Transfer",
     "Traveler",
+    "one_term",
 ]
 
 # How far the planner goes, each only where the one before leaves nothing to do, the later ones for a batch normalization alone: move the
@@ -224,6 +225,11 @@ Rule: TypeAlias = Callable[[Node, Traveler, PresentGraph], Transfer | Iterable[T
 
 def _no_terms(node: Node, graph: PresentGraph) -> int:
     return 0
+
+
+def one_term(node: Node, graph: PresentGraph) -> int:
+    """Return the Row.terms of an operator that does not sum elements."""
+    return 1
 
 
 def _probe_inputs(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
