@@ -27,7 +27,7 @@ from fastbn.delivery import (
     source_of,
     workdir_of,
 )
-from fastbn.errors import ArgumentError, FastbnError, expected
+from fastbn.errors import ArgumentError, FastbnError
 from fastbn.terminal import Progress, Steps, complain, emit, flush
 
 __all__ = ["main"]
@@ -210,8 +210,6 @@ def _verify(arguments: Arguments, delivery: Delivery) -> int:
 
 def _bench(arguments: Arguments, delivery: Delivery) -> int:
     """Time two models in onnxruntime with its default options, run by run in turn, on one thread and on all: median and 90th percentile."""
-    if arguments.runs < 1:
-        raise ArgumentError(expected("at least 1 run", str(arguments.runs), "--runs"))
     from fastbn.graph.bench import bench
     from fastbn.graph.report import table
     from fastbn.graph.results import SCHEMA

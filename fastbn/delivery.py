@@ -40,8 +40,6 @@ def input_name(name: str) -> str:
     """Return what IN means: a name, or STREAM."""
     from fastbn.graph.rewrite.destination import descriptor_of
 
-    if not name:
-        raise ArgumentError(expected("a model", "an empty name", "IN"))
     return STREAM if name == STREAM or descriptor_of(name) == 0 else name
 
 
@@ -54,11 +52,13 @@ def source_of(name: str) -> Source:
 
 def place_beside(name: str) -> Path | str:
     """Return where the folded model of IN goes by default: beside it, or to stdout where it comes from stdin."""
+    from fastbn.graph.model.storage import file_path
+
     if name == STREAM:
         return STREAM
     if os.path.isdir(name):
         raise StorageError(expected("a model file", "a folder", name))
-    path = Path(name)
+    path = file_path(name, "a model file")
     return model_place(path.with_name(f"{path.stem}.folded.onnx"), name)
 
 

@@ -18,6 +18,9 @@ BAR = 20
 # The fewest columns that a line is folded to.
 NARROWEST = 40
 
+# Characters that a complaint shows of its beginning and of its end: names and values may have thousands.
+BEGINNING, END = 600, 200
+
 
 def open_streams() -> set[str]:
     """Open what was closed of the three standard streams on the null device, so that no file takes their place; return their names."""
@@ -60,7 +63,9 @@ def flush(stream: TextIO) -> None:
 
 
 def complain(text: str) -> None:
-    """Print one line on stderr, if that takes it."""
+    """Print one line on stderr, if that takes it; the middle of a very long one is left out."""
+    if len(text) > BEGINNING + END:
+        text = f"{text[:BEGINNING]} ... {text[-END:]}"
     with contextlib.suppress(StorageError):
         emit(text, sys.stderr)
         flush(sys.stderr)

@@ -28,7 +28,7 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
-from fastbn.graph.rewrite.destination import is_stream
+from fastbn.graph.rewrite.destination import check_destination, is_stream, storage_errors
 from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
@@ -147,23 +147,27 @@ def _call(model: ModelLike, output: Location | None, report: Location | None, op
 
 def check_paths(model: ModelLike, output: Location | None, report: Location | None, force: bool) -> None:
     """Refuse, before any work is done, an output or a report that could not be made or would replace what it must not."""
-    given = os.path.realpath(model) if isinstance(model, (str, os.PathLike)) else None
-    written = None if output is None else os.path.realpath(output)
-    if output is not None and written == given:
+    given, written = (_real_path(place) for place in (model, output))
+    if written is not None and written == given:
         raise ArgumentError(f"Cannot write '{output}': it is the input")
     if report is None:
         return
     template()
     if is_stream(report):
         return
-    if os.path.realpath(report) in (given, written):
+    if _real_path(report) in (given, written):
         raise ArgumentError(f"Cannot write the report to '{report}': that is the input or the output")
-    if os.path.isdir(report):
-        raise StorageError(expected("a report file", "a folder", str(report)))
+    check_destination(report)
     if os.path.lexists(report) and not force:
         raise StorageError(f"Cannot write the report to '{report}': it exists; --force (force=True) replaces it")
-    if not os.access(Path(report).parent, os.W_OK):
-        raise StorageError(f"Cannot write the report to '{report}': no file can be made in the folder '{Path(report).parent}'")
+
+
+def _real_path(place: object) -> str | None:
+    """Return the path of a file with all links followed, None for what is no path."""
+    if not isinstance(place, (str, os.PathLike)):
+        return None
+    with storage_errors(place):
+        return os.path.realpath(place)
 
 
 @dataclass(frozen=True)

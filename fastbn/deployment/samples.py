@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import helper, numpy_helper
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
-from fastbn.graph.model.storage import os_error
+from fastbn.graph.model.storage import file_path, os_error
 from fastbn.graph.parity.feeds import random_feeds
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import runtime_errors
@@ -250,13 +251,15 @@ def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
 def _groups(data: Data, inputs: _Inputs) -> Iterator[Group]:
     """Yield (where, name -> array, whether it is one input as it is) of every file."""
     if isinstance(data, (str, os.PathLike)):
-        path = Path(os.fsdecode(data))
         try:
-            yield from _folder(path, inputs) if path.is_dir() else [_file(path, inputs)]
+            if data and os.path.isdir(data):
+                yield from _folder(Path(os.fsdecode(data)), inputs)
+            else:
+                yield _file(file_path(data, "samples"), inputs)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            raise os_error(error, str(path)) from error
+            raise os_error(error, os.fsdecode(data)) from error
     elif isinstance(data, np.ndarray):
         yield "data", {inputs.only("data"): data}, False
     elif isinstance(data, dict):
@@ -282,8 +285,15 @@ def _file(path: Path, inputs: _Inputs) -> Group:
     return str(path), arrays, False
 
 
+def _check_regular(path: Path) -> None:
+    """Refuse what is no regular file: a device may have no end, and a pipe cannot be read in parts."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise StorageError(expected("a file of samples", "something that is no file", str(path)))
+
+
 def _numpy(path: Path) -> dict[str, Array]:
     """Return the arrays of a .npz file by name, or that of a .npy file, mapped, by the name of the file."""
+    _check_regular(path)
     try:
         if path.suffix == ".npy":
             return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
@@ -298,6 +308,7 @@ def _numpy(path: Path) -> dict[str, Array]:
 
 def _tensor(path: Path) -> tuple[str, Array]:
     """Return (name, array) of a file that holds a TensorProto."""
+    _check_regular(path)
     try:
         tensor = onnx.TensorProto.FromString(path.read_bytes())
         if not tensor.data_type:

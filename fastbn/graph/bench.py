@@ -24,6 +24,9 @@ __all__ = ["Latency", "bench", "side_by_side"]
 
 WARM_UP = 3
 
+# The most timed runs of each model that may be asked for.
+MOST_RUNS = 1_000_000
+
 # The fewest timed runs, however slow the models are: a median and a 90th percentile need them.
 FEWEST_RUNS = 5
 
@@ -50,7 +53,7 @@ def bench(
     folded : the same, optional
         Without it, the original folded in memory.
     runs : int
-        Timed runs of each model.
+        Timed runs of each model, a million at most.
     input_shapes : dict of name -> sequence of int, optional
 
     Returns
@@ -67,7 +70,7 @@ def bench(
     ArgumentError, ArgumentTypeError
         An option cannot be used, or the second model does not take the inputs of the first.
     """
-    runs = whole_number(runs, "runs", 1)
+    runs = whole_number(runs, "runs", 1, MOST_RUNS)
     shapes = checked_shapes(input_shapes)
     source = storage.load(original)
     index = Index(source, input_shapes=shapes)

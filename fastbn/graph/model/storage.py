@@ -31,6 +31,7 @@ __all__ = [
     "Place",
     "Source",
     "external_tensors",
+    "file_path",
     "is_external",
     "load",
     "location_of",
@@ -71,6 +72,14 @@ def model_in(path: str | os.PathLike[str]) -> ModelProto | None:
         return None
 
 
+def file_path(name: str | os.PathLike[str], what: str) -> Path:
+    """Return the path of a file; raises StorageError for a name that only a folder may have, which Path would take for that of a file."""
+    text = os.fsdecode(name)
+    if not text or text.endswith(os.sep):
+        raise StorageError(expected(what, f"{'the name of a folder' if text else 'an empty name'}", text))
+    return Path(text)
+
+
 def utf8_path(path: str | os.PathLike[str]) -> str | None:
     """Return a path as libraries in C++ take it, whatever the locale: as text whose UTF-8 is the name; None where the name is no UTF-8."""
     try:
@@ -104,7 +113,7 @@ def load(model: ModelLike) -> Source:
         data = bytes(model)
         source = Source(_parse(data, "model"), None, "model", data)
     elif isinstance(model, (str, os.PathLike)):
-        source = _load_file(Path(os.fsdecode(model)))
+        source = _load_file(file_path(model, "a model file"))
     else:
         raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
     source.check_places()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fastbn.errors import StorageError, expected
-from fastbn.graph.model.storage import os_error
+from fastbn.graph.model.storage import file_path, os_error
 
 if sys.platform != "win32":
     import fcntl
@@ -78,9 +78,8 @@ def check_destination(path: PathLike) -> None:
     StorageError
         It is a folder, a disk or a socket, the name is empty or not valid, or its folder takes no new file.
     """
-    name = str(path)
-    if not name:
-        raise StorageError(expected("an output file", "an empty name", name))
+    name = os.fsdecode(path)
+    file = file_path(name, "an output file")
     with storage_errors(name):
         mode: int | None = None
         with contextlib.suppress(FileNotFoundError):
@@ -96,7 +95,7 @@ def check_destination(path: PathLike) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a disk", stat.S_IFSOCK: "a socket"}
         raise StorageError(expected("an output file", kinds.get(stat.S_IFMT(mode), "something else"), name))
-    _check_folder(Path(name))
+    _check_folder(file)
 
 
 def _check_descriptor(number: int, name: str) -> None:
