@@ -14,6 +14,7 @@ from test_gather import OTHER_PICKS
 from test_join import PASSES as JOINS
 from test_matmul import MATMUL_CONSTANTS, MATMULS
 from test_normalization import BEHIND, behind, deformable
+from test_widening import ONE_NUMBER
 
 import fastbn
 from fastbn.graph import job
@@ -155,7 +156,8 @@ def models():
     """Row -> models whose folds use it."""
     found = {}
     picks = [proto for proto, _ in OTHER_PICKS.values()]
-    for proto in [*MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
+    widened = [ONE_NUMBER[name][0] for name in ("no shift", "a divisor")]
+    for proto in [*widened, *MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
         for row in crossed(proto):
             found.setdefault(row, []).append(proto)
     return found

@@ -222,6 +222,7 @@ MALFORMED = {
     "n = Concat<axis = 7>(c, c)": "Expected an axis of a value of rank 4, got 7",
     "n = Concat(c, c)": "Expected an attribute 'axis' of Concat, got none",
     "n = Slice(c, one, three, seven)": "Expected an axis of a value of rank 4, got 7",
+    "n = GatherElements<axis = 2>(c, many)": "Expected no more than 4 indices along axis 1, got 5",
     "n = Slice(c, one, three, one, zero)": "Expected a start, an end and a step for each axis",
     "n = Slice(c, one, three, scalar)": r"Expected a list of integers, got int64 of shape \(\)",
     "n = Pad(c, one)": "Expected two sizes of padding for each axis, got 1",
@@ -246,6 +247,7 @@ CONSTANTS = {
     "scalar": np.array(1, np.int64),
     "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
     "nothing": np.zeros(0, np.float32),
+    "many": np.zeros((2, 5, 6, 6), np.int64),
 }
 
 

@@ -168,8 +168,8 @@ REFUSED = {
     ),
     "Mul of two, shift, forward": refused("forward", "shift-cannot-pass", "a shift cannot pass", "Mul(x, z)", A4, z=(4, 6, 6)),
     "Div of two, its divisor": refused("forward", "no-absorber", "it is the divisor", "Div(z, x)", A4S, z=(2, 4, 6, 6), slot=1),
-    "Div of two, only the divisor has the channels": refused(
-        "backward", "axis", "by broadcasting", "Div(x, z)", A4S, x=(2, 1, 6, 6), z=(2, 4, 6, 6)
+    "Div of two, a scale of zero and the divisor": refused(
+        "backward", "axis", "by broadcasting", "Div(x, z)", Affine(np.array([0.0, 2, 3, 4]), np.zeros(4), 1), x=(2, 1, 6, 6), z=(2, 4, 6, 6)
     ),
     "Relu, negative": refused(
         "backward", "mixed-sign-through-relu", "lets only a positive scale pass; it is not positive in channels 1, 3", "Relu(x)", A4S

@@ -142,7 +142,10 @@ def test_plans_that_join_are_one():
     assert view.owned(nodes["a"]) is third
     assert view.owned(nodes["b"]) is None
     a, b, new = nodes["a"], nodes["b"], Dense.zeros((4,), np.dtype(np.float32))
-    other = Plan({(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, [b], {a: (b,)}, {a: None}, {b: None}, {a: None}, {b: None}, 4)
+    c = nodes["c"].outputs[0]
+    other = Plan(
+        {(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, [b], {a: (b,)}, {a: None}, {b: None}, {a: None}, {b: None}, {c: (4,)}, 4
+    )
     second.join(other)
     assert (second.constants, second.attributes, second.lifted, second.bypassed) == (
         {(a, 1): new},
@@ -150,7 +153,7 @@ def test_plans_that_join_are_one():
         [a],
         {b: a.outputs[0]},
     )
-    assert [*second.alike] == [b]
+    assert ([*second.alike], second.widened) == ([b], {c: (4,)})
     assert ([*second.replaced], [*second.path], [*second.absorbers], [*second.crossed], second.channels) == ([a], [a], [b], [a], 5)
     first.join(other)
     assert first.channels == 4

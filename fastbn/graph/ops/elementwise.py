@@ -23,7 +23,7 @@ from fastbn.graph.model.constant import Dense
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
-from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, require_sign
+from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, is_wide, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
@@ -103,11 +103,14 @@ def _add_constant_forward(node: Node, traveler: Traveler, graph: PresentGraph) -
 
 
 # Mul, Div with a constant c:  backward S*(x * c) = x * (S*c), S*(x / c) = x / (c/S), and T finds no place;  forward (S*x + T) * c =
-# (S*c) * x + T*c: the constant takes the scale, and T*c goes on.
+# (S*c) * x + T*c: the constant takes the scale, and T*c goes on. A product of one element may become one per channel.
 def _multiply_constant_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     affine, slot = traveler.affine, _constant(node, graph)
     constant = graph.dense(node, slot)
-    scale, _, _ = _shaped(node, affine, 1 - slot, constant, graph)
+    if is_wide(affine, graph.shape(node.outputs[0])):
+        scale = affine.shaped(None)[0]
+    else:
+        scale, _, _ = _shaped(node, affine, 1 - slot, constant, graph)
     if affine.shifts:
         raise Refusal("shift-cannot-pass", f"{node.op} '{node.label}' has no constant to take the shift")
     new = constant.times(_as_factor(node, slot, scale))
@@ -306,19 +309,36 @@ def _narrowed(node: Node, affine: Affine, source: Value | None, target: Value | 
     return affine.at(behind + len(after))
 
 
-# Mul, Div of values that are no constants:  S (a * b) = (S a) * b: either factor takes the scale, no shift passes.
+# Mul, Div of values that are no constants:  S (a * b) = (S a) * b, S (a / b) = a / (b / S): either operand takes it, no shift passes.
 def _product_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> list[Transfer]:
-    _refuse_shift(node, traveler.affine)
+    affine = traveler.affine
+    _refuse_shift(node, affine)
     choices: list[Transfer] = []
+    wide: list[Transfer] = []
     refused = Refusal("no-absorber", f"{node.op} '{node.label}' has no factor that takes the scale")
-    for slot in (0,) if node.op == "Div" else (0, 1):
+    for slot, value in enumerate(node.inputs):
+        if node.op == "Div" and slot == 1:
+            if (affine.scale == 0).any():
+                continue
+            affine = affine.inverse()
         try:
-            choices.append(Transfer(passed_on=[(slot, _narrowed(node, traveler.affine, traveler.value, node.inputs[slot], graph))]))
+            choices.append(Transfer(passed_on=[(slot, _narrowed(node, affine, traveler.value, value, graph))]))
         except Refusal as refusal:
             refused = refusal
-    if not choices:
+            asked = _widening(node, affine, traveler.value, graph)
+            if is_wide(asked, graph.shape(value)):
+                wide.append(Transfer(passed_on=[(slot, asked)]))
+    if not choices and not wide:
         raise refused
-    return choices
+    return choices + wide
+
+
+def _widening(node: Node, affine: Affine, source: Value, graph: PresentGraph) -> Affine:
+    """Return an affine of a value with its axis counted from the end, as it lies in a value that broadcasts with this one."""
+    rank, axis = graph.rank(source), affine.axis
+    if axis is not None and axis >= 0 and rank is not None:
+        axis = (axis_in(node, affine, rank) or 0) - rank
+    return Affine(affine.scale, affine.shift, axis, -axis if axis is not None and axis < 0 else 0, affine.abs_terms)
 
 
 def _product_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -387,10 +407,10 @@ def _division_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 _TWO = Row(broadcasts=True, terms=one_term, sizes=broadcast_sizes, result_size=broadcast_size)
 _SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, join=_sum_join, takes_skip=True)
-_PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward, join=_product_join)
+_PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward, join=_product_join, takes_wide=True)
 _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_constant_probe_shapes)
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
-_MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward)
+_MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward, takes_wide=True)
 _NEGATIVE = both_ways(_negative)
 _EXTREME = Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)
 

@@ -83,8 +83,8 @@ def _dropout_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 
 IDENTITY = {
-    "Identity": Row(*both_ways(_identity), sizes=same_sizes, list_elements=_same_elements),
+    "Identity": Row(*both_ways(_identity), takes_wide=True, sizes=same_sizes, list_elements=_same_elements),
     DROPOUT: Row(*both_ways(_dropout), sizes=same_sizes, result_size=_dropout_size),
-    "Cast": Row(*both_ways(_cast), sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
+    "Cast": Row(*both_ways(_cast), takes_wide=True, sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
     "CastLike": Row(reads={1: "type"}, result_size=first_size),
 }

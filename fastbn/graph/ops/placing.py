@@ -8,7 +8,7 @@ import numpy as np
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Tensor
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.row import PresentGraph, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Size
@@ -24,6 +24,7 @@ __all__ = [
     "both_ways",
     "constant_slot",
     "countable",
+    "is_wide",
     "known_list",
     "named_axes",
     "only_data",
@@ -98,6 +99,11 @@ def own_axis(node: Node, axis: int, rank: int) -> int:
     if not -rank <= axis < rank:
         raise ModelError(expected(f"an axis of a value of rank {rank}", str(axis), node.label))
     return axis % rank
+
+
+def is_wide(affine: Affine, shape: Shape | None) -> bool:
+    """Say whether an affine would make a value of this shape wider: the value has one element, the affine several channels."""
+    return affine.channels > 1 and shape is not None and all(size == 1 for size in shape)
 
 
 def countable(size: int) -> int:

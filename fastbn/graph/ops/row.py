@@ -274,6 +274,8 @@ class Row:
         Its operands broadcast: a constant may widen the data.
     takes_skip : bool
         Its backward rule knows of `Traveler.skip`.
+    takes_wide : bool
+        Its backward rule knows of an affine of more channels than its output, which has one element, has: the output becomes wider.
     parts : bool
         It hands out parts of its input, and one of its outputs may change alone.
     reads : mapping of int -> "shape" or "type"
@@ -340,6 +342,7 @@ class Row:
     data_slot: Callable[[Node, PresentGraph], int] = _first_slot
     broadcasts: bool = False
     takes_skip: bool = False
+    takes_wide: bool = False
     parts: bool = False
     reads: Mapping[int, Literal["shape", "type"]] = field(default_factory=dict)
 

@@ -207,6 +207,8 @@ def _gather_elements(node: Node, affine: Affine, source: Value, target: Value, g
         return affine.at(axis)
     if not isinstance(size, int) or not isinstance(count, int):
         raise Refusal("axis-unknown", f"the sizes at GatherElements '{node.label}' do not tell how many of axis {axis} it takes")
+    if count > size:  # sizes that a caller has given, or that were supposed
+        raise ModelError(expected(f"no more than {size} indices along axis {axis}", str(count), node.label))
     return _chosen_channels(node, affine, axis, size, np.arange(count), source is node.inputs[0], axis)
 
 

@@ -102,10 +102,10 @@ def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | Non
 
 
 def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
-    """S x + T where x = MatMul(a, W): the scale goes into W, an Add of T stays in the place of the BatchNormalization."""
+    """S x + T where x = MatMul(a, W) or x = a (b c), b one number: the scale goes into W or c, an Add of T stays in the place of the BN."""
     node = origin.node
     plan = Search(view, origin, "split", record).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
-    if not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
+    if not plan.widened and not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
     return Placement(plan, False, kept_shift(node, affine, view, _weight_type(plan)))
 

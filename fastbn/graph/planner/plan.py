@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from fastbn.graph.model.constant import Constant
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.ops.row import Attribute
 
 __all__ = ["Plan"]
@@ -42,6 +42,8 @@ class Plan:
         Removed nodes in whose place an affine passed.
     alike : dict of node -> None
         Nodes with the same affine that are lifted too.
+    widened : dict of value -> shape
+        Values of one element that have one per channel afterwards.
     channels : int
     number : int
         Its age: the number of owned nodes when it was made.
@@ -59,6 +61,7 @@ class Plan:
     absorbers: dict[Node, None] = field(default_factory=dict)
     crossed: dict[Node, None] = field(default_factory=dict)
     alike: dict[Node, None] = field(default_factory=dict)
+    widened: dict[Value, Shape] = field(default_factory=dict)
     channels: int = 0
     number: int = 0
     joined: Optional["Plan"] = None
@@ -73,6 +76,7 @@ class Plan:
         self.absorbers.update(other.absorbers)
         self.crossed.update(other.crossed)
         self.alike.update(other.alike)
+        self.widened.update(other.widened)
         self.lifted.extend(other.lifted)
         self.rewritten.extend(other.rewritten)
         self.channels = max(self.channels, other.channels)

@@ -121,6 +121,8 @@ class _Planner:
         self.only, self.skip, self.excluded = only, skip, excluded
         self.view = GraphView(index)
         self.plans: dict[Plan, None] = {}
+        # Nodes that would go into a batch normalization, which may yet leave itself; they wait until no other fold is left.
+        self.deferred: set[Node] | None = set()
 
     def run(self, rewrite_left: RewriteForm | None, excluded_rewrites: Mapping[NodeKey, str]) -> Planning:
         refusals: dict[Node, Refusal] = {}
@@ -135,6 +137,8 @@ class _Planner:
             # A fold may have removed what another was refused for: try those again, in reverse, so that one pass frees a whole chain.
             waiting = [node for node in refusals if node not in placed][::-1]
             step = 0 if placed else step + 1
+            if step == len(STRATEGIES) and self.deferred:
+                self.deferred, step = None, 0
         view = self.view
         view.removed = {node: _behind(node, view) for node in self.index.order if node in view.removed}
         rewritten: dict[Node, Refusal] = {}
@@ -173,6 +177,7 @@ class _Planner:
                 placement, channels = found
                 for other in placement.plan.alike:
                     self._refuse_unselected(other)
+                self._defer(node, placement)
                 refuse_unrepresentable(placement.plan, self.view)
                 self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike])
@@ -222,6 +227,13 @@ class _Planner:
         self._refuse_unselected(node)
         _refuse_widening(node, self.view)
         return place(node, affine, self.view, strategy, self._record_of(node, strategy)), affine.channels
+
+    def _defer(self, node: Node, placement: Placement) -> None:
+        """Refuse for now to fold a node that is none into a batch normalization."""
+        into = next(filter(is_batch_norm, placement.plan.absorbers), None)
+        if self.deferred is not None and into is not None and not is_batch_norm(node):
+            self.deferred.add(node)
+            raise Refusal("other-readers", f"BatchNormalization '{into.label}' comes first")
 
     def _refuse_unselected(self, node: Node) -> None:
         if key_of(node) in self.excluded:

@@ -5,11 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.model.quantized import Requantized
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.placing import is_wide
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Row, Rule, Skip, Strategy, Transfer, Traveler
 from fastbn.graph.planner.plan import Plan
@@ -100,6 +103,9 @@ class Search:
         if others and skip is not None:  # which no constant of theirs undoes
             raise refused_reader(others[0][0], value)
         node, row = self._producer(value, asker, depth)
+        wide = self._wide_shape(value, affine) if depth else None
+        if wide is not None and not row.takes_wide:
+            raise Refusal("axis", f"{node.op} '{node.label}' gives one number, and {affine.channels} channels need one each")
         if skip is not None and not row.takes_skip:
             raise Refusal("other-branch", f"{node.op} '{node.label}' is no convolution that could add '{skip.source.name}'")
         try:
@@ -122,7 +128,16 @@ class Search:
         finally:
             self._open.remove(value)
         plan.crossed.update(crossed)
+        if wide is not None:
+            plan.widened[value] = wide
         return plan
+
+    def _wide_shape(self, value: Value, affine: Affine) -> Shape | None:
+        """Return the shape of a value of one element for which an affine has several channels; None of any other."""
+        shape = self.view.shape(value) if affine.channels > 1 else None
+        if shape is None or not is_wide(affine, shape):
+            return None
+        return np.broadcast_shapes((1,) * len(shape), affine.shaped(len(shape))[0].shape)
 
     def _producer(self, value: Value, asker: Node, depth: int) -> tuple[Node, Row]:
         """Return the node that gives a value and its row; Refusal where it cannot be asked."""

@@ -72,6 +72,7 @@ class GraphView:
         self._refused: dict[Node, tuple[int, int, bool]] = {}
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
+        self._keeps_shifts: bool | None = None
 
     # ---- the model as it was read ----
 
@@ -260,6 +261,7 @@ class GraphView:
     def apply(self, plan: Plan) -> None:
         """Make what a plan changes part of the present graph."""
         self.constants.update(plan.constants)
+        self._shapes.update(plan.widened)
         for node, _ in plan.constants:
             self._affines.pop(node, None)
 
@@ -338,7 +340,18 @@ class GraphView:
 
     def keeps_shifts(self) -> bool:
         """Say whether a node of the model takes a scale and has no place for a shift, which may then stay behind in an Add."""
-        return any(operator_row(node).has_no_place_for_shift for node in self.index.order)
+        if self._keeps_shifts is None:
+            self._keeps_shifts = any(
+                operator_row(node).has_no_place_for_shift or self._is_product_with_one(node) for node in self.index.order
+            )
+        return self._keeps_shifts
+
+    def _is_product_with_one(self, node: Node) -> bool:
+        """Say whether a node multiplies by one number that is no constant."""
+        if not node.is_op("Mul") and not node.is_op("Div"):
+            return False
+        operands = [value for value in node.inputs if value is not None and self.constant(value) is None]
+        return len(operands) == 2 and any((shape := self.shape(value)) is not None and set(shape) <= {1} for value in operands)
 
 
 def refused_reader(node: Node, value: Value) -> Refusal:

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from fastbn.graph.model.constant import Constant, Scaled
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.model.storage import is_external
 from fastbn.graph.ops.registry import ignores_elements, operator_row
 from fastbn.graph.ops.row import Attribute
@@ -154,6 +154,8 @@ class _Writer:
                 present = self.view.present(reader)[0]
                 if present not in self.unwritten:
                     self._proto(present).input[slot] = name
+        for value, shape in ((value, shape) for plan in self.plans for value, shape in plan.widened.items()):
+            self._declare(value.scope.number, names.get(value, value.name), shape, self.index.kind(value))
 
     def _write_constant(self, node: Node, slot: int, constant: Constant) -> str:
         """Write a folded constant in the place of the old one if no other node reads that, else under a new name; return the name."""
@@ -162,7 +164,7 @@ class _Writer:
             scope = old.scope
             tensor = self.tensors[scope.number][old.name]
             self.unused_constants[scope.number].remove(old.name)
-            self._declare(scope.number, old.name, constant)
+            self._declare(scope.number, old.name, constant.shape, helper.np_dtype_to_tensor_dtype(constant.dtype))
         else:
             # Before IR 4 a constant must be a graph input too. The constants of a body, which has no such inputs, go into the main graph.
             scope = self.index.main if self.proto.ir_version < FIRST_IR_OF_CONSTANTS else node.scope
@@ -224,15 +226,14 @@ class _Writer:
             return value.name in self.left_out.get(value.scope.number, ())
         return value.producer in self.unwritten
 
-    def _declare(self, scope: int, name: str, constant: Constant) -> None:
-        """Write the shape and type of a constant into its graph input and value_info, where it has these."""
+    def _declare(self, scope: int, name: str, shape: Shape, kind: int) -> None:
+        """Write the shape and type of a value that changes into its graph input and value_info, where it has these."""
         if scope not in self.infos:
             self.infos[scope] = defaultdict(list)
             for info in (*self.graphs[scope].input, *self.graphs[scope].value_info):
                 self.infos[scope][info.name].append(info)
         for info in self.infos[scope][name]:
-            kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
-            info.type.CopyFrom(helper.make_tensor_type_proto(kind, constant.shape))
+            info.type.CopyFrom(helper.make_tensor_type_proto(kind, shape))
 
     def _new_name(self, wanted: str) -> str:
         name, number = wanted, 1
