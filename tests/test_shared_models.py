@@ -1,7 +1,8 @@
 """Real models: every file is folded and verified, and each BatchNormalization that stays has a reason.
 
 The models are not part of the project: FASTBN_MODELS names their folder, ../shared/models by default, FASTBN_MORE_MODELS that of further
-ones with what others make of them, ../shared/models_more; without it these tests are skipped.
+ones with what others make of them, ../shared/models_more, FASTBN_CASES that of small files of one situation each, ../shared/cases; without
+it these tests are skipped.
 """
 
 import json
@@ -16,6 +17,7 @@ from fastbn.graph.reasons import REASONS
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDER = Path(os.environ.get("FASTBN_MODELS") or SHARED / "models")
 MORE = Path(os.environ.get("FASTBN_MORE_MODELS") or SHARED / "models_more")
+CASES = Path(os.environ.get("FASTBN_CASES") or SHARED / "cases")
 
 # Models whose domain onnxruntime does not know.
 NOT_RUN = ["fastmachinelearning__qonnx_model_zoo/models__MNIST__Brevitas_FINN_TFC__TFC__TFC_2W2A.onnx"]
@@ -94,6 +96,18 @@ EXPECTED_MORE = {
     "zhouhuashan__onnxruntime/onnxruntime__test__testdata__transform__fusion__fuse-conv-bn-add-mul-float16.onnx": (1, 1, 0),
 }
 
+# BatchNormalization of the small files, all of which fold but for those of LEFT: file -> (how many stay, why).
+BEFORE = {
+    **dict.fromkeys(("f5b_bert_embedding", "f5d_embedding_scalar"), 0),
+    **{"arcface_spatial0": 2, "dynamo_unoptimised": 9, "dynamo_unoptimised_dynamic": 9, "shared_head_perlevel_bn": 3, "tabnet_gbn_d": 5},
+    "tcn_wn_l": 2,
+    **dict.fromkeys(("aspp_l", "cast_bn_cast", "conv1d_dynT", "crnn_dynw", "deformconv_bn", "dynquant_conv_bn", "embedding_bn"), 1),
+    **dict.fromkeys(("f22_slice_dynamic_ends", "f5a_textcnn", "flatten2_00m1", "fp16_big_var", "layernorm_bn", "linear_bn_axis1"), 1),
+    **dict.fromkeys(("qat_wQ_wDQ", "qdq_neg_scale", "repvit_min_l", "s2d_bn", "tf_empty_stats", "train0_3out"), 1),
+}
+LEFT = {"arcface_spatial0": (1, "per-element"), "linear_bn_axis1": (1, "shift-through-relu"), "tf_empty_stats": (1, "training")}
+
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason=f"no small files in {CASES.name}: FASTBN_CASES names their folder")
 needs_models = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real models in {FOLDER.name}: FASTBN_MODELS names their folder")
 needs_more = pytest.mark.skipif(not MORE.is_dir(), reason=f"no real models in {MORE.name}: FASTBN_MORE_MODELS names their folder")
 
@@ -164,3 +178,21 @@ def test_no_further_model_keeps_more_than_it_must():
 @needs_more
 def test_the_table_names_every_further_file():
     assert {path.relative_to(MORE).as_posix() for path in MORE.rglob("*.onnx")} == set(EXPECTED_MORE)
+
+
+@needs_cases
+def test_the_table_names_every_case():
+    assert {path.stem for path in CASES.glob("*.onnx")} == {*BEFORE}
+    assert {*LEFT} <= {*BEFORE}
+
+
+@needs_cases
+@pytest.mark.parametrize("case", BEFORE)
+def test_case(case):
+    result = fastbn.fold(CASES / f"{case}.onnx")
+    left, code = LEFT.get(case, (0, None))
+    assert counts(result) == (BEFORE[case], left)
+    assert {kept.code for kept in result.kept} == {code} - {None}
+    status = "not-run" if case == "arcface_spatial0" else "ok"  # onnxruntime does not run its other norm
+    assert result.parity is None or result.parity.status == status, result.parity
+    assert all(fold.error is not None for fold in result.folded), result
