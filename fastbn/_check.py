@@ -67,11 +67,11 @@ def _array(value: npt.ArrayLike, where: str) -> Array:
 
 
 def fold_weight(value: npt.ArrayLike, where: str, ndim: int) -> Array:
-    """Return a C-contiguous floating array with at least ndim axes."""
+    """Return a C-contiguous floating array with at least ndim axes, aligned and in native byte order."""
     array = _array(value, where)
     if array.ndim < ndim:
         raise ArgumentError(expected(f"at least {ndim} axes", f"shape {array.shape}", where))
-    return np.ascontiguousarray(array)
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
 
 
 def vector(value: npt.ArrayLike | None, where: str, length: int) -> Array | None:

@@ -75,7 +75,7 @@ def scale_weight(
 
     Parameters
     ----------
-    weight : C-contiguous array, float32, float64, float16 or bfloat16
+    weight : C-contiguous array, float32, float64, float16 or bfloat16, aligned and in native byte order
     scale : float64 array of layout.groups * layout.channels values
     layout : WeightLayout
         How the axes of weight are grouped; its sizes multiply to weight.size.
@@ -89,7 +89,7 @@ def scale_weight(
     (out, nonfinite, flushed)
         nonfinite counts results that are Inf or NaN, flushed counts zero results of a weight and a scale that are not zero.
     """
-    factors = np.ascontiguousarray(scale, dtype=np.float64)
+    factors = np.require(scale, np.float64, ["C", "A"])
     address = 0
     if store:
         out = np.empty(weight.shape, weight.dtype) if out is None else out
@@ -101,11 +101,9 @@ def scale_weight(
 def narrow(values: npt.ArrayLike, dtype: np.dtype[ScalarT]) -> npt.NDArray[ScalarT]:
     """Round a float64 array once, to nearest even, to dtype; overflow gives Inf, as in the hardware."""
     exact = np.asarray(values, dtype=np.float64, order="C")
-    if dtype == np.float64:
-        return exact  # type: ignore[return-value]  # ScalarT is float64 here
-    if dtype_name(dtype) in ("float32", "float16"):
+    if dtype_name(dtype) != "bfloat16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            return exact.astype(dtype)
+            return exact.astype(dtype, copy=False)
     # ml_dtypes converts float64 by way of float32, which rounds twice: round to 8 bits first, after which both steps are exact.
     _, exponent = np.frexp(exact)
     ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)

@@ -74,7 +74,7 @@ def backward_input(
     dy = _check.same_shape(dy, "dy", x)
     stats = _check.batch_stats_of(stats, channels, None)
     dx = _check.output(out, x, dy)
-    sums = np.ascontiguousarray(sums, dtype=np.float64)
+    sums = np.require(sums, np.float64, ["C", "A"])
     if sums.shape != (2, channels):
         raise ArgumentError(expected(f"shape (2, {channels})", f"shape {sums.shape}", "sums"))
     layout, (x, target, dy) = arrange(axis, x, dx, dy)

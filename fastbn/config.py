@@ -85,9 +85,25 @@ def set_num_threads(n: int | np.integer) -> None:
     _native.set_num_threads(min(_check.positive_int(n, "n"), 256))
 
 
-_lock = threading.Lock()
-# (block, name): what was in use before the first block of `use_isa`, then the blocks in the order in which they were entered
-_open: list[tuple[use_isa | None, str]] = []
+# A signal may be handled inside a block's entry or exit, by code that enters another: the lock is reentrant, and each step leaves the two
+# variables in a state that a whole block in between does not change.
+_lock = threading.RLock()
+_open: list[tuple[use_isa, str, int]] = []  # (block, its name, its thread) in the order in which they were entered
+_before: str | None = None  # what was in use before the first of them
+
+
+def _after_fork() -> None:
+    """Forget the blocks of other threads, which a child does not have, and the lock that one of them may have held."""
+    global _lock, _before
+    _lock = threading.RLock()
+    _open[:] = [entered for entered in _open if entered[2] == threading.get_ident()]
+    if _before is not None:
+        _native.use_isa(_open[-1][1] if _open else _before)
+    _before = _before if _open else None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class use_isa:
@@ -117,19 +133,23 @@ class use_isa:
         self._name = _check.isa_of(name)
 
     def __enter__(self) -> None:
+        global _before
         with _lock:
-            if not _open:
-                _open.append((None, _native.isa()))
-            _open.append((self, self._name))
+            in_use = _native.isa()
+            _open.append((self, self._name, threading.get_ident()))
+            if _before is None:
+                _before = in_use
             _native.use_isa(self._name)
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        global _before
         with _lock:
-            last = max(index for index, (block, _) in enumerate(_open) if block is self)
-            del _open[last]
-            _native.use_isa(_open[-1][1])
-            if len(_open) == 1:
-                _open.clear()
+            del _open[max(index for index, (block, *_) in enumerate(_open) if block is self)]
+            name = _open[-1][1] if _open else _before
+            if name is not None:
+                _native.use_isa(name)
+            if not _open:
+                _before = None
 
 
 def show_config() -> Config:

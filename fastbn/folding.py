@@ -79,7 +79,7 @@ def fold_conv(
     Returns
     -------
     (weight, bias)
-        New arrays of weight's dtype; weight keeps its shape, bias has shape (C_out,).
+        New arrays of weight's dtype, in native byte order; weight keeps its shape, bias has shape (C_out,).
 
     Raises
     ------
@@ -158,7 +158,7 @@ def fold_linear(
     Returns
     -------
     (weight, bias)
-        New arrays of weight's dtype.
+        New arrays of weight's dtype, in native byte order.
 
     Raises
     ------

@@ -2,12 +2,14 @@
 
 import doctest
 import json
+import os
+import signal
 import threading
 
 import pytest
 
 import fastbn
-from fastbn import config
+from fastbn import _native, config
 
 
 def test_use_isa_ends_with_its_block():
@@ -57,6 +59,78 @@ def test_use_isa_obeys_the_block_that_was_entered_last():
             pass
         assert fastbn.show_config()["isa"] == names[-1]
     assert fastbn.show_config()["isa"] == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_while_another_thread_is_at_it_has_its_own_blocks_alone():
+    before, names = fastbn.show_config()["isa"], fastbn.show_config()["isa_available"]
+    held, done = threading.Event(), threading.Event()
+
+    def work():
+        with fastbn.use_isa(names[0]), config._lock:
+            held.set()
+            done.wait(60)
+
+    outer, thread = fastbn.use_isa("scalar"), threading.Thread(target=work)
+    outer.__enter__()
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)  # which ends a child that waits for the lock of a thread that it does not have
+        seen = [_native.isa()]
+        with fastbn.use_isa(names[0]):
+            seen.append(_native.isa())
+        seen.append(_native.isa())
+        outer.__exit__()
+        os._exit(0 if [*seen, _native.isa()] == ["scalar", names[0], "scalar", before] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
+    outer.__exit__()
+    assert fastbn.show_config()["isa"] == before
+
+
+@pytest.mark.parametrize("interrupted", range(4))
+def test_a_block_inside_the_entry_or_the_exit_of_another(interrupted, monkeypatch):
+    """As where a signal is handled there, by code that enters a block: before each call of the compiled part."""
+    before, names = _native.isa(), _native.isas()
+    calls = []
+
+    class Native:
+        @staticmethod
+        def isa():
+            return Native.call(_native.isa)
+
+        @staticmethod
+        def use_isa(name):
+            Native.call(lambda: _native.use_isa(name))
+
+        @staticmethod
+        def call(work):
+            calls.append(work)
+            if len(calls) == interrupted + 1:
+                with fastbn.use_isa(names[0]):
+                    pass
+            return work()
+
+    def blocks():
+        with fastbn.use_isa("scalar"):
+            seen.append(_native.isa())
+            with fastbn.use_isa(names[0]):
+                pass
+            seen.append(_native.isa())
+
+    seen = []
+    monkeypatch.setattr(config, "_native", Native)
+    thread = threading.Thread(target=blocks, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert seen == ["scalar", "scalar"]
+    assert _native.isa() == before
+    assert (config._open, config._before) == ([], None)
 
 
 def test_configuration_is_json():

@@ -119,6 +119,22 @@ def test_inputs_stay_and_strides_are_welcome():
     assert found[0].tobytes() == expected[0].tobytes()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_weights_of_another_byte_order_or_at_an_odd_address(dtype):
+    weight, *others = _arguments((6, 4, 3, 3), {}, np.float32)
+    weight, others = weight.astype(dtype), [array.astype(dtype) for array in others]
+    expected = fastbn.fold_conv(weight, *others)
+    swapped = [array.astype(array.dtype.newbyteorder()) for array in (weight, *others)]
+    odd = [np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(dtype).reshape(array.shape) for array in (weight, *others)]
+    for arrays in (swapped, odd):
+        for found, want in zip(fastbn.fold_conv(*arrays), expected, strict=True):
+            assert (found.dtype, found.tobytes()) == (np.dtype(dtype), want.tobytes())
+        linear = fastbn.fold_linear(arrays[0][:, :, 0, 0], *arrays[1:])
+        assert linear[0].tobytes() == expected[0][:, :, 0, 0].tobytes()
+        twin = reference.fold_conv(*arrays)
+        assert all(np.array_equal(found, want) for found, want in zip(twin, expected, strict=True))
+
+
 def test_lists_and_float64_parameters_beside_float16_weights():
     weight = np.ones((2, 1, 1), np.float16)
     weight, bias = fastbn.fold_conv(weight, None, [0.0, 1.0], [1.0, 4.0], eps=0.0)
