@@ -118,12 +118,17 @@ class Bounds:
     def _output(self, mean: np.ndarray, var: np.ndarray, mean_error: np.ndarray, var_error: np.ndarray, free: np.ndarray) -> Interval:
         z, error, vague = self._z(mean, var, mean_error, var_error)
         interval = around("y", z, error, vague | free)
-        interval.low, interval.high = self._activated(interval.low), self._activated(interval.high)
+        interval.low, interval.high = self._activated(interval.low, -1), self._activated(interval.high, 1)
         return interval
 
-    def _activated(self, z: np.ndarray) -> np.ndarray:
+    def _activated(self, z: np.ndarray, side: int) -> np.ndarray:
+        """Return an end of the interval behind the activation; the leak is rounded, and so is its product."""
         one = np.ones(z.shape[-1])
-        return reference.batch_norm(z, 0 * one, one, eps=0.0, axis=-1, activation=self.call.activation)
+        y = reference.batch_norm(z, 0 * one, one, eps=0.0, axis=-1, activation=self.call.activation)
+        if self.call.activation == "leaky_relu":
+            error = self.sides * (2.02 * self.unit * np.abs(y) + self.tiny)
+            y = np.where((z < 0) & np.isfinite(z), y + side * error, y)
+        return np.asarray(y)
 
     # ---- statistics ----
 
