@@ -118,3 +118,11 @@ def test_other_ways_to_choose(case):
 def test_other_ways_to_choose_channels(nodes):
     constants = {"i": ELEMENTS % 3} if "(c, i)" in nodes else {"j": np.array([[[0], [2]], [[1], [0]]])}
     refuses(picked(nodes, channels=3 if "i" in constants else 2, w=normal(3, 4, 1), **constants), "axis", verify=False)
+
+
+def test_nothing_passes_a_gathernd_whose_indices_have_no_known_shape():
+    text = """(float[2,5,4] x, int64[?] list, int64[K] ids) => (float y) {
+        c = Tanh(x) i = Reshape(ids, list) f = GatherND(c, i) n = Identity(f) y = BatchNormalization(n, s, t, m, v)
+    }"""
+    reason = refuses(model(text, **norm(4)), verify=False)
+    assert "the shape of the indices of GatherND 'f' is not known" in reason

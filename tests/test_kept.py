@@ -126,3 +126,13 @@ def test_a_norm_and_a_value_that_is_added_to_it():
 def test_a_convolution_without_a_weight():
     with pytest.raises(ModelError, match="Expected"):
         fastbn.fold(model("(float[2,3,6,6] x) => (float y) { c = Conv(x) y = BatchNormalization(c, s, t, m, v) }", **norm(4)), verify=False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "behind", "is_folded"), [("", "", True), (", float[4] p", "", False), (", float[4] z", "z = Tanh(p)", False)]
+)
+def test_running_statistics_that_it_hands_out_stay_where_something_takes_them(outputs, behind, is_folded):
+    text = f"(float[2,4,3,3] x) => (float[2,4,3,3] y{outputs}) {{ r = Conv(x, w) y, p, q = BatchNormalization(r, s, t, m, v) {behind} }}"
+    result = fastbn.fold(model(text, w=normal(4, 4, 1, 1), **norm(4)), verify=False)
+    assert [kept.reason for kept in result.kept] == ([] if is_folded else ["it hands out running statistics"])
+    assert len(result.folded) == is_folded

@@ -1,6 +1,7 @@
 """Files in and out: every kind of input, external data in all its forms, and writes that are all or nothing."""
 
 import errno
+import io
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from sketch import assert_same, conv_bn, initializers, norm, normal, ops, random_feeds, run
 
 import fastbn
+from fastbn.graph.model import storage
 from fastbn.graph.rewrite import data_files, replacement, writer
 
 
@@ -393,3 +395,22 @@ def test_a_data_file_in_a_folder_below(tmp_path, big):
     result = fastbn.fold(path)
     result.save(tmp_path / "out.onnx")
     assert_same(big, loaded(tmp_path / "out.onnx"))
+
+
+def test_a_pipe_is_read_to_its_end_and_no_further_than_the_largest_model(monkeypatch):
+    data = os.urandom(3 << 20)
+    assert storage.read_pipe(io.BytesIO(data)) == data
+    monkeypatch.setattr(storage, "PROTOBUF_LIMIT", 1 << 20)
+    assert storage.read_pipe(io.BytesIO(data)) == data[: 2 << 20]
+
+
+def test_the_size_of_a_model_is_that_of_its_file_or_of_what_it_has_become(tmp_path):
+    proto = conv_bn()
+    data = proto.SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(data + b"\xfa\x03\x00")  # a field that nobody knows
+    source = storage.load(tmp_path / "m.onnx")
+    assert source.size([]) == len(data) + 3
+    assert storage.load(data).size([]) == storage.load(proto).size([]) == len(data)
+    source.proto.doc_string = "edited"
+    source.inference = storage.InferenceForm(["a"], [])
+    assert source.size([]) == source.proto.ByteSize()

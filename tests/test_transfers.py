@@ -10,6 +10,7 @@ from rows import A4, A4P, A4S, A4T, BN, GROUPED, HALVES, LEFT, PER_ELEMENT, TRAN
 from sketch import norm, normal, run
 
 from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.convolution import _added_to_center
 
 
 def close(found, expected):
@@ -399,3 +400,23 @@ def test_objects_to_growing(name):
     assert transfer.objection is not None
     assert transfer.objection.code == "grows"
     assert "would grow from 6 to 24 values" in transfer.objection.sentence
+
+
+def test_the_terms_of_a_bias_made_by_a_constant_matrix():
+    """alpha * |A| times the terms of the shift: not more, not less."""
+    given = affine(5, 1)
+    (transfer,) = case("Gemm <transA = 1, transB = 1, alpha = -2.0> (w, x)", given, x=(2, 5), w=(matrix := normal(5, 3)), slot=1)().answers(
+        "forward"
+    )
+    np.testing.assert_allclose(transfer.constants[2].magnitude().ravel(), 2 * np.abs(matrix.T) @ given.abs_terms, rtol=1e-6)
+
+
+def test_the_terms_of_a_scale_added_to_the_center_of_a_kernel():
+    setting = case("Conv <pads = [1,1,1,1]> (x, w)", A4, w=W)()
+    added = _added_to_center(setting.node, A4, setting.view.weight(setting.node, 1))
+    values, terms = W.astype(np.float64), np.abs(W).astype(np.float64)
+    for channel in range(4):
+        values[channel, channel, 1, 1] += A4.scale[channel]
+        terms[channel, channel, 1, 1] += abs(A4.scale[channel])
+    np.testing.assert_allclose(added.values, values, rtol=1e-12)
+    np.testing.assert_allclose(added.abs_terms, terms, rtol=1e-12)
