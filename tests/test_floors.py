@@ -53,7 +53,7 @@ FLOORS = [
     ],
     ["graph.ops.elementwise"],
     ["graph.ops.registry"],
-    ["graph.model.evaluation"],
+    ["graph.model.evaluation", "graph.model.sequences"],
     ["graph.model.extent"],
     ["graph.model.expressions"],
     ["graph.model.sizes"],

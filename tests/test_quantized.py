@@ -1,5 +1,6 @@
 """Weights behind a DequantizeLinear: the scale of a fold goes into its scale, nothing else of it changes."""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -265,10 +266,76 @@ def test_the_bias_of_a_gemm_stays_quantized():
 
 def test_a_quantized_weight_behind_other_nodes_is_not_stored_as_floats():
     text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
-        d = DequantizeLinear(q, sc) w = Transpose <perm = [1,0,2,3]> (d) c = Conv(x, w) y = BatchNormalization(c, s, t, m, v)
+        d = DequantizeLinear(q, sc) w = Abs(d) c = Conv(x, w) y = BatchNormalization(c, s, t, m, v)
     }"""
-    proto = model(text, q=QUANTIZED.transpose(1, 0, 2, 3).copy(), sc=np.float32(0.01), **norm(4))
-    assert "no step" in refuses(proto, "quantised")
+    assert "no step" in refuses(model(text, q=QUANTIZED, sc=np.float32(0.01), **norm(4)), "quantised")
+
+
+# name -> (x, nodes behind d = DequantizeLinear, which give c, axis of its steps, shape of the integers)
+MOVED = {
+    "Transpose of a kernel": ("N,3,8,8", "w = Transpose <perm = [1,0,2,3]> (d) c = Conv(x, w)", 1, (3, 4, 3, 3)),
+    "Transpose of a matrix": ("N,6", "w = Transpose(d) p = MatMul(x, w) c = Add(p, b)", 0, (4, 6)),
+    "Transpose of a matrix, no bias": ("N,6", "w = Transpose <perm = [1,0]> (d) c = MatMul(x, w)", 0, (4, 6)),
+    "Unsqueeze": ("N,3,8", "w = Unsqueeze(d, two) c = Conv(x, w)", 0, (4, 3)),
+    "Reshape": ("N,3,8,8", "w = Reshape(d, kernel) c = Conv(x, w)", 0, (4, 27)),
+    "two of them": ("N,3,8,8", "e = Transpose(d) w = Reshape(e, kernel) c = Conv(x, w)", 1, (27, 4)),
+    "Identity": ("N,3,8,8", "w = Identity(d) c = Conv(x, w)", 0, (4, 3, 3, 3)),
+}
+MOVING = {"b": normal(4), "two": np.array([2]), "kernel": np.array([4, 3, 3, 3])}
+
+
+@pytest.mark.parametrize("has_axis", [True, False])
+@pytest.mark.parametrize("name", MOVED)
+def test_a_quantized_weight_whose_elements_are_moved_takes_the_scale(name, has_axis):
+    x, nodes, axis, shape = MOVED[name]
+    head = f"d = DequantizeLinear <axis = {axis}> (q, sc)" if has_axis else "d = DequantizeLinear(q, sc)"
+    weight = np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+    used = {key: value for key, value in MOVING.items() if f"{key})" in nodes}
+    scale = np.linspace(0.001, 0.003, 4, dtype=np.float32) if has_axis else np.float32(0.002)
+    proto = model(
+        f"(float[{x}] x) => (float y) {{ {head} {nodes} y = BatchNormalization(c, s, t, m, v) }}", q=weight, sc=scale, **used, **norm(4)
+    )
+    after = folded(proto)
+    assert not any(node.op_type == "BatchNormalization" for node in after.graph.node)
+    assert {tensor.name: list(tensor.dims) for tensor in after.graph.initializer}["sc"] == [4]
+    assert [attribute.i for attribute in after.graph.node[0].attribute if attribute.name == "axis"] == [axis]
+
+
+def test_a_moved_weight_that_others_read_stays():
+    text = """(float[N,6] x) => (float y, float z) {
+        d = DequantizeLinear(q, sc) w = Transpose(d) c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) z = Neg(d)
+    }"""
+    proto = model(text, q=QUANTIZED.reshape(4, 27)[:, :6].copy(), sc=np.float32(0.01), **norm(4))
+    assert "Neg 'z' reads the value 'd' before it too" in refuses(proto, "other-readers")
+
+
+NARROW = [
+    ml_dtypes.int4,
+    ml_dtypes.uint4,
+    np.int16,
+    np.uint16,
+    *(getattr(ml_dtypes, f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz")),
+]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_weights_of_other_types_behind_a_dequantizer(dtype, positive, has_zero, moved):
+    middle = 7 if np.dtype(dtype).name.startswith("u") else 0
+    if middle and not positive and not has_zero:
+        middle = 0  # nothing mirrors them
+    weight = (np.random.default_rng(0).integers(-7, 8, (4, 3, 3, 3)) + middle).clip(0 if middle else None).astype(dtype)
+    nodes = "d = DequantizeLinear(q, sc, z) w = Transpose <perm = [0,1,3,2]> (d)" if moved else "w = DequantizeLinear(q, sc, z)"
+    text = f"(float[N,3,8,8] x) => (float[N,4,6,6] y) {{ {nodes} c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }}"
+    arrays = {"q": weight, "z": np.asarray(middle).astype(dtype)}
+    proto = model(text if has_zero else text.replace(", z", ""), opset=21, ir_version=10, sc=np.float32(0.1), **norm(4, positive=positive))
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(arrays[name], name) for name in ("q", "z")[: 1 + has_zero])
+    if np.dtype(dtype).name.startswith("u") and not positive and not has_zero:
+        assert "leave the range" in refuses(proto, "quantised")
+    else:
+        folded(proto)
 
 
 def test_a_quantized_table_is_not_stored_as_floats():

@@ -137,6 +137,12 @@ def _folded(source: Source, options: _Options) -> FoldResult:
     inlined = _inlined(source, (BATCH_NORM,))
     job = _Job(source, source if inlined is None else inlined, options)
     planning = job.plan()
+    whole = _inlined(source) if source.proto.functions and planning.batch_norms_left else None
+    if whole is not None:  # what stands beside a batch normalization may be a call of a function
+        other = _Job(source, whole, options)
+        planned = other.plan()
+        if planned.batch_norms_left < planning.batch_norms_left:
+            job, planning, inlined = other, planned, whole
     if inlined is not None and not planning.plans:
         job = _Job(source, source, options)
         planning = job.plan()
@@ -292,15 +298,15 @@ def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[
     return shortest
 
 
-def _inlined(source: Source, ops: tuple[str, ...]) -> Source | None:
-    """Return the model with those model-local functions inlined that hold one of some operators; None where that is not possible.
+def _inlined(source: Source, ops: tuple[str, ...] | None = None) -> Source | None:
+    """Return the model with those model-local functions inlined that hold one of some operators, or all; None where that is not possible.
 
     A function that several calls share can only be folded where it is inlined.
     """
     holders = [
         (function.domain, function.name)
         for function in source.proto.functions
-        if any(node.op_type in ops and is_standard(node.domain) for node in function.node)
+        if ops is None or any(node.op_type in ops and is_standard(node.domain) for node in function.node)
     ]
     if not holders or expanded_size(source.proto) > LARGEST_INLINED:
         return None

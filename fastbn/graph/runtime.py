@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
+from onnx import TensorProto, helper
 
 from fastbn.errors import FastbnError, StorageError
 from fastbn.graph.model.storage import Source, serialize, utf8_path
@@ -16,7 +17,19 @@ from fastbn.graph.model.storage import Source, serialize, utf8_path
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["Runnable", "Runner", "Session", "ValueInfo", "runtime_errors", "said", "says_invalid", "session"]
+__all__ = [
+    "CARRIED",
+    "CARRIERS",
+    "Runnable",
+    "Runner",
+    "Session",
+    "ValueInfo",
+    "carried",
+    "runtime_errors",
+    "said",
+    "says_invalid",
+    "session",
+]
 
 
 # What onnxruntime says that tells a user nothing: place and signature of a function of its own, with or without a condition; that a
@@ -26,6 +39,27 @@ NOISE = (
     (re.compile(r"^This is an invalid model\. "), ""),
     (re.compile(r"^Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: "), r"\1 '\2': "),
 )
+
+
+# Types whose arrays onnxruntime does not take or give -> a type that holds all their values, in which they travel.
+CARRIERS: dict[int, int] = {
+    **dict.fromkeys(
+        (
+            *(TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2),
+            *(TensorProto.FLOAT8E5M2FNUZ, TensorProto.FLOAT4E2M1),
+        ),
+        TensorProto.FLOAT,
+    ),
+    TensorProto.INT4: TensorProto.INT8,
+    TensorProto.UINT4: TensorProto.UINT8,
+}
+CARRIED: dict[str, int] = {helper.tensor_dtype_to_np_dtype(kind).name: carrier for kind, carrier in CARRIERS.items()}
+
+
+def carried(array: Array) -> Array:
+    """Return an array in a type that onnxruntime takes."""
+    carrier = CARRIED.get(array.dtype.name)
+    return array if carrier is None else array.astype(helper.tensor_dtype_to_np_dtype(carrier))
 
 
 class Session(Protocol):

@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from fastbn.errors import FastbnError, ModelError, expected
 from fastbn.graph.model.node import Node
-from fastbn.graph.runtime import session
+from fastbn.graph.runtime import CARRIED, CARRIERS, carried, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -30,7 +30,8 @@ NUMERIC = frozenset(
     f"tensor({name})"
     for name in (
         *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float", "double", "float16", "bfloat16"),
+        *("float", "double", "float16", "bfloat16", "float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz", "float4e2m1"),
+        *("int4", "uint4"),
     )
 )
 
@@ -54,7 +55,7 @@ def key_of(node: Node, arrays: Inputs) -> Key:
 def evaluated(key: Key, arrays: Inputs, opset: int) -> dict[int, Array] | None:
     """Return slot -> output of a standard operator for these inputs, None where the runtime cannot run it."""
     try:
-        feeds = {f"i{slot}": _without_bfloat16(array) for slot, array in enumerate(arrays) if array is not None}
+        feeds = {f"i{slot}": carried(array) for slot, array in enumerate(arrays) if array is not None}
         is_large = sum(array.nbytes for array in feeds.values()) > KEPT_SESSION
         run, dtypes = (_operator.__wrapped__ if is_large else _operator)(*key, opset)
         given = run(feeds)
@@ -71,17 +72,8 @@ def evaluated(key: Key, arrays: Inputs, opset: int) -> dict[int, Array] | None:
 
 
 def is_numeric(dtype: np.dtype[np.generic]) -> bool:
-    """Say whether a type is that of truth values or numbers that runtime and NumPy share, bfloat16 among them."""
-    return dtype.kind in "biuf" or _is_bfloat16(dtype)
-
-
-def _is_bfloat16(dtype: np.dtype[np.generic]) -> bool:
-    return dtype.kind == "V" and dtype.name == "bfloat16"
-
-
-def _without_bfloat16(array: Array) -> Array:
-    """Return an array that the runtime takes: bfloat16, which NumPy does not have itself, as float32, which holds every value of it."""
-    return array.astype(np.float32) if _is_bfloat16(array.dtype) else array
+    """Say whether a type is that of truth values or of numbers that the runtime knows."""
+    return dtype.kind in "biuf" or dtype.name in CARRIED
 
 
 @lru_cache(maxsize=256)
@@ -93,8 +85,8 @@ def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[R
     outputs = [name for name in proto.output if name]
     for slot, kind in enumerate(kinds):
         if kind is not None:
-            inputs.append(helper.make_tensor_value_info(f"i{slot}", TensorProto.FLOAT if kind == TensorProto.BFLOAT16 else kind, None))
-        if kind == TensorProto.BFLOAT16:
+            inputs.append(helper.make_tensor_value_info(f"i{slot}", CARRIERS.get(kind, kind), None))
+        if kind in CARRIERS:
             nodes.append(helper.make_node("Cast", [f"i{slot}"], [f"n{slot}"], to=kind))
             proto.input[slot] = f"n{slot}"
     nodes.append(proto)
@@ -103,16 +95,18 @@ def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[R
         made = session(model.SerializeToString(), threads=1)
     except FastbnError:  # onnxruntime is not installed
         return _reference(proto, model), [None] * len(outputs)
-    if not all(info.type in NUMERIC for info in made.get_outputs()):  # float8 numbers come as bytes, for one
+    if not all(info.type in NUMERIC for info in made.get_outputs()):
         raise ModelError(expected("tensors of numbers", ", ".join(info.type for info in made.get_outputs()), proto.op_type))
-    is_bfloat16 = [info.type == "tensor(bfloat16)" for info in made.get_outputs()]
-    if any(is_bfloat16):
-        for slot in np.flatnonzero(is_bfloat16).tolist():
-            nodes.append(helper.make_node("Cast", [outputs[slot]], [f"w{slot}"], to=TensorProto.FLOAT))
+    dtypes: list[np.dtype[np.generic] | None] = [None] * len(outputs)
+    for slot, info in enumerate(made.get_outputs()):
+        given = TensorProto.DataType.Value(info.type.removeprefix("tensor(").removesuffix(")").upper())
+        if given in CARRIERS:
+            dtypes[slot] = helper.tensor_dtype_to_np_dtype(given)
+            nodes.append(helper.make_node("Cast", [outputs[slot]], [f"w{slot}"], to=CARRIERS[given]))
             outputs[slot] = f"w{slot}"
+    if any(dtypes):
         made = session(_model(nodes, inputs, outputs, opset).SerializeToString(), threads=1)
-    dtype = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
-    return partial(made.run, None), [dtype if each else None for each in is_bfloat16]
+    return partial(made.run, None), dtypes
 
 
 def _model(nodes: Sequence[NodeProto], inputs: Sequence[ValueInfoProto], outputs: Sequence[str], opset: int) -> onnx.ModelProto:

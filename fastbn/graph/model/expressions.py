@@ -15,6 +15,7 @@ from fastbn.graph.model.extent import is_too_slow, result_size
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.schemas import RANDOM
+from fastbn.graph.model.sequences import COPYING, SEQUENCES, Items, given_by
 from fastbn.graph.model.storage import Source, tensor_dtype
 from fastbn.graph.ops.registry import operator_row
 
@@ -79,6 +80,7 @@ class Constants:
         self._kind = kind
         self._shape = shape
         self._tensors: dict[Value | None, Tensor | None] = {}
+        self._items: dict[Value | None, Items] = {}
         self._too_large: set[Value | None] = set()
         # (limit, whether shape inference may be asked) -> what is not decided so.
         self._refused: dict[tuple[int, bool], set[Value | None]] = {}
@@ -111,6 +113,13 @@ class Constants:
         """Return the Tensor of a value where it has been found already."""
         return self._tensors.get(value)
 
+    def _reads_constants(self, node: Node) -> bool:
+        return all(read is None or self.find(read, infer=True) is not None for read in node.inputs)
+
+    def is_sequence(self, value: Value) -> bool:
+        """Say whether a value has been found to be a sequence of constants."""
+        return value in self._items
+
     def why_none(self, value: Value) -> str:
         """Return why a value without a Tensor is no constant, as the end of a sentence about it."""
         if self.find(value, infer=True) is None and value in self._too_large:
@@ -125,6 +134,10 @@ class Constants:
             if not missing:
                 return f"is constant, but {node.op} '{node.label}' cannot be evaluated here"
             value = missing[0]
+        producer = None if value.initializer is not None else value.producer
+        if producer is not None and not is_expression(producer) and producer.op not in RANDOM and self._reads_constants(producer):
+            what = "whose graphs are" if is_standard(producer.domain) else f"an operator of '{producer.domain}', which is"
+            return f"comes from {producer.op} '{producer.label}', {what} not evaluated here"
         if self._is_overridable(value):
             return f"is computed from '{value.name}', a graph input too, which a caller may override: --freeze-inputs makes it a constant"
         return "is a graph input" if value.is_input and value.scope.parent is None else "is computed when the model runs"
@@ -143,10 +156,22 @@ class Constants:
     def _reads(self, value: Value | None) -> list[Value]:
         """Return the values that have to be decided before a candidate can be."""
         node = None if value is None or value.initializer is not None else value.producer
-        if node is None:
+        if node is None or value is None:
             return []
+        if node.op == "If":
+            return [read for read in (node.input(0), self._chosen(node, value)) if read is not None]
         aspects = operator_row(node).reads
         return [read for slot, read in enumerate(node.inputs) if read is not None and not self._tells(read, aspects.get(slot))]
+
+    def _chosen(self, node: Node, value: Value) -> Value | None:
+        """Return what an If hands out as one of its outputs, None while its condition is not known to be constant."""
+        condition = self._tensors.get(node.input(0))
+        if condition is None or condition.size != 1:
+            return None
+        branch = "then_branch" if condition.array().any() else "else_branch"
+        scopes = dict(zip((each.name for each in node.proto.attribute if each.HasField("g")), node.scopes, strict=True))
+        outputs = scopes[branch].graph.output if branch in scopes else ()
+        return scopes[branch].find(outputs[value.slot].name) if value.slot < len(outputs) else None
 
     def _tells(self, value: Value, aspect: str | None) -> bool:
         """Say whether what is read of a value, its type or its shape, is known or can be known without its elements."""
@@ -170,6 +195,10 @@ class Constants:
             self._too_large.update([value] if node.input(0) in self._too_large else ())
         elif any(read in refused for read in self._reads(value)):
             refused.update(node.outputs)
+        elif node.op == "If":
+            self._tensors[value] = self._tensors.get(self._chosen(node, value))
+        elif node.op in SEQUENCES:
+            self._sequence(node, value, effort[0], refused)
         elif node.op in ("Shape", "Size"):
             self._read_shape(node, value, effort[1], refused)
         else:
@@ -243,6 +272,22 @@ class Constants:
             tensor = self._tensors[value] = None if results is None else _literal(results[value.slot])
             self._elements_left -= 0 if tensor is None else tensor.size
 
+    def _sequence(self, node: Node, value: Value, limit: int, refused: set[Value | None]) -> None:
+        """Note what an operator on sequences gives."""
+        inputs = [self._items.get(read, self._tensors.get(read)) for read in node.inputs]
+        is_known = not any(read is not None and given is None for read, given in zip(node.inputs, inputs, strict=True))
+        tensors = (tensor for given in inputs if given is not None for tensor in (given if isinstance(given, tuple) else (given,)))
+        size = sum(tensor.size for tensor in tensors) if node.op in COPYING else 0
+        if size > min(limit, self._elements_left):
+            self._refuse([value], limit, refused)
+            return
+        found = given_by(node, inputs) if is_known else None
+        self._tensors[value] = None if isinstance(found, tuple) else found
+        if isinstance(found, tuple):
+            self._items[value] = found
+        self._elements_left -= size
+        self._too_large.update([value] if any(read in self._too_large for read in node.inputs) else ())
+
     def _refuse(self, outputs: list[Value], limit: int, refused: set[Value | None]) -> None:
         if limit < LARGEST_RESULT:
             refused.update(outputs)
@@ -277,11 +322,13 @@ def _candidates(nodes: Iterable[Node]) -> set[Value]:
     """Return the values that constant nodes and expressions over constants give: one pass in the order of the data flow."""
     candidates: set[Value] = set()
     for node in nodes:
-        if not is_expression(node):
+        if not is_expression(node) and not node.is_op("If"):
             continue
         aspects = operator_row(node).reads
         read = (value for slot, value in enumerate(node.inputs) if value is not None and slot not in aspects)
-        if node.op == "Constant" or (any(node.inputs) and all(value in candidates or value.initializer is not None for value in read)):
+        if node.op in ("Constant", "SequenceEmpty") or (
+            any(node.inputs) and all(value in candidates or value.initializer is not None for value in read)
+        ):
             candidates.update(value for value in node.outputs if value is not None)
     return candidates
 

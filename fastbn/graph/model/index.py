@@ -201,6 +201,10 @@ class Index:
         """
         return self._constants.find(value, infer=infer)
 
+    def is_constant(self, value: Value) -> bool:
+        """Say whether a value is the same in every run: a Tensor, or a sequence of them."""
+        return self.constant(value) is not None or self._constants.is_sequence(value)
+
     def why_no_constant(self, value: Value) -> str:
         """Return why a value is no constant, as the end of a sentence about it."""
         return self._constants.why_none(value)

@@ -1,7 +1,8 @@
 """Constants behind a DequantizeLinear, (quantized - zero_point) * scale, and what a fold makes of them.
 
 A scale goes into the step: S (q - z) s = (q - z) (S s), exactly. Under a negative one the integers are mirrored at the zero point,
-(z - q) (-S s), and under zero they become it. A shift T adds T / s to the integers where that is a whole number of steps.
+(z - q) (-S s), and under zero they become it; small floating numbers in their place (float8) are negated. A shift T adds T / s to the
+integers where that is a whole number of steps. Between the DequantizeLinear and its reader there may be nodes that move elements.
 
 Where a QuantizeLinear of a constant w gives the integers, as in a model trained for quantization, S w and the new step stay in its place.
 What is so close to the middle of two steps that rounding might now decide otherwise is written as the step that it was rounded to.
@@ -10,6 +11,7 @@ What is so close to the middle of two steps that rounding might now decide other
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,11 +41,12 @@ EXACT = 2.0**-21
 class Requantized:
     """What becomes of a constant behind a DequantizeLinear: what the nodes that quantize and dequantize it read, the axis of their steps.
 
-    axes: node -> the axis that its steps run along; without the nodes whose steps stay one number.
+    axes: node -> the axis that its steps run along; without the nodes whose steps stay one number. via: nodes that move its elements.
     """
 
     constants: dict[Use, Constant]
     axes: dict[Node, int]
+    via: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Dequantized(Tensor):
         The axis that scale and zero_point run along; None where both are one number.
     may_have_axis : bool
         Whether the opset knows one step for each index of an axis.
+    via : tuple of Node
+        What moves its elements between the DequantizeLinear and the reader.
+    order : callable
+        Returns the numbers of the elements as the reader sees them: where each was behind the DequantizeLinear.
     """
 
     node: Node
@@ -81,29 +88,41 @@ class Dequantized(Tensor):
     zero_point: Constant | None
     axis: int | None
     may_have_axis: bool
+    via: tuple[Node, ...]
+    order: Callable[[], Array]
+
+    def _back(self, values: FloatArray) -> FloatArray:
+        """Return numbers for each element as they lie behind the DequantizeLinear."""
+        if not self.via:
+            return values
+        back = np.empty(values.size)
+        back[self.order()] = values.reshape(-1)
+        return back.reshape(self.integers.shape)
 
     def times(self, layout: WeightLayout, factor: FloatArray) -> Requantized:
         """Return what becomes of it times a factor per (group, channel) of a layout; Refusal where the steps cannot take it."""
-        full = broadcast_scale(layout, factor, self.shape)
+        full = self._back(broadcast_scale(layout, factor, self.shape))
         zeros = np.zeros(())
         if self.axis is None and full.size and (full == full.flat[0]).all():
             return self._stepped(None, full.reshape(-1)[:1], zeros, zeros)
-        axes = range(len(self.shape)) if self.axis is None else [self.axis]
+        axes = range(full.ndim) if self.axis is None else [self.axis]
         for axis in axes if self.may_have_axis else ():
-            first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
+            first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(full.ndim))
             if (full == full[first]).all():
                 return self._stepped(axis, full[first].reshape(-1), zeros, zeros)
         raise Refusal("quantised", f"the scale is not one number per step of DequantizeLinear '{self.node.label}'")
 
     def affine(self, scale: FloatArray | float, shift: FloatArray | float, abs_terms: FloatArray | float) -> Requantized:
         """Return what becomes of scale * self + shift, one number of each per element of a bias; Refusal where that is not exact."""
-        factor, shifts, sizes = (np.broadcast_to(np.asarray(part, np.float64), self.shape) for part in (scale, shift, abs_terms))
+        factor, shifts, sizes = (
+            self._back(np.broadcast_to(np.asarray(each, np.float64), self.shape)) for each in (scale, shift, abs_terms)
+        )
         if self.axis is None and (factor == factor.flat[0]).all():
             return self._stepped(None, factor.reshape(-1)[:1], shifts, sizes)
         if not self.may_have_axis:
             raise Refusal("quantised", f"DequantizeLinear '{self.node.label}' has one step for all channels at this opset")
         axis = self.axis or 0
-        first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(len(self.shape)))
+        first = tuple(slice(None) if at == axis else slice(0, 1) for at in range(factor.ndim))
         if (factor != factor[first]).any():
             raise Refusal("quantised", f"the scale is not one number per step of DequantizeLinear '{self.node.label}'")
         return self._stepped(axis, factor[first].reshape(-1), shifts, sizes)
@@ -118,15 +137,15 @@ class Dequantized(Tensor):
         if zero is not None and axis is not None and math.prod(zero.shape) == 1:
             zeros = np.broadcast_to(zero.array().reshape(-1), factor.shape).copy()
             changed[ZERO_POINT] = zero = Tensor(zero.dtype, zeros.shape, lambda: zeros)
-        along = _along(axis, len(self.shape))
+        along = _along(axis, len(self.integers.shape))
         middle: Array | int = 0 if zero is None else zero.array().astype(np.int64).reshape(along if zero.shape else ())
         rounded = scale.array().astype(np.float64).reshape(along)
         sign, moved = np.sign(factor).astype(np.int64).reshape(along), self._moved(shift, abs_terms, rounded)
         integers = self.integers
         if (sign < 1).any() or moved.any():
-            if integers.dtype.kind not in "iu":
-                raise Refusal("quantised", f"the {integers.dtype} of DequantizeLinear '{self.node.label}' are not negated here")
-            integers = self._checked((integers.array().astype(np.int64) - middle) * sign + middle + moved, axis or 0)
+            integers = self._negated(middle, sign, moved) or self._checked(
+                (integers.array().astype(np.int64) - middle) * sign + middle + moved, axis or 0
+            )
         quantizer = self.quantizer
         nodes = {self.node: changed}
         if quantizer is not None:
@@ -135,7 +154,18 @@ class Dequantized(Tensor):
         elif integers is not self.integers:
             nodes[self.node] = {QUANTIZED: integers, **changed}
         constants = {(node, slot): constant for node, slots in nodes.items() for slot, constant in slots.items()}
-        return Requantized(constants, {} if axis is None else dict.fromkeys(nodes, axis))
+        return Requantized(constants, {} if axis is None else dict.fromkeys(nodes, axis), self.via)
+
+    def _negated(self, middle: Array | int, sign: Array, moved: Array) -> Constant | None:
+        """Return small floating numbers times -1, 0 or 1, which is exact; None for integers, Refusal where more is asked of them."""
+        dtype = self.integers.dtype
+        if not dtype.name.startswith("float"):
+            return None
+        if np.any(middle) or moved.any():
+            raise Refusal("quantised", f"the {dtype} of DequantizeLinear '{self.node.label}' are no steps that a shift could move")
+        values = self.integers.array().astype(np.float32) * sign
+        array: Array = np.where(values == 0, np.float32(0), values).astype(dtype)  # some of these types have no negative zero
+        return Tensor(dtype, array.shape, lambda: array)
 
     def _moved(self, shift: FloatArray, abs_terms: FloatArray, steps: FloatArray) -> Array:
         """Return how many steps a shift is; Refusal where it is no whole number of them."""
@@ -156,8 +186,8 @@ class Dequantized(Tensor):
     def _checked(self, values: Array, axis: int) -> Constant:
         """Return integers in their own type; Refusal where it does not hold them."""
         dtype = self.integers.dtype
-        held = np.iinfo(str(dtype))
-        bad = (values < held.min) | (values > held.max)
+        least, largest = _range_of(dtype)
+        bad = (values < least) | (values > largest)
         if bad.any():
             channels = first_few(sorted(set(np.nonzero(bad)[axis].tolist())))
             sentence = f"mirrored at the zero point, or moved by the shift, values of DequantizeLinear '{self.node.label}' leave"
@@ -172,11 +202,18 @@ def quantized(data: Constant, scale: Constant, zero_point: Constant | None, axis
     def read() -> Array:
         along = _along(axis, len(data.shape))
         zero: Array | int = 0 if zero_point is None else zero_point.array().astype(np.int64).reshape(along if zero_point.shape else ())
-        held = np.iinfo(str(dtype))
+        least, largest = _range_of(dtype)
         steps = data.array().astype(np.float64) / scale.array().astype(np.float64).reshape(along)
-        return np.asarray(np.clip(np.rint(steps) + zero, held.min, held.max)).astype(dtype)
+        return np.asarray(np.clip(np.rint(steps) + zero, least, largest)).astype(dtype)
 
     return Tensor(dtype, data.shape, read)
+
+
+def _range_of(dtype: np.dtype[np.generic]) -> tuple[int, int]:
+    """Return the least and the largest number of a type of integers, int4 and its like among them, by its name."""
+    signed, _, bits = dtype.name.rpartition("int")
+    span = 1 << int(bits)
+    return (0, span - 1) if signed == "u" else (-span // 2, span // 2 - 1)
 
 
 def _along(axis: int | None, rank: int) -> list[int]:
@@ -187,10 +224,10 @@ def _along(axis: int | None, rank: int) -> list[int]:
 def _rescaled(data: Constant, factor: FloatArray, steps: FloatArray, integers: Constant, middle: Array | int) -> Dense:
     """Return what a QuantizeLinear is to read so that it gives these integers with these steps: the data times a factor."""
     values = float64_of(data) * factor
-    held = np.iinfo(str(integers.dtype))
+    least, largest = _range_of(integers.dtype)
     whole = integers.array().astype(np.int64)
     wanted = (whole - middle).astype(np.float64)
     given = values / steps
-    beyond = ((whole == held.max) & (given > wanted)) | ((whole == held.min) & (given < wanted))
+    beyond = ((whole == largest) & (given > wanted)) | ((whole == least) & (given < wanted))
     values = np.where((np.abs(given - wanted) <= NEAR) | beyond, values, wanted * steps)
     return Dense(data.dtype, values, np.abs(values))

@@ -10,7 +10,7 @@ from onnx import NodeProto, helper
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense
-from fastbn.graph.model.node import Node, Value
+from fastbn.graph.model.node import Node, Value, is_complete
 from fastbn.graph.model.quantized import QUANTIZED, SCALE, ZERO_POINT, Dequantized, Quantizer, quantized
 from fastbn.graph.ops.row import PresentGraph, Row, one_term
 from fastbn.graph.ops.shape_rules import each_once, same_sizes
@@ -23,6 +23,9 @@ FIRST_PER_AXIS_OPSET = 13
 
 # Values that a constant is followed back to.
 MOST_VALUES = 64
+
+# What hands out all elements of its first input, each once: all but Transpose in the same order.
+MOVERS = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
 def is_quantized(value: Value | None) -> bool:
@@ -39,9 +42,8 @@ def is_quantized(value: Value | None) -> bool:
 
 def dequantized(node: Node, slot: int, graph: PresentGraph) -> Dequantized | None:
     """Return the constant at a slot that a DequantizeLinear of constants gives, None where there is none that a fold can change."""
-    value = node.input(slot)
-    source = None if value is None else value.producer
-    if value is None or source is None or not source.is_op("DequantizeLinear") or source.scope is not node.scope:
+    source, via = _source(node, slot, graph)
+    if source is None:
         return None
     graph.check(source)
     scale, zero_point = graph.tensor(source, SCALE), graph.tensor(source, ZERO_POINT)
@@ -51,20 +53,48 @@ def dequantized(node: Node, slot: int, graph: PresentGraph) -> Dequantized | Non
         return None
     if not integers.shape or source.attribute("block_size", 0) or dtype_name(scale.dtype) not in DTYPES:
         return None
-    graph.refuse_readers(value, node, slot)
+    reader, at = node, slot
+    for step in (*reversed(via), source):
+        graph.refuse_readers(step.required_output(), reader, at)
+        reader, at = step, 0
     axis = _axis(source, len(integers.shape), graph) if math.prod(scale.shape) > 1 else None
     steps = scale.shape if axis is None else (integers.shape[axis],)
     if scale.shape != steps or len(steps) > 1 or (zero_point is not None and zero_point.shape != steps):
         raise ModelError(expected(f"scales and zero points of shape {steps}", f"shape {scale.shape}", source.label))
-    step = Dense.of(scale)
+    size = Dense.of(scale)
+    shape = integers.shape if not via else graph.shape(via[-1].required_output())
+    assert is_complete(shape), "_source has asked"
 
     def read() -> NDArray[Any]:
         along = [-1 if at == axis else 1 for at in range(len(integers.shape))]
         zero: NDArray[Any] | int = 0 if zero_point is None else zero_point.array().astype(np.float64).reshape(along)
-        return ((integers.array().astype(np.float64) - zero) * step.values.reshape(along)).astype(scale.dtype)
+        values: NDArray[Any] = ((integers.array().astype(np.float64) - zero) * size.values.reshape(along)).astype(scale.dtype)
+        return values.reshape(-1)[order()].reshape(shape) if via else values
+
+    def order() -> NDArray[Any]:
+        numbers = np.arange(math.prod(integers.shape)).reshape(integers.shape)
+        for step in via:
+            after = graph.shape(step.required_output())
+            assert is_complete(after), "_source has asked"
+            perm = step.attribute("perm", [*reversed(range(numbers.ndim))])
+            numbers = numbers.transpose(perm) if step.op == "Transpose" else numbers.reshape(after)
+        return numbers.reshape(-1)
 
     may_have_axis = graph.opset >= FIRST_PER_AXIS_OPSET
-    return Dequantized(scale.dtype, integers.shape, read, source, quantizer, integers, step, zero_point, axis, may_have_axis)
+    return Dequantized(scale.dtype, shape, read, source, quantizer, integers, size, zero_point, axis, may_have_axis, tuple(via), order)
+
+
+def _source(node: Node, slot: int, graph: PresentGraph) -> tuple[Node | None, list[Node]]:
+    """Return (the DequantizeLinear that a slot reads, what moves its elements before it is read), None where there is none."""
+    value, via = node.input(slot), list[Node]()
+    while value is not None and value.producer is not None and value.producer.scope is node.scope:
+        if value.producer.is_op("DequantizeLinear"):
+            return value.producer, via[::-1]
+        if not value.producer.is_op(*MOVERS) or not is_complete(graph.shape(value)) or len(via) == MOST_VALUES:
+            break
+        via.append(value.producer)
+        value = value.producer.input(0)
+    return None, []
 
 
 def _axis(node: Node, rank: int, graph: PresentGraph) -> int:

@@ -32,9 +32,13 @@ def missed_choices(reference: Reference, folded: Runnable, note: Callable[[str],
     ------
     ModelsDiffer
     """
-    original, choices = with_branches(reference.proto)
+    # What an If gives that is constant may have been folded: its other branch never runs.
+    nodes = (node for node in reference.index.order if node.is_op("If"))
+    given = {node.required_input(0).name: node.outputs for node in nodes}
+    settled = {name for name, values in given.items() if any(reference.index.constant(value) is not None for value in values)}
+    original, choices = with_branches(reference.proto, settled)
     model = reference.model.with_proto(original)
-    other = folded.with_proto(with_branches(folded.proto())[0])
+    other = folded.with_proto(with_branches(folded.proto(), settled)[0])
     noise = Noise(reference.index, original)
     for choice, values in choices.items():
         feed = {**reference.feeds.make(KINDS[0]), **values}

@@ -5,7 +5,7 @@ Both models get the same change, so it makes no difference between them. The lim
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -121,16 +121,16 @@ def has_branches(proto: ModelProto) -> bool:
     return any(node.op_type in ("If", "Loop") and is_standard(node.domain) for graph in scopes_of(proto.graph) for node in graph.node)
 
 
-def with_branches(proto: ModelProto) -> tuple[ModelProto, dict[str, Feed]]:
+def with_branches(proto: ModelProto, settled: Set[str] = frozenset()) -> tuple[ModelProto, dict[str, Feed]]:
     """Return (copy, choices): a copy in which graph inputs choose the branch of every If and how often every Loop runs, and the values of
     these inputs by a name for each choice.
 
     Together the choices take every branch once and run every Loop. Their names are "then branches", "else/then branches" (by depth) or,
-    without an If, "loops".
+    without an If, "loops". An If with a condition of these names, `settled`, chooses as it does.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)
-    conditions = [CONDITION.format(depth) for depth in range(min(_connect(copy.graph, 0), MOST_NESTED))]
+    conditions = [CONDITION.format(depth) for depth in range(min(_connect(copy.graph, 0, settled), MOST_NESTED))]
     copy.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in conditions)
     copy.graph.input.append(helper.make_tensor_value_info(TRIPS, TensorProto.INT64, []))
     choices: dict[str, Feed] = {}
@@ -143,15 +143,15 @@ def with_branches(proto: ModelProto) -> tuple[ModelProto, dict[str, Feed]]:
     return copy, choices
 
 
-def _connect(graph: GraphProto, depth: int) -> int:
+def _connect(graph: GraphProto, depth: int, settled: Set[str]) -> int:
     """Connect every If and Loop of a graph inside this many Ifs to the graph inputs; return how deep the Ifs are nested."""
     deepest = depth
     for node in graph.node:
-        is_if = node.op_type == "If" and is_standard(node.domain)
+        is_if = node.op_type == "If" and is_standard(node.domain) and node.input[0] not in settled
         if is_if:
             node.input[0] = CONDITION.format(depth % MOST_NESTED)
         elif node.op_type == "Loop" and is_standard(node.domain):
             node.input[0] = TRIPS
             node.input[1] = ""  # a condition that is false at first would keep the body from running
-        deepest = max([deepest, *(_connect(body, depth + is_if) for body in bodies(node))])
+        deepest = max([deepest, *(_connect(body, depth + is_if, settled) for body in bodies(node))])
     return deepest

@@ -25,7 +25,7 @@ from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.rewrite.writer import edited
-from fastbn.graph.runtime import runtime_errors, said, session
+from fastbn.graph.runtime import CARRIERS, carried, runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
@@ -253,7 +253,7 @@ class _Segment:
                 pass
             elif original is not None and value is not None:
                 array = _fed(original.array())
-                is_size = magnitudes and array.dtype.kind in "fV" and slot not in operator_row(node).signed_slots
+                is_size = magnitudes and array.dtype.name in UNIT and slot not in operator_row(node).signed_slots
                 feed[value.name] = operator_row(node).magnitude(slot, array) if is_size else array
             elif value is not None:
                 proto.input[slot] = self._name(value)
@@ -304,10 +304,16 @@ def _run_nodes(nodes: list[NodeProto], feed: Feed, results: list[str], opset: in
     """Run nodes in onnxruntime, every constant an input."""
     read = {name for proto in nodes for name in proto.input}
     inputs = []
+    feeds: dict[str, Array] = {}
     for name, array in feed.items():
         if name in read:
-            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), np.shape(array)))
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            if kind in CARRIERS:
+                nodes = [helper.make_node("Cast", [f"{name}/carried"], [name], to=kind), *nodes]
+            given = f"{name}/carried" if kind in CARRIERS else name
+            inputs.append(helper.make_tensor_value_info(given, CARRIERS.get(kind, kind), np.shape(array)))
+            feeds[given] = carried(np.asarray(array))
     graph = helper.make_graph(nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(results)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset if opset >= 7 else 9)], ir_version=8)
     run = session(model.SerializeToString(), threads=1)
-    return run.run(results, {name: np.asarray(array) for name, array in feed.items() if name in read})
+    return run.run(results, feeds)

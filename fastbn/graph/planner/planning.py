@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.kept import kept_nodes
@@ -64,6 +64,11 @@ class Planning:
     explanations: list[Explanation]
     rewritten: dict[Node, Refusal] = field(default_factory=dict)
     unrewritten: dict[Node, str] = field(default_factory=dict)
+
+    @property
+    def batch_norms_left(self) -> int:
+        """How many batch normalizations stay as they are."""
+        return sum(kept.ops == (BATCH_NORM,) for kept in self.kept)
 
     @property
     def folds(self) -> list[Plan]:

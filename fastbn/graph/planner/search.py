@@ -339,7 +339,7 @@ def _plan_of(transfer: Transfer, node: Node) -> Plan:
         plan.attributes[node] = transfer.attributes
     for slot, constant in transfer.constants.items():
         if isinstance(constant, Requantized):
-            plan.path.update(dict.fromkeys(step for step, _ in constant.constants))
+            plan.path.update(dict.fromkeys((*(step for step, _ in constant.constants), *constant.via)))
             plan.constants.update(constant.constants)
             plan.attributes.update({step: {"axis": axis} for step, axis in constant.axes.items()})
         else:

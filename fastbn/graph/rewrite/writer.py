@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import TypeVar
 
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.graph.model.constant import Constant, Scaled
 from fastbn.graph.model.index import Index
@@ -22,6 +22,7 @@ from fastbn.graph.report import size_text
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.data_files import Patches
 from fastbn.graph.rewrite.output import Output
+from fastbn.graph.runtime import CARRIED
 
 __all__ = ["edited", "raises_ir_version", "rewrite"]
 
@@ -252,7 +253,9 @@ class _Writer:
             tensor.ClearField(values)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(constant.dtype)
         tensor.dims[:] = constant.shape
-        tensor.raw_data = constant.array().tobytes()
+        array = constant.array()
+        # Two or more numbers of these types share a byte.
+        tensor.raw_data = numpy_helper.from_array(array).raw_data if array.dtype.name in CARRIED else array.tobytes()
 
     def _find_unused(self) -> None:
         """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
@@ -267,7 +270,7 @@ class _Writer:
             node = value.producer
             if value.initializer is not None:
                 self.unused_constants[value.scope.number].add(value.name)
-            elif node is not None and self.index.constant(value) is not None:
+            elif node is not None and not node.scopes and self.index.is_constant(value):
                 outputs = [output for output in node.outputs if output is not None]
                 if any(reads[output] for output in outputs):
                     continue
