@@ -32,9 +32,8 @@ FORMS = {
     "keras_cnn": KERAS,
 }
 
-# A BatchNormalization of Keras's comes as a Mul and an Add. These do not ask other readers to undo a change, but the Mul alone may go, and
-# an Add is no batch normalization.
-LEFT = {"resnet_v2.keras_tensorflow": 7, "resnet_v2.keras_torch": 7, "tdnn.keras_tensorflow": 0, "tdnn.keras_torch": 0}
+# A BatchNormalization of Keras's comes as a Mul and an Add. The Mul alone may go, and an Add is no batch normalization.
+LEFT = {"tdnn.keras_tensorflow": 0, "tdnn.keras_torch": 0}
 
 
 def load(name):

@@ -205,3 +205,45 @@ def test_what_canceled_in_an_add_is_not_forgotten():
     result = fastbn.fold(model(text, **{**parameters, **far}, k=shift.reshape(4, 1, 1), g=normal(4, 1, 1), **others))
     assert codes(result)["parity"] == 0, [kept.reason for kept in result.kept]
     assert result.parity.status == "ok"
+
+
+STREAM = """(float[N,3,8,8] x) => (float y) {{
+    c = Conv(x, w, b)
+    {norm}
+    r = Relu(n)
+    d = Conv(r, e)
+    f = Conv(c, g)
+    y = Add(d, f)
+}}"""
+WRITTEN = {
+    "Mul, Add": "a = Mul(c, k) n = Add(a, h)",
+    "Sub, Mul": "a = Sub(c, h) n = Mul(k, a)",
+    "Div, Sub": "a = Div(c, k) n = Sub(a, h)",
+    "Sub, Div, Mul, Add": "a = Sub(c, h) p = Div(a, k) q = Mul(p, l) n = Add(q, h)",
+    "one number and channels": "a = Mul(c, k) n = Add(a, i)",
+}
+PARTS = {
+    "k": np.float32([2, -1, -0.5, 3]).reshape(4, 1, 1),
+    "l": normal(4, 1, 1, seed=1),
+    "h": normal(1, 4, 1, 1, seed=2),
+    "i": np.float32(0.5),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_decomposed_norm_on_a_stream_goes_as_a_whole(name):
+    """The convolution takes it, and the other reader of what that gives undoes it."""
+    used = {key: value for key, value in PARTS.items() if f"{key})" in WRITTEN[name] or f"({key}," in WRITTEN[name]}
+    weights = {"w": normal(4, 3, 3, 3), "b": normal(4), "e": normal(2, 4, 1, 1), "g": normal(2, 4, 1, 1, seed=1)}
+    proto = model(STREAM.format(norm=WRITTEN[name]), **used, **weights)
+    (fold,) = folds(proto, "Conv Relu Conv Conv Add").folded
+    assert len(fold.ops) == len(WRITTEN[name].split("=")) - 1
+    assert not any("n" in fold.bn.split("+") for fold in fastbn.fold(proto, skip=["n"]).folded)
+
+
+def test_a_decomposed_norm_that_widens_its_data_stays():
+    text = """(float[N,1,8,8] x) => (float y, float z) {
+        c = Conv(x, w) a = Mul(c, k) n = Add(a, h) y = Relu(n) z = Conv(c, g)
+    }"""
+    proto = model(text, w=normal(1, 1, 3, 3), g=normal(2, 1, 1, 1), **{key: PARTS[key] for key in "kh"})
+    assert "widens" in refuses(proto, "axis")

@@ -11,7 +11,7 @@ from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
 from fastbn.graph.results import Kept
 
-__all__ = ["kept_nodes"]
+__all__ = ["decomposed", "kept_nodes"]
 
 
 def kept_nodes(index: Index, view: GraphView, refusals: Mapping[Node, Refusal], unrewritten: Mapping[Node, str]) -> list[Kept]:
@@ -33,16 +33,22 @@ def kept_nodes(index: Index, view: GraphView, refusals: Mapping[Node, Refusal], 
             continue
         if is_batch_norm(node):
             kept.append(replace(_kept([node], refusals[node]), not_rewritten=unrewritten.get(node)))
-        elif node in refusals and _previous(node, view) is None:
-            chain = _chain(node, refusals)
-            if _is_decomposed(chain, view):
-                kept.append(_kept(chain, refusals[node]))
+        elif chain := decomposed(node, view, refusals):
+            kept.append(_kept(chain, refusals[node]))
     for function in index.proto.functions:
         for proto in function.node:
             if proto.op_type == BATCH_NORM and is_standard(proto.domain):
                 sentence = f"it stands in the model-local function '{function.name}', which several calls may share"
                 kept.append(Kept(proto.name or ", ".join(proto.output), (BATCH_NORM,), "in-function", sentence))
     return kept
+
+
+def decomposed(node: Node, view: GraphView, refusals: Mapping[Node, Refusal]) -> list[Node]:
+    """Return the nodes, this one first, that are a batch normalization written as Mul and Add and that stay; an empty list of any other."""
+    if node not in refusals or is_batch_norm(node) or _previous(node, view) is not None:
+        return []
+    chain = _chain(node, refusals)
+    return chain if _is_decomposed(chain, view) else []
 
 
 def _kept(nodes: list[Node], refusal: Refusal) -> Kept:

@@ -1,5 +1,6 @@
 """Where the affine of one node goes: backward first, then forward, last with the shift left in an Add."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from fastbn.graph.model.constant import Dense, DType, Tensor
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
+from fastbn.graph.ops.placing import axis_in
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Strategy
 from fastbn.graph.planner.plan import Plan
@@ -33,8 +35,29 @@ class Placement:
     kept_shift: tuple[Node, Dense] | None = None
 
 
-def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, record: Record | None = None) -> Placement:
-    """Return where the affine of a lifted node goes; raises Refusal where there is no place."""
+def composed(chain: Sequence[Node], view: GraphView) -> Affine | None:
+    """Return the one affine that nodes are, each of which reads the one before; None where they are none along one axis."""
+    affines = [view.affine(node) for node in chain]
+    rank = view.rank(view.data(chain[0]))
+    if rank is None or any(node in view.removed or affine is None for node, affine in zip(chain, affines, strict=True)):
+        return None
+    parts = [affine for affine in affines if affine is not None]
+    axes = {axis_in(chain[0], part, rank) for part in parts if part.channels > 1}
+    channels = {part.channels for part in parts if part.channels > 1}
+    if len(axes) > 1 or len(channels) > 1:
+        return None
+    count = max(channels, default=1)
+    scale, shift, abs_terms = np.ones(count), np.zeros(count), np.zeros(count)
+    for part in parts:
+        factor, added, size = part.along(count)
+        scale, shift, abs_terms = scale * factor, shift * factor + added, abs_terms * np.abs(factor) + size
+    return Affine(scale, shift, next(iter(axes), None), 0, abs_terms)
+
+
+def place(
+    node: Node, affine: Affine, view: GraphView, strategy: Strategy, record: Record | None = None, last: Node | None = None
+) -> Placement:
+    """Return where the affine of a lifted node, or of those from it to `last`, goes; raises Refusal where there is no place."""
     origin = Origin(node, view.source(view.data(node)))
     if strategy == "split" and view.is_refused(node, strategy):
         return _split(origin, affine, view, record, Refusal("no-absorber", "nothing has changed since it was refused"))
@@ -43,7 +66,7 @@ def place(node: Node, affine: Affine, view: GraphView, strategy: Strategy, recor
     except Refusal as refusal:
         behind = refusal.with_traceback(None)
     try:
-        plan = Search(view, origin, strategy, record).forward(node.outputs[0], affine)
+        plan = Search(view, origin, strategy, record).forward((last or node).outputs[0], affine)
         _refuse_unknown_width(node, affine, view, plan)
         return Placement(plan, forward=True)
     except Refusal as refusal:

@@ -17,8 +17,8 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
-from fastbn.graph.planner.kept import kept_nodes
-from fastbn.graph.planner.placement import Placement, place, place_constant
+from fastbn.graph.planner.kept import decomposed, kept_nodes
+from fastbn.graph.planner.placement import Placement, composed, place, place_constant
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
@@ -126,6 +126,8 @@ class _Planner:
         self.only, self.skip, self.excluded = only, skip, excluded
         self.view = GraphView(index)
         self.plans: dict[Plan, None] = {}
+        # Head of a batch normalization that was decomposed -> its nodes; where they are searched for as one.
+        self.chains: dict[Node, list[Node]] = {}
         # Nodes that would go into a batch normalization, which may yet leave itself; they wait until no other fold is left.
         self.deferred: set[Node] | None = set()
 
@@ -136,6 +138,8 @@ class _Planner:
         while step < len(STRATEGIES):
             if step > 0:
                 waiting = [node for node in candidates if node in refusals and is_batch_norm(node)]
+                self.chains = self._decomposed(candidates, refusals) if step == 1 else {}
+                waiting.extend(self.chains)
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
@@ -185,7 +189,7 @@ class _Planner:
                 self._defer(node, placement)
                 refuse_unrepresentable(placement.plan, self.view)
                 self._record(node, channels, placement)
-                placed.update([node, *placement.plan.alike])
+                placed.update([node, *placement.plan.alike, *self.chains.get(node, ())])
             except Refusal as refusal:
                 refused[node] = refusal.with_traceback(None)  # the traceback would keep all objects of the search alive
         return refused, placed
@@ -220,8 +224,22 @@ class _Planner:
             view.replaced.update(new.replaced)
         return obstacles
 
+    def _decomposed(self, candidates: Sequence[Node], refusals: Mapping[Node, Refusal]) -> dict[Node, list[Node]]:
+        """Return head -> nodes of each batch normalization that was decomposed and stays: where others undo it, it may go as a whole."""
+        chains = {node: decomposed(node, self.view, refusals) for node in candidates if node in refusals}
+        return {node: chain for node, chain in chains.items() if len(chain) > 1}
+
     def _placement(self, node: Node, strategy: Strategy) -> tuple[Placement, int] | None:
         """Return (where the affine of a node goes, its channels), None for a node that is none."""
+        chain = self.chains.get(node)
+        if chain is not None and strategy != STRATEGIES[0]:
+            for part in chain:
+                self._refuse_unselected(part)
+                _refuse_widening(part, self.view)
+            whole = composed(chain, self.view)
+            if whole is None:
+                return None
+            return place(node, whole, self.view, strategy, self._record_of(node, strategy), chain[-1]), whole.channels
         constant = self.view.constant(node.outputs[0]) if is_batch_norm(node) and node.outputs else None
         if constant is not None:
             self._refuse_unselected(node)
@@ -254,11 +272,12 @@ class _Planner:
         if not new.absorbers:  # only constants that nodes on the path read have changed
             new.absorbers = dict.fromkeys(reader for reader, _ in new.constants)
         value = view.source(view.data(node))
-        leaving = [node, *new.alike, *new.bypassed]
+        chain = self.chains.get(node, [node])
+        leaving = [*chain, *new.alike, *new.bypassed]
         target = self._joined_plan(node, new, leaving)
         for gone in leaving:
             target.forget(gone)
-        new.lifted.extend([node, *new.alike])
+        new.lifted.extend([*chain, *new.alike])
         new.channels = channels
         if placement.kept_shift is None:
             view.remove(node, value)
@@ -269,7 +288,7 @@ class _Planner:
             new.replaced[node] = (add,)
             new.constants[add, 1] = constant
             view.replaced[node] = (add,)
-        for other in new.alike:
+        for other in (*chain[1:], *new.alike):
             view.remove(other, view.source(view.data(other)))
             if placement.forward:
                 view.forwarded.add(other)

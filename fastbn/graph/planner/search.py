@@ -23,8 +23,9 @@ from fastbn.graph.reasons import ReasonCode, Refusal
 __all__ = ["Search"]
 
 # The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
-# stream, and that for each of its batch normalizations.
+# stream, and that for each of its batch normalizations. Nodes of some kinds do not count: exporters write them between any others.
 MOST_STEPS = 30
+UNCOUNTED = ("Identity", "Cast", "Transpose")
 
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
@@ -282,7 +283,7 @@ class Search:
         return nullcontext() if self._record is None else self._record.question(self.strategy, direction, asked, affine, depth)
 
     def _row(self, node: Node, depth: int) -> Row:
-        self._steps += 1
+        self._steps += not node.is_op(*UNCOUNTED)
         if self._is_exhausted():
             raise Refusal("too-far", f"more than {MOST_STEPS} nodes would have to change by {node.op} '{node.label}'")
         if node is self.origin.node:
