@@ -115,3 +115,15 @@ def test_scales_and_biases_that_are_no_lists_of_one_length(shapes):
     text = f"(float[2,4,5] x) => (float y) {{ c = InstanceNormalization(x, g, h) {NORM} }}"
     with pytest.raises(fastbn.ModelError):
         fastbn.fold(model(text, g=normal(*shapes[0]), h=normal(*shapes[1]), **norm(4)))
+
+
+@pytest.mark.parametrize("shape", ["N,4,1,1", "2,4,1", "2,4,1,1,1"])
+@pytest.mark.parametrize("node", ["InstanceNormalization(r, g, h)", "GroupNormalization <num_groups = 2> (r, g, h)"])
+def test_one_element_per_channel(node, shape):
+    """onnxruntime rounds the bias of an InstanceNormalization to the steps of x / sqrt(eps), which is no difference of the fold."""
+    text = f"(float[{shape}] x) => (float y) {{ r = Identity(x) c = {node} {NORM} }}"
+    proto = model(text, opset=21, ir_version=10, g=normal(4), h=normal(4, seed=1), **norm(4))
+    result = fastbn.fold(proto)
+    assert (len(result.folded), result.kept, result.parity.status) == (1, [], "ok")
+    wrong = fastbn.fold(model(text, opset=21, ir_version=10, g=normal(4), h=normal(4, seed=1), **{**norm(4), "t": norm(4)["t"] * 1.05}))
+    assert not fastbn.verify(proto, wrong.model).ok

@@ -237,12 +237,28 @@ def _channels_bound(proto: NodeProto) -> list[NodeProto]:
     ]
 
 
+def _images_of_several(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
+    """Return the shape of the data with more than one element per channel: of a single one, only the rounding of x / sqrt(eps) is left."""
+    data = node.inputs[0]
+    shape = None if data is None else graph.probe_shape(data)
+    is_one = shape is not None and all(size == 1 for size in shape[2:])
+    return {0: (*shape[:2], *(3 for _ in shape[2:])) if shape is not None and is_one else shape}
+
+
 def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
     proto.Clear()
     proto.CopyFrom(helper.make_node(op, inputs, [output]))
 
 
-_CHANNELS = Row(_channels_backward, forward_refusal=NOTHING_PASSES, terms=one_term, bound=_channels_bound, sizes=same_sizes, work=each_once)
+_CHANNELS = Row(
+    _channels_backward,
+    forward_refusal=NOTHING_PASSES,
+    terms=one_term,
+    probe_shapes=_images_of_several,
+    bound=_channels_bound,
+    sizes=same_sizes,
+    work=each_once,
+)
 _LAST_AXES = Row(
     _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=one_term, bound=_last_axes_bound, sizes=same_sizes, work=each_once
 )

@@ -39,6 +39,9 @@ PATTERN = 8191
 # Elements of a constant of an elementwise operator that is perturbed.
 LARGEST_PERTURBED = 1 << 16
 
+# The size of the one element of a channel that an InstanceNormalization is taken to have: what wide inputs are.
+LARGEST_SINGLE = 2.0**6
+
 # Nodes on either side of an affine whose sums are considered.
 MOST_NEIGHBORS = 16
 
@@ -77,6 +80,8 @@ class Noise:
         for node in () if inputs_only else index.order:
             if is_batch_norm(node) and len(node.inputs) == 5:
                 units += self._perturb_batch_norm(node)
+            elif node.is_op("InstanceNormalization"):
+                units += self._perturb_single_elements(node)
             elif is_standard(node.domain) and can_be_affine(node.op):
                 units += self._perturb_elementwise(node)
         self.unit = max(units, default=UNIT["float32"])
@@ -95,6 +100,17 @@ class Noise:
             abs_terms = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))
         self._perturb(node, 1, scale, np.abs(scale), unit, constants[0].dtype)
         self._perturb(node, 2, bias, abs_terms, unit, constants[1].dtype)
+        return [unit]
+
+    def _perturb_single_elements(self, node: Node) -> list[float]:
+        """Perturb the bias of an InstanceNormalization of one element x per channel; it is rounded to the steps of x / sqrt(eps)."""
+        shape = self.index.shape(node.required_input(0))
+        scale, bias = (self.index.constant(node.input(slot)) for slot in (1, 2))
+        if shape is None or set(shape[2:]) != {1} or scale is None or bias is None or bias.dtype.name not in UNIT:
+            return []
+        unit, values = UNIT[bias.dtype.name], float64_of(bias)
+        size = np.abs(float64_of(scale)) * LARGEST_SINGLE / np.sqrt(node.attribute("epsilon", EPSILON))
+        self._perturb(node, 2, values, np.abs(values) + size, unit, bias.dtype)
         return [unit]
 
     def _perturb_elementwise(self, node: Node) -> list[float]:
