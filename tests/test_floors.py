@@ -69,6 +69,7 @@ FLOORS = [
     ["graph.planner.advice"],
     ["graph.rewrite.consistency", "graph.rewrite.output", "graph.rewrite.inference"],
     ["graph.rewrite.writer"],
+    ["graph.parity.survival"],
     ["graph.parity.feeds", "graph.parity.difference", "graph.parity.reach"],
     ["graph.parity.comparable", "graph.parity.probe", "graph.parity.verdict"],
     ["graph.parity.fold_parity", "graph.parity.noise"],

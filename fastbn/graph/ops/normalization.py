@@ -1,5 +1,6 @@
 """BatchNormalization; other normalizations, whose own scale and bias take an affine that stands behind them."""
 
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -275,7 +276,7 @@ NORMALIZATION = {
         demanded_size=_demanded_size,
         work=each_once,
     ),
-    "InstanceNormalization": _CHANNELS,
+    "InstanceNormalization": replace(_CHANNELS, ends_on_nothing=True),
     "GroupNormalization": _CHANNELS,
     "LayerNormalization": _LAST_AXES,
     "RMSNormalization": _LAST_AXES,

@@ -64,6 +64,6 @@ _RECURRENT = Row(forward=_forward, terms=_terms, probe_shapes=_probe_shapes, wei
 RECURRENT = {
     "LSTM": _RECURRENT,
     # On absolute values the update gate z of a GRU is nearly 1, so 1 - z vanishes. Its states are averages of numbers of at most 1.
-    "GRU": replace(_RECURRENT, least_magnitude=1.0),
+    "GRU": replace(_RECURRENT, least_magnitude=1.0, ends_on_nothing=True),
     "RNN": _RECURRENT,
 }

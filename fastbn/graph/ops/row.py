@@ -308,6 +308,8 @@ class Row:
         Edits a NodeProto so that, run on absolute values, it bounds the size of what the node rounds; returns the nodes that follow it.
     magnitude : callable
         (slot, array) -> a floating constant for that run.
+    ends_on_nothing : bool
+        Its kernel in onnxruntime 1.32 ends the process where its data have no elements.
     signed_slots : tuple of int
         Inputs that say where to read, not what: they keep their signs in that run.
     least_magnitude : float
@@ -359,6 +361,7 @@ class Row:
     sized: bool = False
     bound: Callable[[NodeProto], list[NodeProto]] = _as_it_is
     magnitude: Callable[[int, NDArray[Any]], NDArray[Any]] = _absolute
+    ends_on_nothing: bool = False
     signed_slots: tuple[int, ...] = ()
     least_magnitude: float = 0.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -12,16 +12,13 @@ from onnx import TensorProto, helper
 
 from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
+from fastbn.graph.parity.survival import Feed, Shapes, reader_of_nothing
 from fastbn.graph.runtime import ValueInfo, runtime_errors, said
 
 if TYPE_CHECKING:
     from fastbn._types import Array
 
 __all__ = ["ALL_KINDS", "KINDS", "MORE_KINDS", "Feed", "Feeds", "InputKind", "ModelNotRun", "Shapes", "feeds_of", "random_feeds"]
-
-# Name of a graph input -> its values; -> its sizes.
-Feed: TypeAlias = "dict[str, Array]"
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 InputKind: TypeAlias = Literal["normal", "wide", "zero", "small", "positive", "first"]
 
@@ -108,6 +105,7 @@ def feeds_of(session: InputSession, index: Index, input_shapes: Shapes, seed: in
     names = {entry.name for entry in session.get_inputs()}
     inputs = [info for info in index.proto.graph.input if info.name in names]
     complaint: str | None = None
+    fallback: Feeds | None = None
     tried: set[tuple[tuple[int, ...], ...]] = set()
     for first, other in SIZES:
         shapes = {info.name: input_shapes.get(info.name) or _sized(info, first, other) for info in inputs}
@@ -120,12 +118,20 @@ def feeds_of(session: InputSession, index: Index, input_shapes: Shapes, seed: in
             complaint = complaint or too_large
             continue
         feeds = Feeds(inputs, shapes, seed)
+        reader = reader_of_nothing(index, shapes, feeds.make("zero"))
+        if reader is not None:
+            complaint = complaint or f"with the sizes tried, {reader.op} '{reader.label}' reads nothing, which onnxruntime does not survive"
+            continue
         try:
-            session.run(None, feeds.make("zero"))
+            outputs = session.run(None, feeds.make("zero"))
         except runtime_errors() as error:
             complaint = complaint or f"onnxruntime cannot run the original: {said(error)}"
             continue
-        return feeds
+        if any(np.size(output) for output in outputs if isinstance(output, np.ndarray)) or not outputs:
+            return feeds
+        fallback = fallback or feeds
+    if fallback is not None:
+        return fallback
     raise ModelNotRun(complaint or "no sizes of its inputs can be tried")
 
 

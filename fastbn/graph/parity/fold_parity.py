@@ -19,7 +19,7 @@ from fastbn.dtypes import UNIT
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
-from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
+from fastbn.graph.ops.registry import OPERATORS, ignores_elements, operator_row, row_of
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
@@ -35,6 +35,11 @@ __all__ = ["FoldParity", "check_fold"]
 
 # Standard deviations of the random inputs: the next one is used where the original overflows. docs/numerics.md, "Inputs".
 AMPLITUDES = (1.0, 1 / 64, 1 / 4096)
+
+# Operators whose kernels end the process on data without elements.
+FRAGILE = frozenset(op for op, row in OPERATORS.items() if row.ends_on_nothing)
+
+NOTHING = "what comes out of the folded nodes is empty on every input tried"
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class _Segment:
         except runtime_errors() as error:
             raise _NotRun(said(error)) from error
         if not before.size:
-            raise _NotRun("what comes out of the folded nodes is empty on every input tried")
+            raise _NotRun(NOTHING)
         least = max(operator_row(node).least_magnitude for node in self.before)
         return before, after, np.maximum(abs_terms, least)
 
@@ -301,7 +306,12 @@ def _modern(proto: NodeProto, opset: int) -> NodeProto:
 
 
 def _run_nodes(nodes: list[NodeProto], feed: Feed, results: list[str], opset: int) -> list[Array]:
-    """Run nodes in onnxruntime, every constant an input."""
+    """Run nodes in onnxruntime, every constant an input; raises _NotRun where that would end the process."""
+    for number, proto in enumerate(nodes):
+        if proto.op_type in FRAGILE and proto.input[0] not in feed:
+            (data,) = _run_nodes(nodes[:number], feed, [proto.input[0]], opset)
+            if not data.size:
+                raise _NotRun(NOTHING)
     read = {name for proto in nodes for name in proto.input}
     inputs = []
     feeds: dict[str, Array] = {}
