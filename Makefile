@@ -59,6 +59,17 @@ analyze:
 	clang-tidy --quiet --warnings-as-errors='*' $(ANALYZED) -- -std=c11 -Isrc_c
 	cppcheck $(CPPCHECK_FLAGS) $(ANALYZED)
 
+# Lines and branches that the tests, or TESTS of them, run: Python by coverage.py, C by gcov. Needs coverage and gcovr.
+COVERED = build/coverage/lib
+coverage:
+	mkdir -p $(COVERED)
+	cp -r fastbn $(COVERED)/
+	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --force --build-temp build/coverage --build-lib $(COVERED)
+	PYTHONPATH=$(COVERED) $(PYTHON) -P -m coverage run -m pytest -p no:cacheprovider $(TESTS)
+	$(PYTHON) -m coverage combine -q
+	$(PYTHON) -m coverage report --show-missing --skip-covered
+	gcovr --root . --object-directory build/coverage --filter src_c/ --txt-metric branch
+
 lint:
 	ruff check .
 	ruff format --check .

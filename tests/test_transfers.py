@@ -420,3 +420,10 @@ def test_the_terms_of_a_scale_added_to_the_center_of_a_kernel():
         terms[channel, channel, 1, 1] += abs(A4.scale[channel])
     np.testing.assert_allclose(added.values, values, rtol=1e-12)
     np.testing.assert_allclose(added.abs_terms, terms, rtol=1e-12)
+
+
+def test_one_number_for_all_elements_joins_numbers_of_channels_in_a_sum():
+    setting, number = case("Add(x, z)", A4T, z=(2, 4, 6, 6))(), affine(1, None, scale=False)
+    ((slot, behind),) = setting.row.join(setting.node, {0: A4T, 1: number}, setting.view).passed_on
+    assert (slot, behind.axis, behind.scale.tolist()) == (0, 1, [1] * 4)
+    np.testing.assert_array_equal(behind.shift, A4T.shift + number.shift)

@@ -4,10 +4,11 @@
 
 Each call runs on an instruction set and with a number of threads drawn for it. Its results lie within the bounds (call_bounds.py) and are
 the bits that one thread gives without vector instructions; what it was not to write to is as before; a call that is wrong is refused, and
-writes nothing (random_calls.py). Exit code 1 and a line for each call of which that is not true.
+writes nothing (random_calls.py). Ctrl-C ends it early. Exit code 1 and a line for each call of which that is not true.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import resource
 import time
@@ -78,15 +79,16 @@ def main() -> int:
     options = parser.parse_args()
     faulthandler.enable()
     start, counts, wrong = time.process_time(), Counter[str](), 0
-    for seed in range(options.seed, options.seed + options.calls):
-        call = Call(seed, large=seed % options.large == 0)
-        counts[call.refused or call.function] += 1
-        found = check(call)
-        if found:
-            wrong += 1
-            print(call, *found, sep="; ", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(options.seed, options.seed + options.calls):
+            call = Call(seed, large=seed % options.large == 0)
+            found = check(call)
+            counts[call.refused or call.function] += 1
+            if found:
+                wrong += 1
+                print(call, *found, sep="; ", flush=True)
     seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"{options.calls} calls, {wrong} wrong, {seconds:.0f} s of CPU, at most {memory} MB: {dict(counts)}")
+    print(f"{sum(counts.values())} calls, {wrong} wrong, {seconds:.0f} s of CPU, at most {memory} MB: {dict(counts)}")
     return 1 if wrong else 0
 
 
