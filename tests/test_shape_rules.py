@@ -229,3 +229,18 @@ def test_a_cast_to_integers_keeps_sizes():
         assert operator_row(node).list_elements(node, None, [given]) is expected
     node = node_of(sketched("Identity(a)", zeros(ROW)))
     assert operator_row(node).list_elements(node, None, [sizes]) is sizes
+
+
+def test_a_norm_demands_as_many_channels_as_it_has_scales():
+    demanded = OPERATORS["BatchNormalization"].demanded_size
+    assert demanded(None, (4,)) == (1, 4)
+    assert demanded(None, (2, 2)) == (1, None)
+
+
+# Products of a convolution: each element that it gives, or reads in a transposed one, meets the weights of a channel of the other side.
+@pytest.mark.parametrize(("op", "expected"), [("Conv(a, b)", 2 * 5 * 4 * 4 * 3 * 9), ("ConvTranspose(a, c)", 2 * 3 * 6 * 6 * 5 * 4)])
+def test_how_long_a_convolution_takes_for_constants(op, expected):
+    arrays = zeros((2, 3, 6, 6), (5, 3, 3, 3), (3, 5, 2, 2))
+    node = node_of(sketched(op, arrays))
+    read = [arrays[value.name] for value in node.inputs]
+    assert operator_row(node).work(node, read, 2 * 5 * 4 * 4) == expected

@@ -176,7 +176,10 @@ class Bounds:
     # ---- gradients ----
 
     def _backward(self) -> list[Interval]:
-        """Return dx, dweight, dbias and dresidual. docs/numerics.md: backward; sums in blocks."""
+        """Return dx, dweight, dbias and dresidual. docs/numerics.md: backward; sums in blocks.
+
+        The reference adds the n terms of a sum one after the other in float64.
+        """
         call, stats, dy, n = self.call, self.stats, self.dy, max(self.n, 1)
         assert stats is not None
         assert dy is not None
@@ -191,8 +194,8 @@ class Bounds:
         scale = np.abs(invstd if self.weight is None else self.weight * invstd)
         roundings = 1.01 * self.sides * self.unit
         d, size = np.abs(self.x - mean) + self.unit * np.abs(mean), np.abs(g)
-        sum_error = 1.01 * (18 * self.sides + n / 256) * self.unit * self._over(size) + self._over(unsure) + self.n * self.tiny
-        dot_error = (22 * self.sides + n / 256) * self.unit * self._over(size * d) + self._over(unsure * d) + self.n * self.tiny
+        sum_error = 1.01 * (18 * self.sides * self.unit + n * V) * self._over(size) + self._over(unsure) + self.n * self.tiny
+        dot_error = (22 * self.sides * self.unit + n * V) * self._over(size * d) + self._over(unsure * d) + self.n * self.tiny
         dot_error += self.unit * np.abs(mean) * sum_error
         sum_dy, dot = np.abs(self._over(g)), np.abs(self._over(g * (self.x - mean)))
         slope, offset = scale * invstd**2 * dot / n, scale * sum_dy / n
