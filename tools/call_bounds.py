@@ -106,13 +106,14 @@ class Bounds:
         weight, bias = (default if values is None else values for values, default in ((self.weight, 1.0), (self.bias, 0.0)))
         residual = 0.0 if self.residual is None else self.residual
         z = reference.batch_norm(self.x, mean, var, self.weight, self.bias, eps=eps, axis=-1, residual=self.residual)
-        scale = np.abs(weight * np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps)))
+        scale_of_one = np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
+        scale = np.abs(weight * scale_of_one)
         d, low = np.abs(self.x - mean), self.unit * np.abs(mean) * scale
         size = 5 * (d * scale + low) + 3 * (np.abs(bias) + low) + np.abs(residual)
         error = 1.01 * self.sides * self.unit * size + self.tiny * (d + 4) + scale * mean_error + d * scale * var_error
-        too_large = self._too_large(mean, var, scale, d * scale, bias) & np.isfinite(self.x)
+        too_large = self._too_large(mean, var, scale, low, d, d * scale, d * scale_of_one, bias) & np.isfinite(self.x)
         # The product of an infinite x and a scale that is no normal number.
-        vague = ~np.isfinite(self.x) & (self._too_large(mean, var, scale, bias) | (scale < 2.0**-120))
+        vague = ~np.isfinite(self.x) & (self._too_large(mean, var, scale, low, bias) | (scale < 2.0**-120))
         return z, error, too_large | vague
 
     def _output(self, mean: np.ndarray, var: np.ndarray, mean_error: np.ndarray, var_error: np.ndarray, free: np.ndarray) -> Interval:
