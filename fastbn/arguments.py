@@ -18,6 +18,10 @@ MOST_SHOWN = 200
 # What --rewrite-left makes of a batch normalization that stays, as planner/substitute.py has it; importing that would load onnx.
 REWRITE_FORMS = ("conv", "affine")
 
+# How activations are calibrated, and types of weights, as deployment/recipe.py has them.
+CALIBRATIONS = ("minmax", "entropy", "percentile")
+WEIGHT_TYPES = ("auto", "int8", "uint8", "int7")
+
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
 
@@ -63,6 +67,10 @@ class Arguments(argparse.Namespace):
     samples: int
     min_samples: int
     seed: int
+    calibration: Literal["minmax", "entropy", "percentile"]
+    exclude_nodes: list[str] | None
+    weight_type: Literal["auto", "int8", "uint8", "int7"]
+    per_tensor: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,6 +126,7 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument(
         "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantizing the model may take at most (300)"
     )
+    _add_recipe(deploy)
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
     deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
     deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
@@ -126,6 +135,17 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_selection(deploy)
     _add_input_shape(deploy)
+
+
+def _add_recipe(deploy: argparse.ArgumentParser) -> None:
+    deploy.add_argument(
+        "--calibration", default="minmax", choices=CALIBRATIONS, help="how the range of an activation follows from the samples (minmax)"
+    )
+    deploy.add_argument("--exclude-nodes", metavar="GLOB", action="append", help="leave nodes of these names in float (repeatable)")
+    deploy.add_argument(
+        "--weight-type", default="auto", choices=WEIGHT_TYPES, help="of quantized weights; auto: int8, int7 on x86 CPUs without VNNI"
+    )
+    deploy.add_argument("--per-tensor", action="store_true", help="one scale for a weight, not one for each of its output channels")
 
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:

@@ -159,6 +159,10 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
         most_samples=arguments.samples,
         min_samples=arguments.min_samples,
         quantize_timeout=arguments.quantize_timeout,
+        calibration=arguments.calibration,
+        exclude_nodes=names(arguments.exclude_nodes),
+        weight_type=arguments.weight_type,
+        per_tensor=arguments.per_tensor,
     )
     name = input_name(arguments.input)
     check_paths(name, arguments.output, arguments.report, arguments.force)

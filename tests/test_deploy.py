@@ -17,7 +17,7 @@ from shell import Terminal, as_json, classifier_folder, deploy, files, losing
 from sketch import CONV_BN, classifier, conv_bn, model, norm, normal, ops, run
 
 import fastbn
-from fastbn.deployment import measure, pipeline, quantize
+from fastbn.deployment import measure, pipeline, recipe
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.result import SCHEMA
 from fastbn.graph import job
@@ -392,14 +392,14 @@ def test_the_quantizer_leaves_the_process_as_it_was(here, capfd):
 
 
 def test_the_recipe_follows_the_machine(monkeypatch):
-    monkeypatch.setattr(quantize.platform, "machine", lambda: "aarch64")
-    assert str(quantize.Recipe.here()) == "QDQ, per channel, Int8 activations, Int8 weights, MinMax"
-    monkeypatch.setattr(quantize.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(quantize, "_has_vnni", lambda: False)
-    assert quantize.Recipe.here() == quantize.Recipe("QUInt8", "QInt8", True)
-    assert "7 bits" in str(quantize.Recipe.here())
-    monkeypatch.setattr(quantize, "_has_vnni", lambda: True)
-    assert not quantize.Recipe.here().reduce_range
+    monkeypatch.setattr(recipe.platform, "machine", lambda: "aarch64")
+    assert str(recipe.Recipe.here()) == "QDQ, per channel, Int8 activations, Int8 weights, MinMax"
+    monkeypatch.setattr(recipe.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(recipe, "_has_vnni", lambda: False)
+    assert recipe.Recipe.here() == recipe.Recipe("QUInt8", "QInt8", True)
+    assert "7 bits" in str(recipe.Recipe.here())
+    monkeypatch.setattr(recipe, "_has_vnni", lambda: True)
+    assert not recipe.Recipe.here().reduce_range
 
 
 MODELS_FOLDER = Path(__file__).resolve().parent / "models"

@@ -80,6 +80,7 @@ FLOORS = [
     ["graph.job"],
     ["graph.bench"],
     ["graph.__init__"],
+    ["deployment.recipe"],
     ["deployment.samples", "deployment.quantize", "deployment.scores", "deployment.compare", "deployment.measure", "deployment.drawing"],
     ["deployment.quantizer", "deployment.options", "deployment.report"],
     ["deployment.result"],

@@ -18,13 +18,14 @@ from sketch import classifier, model, normal, ops
 import fastbn
 from fastbn.cli import main
 from fastbn.deployment import pipeline, quantize, quantizer
-from fastbn.deployment.quantize import Recipe, quantized_already
+from fastbn.deployment.quantize import quantized_already
+from fastbn.deployment.recipe import Recipe
 
 # Ways of never returning: in Python, in its pre-processing, and in C++ with the lock of Python held.
 FOREVER = {
-    "a loop": "def stop(*a, **k):\n    while True: time.sleep(0.01)\nquantization.quantize_static = stop",
+    "a loop": "def stop(*a, **k):\n    while True: time.sleep(0.01)\nqdq_quantizer.QDQQuantizer = stop",
     "pre-processing": "def stop(*a, **k):\n    while True: pass\nshape_inference.quant_pre_process = stop",
-    "C++": "quantization.quantize_static = lambda *a, **k: ctypes.PyDLL(None).pause()",
+    "C++": "qdq_quantizer.QDQQuantizer = lambda *a, **k: ctypes.PyDLL(None).pause()",
 }
 
 
@@ -42,7 +43,7 @@ def program(spoil, note=None):
     lines = [
         "import ctypes, os, signal, time",
         "from onnxruntime import quantization",
-        "from onnxruntime.quantization import shape_inference",
+        "from onnxruntime.quantization import qdq_quantizer, shape_inference",
     ]
     if note is not None:
         lines.append(f"with open({str(note)!r}, 'w') as file: file.write(str(os.getpid()))")
@@ -76,11 +77,11 @@ def test_a_quantizer_that_never_returns(way, here, tmp_path_factory, capsys, mon
 
 
 BROKEN = {
-    "quantization.quantize_static = lambda *a, **k: os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
-    "quantization.quantize_static = lambda *a, **k: os._exit(3)": "ended with exit code 3",
+    "qdq_quantizer.QDQQuantizer = lambda *a, **k: os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
+    "qdq_quantizer.QDQQuantizer = lambda *a, **k: os._exit(3)": "ended with exit code 3",
     "raise ImportError('no such module')": "ended with exit code 1: ImportError: no such module",
-    "def fail(*a, **k): raise KeyError('no such')\nquantization.quantize_static = fail": "refuses the model: KeyError: 'no such'",
-    "def fail(*a, **k): raise MemoryError\nquantization.quantize_static = fail": "refuses the model: MemoryError:",
+    "def fail(*a, **k): raise KeyError('no such')\nqdq_quantizer.QDQQuantizer = fail": "refuses the model: KeyError: 'no such'",
+    "def fail(*a, **k): raise MemoryError\nqdq_quantizer.QDQQuantizer = fail": "refuses the model: MemoryError:",
 }
 
 
@@ -94,9 +95,9 @@ def test_a_quantizer_that_breaks(spoil, here, capsys, monkeypatch):
 
 def test_a_quantizer_that_says_a_lot(here, capfd, monkeypatch):
     loud = (
-        "real = quantization.quantize_static\n"
+        "real = qdq_quantizer.QDQQuantizer\n"
         "def say(*a, **k):\n    os.write(1, b'\\x1e{' * 9999); os.write(2, b'\\n' * 9999); print('x' * 99999)\n    return real(*a, **k)\n"
-        "quantization.quantize_static = say"
+        "qdq_quantizer.QDQQuantizer = say"
     )
     monkeypatch.setattr(quantizer, "PROGRAM", program(loud))
     assert main(["deploy", "in.onnx", "out.onnx", "--data", "data.npz", "--quantize", "--max-drop", "1", "--runs", "1", "-q"]) == 0
@@ -105,7 +106,7 @@ def test_a_quantizer_that_says_a_lot(here, capfd, monkeypatch):
 
 def test_the_next_model_has_a_process_again(here, monkeypatch):
     with quantizer.Quantizer(here, [{"x": normal(2, 3, 8, 8)}], 300) as made:
-        assert made.quantize(Path("in.onnx"), Path("a.onnx"), recipe=Recipe.here()) == ()
+        assert made.quantize(Path("in.onnx"), Path("a.onnx"), recipe=Recipe.here()).notes == ()
         first = made.process.pid
         made.quantize(Path("in.onnx"), Path("b.onnx"), recipe=Recipe.here())
         assert made.process.pid == first, "one process for both"

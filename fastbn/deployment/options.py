@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.recipe import CALIBRATIONS, WEIGHT_TYPES, Calibration, Recipe, WeightType, checked_choice
 from fastbn.deployment.samples import Data
 from fastbn.errors import ArgumentError, expected
-from fastbn.graph.job import Globs, InputShapes
+from fastbn.graph.job import Globs, InputShapes, checked_globs
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 
@@ -42,6 +43,14 @@ class Options:
         Timed runs of each stage, fewer where those of all stages would take longer than a second.
     most_samples, min_samples : int
         Feeds of the data that are used at most, evenly spaced (256); rows that calibrate at least (8).
+    calibration : str
+        How the range of an activation follows from its values on the samples: "minmax", "entropy" or "percentile".
+    exclude_nodes : glob or list of globs, optional
+        Over the names of nodes that stay in float.
+    weight_type : str
+        "auto" (int8, in 7 bits on x86 without VNNI), "int8", "uint8" or "int7" (int8 from -64 to 63: for x86 CPUs without VNNI).
+    per_tensor : bool
+        One scale for a weight, not one for each of its output channels.
     quantize_timeout : float
         Seconds that onnxruntime's quantizer may take for the model (300); it runs in a process of its own, which is then ended.
 
@@ -66,6 +75,10 @@ class Options:
     most_samples: int = MOST_FEEDS
     min_samples: int = FEWEST_ROWS
     quantize_timeout: float = QUANTIZE_SECONDS
+    calibration: Calibration = "minmax"
+    exclude_nodes: Globs | None = None
+    weight_type: WeightType = "auto"
+    per_tensor: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in ("auto", *METRICS):
@@ -80,6 +93,13 @@ class Options:
         if not seconds:
             raise ArgumentError(expected(what, "0", "quantize_timeout"))
         self._set("quantize_timeout", seconds)
+        checked_choice(self.calibration, [*CALIBRATIONS], "calibration")
+        checked_choice(self.weight_type, WEIGHT_TYPES, "weight_type")
+        self._set("exclude_nodes", checked_globs(self.exclude_nodes, "exclude_nodes"))
 
-    def _set(self, name: str, value: float) -> None:
+    def recipe(self) -> Recipe:
+        """Return what the quantizer is asked for."""
+        return Recipe.here(self.weight_type, self.per_tensor, self.calibration, self.exclude_nodes or ())
+
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # NumPy's numbers become Python's, which JSON holds

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from fastbn.deployment.compare import METRICS, Metric, compare, drop_of
 from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
 from fastbn.deployment.options import FEWEST_ROWS, MOST_FEEDS, QUANTIZE_SECONDS, Options
-from fastbn.deployment.quantize import QuantizerRefused, Recipe, quantized_already
+from fastbn.deployment.quantize import QuantizerRefused, quantized_already
 from fastbn.deployment.quantizer import Quantizer
+from fastbn.deployment.recipe import Calibration, WeightType
 from fastbn.deployment.report import template
 from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
 from fastbn.deployment.samples import Data, Samples, random_samples, read_samples
@@ -80,6 +81,10 @@ def deploy(
     most_samples: int = MOST_FEEDS,
     min_samples: int = FEWEST_ROWS,
     quantize_timeout: float = QUANTIZE_SECONDS,
+    calibration: Calibration = "minmax",
+    exclude_nodes: Globs | None = None,
+    weight_type: WeightType = "auto",
+    per_tensor: bool = False,
     progress: Progress | None = None,
     workdir: Location | None = None,
 ) -> Deployment:
@@ -100,10 +105,6 @@ def deploy(
     workdir : path, optional
         Folder for intermediate files; that of `output` by default, the system's temporary one without it.
 
-    Returns
-    -------
-    Deployment
-
     Raises
     ------
     StorageError, ModelError, ArgumentError, ArgumentTypeError
@@ -111,7 +112,7 @@ def deploy(
     """
     options = Options(
         *(data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left),
-        *(seed, runs, most_samples, min_samples, quantize_timeout),
+        *(seed, runs, most_samples, min_samples, quantize_timeout, calibration, exclude_nodes, weight_type, per_tensor),
     )
     check_paths(model, output, report, force)
     tell = progress or (lambda *_: None)
@@ -206,6 +207,7 @@ class _Pipeline:
         self._start("reading")
         self.model = source = self._source()
         index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
+        job.check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
         samples = self._read(index)
         judge = self._judge(index)
         fold = self._fold()
@@ -273,7 +275,7 @@ class _Pipeline:
 
     def _try(self, fold: FoldResult, index: Index, given: Samples | None, judge: Judge) -> tuple[_Trial, Verdict]:
         """Try and judge the stages, as far as onnxruntime runs the model and its folded form is right."""
-        asked = Quantization(str(Recipe.here())) if self.options.quantize else None
+        asked = Quantization(str(self.options.recipe())) if self.options.quantize else None
         samples, reference, reason = given, None, ""
         try:
             reference, samples = self._reference(index, given)
@@ -331,7 +333,7 @@ class _Pipeline:
     def _quantize(self, files: dict[StageName, Path], samples: Samples, index: Index) -> Quantization:
         """Return what came of the quantization; a quantized model joins `files`."""
         self._start("quantizing")
-        recipe = Recipe.here()
+        recipe = self.options.recipe()
         nodes = quantized_already(index.source.proto)
         if nodes:
             return Quantization(str(recipe), refused=f"the model is quantized already: it has {nodes}")
@@ -340,7 +342,7 @@ class _Pipeline:
         with Quantizer(self.workdir, samples.feeds, self.options.quantize_timeout) as quantizer:
             try:
                 began = time.monotonic()
-                notes = quantizer.quantize(files["folded"], target, recipe=recipe, progress=self._tell)
+                notes = quantizer.quantize(files["folded"], target, recipe=recipe, progress=self._tell).notes
                 limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
                 session(str(target), optimize=True)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)
@@ -365,7 +367,7 @@ class _Pipeline:
             target = self.workdir / f"{key}.onnx"
             try:
                 # What is quantized does not depend on the ranges, so one feed will do.
-                quantizer.quantize(original, target, recipe=Recipe.here(), most_feeds=1, optimize=optimize, seconds=limit)
+                quantizer.quantize(original, target, recipe=self.options.recipe(), most_feeds=1, optimize=optimize, seconds=limit)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)
             except QuantizerRefused:
                 kernels = None

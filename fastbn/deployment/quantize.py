@@ -1,4 +1,4 @@
-"""Static int8 quantization by onnxruntime.quantization: QDQ, weights per channel, calibrated on samples; and the process it runs in.
+"""Static int8 quantization by onnxruntime.quantization in QDQ form, calibrated on samples; and the process it runs in.
 
 onnxruntime's quantizer may never return, from Python or from C++, so it runs in a process that can be killed: `quantizer.Quantizer` starts
 a Python that does nothing but `serve`.
@@ -11,20 +11,23 @@ import json
 import logging
 import os
 import pickle
-import platform
 import queue
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import numpy as np
 import onnx
 
+from fastbn.deployment.recipe import CALIBRATIONS, Calibration, Recipe, RecipeFields
 from fastbn.errors import FastbnError
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import serialize
@@ -34,7 +37,11 @@ from fastbn.graph.runtime import said
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["MARK", "Job", "QuantizerRefused", "Recipe", "feed_path", "quantize_file", "quantized_already", "serve"]
+__all__ = ["MARK", "Job", "Made", "QuantizerRefused", "feed_path", "quantize_file", "quantized_already", "serve"]
+
+# Options of calibrations by histograms: onnxruntime's own for entropy, as many bins as steps, never cut anything off. With these it takes
+# about 0.1 s for each activation, with TensorRT's 2048 bins 0.5 s.
+HISTOGRAMS: dict[Calibration, dict[str, int]] = {"entropy": {"num_bins": 512, "num_quantized_bins": 128}}
 
 # DequantizeLinear takes one scale per channel from this opset on.
 PER_CHANNEL_OPSET = 13
@@ -59,34 +66,6 @@ class QuantizerRefused(Exception):
     """Why onnxruntime's quantizer made nothing of a model, as a sentence."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the quantizer is asked for on this machine, after onnxruntime's own advice for CPUs: 7-bit weights on x86 without VNNI, whose
-    16-bit sums would saturate; symmetric activations on ARM."""
-
-    activations: str
-    weights: str
-    reduce_range: bool
-
-    @classmethod
-    def here(cls) -> Self:
-        """Return the recipe for this machine."""
-        if platform.machine().lower() in ("aarch64", "arm64"):
-            return cls("QInt8", "QInt8", False)
-        return cls("QUInt8", "QInt8", not _has_vnni())
-
-    def __str__(self) -> str:
-        bits = ", weights in 7 bits: this CPU has no VNNI" if self.reduce_range else ""
-        return f"QDQ, per channel, {self.activations[1:]} activations, {self.weights[1:]} weights, MinMax{bits}"
-
-
-def _has_vnni() -> bool:
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-
-
 def quantized_already(proto: onnx.ModelProto) -> str | None:
     """Return which nodes say that a model is quantized, subgraphs and functions included, or None."""
     graphs = (proto.graph, *proto.functions)
@@ -103,6 +82,23 @@ def feed_path(folder: Path, number: int) -> Path:
     return folder / f"feed-{number}.pickle"
 
 
+class Made(NamedTuple):
+    """What came of a quantization: what else was done to the model, and the names of the nodes that are quantized, in order."""
+
+    notes: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A model file as the quantizer takes it, its nodes named; range of each activation; name -> outputs of each node before fusion."""
+
+    path: Path
+    ranges: Any  # onnxruntime's TensorsData, a class without types
+    nodes: dict[str, list[str]]
+    notes: tuple[str, ...]
+
+
 def quantize_file(
     path: Path,
     target: Path,
@@ -111,8 +107,11 @@ def quantize_file(
     *,
     recipe: Recipe,
     optimize: bool = True,
+    only: Collection[str] = (),
+    left: Collection[str] = (),
+    calibrations: dict[object, Calibrated] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[str, ...]:
+) -> Made:
     """Quantize a model file.
 
     Parameters
@@ -125,34 +124,45 @@ def quantize_file(
     recipe : Recipe
     optimize : bool
         Let onnxruntime's own pre-processing fuse nodes first.
+    only, left : collection of str
+        Names, as Made has them, of the nodes that are quantized (all for none), and of those that stay in float.
+    calibrations : dict, optional
+        Calibrations of earlier calls, which are not run again.
     progress : callable of str, optional
 
     Returns
     -------
-    tuple of str
-        What else was done to the model.
+    Made
 
     Raises
     ------
     QuantizerRefused
     """
-    notes: list[str] = []
+    calibrations = {} if calibrations is None else calibrations
     listener = _Listener()
     logging.getLogger().handlers = [listener]
     try:
-        _quantize(_prepared(path, folder, notes), target, _Reader(folder, feeds, progress), folder, recipe, optimize)
-        made = onnx.load(target, load_external_data=False)
+        key = path, feeds, recipe.calibration, optimize
+        if key not in calibrations:
+            reader = _Reader(folder, feeds, progress)
+            calibrations[key] = _calibrated(path, reader, Path(tempfile.mkdtemp(prefix="calibration-", dir=folder)), recipe, optimize)
+        calibrated = calibrations[key]
+        excluded, notes = _excluded(calibrated, recipe.exclude)
+        nodes = _quantize(calibrated, target, recipe, [*only], [*excluded, *left])
+    except QuantizerRefused:
+        raise
     except Exception as error:  # the quantizer raises whatever its parts do, AttributeError and KeyError among them
         kind = "" if isinstance(error, (FastbnError, ValueError)) else f"{type(error).__name__}: "
         first = said(error) if str(error).strip() else "; ".join(listener.lines[-1:])
         raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {kind}{first}") from error
-    if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
-        raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of its operators has an integer form")
-    return tuple(notes)
+    if not nodes:
+        reason = "every node that has an integer form stays in float" if excluded else "none of its operators has an integer form"
+        raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {reason}")
+    return Made((*calibrated.notes, *notes), nodes)
 
 
-def _prepared(path: Path, folder: Path, notes: list[str]) -> Path:
-    """Write the model as the quantizer takes it, and return its path: weights that are no inputs, scales per channel, one file."""
+def _prepared(path: Path, target: Path, notes: list[str]) -> onnx.ModelProto:
+    """Write the model as the quantizer takes it, and return it: weights that are no inputs, scales per channel, one file."""
     proto = onnx.load(path)
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = [info for info in proto.graph.input if info.name not in constants]
@@ -167,48 +177,128 @@ def _prepared(path: Path, folder: Path, notes: list[str]) -> Path:
         proto = onnx.version_converter.convert_version(proto, PER_CHANNEL_OPSET)
         notes.append(f"opset {opset} converted to {PER_CHANNEL_OPSET}, which has scales per channel")
     proto.ir_version = max(proto.ir_version, FREE_INITIALIZERS_IR)
-    prepared = folder / "prepared.onnx"
-    prepared.write_bytes(serialize(proto, str(path)))
-    return prepared
+    target.write_bytes(serialize(proto, str(path)))
+    return proto
 
 
-def _quantize(prepared: Path, target: Path, reader: _Reader, folder: Path, recipe: Recipe, optimize: bool) -> None:
+def _calibrated(path: Path, reader: _Reader, folder: Path, recipe: Recipe, optimize: bool) -> Calibrated:
+    """Prepare a model for the quantizer, and find the range of each activation; all files go to the folder, which is empty."""
+    from onnxruntime.quantization import shape_inference
+
+    notes: list[str] = []
+    prepared, fused = folder / "prepared.onnx", folder / "preprocessed.onnx"
+    nodes = {_label(node): list(node.output) for node in _prepared(path, prepared, notes).graph.node}
+    shape_inference.quant_pre_process(str(prepared), str(fused), skip_optimization=not optimize, skip_symbolic_shape=True)
+    proto = onnx.load(fused)
+    names = Counter(node.name for node in proto.graph.node)
+    for node in proto.graph.node:
+        if not node.name or names[node.name] > 1:
+            node.name = _label(node) if not node.name else f"{node.name} ({node.output[0]})"
+    fused.write_bytes(serialize(proto, str(path)))
+    ranges = _ranges(fused, reader, folder, recipe.calibration)
+    dead = sorted(name for name in ranges if name not in reader.names and not any(map(np.any, ranges[name].range_value)))
+    if {each.name for each in proto.graph.output}.issubset(dead):
+        raise QuantizerRefused("calibration collapses: every output is 0 on all samples")
+    if dead:
+        notes.append(f"activations that are 0 on all samples, so that nothing says their range: {first_few(dead)}")
+    return Calibrated(fused, ranges, nodes, tuple(notes))
+
+
+def _ranges(path: Path, reader: _Reader, folder: Path, calibration: Calibration) -> Any:  # onnxruntime's TensorsData
     from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization import calibrate
 
-    fused = folder / "preprocessed.onnx"
-    quant_pre_process(str(prepared), str(fused), skip_optimization=not optimize, skip_symbolic_shape=True)
-    quantization.quantize_static(
-        str(fused),
-        str(target),
-        reader,
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        reduce_range=recipe.reduce_range,
-        activation_type=getattr(quantization.QuantType, recipe.activations),
-        weight_type=getattr(quantization.QuantType, recipe.weights),
-        calibrate_method=quantization.CalibrationMethod.MinMax,
+    method = getattr(quantization.CalibrationMethod, CALIBRATIONS[calibration])
+    calibrator = calibrate.create_calibrator(
+        path,
+        None,
+        augmented_model_path=str(folder / "augmented.onnx"),
+        calibrate_method=method,
+        extra_options=HISTOGRAMS.get(calibration, {}),
     )
+    while reader.start():  # feed by feed: onnxruntime keeps all activations of those that it is given at once
+        calibrator.collect_data(reader)
+    ranges = calibrator.compute_data()
+    for name in ranges:
+        if not all(np.isfinite(end).all() for end in ranges[name].range_value):
+            raise QuantizerRefused(f"calibration gives no range: activation '{name}' is Inf or NaN")
+    return ranges
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def _excluded(calibrated: Calibrated, globs: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the nodes that globs leave in float, and notes about those that there are no more."""
+    excluded: dict[str, None] = {}
+    notes = []
+    nodes = onnx.load(calibrated.path, load_external_data=False).graph.node if globs else ()
+    names = {node.name for node in nodes}
+    for glob in globs:
+        meant = {name: outputs for name, outputs in calibrated.nodes.items() if fnmatchcase(name, glob)}
+        outputs = {output for outputs in meant.values() for output in outputs}
+        # onnxruntime names a node that it has fused after the first: name/MatMulAddFusion.
+        gone = tuple(f"{name}/" for name in meant if name not in names)
+        hit = [each.name for each in nodes if each.name in meant or outputs.intersection(each.output) or each.name.startswith(gone)]
+        if not hit:
+            notes.append(f"the folded model has no node {glob!r} to leave in float")
+        excluded.update(dict.fromkeys(hit))
+    return [*excluded], notes
+
+
+def _quantize(calibrated: Calibrated, target: Path, recipe: Recipe, only: list[str], left: list[str]) -> tuple[str, ...]:
+    """Write the quantized model, and return the names of the nodes that are quantized in it."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization import qdq_quantizer, quant_utils, registry
+
+    quantizer = qdq_quantizer.QDQQuantizer(
+        quant_utils.load_model_with_shape_infer(calibrated.path),
+        recipe.per_channel,
+        recipe.reduce_range,
+        getattr(quantization.QuantType, recipe.weights),
+        getattr(quantization.QuantType, recipe.activations),
+        calibrated.ranges,
+        only,
+        left,
+        sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry}),
+        {},
+    )
+    quantizer.quantize_model()
+    quantizer.model.save_model_to_file(str(target), False)
+    made = onnx.load(target, load_external_data=False).graph
+    floats = {output for node in made.node if node.op_type == "DequantizeLinear" for output in node.output}
+    chosen = [node for node in made.node if node.name not in left and (not only or node.name in only)]
+    return tuple(node.name for node in chosen if node.op_type != "QuantizeLinear" and floats.intersection(node.input))
 
 
 class _Reader:
-    """A calibration data reader as quantize_static asks it: one feed after the other from its file."""
+    """A calibration data reader as onnxruntime asks it: one feed from its file after each `start`."""
 
     def __init__(self, folder: Path, feeds: int, progress: Callable[[str], None] | None) -> None:
         self.folder = folder
         self.feeds = feeds
         self.progress = progress or (lambda text: None)
         self.place = 0
+        self.names: set[str] = set()
+        self._is_open = False
+
+    def start(self) -> bool:
+        """Let the next feed be read; False where there is none."""
+        self._is_open = self.place < self.feeds
+        return self._is_open
 
     def get_next(self) -> Feed | None:
-        """Return the next feed, or None after the last."""
-        if self.place == self.feeds:
+        """Return the feed, or None where it has been read."""
+        if not self._is_open:
             return None
+        self._is_open = False
         self.place += 1
         self.progress(f"calibrating on feed {self.place} of {self.feeds}")
         with open(feed_path(self.folder, self.place - 1), "rb") as file:
             feed: Feed = pickle.load(file)
-            return feed
+        self.names.update(feed)
+        return feed
 
 
 class _Listener(logging.Handler):
@@ -231,15 +321,17 @@ class Job(TypedDict):
     target: str
     folder: str
     feeds: int
-    recipe: tuple[str, str, bool]
+    recipe: RecipeFields
     optimize: bool
+    only: list[str]
+    left: list[str]
     seconds: float
 
 
 def serve() -> None:
     """Quantize what stdin asks for, a job in JSON a line, and answer on stdout, until stdin ends.
 
-    A line of stdin is a Job. Answers are lines of MARK and a dict: "progress" while it works, at last "notes" or "refused".
+    A line of stdin is a Job. Answers are lines of MARK and a dict: "progress" while it works, at last "notes" and "nodes", or "refused".
     """
     import onnxruntime
 
@@ -254,17 +346,22 @@ def serve() -> None:
     def say(**answer: object) -> None:
         os.write(channel, MARK + json.dumps(answer).encode() + b"\n")
 
+    calibrations: dict[object, Calibrated] = {}
     while True:
         job: Job = json.loads(jobs.get())
         # A loop in C++ may hold the interpreter lock, and then no thread sees that stdin has ended.
         faulthandler.dump_traceback_later(job["seconds"] + GRACE, exit=True, file=nowhere)
-        path, target, folder = (Path(place) for place in (job["path"], job["target"], job["folder"]))
-        recipe, optimize = Recipe(*job["recipe"]), job["optimize"]
         try:
-            notes = quantize_file(
-                path, target, folder, job["feeds"], recipe=recipe, optimize=optimize, progress=lambda text: say(progress=text)
+            made = quantize_file(
+                *(Path(job["path"]), Path(job["target"]), Path(job["folder"]), job["feeds"]),
+                recipe=Recipe.of(job["recipe"]),
+                optimize=job["optimize"],
+                only=job["only"],
+                left=job["left"],
+                calibrations=calibrations,
+                progress=lambda text: say(progress=text),
             )
-            say(notes=notes)
+            say(notes=made.notes, nodes=made.nodes)
         except QuantizerRefused as reason:
             say(refused=str(reason))
         faulthandler.cancel_dump_traceback_later()

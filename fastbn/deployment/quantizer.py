@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypedDict
 
-from fastbn.deployment.quantize import MARK, Job, QuantizerRefused, Recipe, feed_path
+from fastbn.deployment.quantize import MARK, Job, Made, QuantizerRefused, feed_path
+from fastbn.deployment.recipe import Recipe
 from fastbn.graph.model.storage import os_error
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ NOTICE, ENDING, LONGEST = 0.2, 2, 1 << 16
 
 
 class Answer(TypedDict, total=False):
-    """What the process answers: progress while it works, at last notes or refused."""
+    """What the process answers: progress while it works, at last notes and nodes, or refused."""
 
     progress: str
     notes: list[str]
+    nodes: list[str]
     refused: str
 
 
@@ -118,10 +120,12 @@ class Quantizer:
         recipe: Recipe,
         most_feeds: int | None = None,
         optimize: bool = True,
+        only: Sequence[str] = (),
+        left: Sequence[str] = (),
         seconds: float | None = None,
         progress: Callable[[str], None] | None = None,
-    ) -> tuple[str, ...]:
-        """Quantize a model file, as `quantize.quantize_file` does, on the first `most_feeds` feeds; return what else was done to it.
+    ) -> Made:
+        """Quantize a model file, as `quantize.quantize_file` does, on the first `most_feeds` feeds.
 
         Raises
         ------
@@ -138,8 +142,10 @@ class Quantizer:
             "target": os.path.abspath(target),
             "folder": os.path.abspath(self.folder),
             "feeds": count,
-            "recipe": (recipe.activations, recipe.weights, recipe.reduce_range),
+            "recipe": recipe.to_dict(),
             "optimize": optimize,
+            "only": [*only],
+            "left": [*left],
             "seconds": limit,
         }
         if self.process is None:
@@ -149,7 +155,7 @@ class Quantizer:
         refused = answer.get("refused")
         if refused is not None:
             raise QuantizerRefused(refused)
-        return tuple(answer.get("notes", ()))
+        return Made(tuple(answer.get("notes", ())), tuple(answer.get("nodes", ())))
 
     def _write(self, count: int) -> None:
         """Write the feeds that are not written yet: paths are handed over, no arrays."""

@@ -43,7 +43,7 @@ InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
 # The nodes that a plan lifts, or those that it rewrites.
 PlanKey: TypeAlias = tuple[NodeKey, ...]
 
-__all__ = ["Globs", "InputShapes", "checked_shapes", "fold", "verify"]
+__all__ = ["Globs", "InputShapes", "check_named", "checked_globs", "checked_shapes", "fold", "verify"]
 
 
 def fold(
@@ -102,7 +102,7 @@ def fold(
     >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
     ('c', True, 1)
     """
-    globs, shapes = (_globs(only, "only"), _globs(skip, "skip"), _globs(explain, "explain")), checked_shapes(input_shapes)
+    globs, shapes = map(checked_globs, (only, skip, explain), ("only", "skip", "explain")), checked_shapes(input_shapes)
     options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
     source = storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
@@ -156,7 +156,8 @@ class _Job:
         self.original = original
         self.options = options
         self.index = Index(form, options.freeze_inputs, options.input_shapes)
-        _check_globs(self.index, options)
+        for where, globs in (("only", options.only), ("skip", options.skip), ("explain", options.explain)):
+            check_named(self.index, globs or (), where)
         # Node -> why it is not folded: verification found its fold wrong.
         self.excluded: dict[NodeKey, str] = {}
         # Node -> why it is not rewritten: verification found that wrong.
@@ -406,7 +407,8 @@ def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bo
     )
 
 
-def _globs(value: Globs | None, where: str) -> list[str] | None:
+def checked_globs(value: Globs | None, where: str) -> list[str] | None:
+    """Return globs as a list; raises ArgumentTypeError where they are something else."""
     if value is None:
         return None
     globs = [value] if isinstance(value, str) else value
@@ -415,14 +417,13 @@ def _globs(value: Globs | None, where: str) -> list[str] | None:
     return list(globs)
 
 
-def _check_globs(index: Index, options: _Options) -> None:
+def check_named(index: Index, globs: Iterable[str], where: str) -> None:
+    """Raise ArgumentError where a glob names no node of a model."""
     labels = [node.label for node in index.order]
-    for where, globs in (("only", options.only), ("skip", options.skip), ("explain", options.explain)):
-        for glob in globs or ():
-            if not any(fnmatchcase(label, glob) for label in labels):
-                names = [node.label for node in index.order if is_batch_norm(node)]
-                some = first_few(names)
-                raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
+    for glob in globs:
+        if not any(fnmatchcase(label, glob) for label in labels):
+            some = first_few([node.label for node in index.order if is_batch_norm(node)])
+            raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
 
 
 def checked_shapes(input_shapes: InputShapes | None) -> dict[str, tuple[int, ...]]:
