@@ -17,7 +17,7 @@ from shell import Terminal, as_json, classifier_folder, deploy, files, losing
 from sketch import CONV_BN, classifier, conv_bn, model, norm, normal, ops, run
 
 import fastbn
-from fastbn.deployment import measure, pipeline, recipe
+from fastbn.deployment import measure, pipeline, quantize, recipe
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.result import SCHEMA
 from fastbn.graph import job
@@ -233,11 +233,11 @@ def test_a_model_of_which_nothing_runs_in_integers_is_shipped_folded(here, capsy
 
 
 def test_what_the_quantizer_makes_must_load(here, capsys, monkeypatch):
-    def quantize(quantizer, path, target, **options):
+    def broken(quantizer, path, target, **options):
         target.write_bytes(b"no model")
-        return ()
+        return quantize.Made((), ("y",))
 
-    monkeypatch.setattr(Quantizer, "quantize", quantize)
+    monkeypatch.setattr(Quantizer, "quantize", broken)
     report = as_json(capsys, "--data", "data.npz", "--quantize", code=4)
     assert report["decision"].startswith("onnxruntime cannot load what its quantizer made: ")
 
