@@ -7,6 +7,7 @@
 #endif
 #define FBN_AVX512
 #define FBN_ISA avx512
+#define FBN_SHARED_LOOP
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -7,6 +7,7 @@
 #endif
 #define FBN_SSE2
 #define FBN_ISA sse2
+#define FBN_COMPACT
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -14,9 +14,13 @@
 /* Lanes of the widest vector of any ISA. */
 #define FBN_MOST_LANES 16
 
+/* Planes shorter than this are short: a reduction has fewer lanes for them. docs/numerics.md: sums of short planes. */
+#define FBN_SHORT_PLANE 512
+
 /* A piece of a tensor: `rows` rows of `cols` contiguous elements, `<tensor>_stride` elements apart. Constants are per channel, in the type
  * that is computed in: float64 for float64 data, float32 otherwise. With d = x - center, every step rounded:
  *
+ *   pivot        sum = a value near the mean, from some of the values alone: the pivot of stats
  *   stats        sum = sum(d)    dot = sum(d*d)
  *   apply        out = activation(z),    z = d*scale + shift + residual
  *   grad_reduce  sum = sum(g)    dot = sum(g*d),    g = dy * activation'(z), recomputed from x, so that no mask is stored
@@ -24,7 +28,8 @@
  *
  * `center` is the pivot in stats and the mean, rounded, elsewhere. `sum` and `dot` are set, not added to.
  *
- * Layout ncs: a reduction is of one channel. A map is of cols / period channels, whose planes of `period` elements lie side by side.
+ * Layout ncs: a piece is of cols / period channels, whose planes of `period` elements lie side by side; a reduction is of one channel
+ * where its planes are not short.
  * Layout nsc: a reduction has one constant and one pair of sums for every column. The columns of a map find their constants again after
  * every `period`. Each table has FBN_TABLE_PADDING readable values behind its last; in a map with more columns than the period they are its
  * first. */
@@ -38,7 +43,8 @@ typedef struct {
     int64_t prefetch; /* elements from here to what is read next; 0 where that is not known. docs/numerics.md: prefetch */
     fbn_activation activation;
     int frozen;
-    int stream; /* a map stores past the cache, a reduction prefetches its next row. docs/numerics.md: streaming stores */
+    int short_planes; /* layout ncs: the planes of the job are short */
+    int stream;       /* a map stores past the cache, a reduction prefetches its next row. docs/numerics.md: streaming stores */
 } fbn_piece;
 
 typedef void fbn_kernel(const fbn_piece *piece);
@@ -48,6 +54,7 @@ typedef void fbn_kernel(const fbn_piece *piece);
  *   activations  EACH (one loop compiled for each activation) or NONE (the activation does not matter)
  * The last two take two pieces of one size: they reduce the first and map the second. */
 #define FBN_EACH_OP(X)                                                                                                                     \
+    X(PIVOT, pivot, PLANES, NONE)                                                                                                          \
     X(STATS, stats, BOTH, NONE)                                                                                                            \
     X(APPLY, apply, BOTH, EACH)                                                                                                            \
     X(GRAD_REDUCE, grad_reduce, BOTH, EACH)                                                                                                \
@@ -62,6 +69,7 @@ typedef enum { FBN_NCS, FBN_NSC, FBN_LAYOUTS } fbn_layout;
 /* Every kernel of one ISA; NULL where an op has no kernel for a layout. */
 typedef struct {
     const char *isa;
+    int vector_bytes;
     fbn_kernel *kernel[FBN_OPS][FBN_LAYOUTS][FBN_DTYPES];
 } fbn_kernels;
 

@@ -27,6 +27,7 @@ static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64
     piece->residual_stride = step * (along_n ? job->residual.n : job->residual.s);
     piece->activation = job->activation;
     piece->frozen = job->frozen;
+    piece->short_planes = job->S < FBN_SHORT_PLANE;
     piece->stream = plan->stream;
 }
 

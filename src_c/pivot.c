@@ -3,8 +3,6 @@
 #include "channels.h"
 #include "debug.h"
 
-#include <math.h>
-
 /* pivot = x0 + sum(x_k - x0)/count over the sampled values x_k: the differences are small where the values lie far from zero, so that the
  * sum loses nothing of them. Channels that lie side by side are added up together. CT is what is added up in. */
 #define PIVOTS(name, T, CT)                                                                                                                \
@@ -51,5 +49,5 @@ void fbn_pivots(double *pivot, const fbn_job *job, const fbn_pivot_sample *sampl
     FBN_ASSERT(sample->count > 0 && channels <= FBN_CHANNEL_BLOCK && first + channels <= job->C);
     pivots_of_dtype[job->dtype](pivot, job, sample, first, channels);
     for (int64_t c = 0; c < channels; c++)
-        pivot[c] = isfinite(pivot[c]) ? pivot[c] : 0;
+        pivot[c] = fbn_finite_pivot(pivot[c]);
 }

@@ -12,6 +12,11 @@ typedef struct {
 } fbn_pivot_sample;
 fbn_pivot_sample fbn_choose_sample(const fbn_job *job);
 
+/* A pivot, or 0 where it is not finite: any pivot gives the right formula. */
+static inline double fbn_finite_pivot(double pivot) {
+    return pivot - pivot == 0 ? pivot : 0;
+}
+
 /* pivot[c] = the mean of the sample of channel first + c, or 0 where that is not finite, for c below channels. */
 void fbn_pivots(double *pivot, const fbn_job *job, const fbn_pivot_sample *sample, int64_t first, int64_t channels);
 

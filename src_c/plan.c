@@ -13,8 +13,7 @@ enum {
     JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
     LONG_ROW = 2048,     /* or of so many where the elements of a place number at least */
     LARGE = 1 << 21,     /* so many */
-    SMALL_PLANE = 512,   /* planes shorter than this are reduced by columns, and not interleaved with a map, */
-    FEW_SAMPLES = 16,    /* unless there are fewer samples than this */
+    FEW_SAMPLES = 16,    /* short planes are reduced by columns unless there are fewer samples than this */
 
     LEAST_PLANE = FBN_MOST_LANES, /* planes shorter than a vector are mapped by columns */
     MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns */
@@ -99,9 +98,12 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
     reduction->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
     reduction->tiles = job->S <= FBN_PLANE_TILE ? ceil_div(job->N, reduction->tile_rows) : job->N * ceil_div(job->S, FBN_PLANE_TILE);
     /* A short plane is better mapped in one run of memory with its neighbors. */
-    reduction->interleaved = job->S >= SMALL_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
+    reduction->joined = plan->memory.adjacent && job->S < FBN_SHORT_PLANE;
+    reduction->interleaved = job->S >= FBN_SHORT_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
     int64_t group = FIRST_CACHE / channel;
-    if (!reduction->interleaved)
+    if (reduction->joined && plan->threads == 1)
+        group = in_core;
+    else if (!reduction->interleaved)
         group = smaller(larger(ceil_div(LONG_RUN, job->S), group), in_core);
     if (plan->threads > 1)
         group = larger(group, FBN_PLANE_TILE / channel);
@@ -163,7 +165,7 @@ static void cut(fbn_plan *plan) {
     FBN_ASSERT(channels_last || job->S == 1 || all_strides(job, s_stride, 1, one_element));
     find_memory_order(&plan->memory, job, channels_last);
     const int adjacent = plan->memory.adjacent;
-    if (channels_last || (adjacent && job->S < SMALL_PLANE && job->N >= FEW_SAMPLES))
+    if (channels_last || (adjacent && job->S < FBN_SHORT_PLANE && job->N >= FEW_SAMPLES))
         plan_reduction_by_columns(plan);
     else
         plan_reduction_by_planes(plan);

@@ -18,8 +18,9 @@ static void call(const fbn_run *run, fbn_op op, fbn_layout layout, const fbn_pie
 
 static void reduce_planes(const fbn_run *run, int64_t first, int64_t channels, int64_t tile) {
     fbn_piece piece;
-    for (int64_t c = first; c < first + channels; c++) {
-        fbn_piece_of_planes(&piece, &run->plan, c, 1, tile);
+    const int64_t together = run->plan.reduction.joined ? channels : 1;
+    for (int64_t c = first; c < first + channels; c += together) {
+        fbn_piece_of_planes(&piece, &run->plan, c, together, tile);
         call(run, run->reduce_op, FBN_NCS, &piece);
     }
 }
@@ -179,12 +180,23 @@ static void map_task(void *context, int64_t index, int slot) {
 
 /* ---- the order of pieces ---- */
 
+/* The pivots of channels that are reduced together come from a kernel, which leaves them where the sums of the first tile will be. */
 static void set_pivots(const fbn_run *run, int64_t first, int64_t channels) {
+    const fbn_plan *plan = &run->plan;
     double pivot[FBN_CHANNEL_BLOCK];
+    if (plan->reduction.joined) {
+        fbn_piece piece;
+        fbn_piece_of_planes(&piece, plan, first, channels, 0);
+        call(run, FBN_PIVOT, FBN_NCS, &piece);
+    }
     for (int64_t c = first; c < first + channels; c += FBN_CHANNEL_BLOCK) {
         const int64_t left = first + channels - c, count = left < FBN_CHANNEL_BLOCK ? left : FBN_CHANNEL_BLOCK;
-        fbn_pivots(pivot, run->plan.job, &run->sample, c, count);
-        fbn_set_constants(&run->plan, FBN_CENTER, c, (int)count, pivot);
+        if (plan->reduction.joined)
+            for (int64_t i = 0; i < count; i++)
+                pivot[i] = fbn_finite_pivot(plan->scratch.sums[c + i]);
+        else
+            fbn_pivots(pivot, plan->job, &run->sample, c, count);
+        fbn_set_constants(plan, FBN_CENTER, c, (int)count, pivot);
     }
 }
 

@@ -6,9 +6,10 @@
  *   keep(v, k)                lanes 0..k-1 of v, zeros behind them
  *   join(k, a, b)             lanes 0..k-1 of a, the others of b
  *   add_to(sums, v)           sums[i] += v[i] in float64
+ *   sums_of_rows(sums, rows, count)   sums[i] = the 16 values of row i, added in halves: j + (j+8) first, then 4, 2, 1
  *   load store stream         _<storage>: f32 f64 f16 bf16; a streaming store passes the cache by and needs an address that is a multiple
  *                             of the bytes stored. A NaN that is stored as bf16 must have zeros in the bits that are dropped: see
- *                             round_constant_f32 in channels.c
+ *                             round_constant_f32 in channels.h
  *   load_part store_part      the first k lanes only; nothing behind them is read or written
  *
  * A file that includes this header defines one of FBN_SCALAR, FBN_SSE2, FBN_AVX2, FBN_AVX512, FBN_NEON and sets the target first. */
@@ -280,6 +281,41 @@ VEC void vf_store_bf16(uint16_t *p, vf a) {
 
 #endif
 
+/* Sums of 16 rows at once: each step takes two vectors of halves, one of the first and one of the second half of what is left of two sets
+ * of rows, and adds them. DEALT_ROW is the order of rows that leaves the sums in theirs: each step deals them out like cards. */
+#define DEALT_ROW(i) rows[((i) & 1) << 1 | ((i) & 2) >> 1 | FAR_ROW((i) & 12)]
+#if defined(FBN_AVX512)
+#define FAR_ROW(i) (((i) & 4) << 1 | ((i) & 8) >> 1)
+#define ADD_HALVES(shuffle, a, b, first, second)                                                                                           \
+    _mm512_add_ps(_mm512_shuffle_##shuffle(a, b, first), _mm512_shuffle_##shuffle(a, b, second))
+VEC void vf_sums_of_rows(float *sums, float (*rows)[16], int count) {
+    vf v[8];
+    (void)count;
+    for (int i = 0; i < 8; i++)
+        v[i] = ADD_HALVES(f32x4, vf_load_f32(DEALT_ROW(i)), vf_load_f32(DEALT_ROW(i + 8)), 0x44, 0xee);
+    for (int i = 0; i < 4; i++)
+        v[i] = ADD_HALVES(f32x4, v[i], v[i + 4], 0x88, 0xdd);
+    for (int i = 0; i < 2; i++)
+        v[i] = ADD_HALVES(ps, v[i], v[i + 2], 0x44, 0xee);
+    vf_store_f32(sums, ADD_HALVES(ps, v[0], v[1], 0x88, 0xdd));
+}
+#elif defined(FBN_AVX2)
+#define FAR_ROW(i) (i)
+#define ADD_HALVES(shuffle, a, b, first, second) _mm256_add_ps(_mm256_##shuffle(a, b, first), _mm256_##shuffle(a, b, second))
+VEC void vf_sums_of_rows(float *sums, float (*rows)[16], int count) {
+    for (int half = 0; half < count; half += 8) {
+        vf v[8];
+        for (int i = 0; i < 8; i++)
+            v[i] = vf_add(vf_load_f32(DEALT_ROW(half + i)), vf_load_f32(DEALT_ROW(half + i) + 8));
+        for (int i = 0; i < 4; i++)
+            v[i] = ADD_HALVES(permute2f128_ps, v[i], v[i + 4], 0x20, 0x31);
+        for (int i = 0; i < 2; i++)
+            v[i] = ADD_HALVES(shuffle_ps, v[i], v[i + 2], 0x44, 0xee);
+        vf_store_f32(sums + half, ADD_HALVES(shuffle_ps, v[0], v[1], 0x88, 0xdd));
+    }
+}
+#endif
+
 /* Operations that an ISA has no instruction for, made of its others. */
 #if !defined(FBN_AVX2) && !defined(FBN_AVX512)
 #if !defined(FBN_SSE2)
@@ -289,6 +325,20 @@ DO(vd_stream_f64, (double *p, vd a), vd_store_f64(p, a))
 DO(vf_stream_f16, (uint16_t *p, vf a), vf_store_f16(p, a))
 DO(vf_stream_bf16, (uint16_t *p, vf a), vf_store_bf16(p, a))
 #endif
+
+#define SUMS_OF_ROWS(V, E)                                                                                                                 \
+    VEC void V##_sums_of_rows(E *sums, E(*rows)[16], int count) {                                                                          \
+        for (int width = 8; width > 0; width /= 2)                                                                                         \
+            for (int i = 0; i < count; i++)                                                                                                \
+                for (int j = 0; j < width; j++)                                                                                            \
+                    rows[i][j] += rows[i][j + width];                                                                                      \
+        for (int i = 0; i < count; i++)                                                                                                    \
+            sums[i] = rows[i][0];                                                                                                          \
+    }
+#if !defined(FBN_AVX2) && !defined(FBN_AVX512)
+SUMS_OF_ROWS(vf, float)
+#endif
+SUMS_OF_ROWS(vd, double)
 
 #if defined(FBN_SCALAR)
 #define PART(V, LANES, T, storage)                                                                                                         \

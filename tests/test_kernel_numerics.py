@@ -42,6 +42,30 @@ def test_a_sum_loses_fifteen_roundings_at_most_however_long(n, layout):
         assert abs(dbias[0] - exact.sum()) <= 15.01 * U * np.abs(exact).sum()
 
 
+@pytest.mark.parametrize("shape", [(1, 40, 49), (3, 20, 49), (2, 5, 511), (15, 33, 17), (7, 3, 100)])
+def test_a_sum_of_a_short_plane_loses_nineteen_roundings_at_most(shape):
+    n = shape[0] * shape[2]
+    rng = np.random.default_rng(n)
+    for dy in (np.full(shape, 1 / 3), rng.uniform(0, 1, shape), 1 + rng.uniform(0, 1e-3, shape), rng.standard_normal(shape)):
+        dy = dy.astype(np.float32)
+        stats = fastbn.BatchStats(n, np.zeros(shape[1]), np.full(shape[1], float(n)))
+        *_, dbias = fastbn.batch_norm_backward(dy, np.ones_like(dy), stats, np.ones(shape[1]), np.zeros(shape[1]))
+        exact = dy.astype(np.longdouble)
+        assert (np.abs(dbias - exact.sum((0, 2))) <= 19.01 * U * np.abs(exact).sum((0, 2))).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 49), (2, 19, 300), (5, 8, 16), (9, 33, 3)])
+def test_channels_of_short_planes_that_are_reduced_together_keep_their_own_pivots(shape):
+    rng = np.random.default_rng(0)
+    means = rng.permutation(np.geomspace(1, 1e6, shape[1]))[None, :, None]
+    x = (rng.standard_normal(shape) + means).astype(np.float32)
+    stats = fastbn.batch_stats(x)
+    exact = x.astype(np.longdouble)
+    m2 = np.square(exact - exact.mean((0, 2), keepdims=True)).sum((0, 2))
+    assert (np.abs(stats.m2 - m2) <= 101 * U * m2).all()
+    assert (np.abs(stats.mean - exact.mean((0, 2))) <= 20 * U * np.sqrt(m2 / (shape[0] * shape[2]))).all()
+
+
 @pytest.mark.parametrize(("distance", "recomputed"), [(0, False), (0.5, False), (0.97, False), (1.03, True), (5, True), (1000, True)])
 def test_a_channel_is_recomputed_where_its_pivot_is_a_deviation_off(distance, recomputed):
     n, errors = 64_000, []
