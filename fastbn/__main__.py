@@ -1,6 +1,6 @@
 """python -m fastbn."""
 
-from fastbn.cli import main
+from fastbn.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

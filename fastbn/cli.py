@@ -9,11 +9,12 @@ quantized one, or nothing could be measured; 5 done, not verified: the parity of
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from fastbn.arguments import Arguments, input_shapes, names, parser
 from fastbn.delivery import (
@@ -28,9 +29,9 @@ from fastbn.delivery import (
     workdir_of,
 )
 from fastbn.errors import ArgumentError, FastbnError
-from fastbn.terminal import Progress, Steps, complain, emit, flush
+from fastbn.terminal import Progress, Steps, complain, emit, flush, stoppable, undisturbed
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 DONE, FAILED, UNUSABLE, LEFT, PARTIAL, UNVERIFIED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
 
@@ -39,8 +40,19 @@ Command: TypeAlias = Callable[[Arguments, Delivery], int]
 
 def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     """Run the command with these arguments, sys.argv's by default, and return its exit code."""
-    delivery = Delivery()
     words = list(map(str, sys.argv[1:] if argv is None else argv))
+    with stoppable():
+        return _run(words, Delivery())
+
+
+def run() -> NoReturn:
+    """Be the command: run it and end the process, in which an interrupt comes too late from then on."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit(code)
+
+
+def _run(words: list[str], delivery: Delivery) -> int:
     try:
         arguments = _parsed(words)
         arguments.line = shlex.join(["fastbn", *words])
@@ -48,14 +60,15 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
         flush(sys.stdout)
         return code
     except FastbnError as error:
-        return _stop(str(error), UNUSABLE)
+        return _stop(f"{error}{_mentioned(delivery)}", UNUSABLE)
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else "fastbn"
-        return _stop(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}", UNUSABLE)
+        return _stop(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}{_mentioned(delivery)}", UNUSABLE)
     except MemoryError:
         return _stop("Cannot go on: the memory does not suffice", UNUSABLE)
     except KeyboardInterrupt:
-        return _stop(f"interrupted, {delivery.written}", INTERRUPTED)
+        with undisturbed():
+            return _stop(f"interrupted, {delivery.written}", INTERRUPTED)
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
@@ -70,6 +83,11 @@ def _parsed(argv: list[str]) -> Arguments:
     except SystemExit:  # the help is printed
         flush(sys.stdout)
         raise
+
+
+def _mentioned(delivery: Delivery) -> str:
+    """Return what an error adds that comes after the model has taken its place: that of a report, of a folder that is not synced."""
+    return f"; {delivery.written}" if delivery.has_written else ""
 
 
 def _stop(reason: str, code: int) -> int:

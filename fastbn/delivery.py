@@ -52,7 +52,7 @@ def source_of(name: str) -> Source:
 
 def place_beside(name: str) -> Path | str:
     """Return where the folded model of IN goes by default: beside it, or to stdout where it comes from stdin."""
-    from fastbn.graph.model.storage import file_path
+    from fastbn.graph.model.files import file_path
 
     if name == STREAM:
         return STREAM
@@ -139,7 +139,12 @@ class Delivery:
     @property
     def written(self) -> str:
         """A sentence for the end of a complaint."""
-        return f"{self.prepared.path} is written" if self.prepared is not None and self.prepared.committed else "nothing written"
+        return f"{self.prepared.path} is written" if self.has_written and self.prepared is not None else "nothing written"
+
+    @property
+    def has_written(self) -> bool:
+        """Whether the model is in its place."""
+        return self.prepared is not None and self.prepared.committed
 
     @property
     def stream(self) -> TextIO:
@@ -181,7 +186,9 @@ class Delivery:
             A place cannot be written to.
         """
         from fastbn.graph.rewrite.destination import check_destination
+        from fastbn.graph.runtime import silence_log
 
+        silence_log()
         self.quiet = quiet
         self.target = target
         self.page = page
@@ -246,7 +253,7 @@ class Delivery:
             for place, text in ((self.page, page), (self.json, None if self.json in (None, STREAM) else _json_text(report) + "\n")):
                 if place is not None and text is not None:
                     stack = before if is_stream(place) else after
-                    stack.enter_context(atomic(place)).write_text(text, encoding="utf-8")
+                    stack.enter_context(atomic(place, text))
             if self.json == STREAM:
                 print_json(report)
             if data is not None:

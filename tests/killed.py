@@ -16,6 +16,7 @@ import make_models
 import onnx
 
 import fastbn
+from fastbn.cli import main as command
 from fastbn.graph.rewrite import writer
 
 CALLS = ("open", "mkdir", "rmdir", "link", "unlink", "rename", "replace", "fsync", "chmod", "chown", "pwrite", "close")
@@ -64,6 +65,7 @@ def check(folder, job, out, stays):
     faults, states = [], set()
     old = weights(out)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    linked = [path.name for path in folder.iterdir() if path != out and out.exists() and path.samefile(out)]
     job()
     new = weights(out)
     for point in itertools.count():
@@ -71,6 +73,9 @@ def check(folder, job, out, stays):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, data in before.items():
             (folder / name).write_bytes(data)
+        for name in linked:
+            (folder / name).unlink()
+            os.link(out, folder / name)
         killed = killed_at(point, job)
         found = weights(out)
         states.add("old" if found == old else "new" if found == new else "neither")
@@ -84,30 +89,52 @@ def check(folder, job, out, stays):
             return point, faults, sorted(states)
 
 
+def several(folder):
+    """Make large.onnx with a data file for each weight; return its path."""
+    path = make_models.large(folder, layers=3, channels=8)
+    proto = onnx.load(path)
+    for tensor in (each for each in proto.graph.initializer if each.name.endswith("conv.weight")):
+        onnx.external_data_helper.set_external_data(tensor, f"{tensor.name}.data")
+    onnx.save(proto, path)
+    (folder / "large.onnx.data").unlink()
+    return path
+
+
 def main():
     os.fsync = lambda descriptor: None  # a kill loses nothing that the system has
     writer.LARGEST_INLINE = 0
     here = Path.cwd()
-    for name in ("in", "old", "fresh", "same", "own"):
+    for name in ("in", "parts", "old", "fresh", "many", "same", "own", "inline", "linked", "reported"):
         (here / name).mkdir()
     model = make_models.large(here / "in", layers=2, channels=8)
-    fastbn.fold(model, verify=False, only="*0*").save(here / "old" / "out.onnx")
+    part = fastbn.fold(model, verify=False, only="*0*")
+    for folder in ("old", "own", "linked", "reported"):
+        part.save(here / folder / "out.onnx")
+    os.link(here / "linked" / "out.onnx", here / "linked" / "other.onnx")
+    onnx.save(onnx.load(model), here / "inline" / "out.onnx")
     shutil.copytree(here / "in", here / "same", dirs_exist_ok=True)
-    fastbn.fold(model, verify=False, only="*0*").save(here / "own" / "large.onnx")
+    (here / "same" / "large.onnx").rename(here / "same" / "out.onnx")
 
     def saving(source, out):
         return lambda: fastbn.fold(source, verify=False).save(out)
 
+    def reporting(source, out):
+        return lambda: command(["fold", str(source), str(out), "-q", "--no-verify", "--json", str(out.parent / "report.json")])
+
     runs = {
-        "new": ("fresh", model, "out.onnx", ()),
-        "replaced": ("old", model, "out.onnx", ()),
-        "in place": ("own", here / "own" / "large.onnx", "large.onnx", ()),
-        "in place, another's data": ("same", here / "same" / "other.onnx", "other.onnx", ("large.onnx.data",)),
+        "new": ("fresh", saving, model, ()),
+        "replaced": ("old", saving, model, ()),
+        "of several data files": ("many", saving, several(here / "parts"), ()),
+        "with a report": ("reported", reporting, model, ("report.json",)),
+        "in place": ("own", saving, None, ()),
+        "in place, in one file": ("inline", saving, None, ()),
+        "in place, hard linked": ("linked", saving, None, ("other.onnx", "out.onnx.data")),
+        "in place, another's data": ("same", saving, None, ("large.onnx.data",)),
     }
-    (here / "same" / "large.onnx").rename(here / "same" / "other.onnx")
     report = {}
-    for name, (folder, source, out, stays) in runs.items():
-        report[name] = check(here / folder, saving(source, here / folder / out), here / folder / out, stays)
+    for name, (folder, job, source, stays) in runs.items():
+        out = here / folder / "out.onnx"
+        report[name] = check(out.parent, job(source or out, out), out, stays)
     json.dump(report, sys.stdout)
 
 

@@ -146,7 +146,8 @@ def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_real_interrupt(here, environment):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_real_interrupt(number, here, environment):
     command = [sys.executable, "-m", "fastbn", "deploy", "in.onnx", "out.onnx", "--runs", "100000000"]
     monkey = {**environment, "PYTHONUNBUFFERED": "1"}
     # A second is timed for each number of threads: long enough to interrupt.
@@ -155,7 +156,7 @@ def test_a_real_interrupt(here, environment):
         if "measuring latency" in line:
             break
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "fastbn: interrupted, nothing written\n")
     assert files(here) == ["data.npz", "in.onnx"]

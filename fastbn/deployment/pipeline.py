@@ -26,6 +26,7 @@ from fastbn.graph.bench import Latency, side_by_side
 from fastbn.graph.fold_result import FoldResult, planning_of
 from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.model import storage
+from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
@@ -323,7 +324,7 @@ class _Pipeline:
     def _files(self, fold: FoldResult, source: storage.Source) -> dict[StageName, Path]:
         """Return the files of the stages that there are so far; they may lie in the workdir."""
         original = source.path
-        if original is None or source.is_edited or (storage.utf8_path(original) is None and not source.data_files()):
+        if original is None or source.is_edited or (utf8_path(original) is None and not source.data_files()):
             original = self.workdir / "original.onnx"
             Output(source.proto, [], source, {}, source.is_edited).save(original)
         folded = self.workdir / "folded.onnx"

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Self, TypedDict
 
 from fastbn.deployment.quantize import MARK, Job, Made, QuantizerRefused, feed_path
 from fastbn.deployment.recipe import Recipe
-from fastbn.graph.model.storage import os_error
+from fastbn.graph.model.files import os_error
 
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed

@@ -309,9 +309,8 @@ class Deployment:
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the HTML report, one file that needs no other; raises FastbnError without jinja2."""
-        text = render(self)
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        with atomic(path, render(self)):
+            pass
 
     def to_dict(self) -> DeploymentFields:
         """Return everything as data that JSON holds; "schema" is its version."""

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import helper, numpy_helper
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
-from fastbn.graph.model.storage import file_path, os_error
+from fastbn.graph.model.files import file_path, os_error
 from fastbn.graph.parity.feeds import random_feeds
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import runtime_errors

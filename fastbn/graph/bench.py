@@ -79,9 +79,12 @@ def bench(
     feed = feeds_for(before, index, shapes)[0]
     _check_runs(after, other.name, feed)
     try:
-        return side_by_side({"original": before.model, "folded": after.model}, feed, runs)
+        rows = side_by_side({"original": before.model, "folded": after.model}, feed, runs)
     except runtime_errors() as error:  # its optimizer may fail where the plain models load
         raise ModelError(f"Cannot time the models: onnxruntime does not run them with its optimizer: {said(error)}") from error
+    for each in (source, other):
+        each.check_unchanged()
+    return rows
 
 
 def _check_runs(model: Runnable, where: str, feed: Feed) -> None:

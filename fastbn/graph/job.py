@@ -219,6 +219,7 @@ class _Job:
     def result(self, planning: Planning) -> FoldResult:
         """Write and verify the whole model; return the FoldResult."""
         planning, output, parity = self._finish(planning)
+        self.original.check_unchanged()
         planning.kept = advised(planning, self.index, self._supposed)
         missed: list[Plan] = []
         if parity is not None and parity.status in ("ok", "inconclusive"):
@@ -357,9 +358,12 @@ def verify(
     (True, 'failed')
     """
     shapes = checked_shapes(input_shapes)
-    index = Index(storage.load(original), False, shapes)
-    other = Runnable.of(storage.load(folded))
-    return Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress).check(other)
+    index, other = Index(storage.load(original), False, shapes), storage.load(folded)
+    comparison = Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress)
+    parity = comparison.check(Runnable.of(other))
+    for source in (index.source, other):
+        source.check_unchanged()
+    return parity
 
 
 def _key(nodes: Iterable[Node]) -> PlanKey:

@@ -12,7 +12,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from fastbn.errors import FastbnError, StorageError
-from fastbn.graph.model.storage import Source, serialize, utf8_path
+from fastbn.graph.model.files import utf8_path
+from fastbn.graph.model.storage import Source, serialize
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -29,6 +30,7 @@ __all__ = [
     "said",
     "says_invalid",
     "session",
+    "silence_log",
 ]
 
 
@@ -40,6 +42,11 @@ NOISE = (
     (re.compile(r"^Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: "), r"\1 '\2': "),
 )
 
+
+# The level of onnxruntime's log above which nothing is written that a process survives.
+FATAL = 4
+
+_is_log_silent = False
 
 # Types whose arrays onnxruntime does not take or give -> a type that holds all their values, in which they travel.
 CARRIERS: dict[int, int] = {
@@ -106,7 +113,15 @@ def _runtime() -> Any:  # a module without types
         import onnxruntime
     except ImportError as error:
         raise FastbnError("Cannot run models: onnxruntime is not installed (pip install 'fastbn[onnx]')") from error
+    if _is_log_silent:
+        onnxruntime.set_default_logger_severity(FATAL)
     return onnxruntime
+
+
+def silence_log() -> None:
+    """Let onnxruntime's own log say nothing from now on: for the command, whose stderr has one voice."""
+    global _is_log_silent
+    _is_log_silent = True
 
 
 def _exceptions() -> Any:  # a module without types
@@ -127,9 +142,8 @@ def said(error: Exception) -> str:
 
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that onnxruntime raises."""
-    state = _exceptions()
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException", "EPFail", "NoSuchFile")
-    return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
+    own = [each for each in vars(_exceptions()).values() if isinstance(each, type) and issubclass(each, Exception)]
+    return (*own, RuntimeError, ValueError)
 
 
 def says_invalid(error: Exception) -> bool:
@@ -178,7 +192,7 @@ def session(
     if isinstance(model, str):
         model = _utf8(model)
     options = runtime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = FATAL
     options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

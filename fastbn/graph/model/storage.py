@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
+from fastbn.graph.model.files import Signature, file_path, opened, os_error, signature_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,16 +31,13 @@ __all__ = [
     "Place",
     "Source",
     "external_tensors",
-    "file_path",
     "is_external",
     "load",
     "location_of",
     "model_in",
-    "os_error",
     "read_pipe",
     "serialize",
     "tensor_dtype",
-    "utf8_path",
 ]
 
 # What a model may be given as: a path, bytes, an object, or what load() has made of one of these.
@@ -59,32 +56,11 @@ PACKED = re.compile(r"(?:u?int|float)([24])(?![0-9])")
 PLACE = ("location", "offset", "length")
 
 
-def os_error(error: OSError, where: str) -> StorageError:
-    """Return a StorageError with the message of the operating system."""
-    return StorageError(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}")
-
-
 def model_in(path: str | os.PathLike[str]) -> ModelProto | None:
     """Return the ModelProto of a file, or None for one that cannot be read or holds no model."""
     try:
         return _parse(Path(path).read_bytes(), str(path))
     except (ModelError, OSError):
-        return None
-
-
-def file_path(name: str | os.PathLike[str], what: str) -> Path:
-    """Return the path of a file; raises StorageError for a name that only a folder may have, which Path would take for that of a file."""
-    text = os.fsdecode(name)
-    if not text or text.endswith(os.sep):
-        raise StorageError(expected(what, f"{'the name of a folder' if text else 'an empty name'}", text))
-    return Path(text)
-
-
-def utf8_path(path: str | os.PathLike[str]) -> str | None:
-    """Return a path as libraries in C++ take it, whatever the locale: as text whose UTF-8 is the name; None where the name is no UTF-8."""
-    try:
-        return os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
         return None
 
 
@@ -267,6 +243,9 @@ class Source:
         self.notes: tuple[str, ...] = ()
         self.inference: InferenceForm | None = None
         self._files: dict[Path, npt.NDArray[np.uint8]] = {}
+        # Which file the model was read from, and its data files, as they were then.
+        self._own = None if path is None else signature_of(path)
+        self._signatures: dict[Path, Signature | None] = {}
 
     @property
     def is_edited(self) -> bool:
@@ -276,12 +255,12 @@ class Source:
     def derived(self, proto: ModelProto | None = None) -> Source:
         """Return the same model, or another one that is made of it, with the same name, data files, and notes."""
         other = Source(self.proto if proto is None else proto, self.path, self.name, self._data if proto is None else None)
-        other.notes, other.inference = self.notes, self.inference
+        other.notes, other.inference, other._signatures = self.notes, self.inference, self._signatures
         return other
 
     def to_bytes(self) -> bytes:
         """Return the model as it was given, byte for byte: protobuf writes fields in another order than some exporters."""
-        if self.path is None or self.is_edited:
+        if self.path is None or self.is_edited or signature_of(self.path) != self._own:
             return serialize(self.proto, self.name) if self._data is None else self._data
         try:
             return self.path.read_bytes()
@@ -347,9 +326,16 @@ class Source:
         for tensor in external_tensors(self.proto):
             path, offset, length = self.place(tensor)
             if path not in sizes:
+                self._signatures[path] = signature_of(path)
                 sizes[path] = self._checked_size(path, tensor)
             if offset + length > sizes[path]:
                 raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{sizes[path]}", str(path)))
+
+    def check_unchanged(self) -> None:
+        """Check that the data files are those that they were when the model was read; raises StorageError for another, or a changed one."""
+        for path, signature in self._signatures.items():
+            if signature_of(path) != signature:
+                raise StorageError(f"Cannot use '{path}': it has changed since the model was read")
 
     def _checked_size(self, path: Path, tensor: TensorProto) -> int:
         """Return the bytes of a data file; a link may lead to another name only inside the folder of the model, or, where the model is a
@@ -403,7 +389,7 @@ class Source:
         """Return the bytes of an external tensor as a map of its file, which stays open."""
         path, offset, length = self.place(tensor)
         if path not in self._files:
-            with _opened(path) as file:
+            with opened(path) as file:
                 self._files[path] = np.memmap(file, np.uint8, "r") if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
         data = self._files[path][offset : offset + length]
         _check_length(data, offset, length, path)
@@ -412,7 +398,7 @@ class Source:
     def read(self, tensor: TensorProto) -> bytes:
         """Return the bytes of an external tensor, and leave no file open: there may be more of them than a process may open."""
         path, offset, length = self.place(tensor)
-        with _opened(path) as file:
+        with opened(path) as file:
             file.seek(offset)
             data = file.read(length)
         _check_length(data, offset, length, path)
@@ -433,17 +419,3 @@ def _check_length(data: Sized, offset: int, length: int, path: Path) -> None:
     """Raise ModelError where a data file ends before the bytes of a tensor."""
     if len(data) != length:
         raise ModelError(expected(f"a file of at least {offset + length} bytes", f"{offset + len(data)}", str(path)))
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a data file; one that has become a pipe or a device since it was checked is an error, and does not hang."""
-    try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StorageError(expected("a data file", "something that is no file", str(path)))
-            yield file
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise os_error(error, str(path)) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fastbn.errors import StorageError, expected
-from fastbn.graph.model.storage import file_path, os_error
+from fastbn.graph.model.files import file_path, os_error
 
 if sys.platform != "win32":
     import fcntl

@@ -114,6 +114,7 @@ class Output:
             _put_inside(tensor, patch.constant.array().tobytes())
         for tensor in external_tensors(proto):
             _put_inside(tensor, self.source.read(tensor))
+        self.source.check_unchanged()
         return proto
 
     def _copy(self) -> ModelProto:
@@ -230,6 +231,7 @@ def _prepared(path: PathLike, write_into: Callable[[Replacement], DataPaths], so
         with storage_errors(path):
             data = write_into(replacement)
         replacement.finish()
+        source.check_unchanged()
         yield Prepared(Path(path), data, replacement.size(), replacement)
         replacement.commit(_obsolete(Path(path), source))
 

@@ -10,14 +10,12 @@ import contextlib
 import errno
 import json
 import os
-import signal
 import stat
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from fastbn.graph.rewrite.destination import PathLike, is_stream, storage_errors, write_through
+from fastbn.graph.rewrite.interrupts import interrupts_deferred
 from fastbn.graph.rewrite.workdir import FILE, JOURNAL, Workdir, identity_of
 
 __all__ = ["Replacement", "atomic"]
@@ -75,7 +73,7 @@ class Replacement:
         with storage_errors(self.path):
             if self._data or obsolete:
                 self._write_journal(obsolete)
-            with _interrupts_deferred():
+            with interrupts_deferred():
                 for temporary, place in self._data:
                     _put_in_place(temporary, place)
                 _sync_folder(self._place.parent)
@@ -150,37 +148,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Let an interrupt (Ctrl-C) wait until the block is done."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    deferred: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: deferred.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if deferred:
-        handler(*deferred[0])
-
-
-@contextlib.contextmanager
-def atomic(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, its file takes path's place, or its bytes are written into a device or stream."""
+def atomic(path: PathLike, text: str) -> Iterator[None]:
+    """Write a file under another name; when the block ends well, it takes path's place. A device, a pipe or a stream is written then."""
+    data = text.encode("utf-8")
     if is_stream(path):
-        with Workdir() as workdir, storage_errors(path):
-            temporary = workdir.path / FILE
-            yield temporary
-            data = temporary.read_bytes()
+        yield
         write_through(path, data)
         return
-    replacement = Replacement(path)
-    try:
+    with contextlib.closing(Replacement(path)) as replacement:
         with storage_errors(path):
-            yield replacement.temporary
+            replacement.temporary.write_bytes(data)
         replacement.finish()
+        yield
         replacement.commit()
-    finally:
-        replacement.close()

@@ -7,9 +7,7 @@ as long as its run lives. A later run removes every workdir whose lock is free, 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -21,8 +19,9 @@ from types import TracebackType
 from typing import TypeAlias
 
 from fastbn.errors import StorageError
-from fastbn.graph.model.storage import utf8_path
+from fastbn.graph.model.files import utf8_path
 from fastbn.graph.rewrite.destination import PathLike, storage_errors
+from fastbn.graph.rewrite.interrupts import interrupts_deferred
 
 # Without locks (Windows), no run removes the workdirs of others.
 if sys.platform != "win32":
@@ -34,6 +33,9 @@ NAME = re.compile(r"\.fastbn-[0-9a-f]{16}")
 
 # Tries to make a workdir that no other run removes, as one left behind, between its making and its locking.
 TRIES = 20
+
+# Bytes that are searched at a time.
+PIECE = 1 << 24
 
 # What a workdir of a Replacement holds: the new file until it takes its place, and the journal of the data files beside it.
 FILE, JOURNAL = "file", "journal"
@@ -120,10 +122,11 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _close(path: Path, descriptors: list[int]) -> None:
-    _recover(path)
-    shutil.rmtree(path, ignore_errors=True)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    with interrupts_deferred():
+        if _recover(path):
+            shutil.rmtree(path, ignore_errors=True)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -152,8 +155,9 @@ def _entries(folder: Path) -> list[str]:
         return []
 
 
-def _recover(workdir: Path) -> None:
-    """Bring the replacement of a workdir to an end, as its journal of data files says.
+def _recover(workdir: Path) -> bool:
+    """Bring the replacement of a workdir to an end, as its journal of data files says; say whether that was possible: if not, a later run
+    tries once more.
 
     Where the new file is still in the workdir, it has not taken its place: the new data files beside the workdir are removed. Otherwise the
     data files that only the old file read are removed, unless another model in the folder names them.
@@ -162,14 +166,20 @@ def _recover(workdir: Path) -> None:
         with open(workdir / JOURNAL, encoding="utf-8") as file:
             journal = json.load(file)
     except (OSError, ValueError):
-        return
+        return True
+    is_done = True
     is_waiting = os.path.lexists(workdir / FILE)
     folder = workdir.parent
     for name, identity in journal["new" if is_waiting else "old"]:
         path = folder / os.path.basename(os.fsdecode(name.encode("utf-8", "surrogateescape")))
-        with contextlib.suppress(OSError):
+        try:
             if identity_of(path) == identity and (is_waiting or not _is_mentioned(name, folder)):
                 os.unlink(path)
+        except (FileNotFoundError, PermissionError):  # gone, or another's
+            continue
+        except OSError:
+            is_done = False
+    return is_done
 
 
 def _is_mentioned(name: str, folder: Path) -> bool:
@@ -178,9 +188,19 @@ def _is_mentioned(name: str, folder: Path) -> bool:
         path = os.path.join(folder, other)
         if ".onnx" not in other or other.endswith(".data") or not os.path.isfile(path) or not os.path.getsize(path):
             continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data.find(name.encode("utf-8", "surrogateescape")) >= 0:
+        if _holds(path, name.encode("utf-8", "surrogateescape")):
+            return True
+    return False
+
+
+def _holds(path: str, data: bytes) -> bool:
+    """Say whether a file holds some bytes; it is read piece by piece, and not mapped: it may become shorter meanwhile."""
+    end = b""
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            if data in end + piece:
                 return True
+            end = (end + piece)[-len(data) :]
     return False
 
 

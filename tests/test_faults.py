@@ -1,0 +1,249 @@
+"""Every call of a save fails once, or brings an interrupt: the old file or the new one is there, whole, and the command says which.
+
+tools/faults.py does the same to real calls of the system, and tests/killed.py kills.
+"""
+
+import contextlib
+import errno
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import make_models
+import onnx
+import pytest
+from shell import files
+from sketch import conv_bn
+
+from fastbn import terminal
+from fastbn.cli import main
+from fastbn.graph import runtime
+from fastbn.graph.rewrite import writer
+from fastbn.graph.rewrite.interrupts import interrupts_deferred
+
+CALLS = ("open", "mkdir", "rmdir", "link", "unlink", "replace", "fsync", "chmod", "pwrite", "close")
+COMMAND = ["fold", "large.onnx", "--in-place", "-q", "--no-verify", "--json", "report.json"]
+
+
+@pytest.fixture(name="here")
+def _here(tmp_path, monkeypatch):
+    """A working folder with large.onnx, a model whose weights stay in a data file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "LARGEST_INLINE", 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the disk is slow, and a process that ends loses nothing
+    make_models.large(tmp_path, layers=1, channels=8)
+    return tmp_path
+
+
+def weights():
+    """Return the weights of large.onnx; what is no whole model fails."""
+    return b"".join(tensor.raw_data for tensor in onnx.load("large.onnx").graph.initializer)
+
+
+@contextlib.contextmanager
+def at_call(point, fault):
+    """Call `fault` before call number `point` of those that change files."""
+    count = itertools.count()
+
+    def counted(call):
+        @functools.wraps(call)
+        def wrapped(*arguments, **options):
+            if next(count) == point:
+                fault()
+            return call(*arguments, **options)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+        yield count
+
+
+def runs(here, fault, codes, capfd):
+    """Run the command with a fault at each call in turn; yield (exit code, stderr, whether the new model stands)."""
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    old = weights()
+    assert main(COMMAND) == 0
+    new = weights()
+    for point in itertools.count():
+        for path in here.iterdir():
+            path.unlink()
+        for name, data in before.items():
+            (here / name).write_bytes(data)
+        capfd.readouterr()
+        with at_call(point, fault) as count:
+            code = main(COMMAND)
+            is_over = next(count) <= point
+        if is_over:
+            assert point > 25
+            return
+        out, err = capfd.readouterr()
+        found = weights()
+        assert code in codes, (point, code, err)
+        assert found in (old, new), point
+        assert (out, err.count("\n")) == ("", int(code != 0)), (point, err)
+        if code:
+            assert (found == new) == err.endswith("large.onnx is written\n"), (point, err)
+        yield code, err
+        if code == 130:
+            assert not list(here.glob(".fastbn-*")), point
+        assert main(COMMAND) == 0
+        assert weights() == new
+        assert len(files(here)) == 3, "a model, its data, the report: a later run removes what was left"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupts(name, here, capfd):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    for code, err in runs(here, lambda: os.kill(os.getpid(), number), (130,), capfd):
+        assert (code, err[: err.index(",")]) == (130, "fastbn: interrupted")
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EROFS", "EDQUOT"])
+def test_errors_of_the_system(name, here, capfd):
+    def fail():
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    said = set()
+    for code, err in runs(here, fail, (0, 2), capfd):
+        said.add(code)
+        if code:
+            assert os.strerror(getattr(errno, name)).lower() in err, err
+            assert err.startswith("fastbn: Cannot use '"), err
+    assert said == {0, 2}
+
+
+def test_a_second_interrupt_is_too_late_to_matter(here, capfd, monkeypatch):
+    """Between the two, the files are removed; while the last words are said, it is ignored."""
+    emit = terminal.emit
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        emit(*arguments)
+
+    def stop(*_, **__):
+        with interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the first of them is an interrupt")
+
+    monkeypatch.setattr(terminal, "emit", interrupted)
+    monkeypatch.setattr("fastbn.graph.job.fold", stop)
+    assert main(COMMAND) == 130
+    assert capfd.readouterr().err == "fastbn: interrupted, nothing written\n"
+
+
+def test_what_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP; what a program handles itself is its own affair."""
+    handled = []
+    for number, handler in ((signal.SIGHUP, signal.SIG_IGN), (signal.SIGTERM, lambda *_: handled.append(1))):
+        old = signal.signal(number, handler)
+        try:
+            with terminal.stoppable(), terminal.undisturbed(), interrupts_deferred():
+                os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is handler
+        finally:
+            signal.signal(number, old)
+    assert handled == []  # it is not said again what came in the last words
+
+
+def test_threads_leave_signals_alone(here):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(COMMAND)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+CHANGES = {
+    "another size": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "other bytes": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "another file": lambda path: (path.rename("old"), path.write_bytes(Path("old").read_bytes()))[0],
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("command", ["fold", "verify", "bench", "deploy"])
+def test_a_data_file_that_changes_meanwhile(command, change, here, capfd, monkeypatch):
+    """What was read and what was verified are then two things."""
+    data = here / "large.onnx.data"
+    run = runtime.session
+
+    def changing(*arguments, **options):
+        made = run(*arguments, **options)
+        if data.exists() and not changes:
+            changes.append(CHANGES[change](data))
+        return made
+
+    changes = []
+    for module in ("graph.runtime", "graph.bench", "deployment.pipeline"):
+        monkeypatch.setattr(f"fastbn.{module}.session", changing)
+    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)
+    onnx.save(conv_bn(), "other.onnx")
+    line = {
+        "fold": ["large.onnx", "out.onnx", "-q"],
+        "verify": ["large.onnx", "large.onnx", "-q"],
+        "bench": ["large.onnx", "large.onnx", "--runs", "1"],
+        "deploy": ["large.onnx", "out.onnx", "-q", "--runs", "1"],
+    }[command]
+    assert main([command, *line]) == 2
+    assert changes
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert "large.onnx.data" in err
+    assert err.startswith("fastbn: Cannot use ") or change == "gone"
+    assert not (here / "out.onnx").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what reads behind the end of a mapped file differs")
+def test_a_data_file_that_becomes_shorter_while_it_is_mapped(here, environment):
+    """The system ends the process, unless that is told before: nothing has taken its place, and the next run removes what is left."""
+    make_models.large(here, layers=8, channels=1024)
+    (here / "out.onnx").write_bytes(b"")
+    before = files(here)
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastbn", "fold", "large.onnx", "out.onnx"], env=environment, stderr=subprocess.PIPE
+    ) as run:
+        while run.poll() is None and not list(here.glob(".fastbn-*/data0")):
+            time.sleep(0.001)
+        os.truncate("large.onnx.data", 4096)
+        err = run.stderr.read()
+    assert run.returncode in (2, -signal.SIGBUS)
+    assert err.count(b"\n") == (run.returncode == 2)
+    assert (here / "out.onnx").read_bytes() == b""
+    make_models.large(here, layers=1, channels=8)
+    assert main(["fold", "large.onnx", "out.onnx", "-q"]) == 0
+    assert set(files(here)) - set(before) == {"out.onnx.data"}
+
+
+def test_all_exceptions_of_onnxruntime_are_known():
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    assert {state.EngineError, state.NoSuchFile, state.InvalidGraph} <= set(runtime.runtime_errors())
+
+
+def test_onnxruntime_says_nothing_of_its_own_in_the_command(here, monkeypatch):
+    import onnxruntime
+
+    levels = []
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", levels.append)
+    monkeypatch.setattr(runtime, "_is_log_silent", False)
+    assert main(["verify", "large.onnx", "large.onnx", "-q"]) == 0
+    assert set(levels) == {4}
+    monkeypatch.setattr(runtime, "_is_log_silent", False)
+    levels.clear()
+    runtime.session(conv_bn().SerializeToString())
+    assert levels == [], "a program may want to read it"
