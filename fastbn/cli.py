@@ -62,8 +62,8 @@ def _run(words: list[str], delivery: Delivery) -> int:
     except FastbnError as error:
         return _stop(f"{error}{_mentioned(delivery)}", UNUSABLE)
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else "fastbn"
-        return _stop(f"Cannot use '{where}': {(error.strerror or str(error)).lower()}{_mentioned(delivery)}", UNUSABLE)
+        where = f"use '{error.filename}'" if isinstance(error.filename, str) else _without_a_name()
+        return _stop(f"Cannot {where}: {(error.strerror or str(error)).lower()}{_mentioned(delivery)}", UNUSABLE)
     except MemoryError:
         return _stop("Cannot go on: the memory does not suffice", UNUSABLE)
     except KeyboardInterrupt:
@@ -83,6 +83,15 @@ def _parsed(argv: list[str]) -> Arguments:
     except SystemExit:  # the help is printed
         flush(sys.stdout)
         raise
+
+
+def _without_a_name() -> str:
+    """Return what an error of the system without a name is about."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "use the current folder"
+    return "go on"
 
 
 def _mentioned(delivery: Delivery) -> str:

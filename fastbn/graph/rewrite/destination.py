@@ -25,6 +25,9 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 # Folders whose entries are the open streams of this process.
 DESCRIPTORS = re.compile(r"/dev/fd|/proc/(self|thread-self|[0-9]+)(/task/[0-9]+)?/fd")
 
+# How mountinfo writes spaces and their like.
+OCTAL = re.compile(r"\\([0-7]{3})")
+
 # The most symbolic links that a system follows for one name.
 LINKS = 40
 
@@ -112,9 +115,21 @@ def _check_folder(path: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise StorageError(f"Cannot write '{path}': no file can be made in the folder '{folder}'")
     if os.path.lexists(path):
+        if _is_mount_point(path):
+            raise StorageError(f"Cannot replace '{path}': it is a mount point, as containers have them for single files; mount its folder")
         its_folder, old = os.stat(folder), os.lstat(path)
         if its_folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, its_folder.st_uid, old.st_uid):
             raise StorageError(f"Cannot replace '{path}': it is another user's, and in this folder only the owner may replace a file")
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Say whether something is mounted on a file, under which another cannot take its place; Linux alone tells."""
+    place = os.path.join(os.path.realpath(path.parent), path.name)
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            return any(OCTAL.sub(lambda code: chr(int(code[1], 8)), line.split(" ")[4]) == place for line in lines)
+    except OSError:
+        return False
 
 
 def write_through(path: PathLike, data: bytes) -> None:

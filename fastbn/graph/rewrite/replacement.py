@@ -20,6 +20,9 @@ from fastbn.graph.rewrite.workdir import FILE, JOURNAL, Workdir, identity_of
 
 __all__ = ["Replacement", "atomic"]
 
+# The attribute that holds a POSIX access list (ACL).
+ACCESS_LIST = "system.posix_acl_access"
+
 
 class Replacement:
     """A file that will take the place of another, or of none, with data files beside it.
@@ -54,10 +57,10 @@ class Replacement:
         return temporary
 
     def finish(self) -> None:
-        """Say that all files are written: they get the owner and mode of the file that they replace, and their bytes go to the disk."""
+        """Say that all files are written: they get the permissions of the file that they replace, and their bytes go to the disk."""
         with storage_errors(self.path):
             for temporary in (*(temporary for temporary, _ in self._data), self.temporary):
-                _copy_owner_and_mode(self._place, temporary)
+                _copy_permissions(self._place, temporary)
                 _sync(temporary)
 
     def size(self) -> int:
@@ -122,20 +125,42 @@ def _put_in_place(temporary: Path, place: Path) -> None:
         os.unlink(temporary)
 
 
-def _copy_owner_and_mode(place: Path, temporary: Path) -> None:
-    """Give a new file the mode, the owner and the group of the one that it replaces, as far as that is permitted."""
+def _copy_permissions(place: Path, temporary: Path) -> None:
+    """Give a new file the owner, the group, the mode and the access list of the one that it replaces, as far as that is permitted. What
+    cannot be kept makes the file no more open: another group gets what others have. A program that is run as its owner stays none."""
     try:
         old, new = os.stat(place), os.stat(temporary)
     except FileNotFoundError:
         return
+    has_group = old.st_gid == new.st_gid
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
         for owner in (old.st_uid, -1):
             try:
                 os.chown(temporary, owner, old.st_gid)
+                has_group = True
                 break
             except OSError:
                 continue
-    os.chmod(temporary, stat.S_IMODE(old.st_mode) & 0o777)
+    mode = stat.S_IMODE(old.st_mode) & 0o777
+    is_whole = _copy_access_list(place, temporary) and has_group
+    os.chmod(temporary, mode if is_whole else mode & (0o707 | (mode & 0o007) << 3))
+
+
+def _copy_access_list(place: Path, temporary: Path) -> bool:
+    """Give a new file the POSIX access list of another, or none where that has none; say whether that was possible."""
+    if not hasattr(os, "getxattr"):
+        return True
+    with contextlib.suppress(OSError):
+        os.removexattr(temporary, ACCESS_LIST)  # one that the folder gives to new files
+    try:
+        access = os.getxattr(place, ACCESS_LIST)
+    except OSError:  # there is none, or the file system knows no such lists
+        return True
+    try:
+        os.setxattr(temporary, ACCESS_LIST, access)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -63,7 +63,7 @@ class Workdir:
     """
 
     def __init__(self, folder: PathLike | None = None) -> None:
-        where = folder or tempfile.gettempdir()
+        where = folder or _temporary_folder()
         parent = Path(os.path.abspath(where))
         with storage_errors(where):
             _remove_leftovers(parent)
@@ -99,6 +99,14 @@ class Workdir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _temporary_folder() -> str:
+    """Return the system's temporary folder; raises StorageError where there is none."""
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise StorageError(f"Cannot use the temporary folder: {(error.strerror or str(error)).lower()}") from error
 
 
 def runtime_workdir(folder: PathLike | None = None) -> Workdir:
