@@ -7,6 +7,7 @@ quantized one, or nothing could be measured; 5 done, not verified: the parity of
 """
 
 import dataclasses
+import importlib
 import os
 import shlex
 import signal
@@ -29,7 +30,8 @@ from fastbn.delivery import (
     workdir_of,
 )
 from fastbn.errors import ArgumentError, FastbnError
-from fastbn.terminal import Progress, Steps, complain, emit, flush, stoppable, undisturbed
+from fastbn.interrupts import interrupts_deferred, interrupts_ignored, stoppable
+from fastbn.terminal import Progress, Steps, complain, emit, flush
 
 __all__ = ["main", "run"]
 
@@ -56,6 +58,7 @@ def _run(words: list[str], delivery: Delivery) -> int:
     try:
         arguments = _parsed(words)
         arguments.line = shlex.join(["fastbn", *words])
+        _load(arguments.command)
         code = COMMANDS[arguments.command](arguments, delivery)
         flush(sys.stdout)
         return code
@@ -67,7 +70,7 @@ def _run(words: list[str], delivery: Delivery) -> int:
     except MemoryError:
         return _stop("Cannot go on: the memory does not suffice", UNUSABLE)
     except KeyboardInterrupt:
-        with undisturbed():
+        with interrupts_ignored():
             return _stop(f"interrupted, {delivery.written}", INTERRUPTED)
     except Exception as error:
         if "--debug" in words:
@@ -75,6 +78,15 @@ def _run(words: list[str], delivery: Delivery) -> int:
         reason = " ".join(str(error).split())[:300]
         hint = "a fault of fastbn: --debug shows where"
         return _stop(f"Cannot go on, {delivery.written}: {type(error).__name__}{': ' if reason else ''}{reason} ({hint})", FAULT)
+
+
+def _load(command: str) -> None:
+    """Import what a command needs; some modules make an ImportError of an interrupt, and say that a library is not installed."""
+    with interrupts_deferred():
+        if command == "deploy":
+            importlib.import_module("fastbn.deployment.pipeline")
+        elif command != "show-config":
+            importlib.import_module("fastbn.graph.job")
 
 
 def _parsed(argv: list[str]) -> Arguments:

@@ -3,25 +3,20 @@
 import contextlib
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self, TextIO
 
 from fastbn.errors import StorageError
 
-__all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "stoppable", "undisturbed", "width_of"]
+__all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
 
 # Characters of a progress bar.
 BAR = 20
 
 # The fewest columns that a line is folded to.
 NARROWEST = 40
-
-# Signals that end a process, and that the command takes for an interrupt.
-ENDING = ("SIGTERM", "SIGHUP")
 
 # Characters that a complaint shows of its beginning and of its end: names and values may have thousands.
 BEGINNING, END = 600, 200
@@ -41,40 +36,6 @@ def open_streams() -> set[str]:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
             closed.add(name)
     return closed
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP interrupt the block as Ctrl-C does, where they would end the process and leave its files behind."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    names = ENDING if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignore interrupts while the block says the last words: one Ctrl-C is often followed by another."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", *ENDING) if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers if threading.current_thread() is threading.main_thread()}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
 
 
 def width_of(stream: TextIO) -> int | None:

@@ -25,7 +25,7 @@ from fastbn import terminal
 from fastbn.cli import main
 from fastbn.graph import runtime
 from fastbn.graph.rewrite import writer
-from fastbn.graph.rewrite.interrupts import interrupts_deferred
+from fastbn.interrupts import interrupts_deferred, interrupts_ignored, stoppable
 
 CALLS = ("open", "mkdir", "rmdir", "link", "unlink", "replace", "fsync", "chmod", "pwrite", "close")
 COMMAND = ["fold", "large.onnx", "--in-place", "-q", "--no-verify", "--json", "report.json"]
@@ -151,7 +151,7 @@ def test_what_is_ignored_stays_ignored():
     for number, handler in ((signal.SIGHUP, signal.SIG_IGN), (signal.SIGTERM, lambda *_: handled.append(1))):
         old = signal.signal(number, handler)
         try:
-            with terminal.stoppable(), terminal.undisturbed(), interrupts_deferred():
+            with stoppable(), interrupts_ignored(), interrupts_deferred():
                 os.kill(os.getpid(), number)
             assert signal.getsignal(number) is handler
         finally:

@@ -14,7 +14,7 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 # Lowest first; the files of one floor do not know each other.
 FLOORS = [
     ["_types"],
-    ["_native", "errors", "memory"],
+    ["_native", "errors", "interrupts", "memory"],
     ["dtypes", "geometry", "stats"],
     ["affine", "_check", "sync"],
     ["reference", "config", "folding", "conversion"],
@@ -33,7 +33,7 @@ FLOORS = [
     ["graph.model.__init__", "graph.ops.__init__", "graph.planner.__init__", "graph.rewrite.__init__", "graph.parity.__init__"],
     ["graph.reasons", "graph.ranges", "graph.model.files", "graph.model.nesting", "graph.ops.affine"],
     ["graph.model.storage"],
-    ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination", "graph.rewrite.interrupts"],
+    ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination"],
     ["graph.report", "graph.model.constant", "graph.ops.shape_rules", "graph.rewrite.workdir"],
     ["graph.model.quantized"],
     ["graph.ops.row", "graph.rewrite.replacement", "graph.rewrite.data_files"],
@@ -116,7 +116,7 @@ OPTIONAL = {
 }
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
-MEETING = {"_types", "affine", "dtypes", "errors"}
+MEETING = {"_types", "affine", "dtypes", "errors", "interrupts"}
 GRAPH_WING = ("graph.", "deployment.")
 
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from fastbn.errors import FastbnError, StorageError
 from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.storage import Source, serialize
+from fastbn.interrupts import interrupts_deferred
 
 if TYPE_CHECKING:
     from fastbn._types import Array
@@ -110,7 +111,8 @@ class ValueInfo(Protocol):
 
 def _runtime() -> Any:  # a module without types
     try:
-        import onnxruntime
+        with interrupts_deferred():  # it makes an ImportError of one
+            import onnxruntime
     except ImportError as error:
         raise FastbnError("Cannot run models: onnxruntime is not installed (pip install 'fastbn[onnx]')") from error
     if _is_log_silent:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastbn.graph.rewrite.destination import PathLike, is_stream, storage_errors, write_through
-from fastbn.graph.rewrite.interrupts import interrupts_deferred
 from fastbn.graph.rewrite.workdir import FILE, JOURNAL, Workdir, identity_of
+from fastbn.interrupts import interrupts_deferred
 
 __all__ = ["Replacement", "atomic"]
 

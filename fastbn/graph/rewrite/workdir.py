@@ -21,7 +21,7 @@ from typing import TypeAlias
 from fastbn.errors import StorageError
 from fastbn.graph.model.files import utf8_path
 from fastbn.graph.rewrite.destination import PathLike, storage_errors
-from fastbn.graph.rewrite.interrupts import interrupts_deferred
+from fastbn.interrupts import interrupts_deferred
 
 # Without locks (Windows), no run removes the workdirs of others.
 if sys.platform != "win32":

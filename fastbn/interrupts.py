@@ -1,0 +1,68 @@
+"""Interrupts: Ctrl-C, signals that the command takes for it, and times in which all of them wait or come too late."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["interrupts_deferred", "interrupts_ignored", "stoppable"]
+
+# Signals that end a process, and that the command takes for an interrupt.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, *ENDING)
+
+
+def _is_main_thread() -> bool:
+    """Say whether this thread may set handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt the block as Ctrl-C does, where they would end the process and leave its files behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    ours = [number for number in ENDING if _is_main_thread() and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let an interrupt wait until the block is done; a signal that ends the process at once, or is ignored, does so still."""
+    deferred: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if _is_main_thread()}
+    waiting = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in waiting:
+            signal.signal(number, lambda number, frame: deferred.append((number, frame)))
+        yield
+    finally:
+        for number, handler in waiting.items():
+            signal.signal(number, handler)
+    for number, frame in deferred[:1]:
+        waiting[number](number, frame)
+
+
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore interrupts while the block says the last words: one Ctrl-C is often followed by another."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if _is_main_thread()}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
