@@ -1,6 +1,7 @@
 """Batch normalization on CPUs: array functions, and the folding of batch normalization out of ONNX models.
 
-`import fastbn` loads NumPy and nothing else; the graph functions and `deploy` load onnx and onnxruntime when they are first called.
+`import fastbn` loads NumPy and nothing else; the graph functions, `deploy` and `reestimate` load onnx and onnxruntime when they are
+first called.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds
     from fastbn.deployment import Deployment, deploy
     from fastbn.graph import Fold, FoldResult, Kept, Parity
     from fastbn.graph.job import fold, verify
+    from fastbn.reestimation import Reestimation, reestimate
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 _LATER = {
     **dict.fromkeys(("Fold", "FoldResult", "Kept", "Parity", "fold", "verify"), "fastbn.graph"),
     **dict.fromkeys(("Deployment", "deploy"), "fastbn.deployment"),
+    **dict.fromkeys(("Reestimation", "reestimate"), "fastbn.reestimation"),
 }
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "ModelError",
     "Parity",
     "ParityError",
+    "Reestimation",
     "StorageError",
     "TensorError",
     "__version__",
@@ -58,6 +62,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "merge_stats",
+    "reestimate",
     "set_num_threads",
     "show_config",
     "use_isa",

@@ -72,6 +72,18 @@ class Arguments(argparse.Namespace):
     weight_type: Literal["auto", "int8", "uint8", "int7"]
     per_tensor: bool
 
+    # Options of a re-estimation.
+    paths: list[str]
+    mode: Literal["population", "one-pass"]
+    batch: int
+    most_samples: int | None
+    scheduler: str | None
+    workers: int | None
+    momentum: float | None
+    unbiased: bool
+    memory: str
+    threads: int
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
@@ -148,6 +160,38 @@ def _add_recipe(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("--per-tensor", action="store_true", help="one scale for a weight, not one for each of its output channels")
 
 
+def _add_reestimate(each: argparse.ArgumentParser) -> None:
+    each.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
+    each.add_argument(
+        "chosen_output", metavar="OUT", nargs="?", help="the model with new statistics (IN with .reestimated.onnx); - writes it to stdout"
+    )
+    each.add_argument(
+        "--data",
+        dest="paths",
+        metavar="PATH",
+        action="append",
+        nargs="+",
+        required=True,
+        help="samples: .npz, .npy, .pb, folders, globs, fsspec URLs",
+    )
+    each.add_argument("--batch", type=int, default=32, metavar="N", help="samples that are run together (32)")
+    each.add_argument("--samples", dest="most_samples", type=int, metavar="N", help="samples that are used at most, evenly spaced (all)")
+    each.add_argument("--mode", default="population", choices=["population", "one-pass"], help="what is estimated (population)")
+    where = each.add_mutually_exclusive_group()
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do it: tcp://host:8786")
+    where.add_argument("--workers", type=int, metavar="N", help="processes on this machine (as many as it has cores); 0: this one alone")
+    each.add_argument("--only", metavar="GLOB", action="append", help="replace the statistics of nodes of these names only (repeatable)")
+    each.add_argument("--skip", metavar="GLOB", action="append", help="never replace those of nodes of these names (repeatable)")
+    each.add_argument("--momentum", type=float, metavar="M", help="the weight of the new statistics; without it they replace the old ones")
+    each.add_argument("--unbiased", action="store_true", help="divide by n - 1 instead of n for the variance")
+    each.add_argument("--memory", default="1GiB", metavar="SIZE", help="activations that each worker keeps between levels (1GiB)")
+    each.add_argument("--threads", type=int, default=1, metavar="N", help="threads of one operator in onnxruntime (1)")
+    each.add_argument("--dry-run", action="store_true", help="estimate and report, write nothing")
+    each.add_argument("--json", metavar="FILE", help=JSON)
+    each.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
+    each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
 def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("original", metavar="A")
     verify.add_argument("folded", metavar="B")
@@ -171,6 +215,7 @@ def _add_show_config(config: argparse.ArgumentParser) -> None:
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "fold": (_add_fold, "fold every batch normalization that can be folded exactly"),
     "deploy": (_add_deploy, "fold, verify, quantize on request, compare and measure"),
+    "reestimate": (_add_reestimate, "estimate the running statistics again, from data"),
     "verify": (_add_verify, "compare two models on the same inputs"),
     "bench": (_add_bench, "latency of two models in onnxruntime, side by side"),
     "show-config": (_add_show_config, "versions and kernels in use"),

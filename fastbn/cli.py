@@ -1,4 +1,4 @@
-"""The command: fastbn fold, deploy, verify, bench, show-config.
+"""The command: fastbn fold, deploy, reestimate, verify, bench, show-config.
 
 Exit codes: 0 done and verified, or nothing to do; 1 parity failed or nothing good enough, no model written; 2 usage, unreadable or invalid
 model, models that cannot be compared: nothing written; 3 --strict and a batch normalization left; 4 the folded model written, but not the
@@ -124,7 +124,7 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
     name = input_name(arguments.input)
     target = None
     if not arguments.dry_run:
-        target = _in_place(arguments, name) if arguments.in_place else _beside(arguments, name)
+        target = _in_place(arguments, name) if arguments.in_place else _beside(arguments, name, "folded")
     delivery.choose([name], target=target, json=arguments.json, quiet=arguments.quiet)
     source = source_of(name)
     check_version(source, target, arguments.force or arguments.in_place)
@@ -171,8 +171,8 @@ def _in_place(arguments: Arguments, name: str) -> Path | str:
     return model_place(name, None)
 
 
-def _beside(arguments: Arguments, name: str) -> Path | str:
-    return place_beside(name) if arguments.chosen_output is None else model_place(arguments.chosen_output, name)
+def _beside(arguments: Arguments, name: str, what: str) -> Path | str:
+    return place_beside(name, what) if arguments.chosen_output is None else model_place(arguments.chosen_output, name)
 
 
 def _deploy(arguments: Arguments, delivery: Delivery) -> int:
@@ -225,6 +225,44 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
     if deployment.status != "done":
         complain(f"fastbn: {deployment.shipped or 'nothing'} shipped: {deployment.decision}")
     return {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": UNVERIFIED}[deployment.status]
+
+
+def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
+    """Estimate the mean and variance of every inference BatchNormalization again, from what flows into it over a data set: after weights
+    were averaged, pruned or quantized, or for data from another source. Say how far each one moved."""
+    from fastbn.cluster.connection import default_workers
+    from fastbn.reestimation.job import reestimate
+
+    name = input_name(arguments.input)
+    target = None if arguments.dry_run else _beside(arguments, name, "reestimated")
+    paths = [path for group in arguments.paths for path in group]
+    delivery.choose([name, *paths], target=target, json=arguments.json, quiet=arguments.quiet)
+    source = source_of(name)
+    check_version(source, target, arguments.force)
+    check_data_files([source], [delivery.json])
+    steps = Steps(arguments.quiet)
+    with steps:
+        result = reestimate(
+            source,
+            paths,
+            workers=default_workers() if arguments.workers is None and arguments.scheduler is None else arguments.workers or 0,
+            scheduler=arguments.scheduler,
+            mode=arguments.mode,
+            batch=arguments.batch,
+            samples=arguments.most_samples,
+            only=names(arguments.only),
+            skip=names(arguments.skip),
+            momentum=arguments.momentum,
+            unbiased=arguments.unbiased,
+            memory=arguments.memory,
+            threads=arguments.threads,
+            progress=steps,
+        )
+    lines = result.lines()
+    if target is None:
+        lines.append("dry run: nothing written")
+    delivery.deliver(result.to_dict(), lines, result)
+    return DONE
 
 
 def _verify(arguments: Arguments, delivery: Delivery) -> int:
@@ -282,4 +320,11 @@ def _show_config(arguments: Arguments, delivery: Delivery) -> int:
     return DONE
 
 
-COMMANDS: dict[str, Command] = {"fold": _fold, "deploy": _deploy, "verify": _verify, "bench": _bench, "show-config": _show_config}
+COMMANDS: dict[str, Command] = {
+    "fold": _fold,
+    "deploy": _deploy,
+    "reestimate": _reestimate,
+    "verify": _verify,
+    "bench": _bench,
+    "show-config": _show_config,
+}

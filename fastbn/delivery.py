@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastbn.graph import FoldResult
     from fastbn.graph.model.storage import Source
     from fastbn.graph.rewrite.output import Prepared
+    from fastbn.reestimation import Reestimation
 
 __all__ = [
     "STREAM",
@@ -50,8 +51,8 @@ def source_of(name: str) -> Source:
     return storage.load(storage.read_pipe(sys.stdin.buffer) if name == STREAM else name)
 
 
-def place_beside(name: str) -> Path | str:
-    """Return where the folded model of IN goes by default: beside it, or to stdout where it comes from stdin."""
+def place_beside(name: str, what: str = "folded") -> Path | str:
+    """Return where what is made of IN goes by default: beside it, or to stdout where it comes from stdin."""
     from fastbn.graph.model.files import file_path
 
     if name == STREAM:
@@ -59,7 +60,7 @@ def place_beside(name: str) -> Path | str:
     if os.path.isdir(name):
         raise StorageError(expected("a model file", "a folder", name))
     path = file_path(name, "a model file")
-    return model_place(path.with_name(f"{path.stem}.folded.onnx"), name)
+    return model_place(path.with_name(f"{path.stem}.{what}.onnx"), name)
 
 
 def model_place(output: Path | str, name: str | None) -> Path | str:
@@ -220,7 +221,11 @@ class Delivery:
         return json
 
     def deliver(
-        self, report: Mapping[str, object], lines: list[str], model: FoldResult | Deployment | None = None, page: str | None = None
+        self,
+        report: Mapping[str, object],
+        lines: list[str],
+        model: FoldResult | Deployment | Reestimation | None = None,
+        page: str | None = None,
     ) -> None:
         """Write the model and the reports, and say so.
 
@@ -233,7 +238,7 @@ class Delivery:
             The JSON report; where there is a model, "written" becomes the paths of its files.
         lines : list of str
             The report as text.
-        model : FoldResult or Deployment, optional
+        model : FoldResult, Deployment or Reestimation, optional
             Whose model goes to `target`.
         page : str, optional
             The HTML report.

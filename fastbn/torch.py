@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastbn import _check
-from fastbn._torch import autograd, distributed, kernels, operators
+from fastbn._torch import autograd, distributed, kernels, operators, population
 from fastbn._torch.kernels import forward_ad, mode_count, transforms_active
 from fastbn.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
     # What torch.distributed takes as a group, or the whole world.
     ProcessGroup: TypeAlias = torch.distributed.ProcessGroup | Literal["world"]
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 # Looked up once: for a small batch a look-up costs as much as the call.
 _Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert", "update_bn"]
 
 
 def batch_norm(
@@ -295,3 +297,51 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
         elif process_group is not None and type(part) in _TORCH_CLASSES:
             part.process_group = process_group
     return module
+
+
+def update_bn(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    *,
+    mode: population.Mode = "population",
+    process_group: ProcessGroup | None = None,
+    device: torch.device | str | int | None = None,
+) -> None:
+    """Estimate the running statistics of every batch normalization of a model again, from data: torch's modules and ours.
+
+    In the place of `torch.optim.swa_utils.update_bn` after weights were averaged. That averages the means and variances of batches, each
+    with the same weight and each normalized by itself: the last, smaller batch counts too much, and what lies between the means of batches
+    is not in the variance. Here moments are merged in float64 (Chan, Golub & LeVeque 1979): they are those of all the data.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its running statistics, and `num_batches_tracked`, are updated in place; training flags, momenta and all else stay as they are.
+    loader : iterable of Tensor, or of lists or tuples whose first entry is one
+        The data of this process, in batches of any size. It is gone through once for each batch normalization, so an order that changes
+        changes rounding, and augmentation draws anew.
+    mode : "population" or "one-pass"
+        "population": each batch normalization sees what flows into it in eval mode, with all before it already updated; a pass ends where
+        it is reached. A module that is called several times in a forward has the statistics of all its calls, and normalizes each by its
+        own batch meanwhile. "one-pass": each batch is normalized by its own statistics, as in training, the rest of the model in eval mode.
+    process_group : torch.distributed.ProcessGroup, "world" or None
+        Processes that have the data between them, perhaps none in some: all get the same bits.
+    device : optional
+        Where batches are moved to, as in torch's function.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        No data, or one value per channel; another mode; a loader that can be gone through only once. Nothing has changed then.
+    TensorError
+        A process group that cannot be used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> norm = torch.nn.BatchNorm1d(1)
+    >>> update_bn(norm, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]])])
+    >>> norm.running_mean.item(), norm.running_var.item(), norm.num_batches_tracked.item()
+    (3.0, 4.0, 2)
+    """
+    population.update(model, loader, mode, process_group, device)

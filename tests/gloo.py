@@ -80,6 +80,25 @@ def train(rank, size, folder):
         print("twice:", error)
 
 
+def network(seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3), torch.nn.BatchNorm2d(3)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.BatchNorm1d(3 * 4 * 4)).eval()
+
+
+def images(count=40):
+    rng = np.random.default_rng(4)
+    return torch.from_numpy(rng.standard_normal((count, 2, 8, 8)) * [[[[1]], [[30]]]] + 50).float()
+
+
+def update(rank, size, folder):
+    part = torch.tensor_split(images(), CUTS[size])[rank]
+    for mode in ("population", "one-pass"):
+        net = network()
+        fastbn.torch.update_bn(net, part.split(5) if len(part) else [], mode=mode, process_group="world")
+        np.savez(f"{folder}/{rank}.{mode}.npz", **{name: value.numpy() for name, value in net.state_dict().items()})
+
+
 def missing(rank, size, folder, task):
     layer = module(process_group=dist.new_group(list(range(size)), timeout=timedelta(seconds=TIMEOUT)))
     dist.barrier()
@@ -99,8 +118,8 @@ def main(rank, size, folder, task):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60))
     with open(f"{folder}/{rank}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
-        if task == "train":
-            train(rank, size, folder)
+        if task in ("train", "update"):
+            (train if task == "train" else update)(rank, size, folder)
             dist.destroy_process_group()
         else:
             missing(rank, size, folder, task)

@@ -7,7 +7,7 @@ import pytest
 
 # Modules with examples; those of the graph wing need onnxruntime. The Keras wing runs its own, once for each backend.
 MODULES = ["fastbn.config", "fastbn.folding", "fastbn.functional", "fastbn.layers", "fastbn.memory", "fastbn.stats", "fastbn.torch"]
-MODULES += ["fastbn.deployment.result", "fastbn.graph.fold_result", "fastbn.graph.job", "fastbn.graph.results"]
+MODULES += ["fastbn.deployment.result", "fastbn.graph.fold_result", "fastbn.graph.job", "fastbn.graph.results", "fastbn.reestimation.job"]
 
 
 @pytest.mark.parametrize("name", MODULES)

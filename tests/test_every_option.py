@@ -6,6 +6,7 @@ A new option is walked by itself: what tells files from numbers is its metavar o
 import argparse
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import signal
@@ -41,6 +42,7 @@ READ, WRITTEN = {"IN", "A", "B", "PATH"}, {"OUT", "FILE"}
 LEAST = {
     "fold": ["-q", "--no-verify"],
     "deploy": ["-q", "--runs", "1", "--force"],
+    "reestimate": ["-q", "--workers=0", "--data=data.npz"],
     "verify": ["-q"],
     "bench": ["--runs", "1"],
     "show-config": [],
@@ -74,9 +76,15 @@ USABLE = {
     **{("deploy", "--quantize-timeout", value): "some seconds" for value in ("a fraction", "in other digits")},
     **{("deploy", option, "huge"): "as many as there are" for option in ("--samples", "--min-samples")},
     **{("deploy", option, "in other digits"): "a number" for option in ("--runs", "--samples", "--min-samples")},
+    **{("reestimate", option, "in other digits"): "a number" for option in ("--batch", "--samples", "--threads")},
+    **{("reestimate", option, "huge"): "as many as there are" for option in ("--batch", "--samples")},
+    **{("reestimate", "--memory", value): "some bytes" for value in ("zero", "a fraction")},
+    ("reestimate", "--workers", "zero"): "this process alone",
     ("deploy", "--runs", "huge"): "as many as a second takes",
     ("bench", "--runs", "in other digits"): "a number",
 }
+if importlib.util.find_spec("distributed"):
+    USABLE["reestimate", "--workers", "in other digits"] = "three of them"
 
 
 @functools.cache

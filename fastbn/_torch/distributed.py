@@ -22,6 +22,7 @@ __all__ = [
     "Rule",
     "apply_shared",
     "backward_sharding",
+    "exchange_of",
     "infer_sharding",
     "is_sharded",
     "register_sharding",
@@ -47,7 +48,7 @@ def apply_shared(
     """Batch normalization of a training batch of which each process of a group has a part."""
     if not eager:
         raise TensorError("Cannot share the batch with a process group: the call is traced or transformed, or its tensors are not plain")
-    exchange = _exchange_of(process_group)
+    exchange = exchange_of(process_group)
     for where, tensor in {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}.items():
         kernels.check_values(tensor, where, input)
     return _SyncBatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps, exchange))
@@ -89,7 +90,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return kernels.backward_input(grad, input, stats, sync.add_up(sums, exchange), weight, eps), dweight, dbias, None
 
 
-def _exchange_of(process_group: object) -> Exchange:
+def exchange_of(process_group: object) -> Exchange:
     """Return the exchange of `fastbn.sync` among the processes of a group of torch.distributed."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

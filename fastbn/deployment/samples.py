@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
 
-__all__ = ["Data", "Samples", "SamplesFields", "random_samples", "read_samples"]
+__all__ = ["ENDINGS", "TEST_FOLDER", "Data", "Inputs", "Samples", "SamplesFields", "random_samples", "read_samples", "tensor_in"]
 
 # An array of any type that a model may read.
 Array: TypeAlias = NDArray[Any]
@@ -135,7 +135,7 @@ def read_samples(data: Data, index: Index, most: int) -> Samples:
     ArgumentError, ArgumentTypeError
         A name, type or shape is not that of an input; there are no samples; a value is Inf or NaN.
     """
-    inputs = _Inputs(index)
+    inputs = Inputs(index)
     pieces: list[tuple[str, Feed]] = []
     for where, arrays, whole in _groups(data, inputs):
         pieces.extend(inputs.split(where, arrays, whole))
@@ -174,7 +174,7 @@ def _check_finite(places: Sequence[str], feeds: Sequence[Feed]) -> None:
         raise ArgumentError(expected("finite values", f"{kind} in {len(numbers)} of {len(feeds)} samples of '{name}'", where))
 
 
-class _Inputs:
+class Inputs:
     """The graph inputs that a caller must give, and how arrays become feeds of them."""
 
     def __init__(self, index: Index) -> None:
@@ -194,14 +194,14 @@ class _Inputs:
             raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", "one without a name", where))
         return self.names[0]
 
-    def split(self, where: str, arrays: Mapping[str, ArrayLike], whole: bool) -> list[tuple[str, Feed]]:
-        """Return (where, feed) of every feed in a group of arrays by name."""
+    def split(self, where: str, arrays: Mapping[str, ArrayLike], whole: bool, rows: int = 1) -> list[tuple[str, Feed]]:
+        """Return (where, feed) of every feed in a group of arrays by name, of so many rows where the model leaves the batch open."""
         unknown = [name for name in arrays if name not in self.infos]
         missing = [name for name in self.infos if name not in arrays]
         if unknown or missing:
             got = f"'{unknown[0]}'" if unknown else f"none for '{missing[0]}'"
             raise ArgumentError(expected(f"arrays named after the inputs ({first_few(self.names)})", got, where))
-        parts = {name: self._parts(where, name, self._typed(where, name, np.asanyarray(arrays[name])), whole) for name in self.infos}
+        parts = {name: self._parts(where, name, self._typed(where, name, np.asanyarray(arrays[name])), whole, rows) for name in self.infos}
         count = max(map(len, parts.values()), default=0)
         for name, each in parts.items():
             if len(each) not in (1, count):
@@ -228,14 +228,14 @@ class _Inputs:
         with np.errstate(over="ignore"):
             return array.astype(wanted)
 
-    def _parts(self, where: str, name: str, array: Array, whole: bool) -> list[Array]:
+    def _parts(self, where: str, name: str, array: Array, whole: bool, rows: int) -> list[Array]:
         """Return the feeds of one array, in order."""
         shape = self.shapes[name]
         if shape is None or (whole and _fits(array.shape, shape)) or (not shape and not array.shape):
             return [array]
         if not whole and array.ndim == len(shape) and _fits(array.shape[1:], shape[1:]):
-            step = shape[0] or 1
-            if array.shape[0] % step:
+            step = shape[0] or rows
+            if shape[0] and array.shape[0] % step:
                 raise ArgumentError(expected(f"a multiple of {step} samples, the model's batch, of '{name}'", str(array.shape[0]), where))
             return [array[first : first + step] for first in range(0, array.shape[0], step)]
         if not whole and array.ndim == len(shape) + 1 and _fits(array.shape[1:], shape):
@@ -248,7 +248,7 @@ def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
     return len(sizes) == len(shape) and all(known in (None, size) for size, known in zip(sizes, shape, strict=True))
 
 
-def _groups(data: Data, inputs: _Inputs) -> Iterator[Group]:
+def _groups(data: Data, inputs: Inputs) -> Iterator[Group]:
     """Yield (where, name -> array, whether it is one input as it is) of every file."""
     if isinstance(data, (str, os.PathLike)):
         try:
@@ -270,7 +270,7 @@ def _groups(data: Data, inputs: _Inputs) -> Iterator[Group]:
         raise ArgumentTypeError(expected("a path, an array, a dict of arrays or a list of such dicts", type(data).__name__, "data"))
 
 
-def _file(path: Path, inputs: _Inputs) -> Group:
+def _file(path: Path, inputs: Inputs) -> Group:
     """Return the group of one file."""
     if path.suffix not in ENDINGS:
         if not path.exists():
@@ -309,16 +309,21 @@ def _numpy(path: Path) -> dict[str, Array]:
 def _tensor(path: Path) -> tuple[str, Array]:
     """Return (name, array) of a file that holds a TensorProto."""
     _check_regular(path)
+    return tensor_in(path.read_bytes(), str(path))
+
+
+def tensor_in(data: bytes, where: str) -> tuple[str, Array]:
+    """Return (name, array) of the bytes of a TensorProto; raises StorageError where they are none."""
     try:
-        tensor = onnx.TensorProto.FromString(path.read_bytes())
+        tensor = onnx.TensorProto.FromString(data)
         if not tensor.data_type:
             raise ValueError("one without a type")
         return tensor.name, numpy_helper.to_array(tensor)
     except (DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"Cannot read '{path}': it holds no ONNX tensor") from error
+        raise StorageError(f"Cannot read '{where}': it holds no ONNX tensor") from error
 
 
-def _folder(path: Path, inputs: _Inputs) -> Iterator[Group]:
+def _folder(path: Path, inputs: Inputs) -> Iterator[Group]:
     """Yield the groups of a folder: ONNX test data, or files of one kind."""
     tests = sorted(each for each in path.glob(TEST_FOLDER) if each.is_dir()) or ([path] if (path / "input_0.pb").exists() else [])
     if tests:
@@ -335,7 +340,7 @@ def _folder(path: Path, inputs: _Inputs) -> Iterator[Group]:
     yield from (_file(each, inputs) for each in files)
 
 
-def _test_inputs(folder: Path, inputs: _Inputs) -> Iterator[tuple[str, Array]]:
+def _test_inputs(folder: Path, inputs: Inputs) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of input_0.pb, input_1.pb, ...: by the tensor's own name, or the place in the list."""
     files = sorted(folder.glob("input_*.pb"), key=lambda file: (len(file.stem), file.stem))
     if not files:

@@ -43,7 +43,7 @@ InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
 # The nodes that a plan lifts, or those that it rewrites.
 PlanKey: TypeAlias = tuple[NodeKey, ...]
 
-__all__ = ["Globs", "InputShapes", "check_named", "checked_globs", "checked_shapes", "fold", "verify"]
+__all__ = ["Globs", "InputShapes", "check_named", "checked_globs", "checked_shapes", "fold", "inlined_functions", "verify"]
 
 
 def fold(
@@ -102,15 +102,15 @@ def fold(
     >>> result.folded[0].into, result.parity.ok, len(result.model.graph.node)
     ('c', True, 1)
     """
-    globs, shapes = map(checked_globs, (only, skip, explain), ("only", "skip", "explain")), checked_shapes(input_shapes)
+    globs = checked_globs(only, "only"), checked_globs(skip, "skip"), checked_globs(explain, "explain")
+    source, shapes = storage.load(model), checked_shapes(input_shapes)
     options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
-    source = storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
 
 
 def inference_form(source: Source, freeze_inputs: bool, input_shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """Return the form of a model in which no node is in training mode, its functions with such nodes inlined."""
-    return converted(_inlined(source, (BATCH_NORM, DROPOUT)) or source, freeze_inputs, input_shapes)
+    return converted(inlined_functions(source, (BATCH_NORM, DROPOUT)) or source, freeze_inputs, input_shapes)
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class _Options:
 
 
 def _folded(source: Source, options: _Options) -> FoldResult:
-    inlined = _inlined(source, (BATCH_NORM,))
+    inlined = inlined_functions(source, (BATCH_NORM,))
     job = _Job(source, source if inlined is None else inlined, options)
     planning = job.plan()
-    whole = _inlined(source) if source.proto.functions and planning.batch_norms_left else None
+    whole = inlined_functions(source) if source.proto.functions and planning.batch_norms_left else None
     if whole is not None:  # what stands beside a batch normalization may be a call of a function
         other = _Job(source, whole, options)
         planned = other.plan()
@@ -300,7 +300,7 @@ def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[
     return shortest
 
 
-def _inlined(source: Source, ops: tuple[str, ...] | None = None) -> Source | None:
+def inlined_functions(source: Source, ops: tuple[str, ...] | None = None) -> Source | None:
     """Return the model with those model-local functions inlined that hold one of some operators, or all; None where that is not possible.
 
     A function that several calls share can only be folded where it is inlined.

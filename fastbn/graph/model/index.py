@@ -147,7 +147,7 @@ class Index:
 
     def _sorted(self, scope: Scope) -> list[Node]:
         """Return the scope's nodes in an order of the data flow; nearly every model lists them so already."""
-        needs = {node: {value.producer for value in self._reads(node) if value.scope is scope and value.producer} for node in scope.nodes}
+        needs = {node: {value.producer for value in self.reads(node) if value.scope is scope and value.producer} for node in scope.nodes}
         if all(producer.position < node.position for node, producers in needs.items() for producer in producers):
             return scope.nodes
         dependents: dict[Node, list[Node]] = {}
@@ -166,7 +166,7 @@ class Index:
             raise ModelError(f"Cannot order the nodes: '{stuck.label}' is part of a cycle, or reads from one")
         return ready
 
-    def _reads(self, node: Node) -> list[Value]:
+    def reads(self, node: Node) -> list[Value]:
         """Return the values that a node reads, those of its bodies included."""
         reads = [value for value in node.inputs if value is not None]
         pending = bodies(node.proto)
