@@ -47,11 +47,11 @@ def batch_norm_affine(
     eps : float
         Added to var, which must stay positive and finite after it: that is for the caller to check.
     """
-    mean = np.asarray(mean).astype(np.float64)
-    deviation = np.sqrt(np.asarray(var).astype(np.float64) + eps)
+    mean = np.asarray(mean, np.float64)
+    deviation = np.sqrt(np.asarray(var, np.float64) + eps)
     with np.errstate(over="ignore", invalid="ignore"):  # float64 parameters may overflow: the caller looks at the result
-        scale = (np.ones_like(mean) if weight is None else np.asarray(weight).astype(np.float64)) / deviation
-        shift = (np.zeros_like(mean) if bias is None else np.asarray(bias).astype(np.float64)) - mean * scale
+        scale = (np.ones_like(mean) if weight is None else np.asarray(weight, np.float64)) / deviation
+        shift = (np.zeros_like(mean) if bias is None else np.asarray(bias, np.float64)) - mean * scale
     return scale, shift
 
 

@@ -7,6 +7,7 @@ quantized one, or nothing could be measured; 5 done, not verified: the parity of
 """
 
 import dataclasses
+import gc
 import importlib
 import os
 import shlex
@@ -37,6 +38,9 @@ __all__ = ["main", "run"]
 
 DONE, FAILED, UNUSABLE, LEFT, PARTIAL, UNVERIFIED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
 
+# How many objects are made before the garbage collector looks for cycles. A large model makes hundreds of thousands that live to the end.
+PAUSE = 100_000
+
 Command: TypeAlias = Callable[[Arguments, Delivery], int]
 
 
@@ -49,6 +53,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
 
 def run() -> NoReturn:
     """Be the command: run it and end the process, in which an interrupt comes too late from then on."""
+    gc.set_threshold(PAUSE)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(code)

@@ -67,14 +67,20 @@ def test_the_command(tmp_path, request):
     arguments = ["--out", tmp_path, "tdnn", "--large", tmp_path, "--layers", "2", "--channels", "16", "--long", tmp_path]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data", "long.onnx", "tdnn.onnx"]
-    assert len(onnx.load(tmp_path / "long.onnx").graph.node) == 6000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["computed.onnx", "large.onnx", "large.onnx.data", "long.onnx", "tdnn.onnx"]
+    assert [len(onnx.load(tmp_path / f"{name}.onnx").graph.node) for name in ("long", "computed")] == [6000, 5980]
     wrong = subprocess.run([sys.executable, script, "nothing"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert "no model is called nothing" in wrong.stderr
 
 
-def test_a_long_model_folds_completely():
+def test_long_models_fold_completely():
     result = fastbn.fold(make_models.long(blocks=600), verify=False)
     assert len(result.folded) == 600
     assert {node.op_type for node in result.model.graph.node} == {"Conv", "Relu"}
+
+
+def test_biases_and_sizes_that_a_graph_computes():
+    result = fastbn.fold(make_models.computed(blocks=3))
+    assert (len(result.folded), result.kept) == (6, [])
+    assert result.parity.ok

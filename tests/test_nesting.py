@@ -69,7 +69,7 @@ def test_inference_leaves_functions_that_expand_to_too_much_alone(monkeypatch):
     fastbn.fold(with_norm_behind(nested(3)), verify=False)
     assert max(seen) == 3
     seen.clear()
-    monkeypatch.setattr("fastbn.graph.model.shapes.LARGEST_INLINED", 5)
+    monkeypatch.setattr("fastbn.graph.model.index.LARGEST_INLINED", 5)
     fastbn.fold(with_norm_behind(nested(3)), verify=False)
     assert max(seen) == 0
 

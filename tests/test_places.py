@@ -13,6 +13,7 @@ from sketch import assert_same, conv_bn, model, norm, normal
 import fastbn
 from fastbn.cli import main
 from fastbn.graph.model import storage
+from fastbn.graph.model.external import external_tensors
 
 # Tensors that no fold touches: in the graph, in a body, in a function, in attributes, sparse.
 VALUES = np.arange(1.0, 5.0, dtype=np.float32)
@@ -103,7 +104,7 @@ def test_a_good_place_is_copied_along(where, here):
     (here / "k.data").unlink()
     assert (here / "out.onnx.data").read_bytes() == VALUES.tobytes()
     proto = onnx.load("out.onnx", load_external_data=False)
-    tensor, *_ = storage.external_tensors(proto)
+    tensor, *_ = external_tensors(proto)
     assert [entry.value for entry in tensor.external_data if entry.key == "location"] == ["out.onnx.data"]
     source = storage.load("out.onnx")
     assert source.external(tensor).tobytes() == VALUES.tobytes()
@@ -175,7 +176,7 @@ def test_a_file_that_becomes_a_pipe_after_the_check_does_not_hang(here):
     (here / "k.data").unlink()
     os.mkfifo("k.data")
     with pytest.raises(fastbn.StorageError, match="something that is no file"):
-        source.external(next(storage.external_tensors(source.proto)))
+        source.external(next(external_tensors(source.proto)))
 
 
 def test_no_path_no_data_file(here):
@@ -256,4 +257,4 @@ def test_the_data_of_a_function_that_is_inlined(here):
     (here / "k.data").unlink()
     assert [each.name for each in onnx.load("out.onnx", load_external_data=False).functions] == ["Four"]
     source = storage.load("out.onnx")
-    assert source.external(next(storage.external_tensors(source.proto))).tobytes() == VALUES.tobytes()
+    assert source.external(next(external_tensors(source.proto))).tobytes() == VALUES.tobytes()

@@ -408,8 +408,8 @@ def test_the_size_of_a_model_is_that_of_its_file_or_of_what_it_has_become(tmp_pa
     data = proto.SerializeToString()
     (tmp_path / "m.onnx").write_bytes(data + b"\xfa\x03\x00")  # a field that nobody knows
     source = storage.load(tmp_path / "m.onnx")
-    assert source.size([]) == len(data) + 3
-    assert storage.load(data).size([]) == storage.load(proto).size([]) == len(data)
+    assert source.size() == len(data) + 3
+    assert storage.load(data).size() == storage.load(proto).size() == len(data)
     source.proto.doc_string = "edited"
     source.inference = storage.InferenceForm(["a"], [])
-    assert source.size([]) == source.proto.ByteSize()
+    assert source.size() == source.proto.ByteSize()

@@ -123,7 +123,7 @@ def data_files(path):
     """Return the names of a model's data files."""
     import onnx
 
-    from fastbn.graph.model.storage import external_tensors, location_of
+    from fastbn.graph.model.external import external_tensors, location_of
 
     return {"names": sorted({location_of(tensor) for tensor in external_tensors(onnx.load(path, load_external_data=False))})}
 

@@ -3,7 +3,8 @@
 
     python tools/make_models.py [--out DIR] [NAME ...]     the models of MODELS, each a few hundred kB at most
     python tools/make_models.py --large DIR                2.4 GB of external data: --layers x Conv 1x1 of --channels, each with its BN
-    python tools/make_models.py --long DIR                 6000 nodes: 2000 x Conv, BatchNormalization, Relu
+    python tools/make_models.py --long DIR [--nodes N]     two models of N nodes (6000): long.onnx, Conv, BatchNormalization, Relu, and so
+                                                           on; computed.onnx, the same with biases and sizes that the graph computes
 
 Weights and statistics are random, the statistics as wide as those of trained networks. What the exporters themselves make of such networks
 lies in tests/models/exporters (tools/export_samples.py).
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["MODELS", "large", "long"]
+__all__ = ["MODELS", "computed", "large", "long"]
 
 EPS = 1e-5
 
@@ -59,7 +60,7 @@ class Net:
         self.used.add(name)
         value = f"{name}_output_0"
         self.graph.node.append(helper.make_node(op, inputs, [value], name=name, **attributes))
-        self.channels[value] = channels or self.channels.get(inputs[0])
+        self.channels[value] = channels or (self.channels.get(inputs[0]) if inputs else None)
         return value
 
     def conv(self, x, module, out, kernel=3, stride=1, pad=None, groups=1, bias=False, dilation=1, rank=2):
@@ -283,6 +284,10 @@ _NETS = [small_cnn, levit_like, tabular_mlp, tdnn, repvgg, unet, resnet_v2, dens
 MODELS = {net.__name__: net for net in _NETS}
 
 
+# Nodes in a block of `long` and of `computed`.
+LONG_BLOCK, COMPUTED_BLOCK = 3, 26
+
+
 def long(blocks=2000, channels=4):
     """Return blocks x (Conv 1x1, BatchNormalization, Relu)."""
     net = Net("long", 10)
@@ -290,6 +295,32 @@ def long(blocks=2000, channels=4):
     for number in range(blocks):
         x = net.relu(net.norm(net.conv(x, f"layers.{number}.conv", channels, kernel=1), f"layers.{number}.bn"), f"layers.{number}.relu")
     net.output(x, "y", 1, channels, 4, 4)
+    return net.model()
+
+
+def computed(blocks=231, channels=4):
+    """Return blocks x 26 nodes: Conv, BatchNormalization, Relu with the bias as PyTorch's exporter computes it, its optimizer off, then a
+    BatchNormalization of an image that is flattened and made an image again, by sizes as the exporter of TorchScript and tf2onnx compute
+    them."""
+    net = Net("computed", 12)
+    x = net.input("x", "batch", channels, 4, 4)
+    nothing = net.constant("nothing", np.float32(0))
+    for number in range(blocks):
+        conv, there, back = (f"layers.{number}.{part}" for part in ("conv", "there", "back"))
+        weight = net.normal(f"{conv}.weight", (channels, channels, 1, 1), channels)
+        length = net.node("Expand", [net.node("Shape", [weight], conv, end=1), net.node("Constant", [], conv, value_ints=[1])], conv)
+        bias = net.node("Expand", [net.node("CastLike", [nothing, x], conv), length], conv)
+        x = net.node("Conv", [x, weight, bias], conv, channels, kernel_shape=[1, 1])
+        x = net.conv(net.relu(net.norm(x, f"{conv}.norm"), conv), there, channels, kernel=1)
+        batch = net.node("Gather", [net.node("Shape", [x], there), net.node("Constant", [], there, value_int=0)], there, axis=0)
+        batch = net.node("Unsqueeze", [batch, net.node("Constant", [], there, value_ints=[0])], there)
+        batch = net.node("Cast", [batch], there, to=TensorProto.INT64)
+        for module, sizes in ((there, [channels, -1]), (back, [channels, 4, 4])):
+            ends = [net.node("Constant", [], module, value_ints=[size]) for size in sizes]
+            x = net.node("Reshape", [x, net.node("Concat", [batch, *ends], module, axis=0)], module, channels)
+            if module == there:
+                x = net.relu(net.norm(x, f"{there}.norm"), there)
+    net.output(x, "y", "batch", channels, 4, 4)
     return net.model()
 
 
@@ -325,7 +356,8 @@ def main():
     parser.add_argument("--large", type=Path, metavar="DIR", help="write large.onnx and its data file there")
     parser.add_argument("--layers", type=int, default=16, help="of the large model (16)")
     parser.add_argument("--channels", type=int, default=6144, help="of the large model (6144)")
-    parser.add_argument("--long", type=Path, metavar="DIR", help="write long.onnx there")
+    parser.add_argument("--long", type=Path, metavar="DIR", help="write long.onnx and computed.onnx there")
+    parser.add_argument("--nodes", type=int, default=6000, metavar="N", help="of these two (6000)")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(MODELS))
     if unknown:
@@ -335,9 +367,10 @@ def main():
     if arguments.large:
         print(large(arguments.large, arguments.layers, arguments.channels))
     if arguments.long:
-        path = arguments.long / "long.onnx"
-        path.write_bytes(long().SerializeToString(deterministic=True))
-        print(path)
+        for model in (long(arguments.nodes // LONG_BLOCK), computed(arguments.nodes // COMPUTED_BLOCK)):
+            path = arguments.long / f"{model.graph.name}.onnx"
+            path.write_bytes(model.SerializeToString(deterministic=True))
+            print(path)
     if arguments.names or not (arguments.large or arguments.long):
         for name in arguments.names or MODELS:
             path = (arguments.out or Path()) / f"{name}.onnx"

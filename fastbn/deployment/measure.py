@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import numpy as np
 import onnx
 
-from fastbn.graph.model.storage import Source, external_tensors
+from fastbn.graph.model.storage import Source
 from fastbn.graph.runtime import runtime_errors, session
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class Kernels:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a model file and of the data files it reads."""
-    source = Source(onnx.load(path, load_external_data=False), path, str(path))
-    return source.size(external_tensors(source.proto))
+    return Source(onnx.load(path, load_external_data=False), path, str(path)).size()
 
 
 def load_times(paths: Mapping[NameT, Path], progress: Callable[[str], None] | None = None) -> dict[NameT, float]:

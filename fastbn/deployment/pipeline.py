@@ -31,7 +31,7 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.rewrite.destination import check_destination, is_stream, storage_errors
-from fastbn.graph.rewrite.output import Output
+from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
 
@@ -326,7 +326,7 @@ class _Pipeline:
         original = source.path
         if original is None or source.is_edited or (utf8_path(original) is None and not source.data_files()):
             original = self.workdir / "original.onnx"
-            Output(source.proto, [], source, {}, source.is_edited).save(original)
+            Output(source, source.is_edited, lambda: Written(source.proto, [])).save(original)
         folded = self.workdir / "folded.onnx"
         fold.save(folded)
         return {"original": original, "folded": folded}

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import ArrayLike, NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.files import file_path, os_error
 from fastbn.graph.parity.feeds import random_feeds
 from fastbn.graph.reasons import first_few
@@ -215,7 +216,7 @@ class Inputs:
                 raise ArgumentError(expected(f"text for '{name}'", str(array.dtype), where))
             return array.astype(object)
         try:
-            wanted = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+            wanted = dtype_of(kind)
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(expected(f"'{name}' to be a tensor", "an input that is none", where)) from error
         if array.dtype == wanted:

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 
 from onnx import ModelProto
@@ -9,9 +10,9 @@ from onnx import ModelProto
 from fastbn.errors import ParityError
 from fastbn.graph import report
 from fastbn.graph.model.index import Index
-from fastbn.graph.model.nesting import is_standard, scopes_of
-from fastbn.graph.model.storage import Source, external_tensors
-from fastbn.graph.ops.normalization import BATCH_NORM
+from fastbn.graph.model.nesting import scopes_of
+from fastbn.graph.model.storage import Source
+from fastbn.graph.ops.normalization import BATCH_NORM, node_counts
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.results import SCHEMA, Explanation, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
 from fastbn.graph.rewrite.output import Output, Prepared
@@ -61,6 +62,7 @@ class FoldResult:
         source: Source,
         index: Index,
         output: Output,
+        after: tuple[int, int],
         planning: Planning,
         folded: list[Fold],
         rewritten: list[Rewritten],
@@ -69,6 +71,7 @@ class FoldResult:
         self._source = source
         self._index = index
         self._output = output
+        self._after = after
         self._planning = planning
         self.folded: list[Fold] = folded
         self.kept: list[Kept] = planning.kept
@@ -77,6 +80,14 @@ class FoldResult:
         self.parity: Parity | None = parity
         raised = ("the IR version is raised to 4, from which on a constant need not be a graph input",) if raises_ir_version(index) else ()
         self.notes: tuple[str, ...] = (*index.source.notes, *raised)
+
+    @cached_property
+    def _before(self) -> tuple[int, int]:
+        """Nodes and batch normalizations of the original."""
+        proto = self._source.proto
+        if proto is self._index.proto:
+            return node_counts(((node.domain, node.op) for node in self._index.order), proto.functions)
+        return node_counts(((node.domain, node.op_type) for graph in scopes_of(proto.graph) for node in graph.node), proto.functions)
 
     @property
     def model(self) -> ModelProto:
@@ -109,7 +120,7 @@ class FoldResult:
 
     def to_dict(self) -> FoldReport:
         """Return everything as data that JSON holds; "schema" is its version."""
-        before, after = _counts(self._source.proto), _counts(self._output.proto)
+        before, after = self._before, self._after
         return {
             "schema": SCHEMA,
             "model": self._index.source.name,
@@ -134,9 +145,9 @@ class FoldResult:
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, the first about the original."""
-        before, after = _counts(self._source.proto), _counts(self._output.proto)
+        before, after = self._before, self._after
         source = self._source
-        size = report.size_text(source.size(external_tensors(source.proto)))
+        size = report.size_text(source.size())
         head = f"{Path(source.name).name}   opset {self._index.opset}, {before[0]} nodes, {before[1]} BatchNormalization, {size}"
         rows = report.result_rows(self.folded, self.kept, self.rewritten)
         lines = [head, *rows, *report.explanation_rows(self.explanations)]
@@ -163,10 +174,3 @@ class FoldResult:
 def planning_of(result: FoldResult) -> Planning:
     """Return the planning of a result, whose `folds` are one for each of `folded` in the same order: for the package, not for users."""
     return result._planning
-
-
-def _counts(proto: ModelProto) -> tuple[int, int]:
-    """Return (nodes, batch normalizations) of a model, those in subgraphs and functions included."""
-    nodes = [node for graph in scopes_of(proto.graph) for node in graph.node]
-    nodes += [node for function in proto.functions for node in function.node]
-    return len(nodes), sum(node.op_type == BATCH_NORM and is_standard(node.domain) for node in nodes)

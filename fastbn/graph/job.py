@@ -29,6 +29,7 @@ from fastbn.graph.planner.planning import NodeKey, Planning, key_of
 from fastbn.graph.planner.substitute import REWRITE_FORMS, RewriteForm
 from fastbn.graph.reasons import Refusal, first_few
 from fastbn.graph.results import Fold, Parity, Rewritten
+from fastbn.graph.rewrite.draft import Draft
 from fastbn.graph.rewrite.inference import as_inference as converted
 from fastbn.graph.rewrite.output import Output
 from fastbn.graph.rewrite.writer import rewrite
@@ -218,7 +219,7 @@ class _Job:
 
     def result(self, planning: Planning) -> FoldResult:
         """Write and verify the whole model; return the FoldResult."""
-        planning, output, parity = self._finish(planning)
+        planning, draft, output, parity = self._finish(planning)
         self.original.check_unchanged()
         planning.kept = advised(planning, self.index, self._supposed)
         missed: list[Plan] = []
@@ -229,17 +230,17 @@ class _Job:
                 reason = f"no output that could be compared depends on the fold of {names}"
                 parity = replace(parity, status="inconclusive", reason=reason)
         checks = {plan: self.checks.get((_key(plan.lifted), _key(plan.rewritten))) for plan in planning.plans}
-        folded = [_fold_of(plan, checks[plan], output, plan in missed) for plan in planning.folds]
+        folded = [_fold_of(plan, checks[plan], draft, plan in missed) for plan in planning.folds]
         plans = {node: plan for plan in planning.plans for node in plan.rewritten}
         rewritten = [
-            _rewritten_of(node, refusal, plans[node], checks[plans[node]], output, plans[node] in missed)
+            _rewritten_of(node, refusal, plans[node], checks[plans[node]], draft, plans[node] in missed)
             for node, refusal in planning.rewritten.items()
         ]
-        return FoldResult(self.original, self.index, output, planning, folded, rewritten, parity)
+        return FoldResult(self.original, self.index, output, draft.counts, planning, folded, rewritten, parity)
 
-    def _finish(self, planning: Planning) -> tuple[Planning, Output, Parity | None]:
-        """Return (planning, output, parity): without the folds with which the whole model fails although each of them holds alone."""
-        output, parity = self._whole(planning)
+    def _finish(self, planning: Planning) -> tuple[Planning, Draft, Output, Parity | None]:
+        """Return (planning, draft, output, parity): without the folds with which the whole fails although each of them holds alone."""
+        draft, output, parity = self._whole(planning)
         for _ in range(MOST_EXCLUDED):
             if parity is None or parity.status != "failed":
                 break
@@ -248,15 +249,15 @@ class _Job:
             self.excluded.update(dict.fromkeys(_key(failing.lifted), sentence))
             self.unrewritten.update(dict.fromkeys(_key(failing.rewritten), sentence))
             planning = self.plan()
-            output, parity = self._whole(planning)
-        return planning, output, parity
+            draft, output, parity = self._whole(planning)
+        return planning, draft, output, parity
 
     def _first_failing(self, planning: Planning) -> Plan:
         """Return the first plan with which the whole model fails."""
         keys = [_key(plan.leaving) for plan in planning.plans]
 
         def holds(length: int) -> bool:
-            parity = self._whole(self.plan(without=[node for key in keys[length:] for node in key]))[1]
+            parity = self._whole(self.plan(without=[node for key in keys[length:] for node in key]))[2]
             return parity is None or parity.status != "failed"
 
         def tell(left: int) -> None:
@@ -264,11 +265,12 @@ class _Job:
 
         return planning.plans[_shortest_failing(len(keys), holds, tell) - 1]
 
-    def _whole(self, planning: Planning) -> tuple[Output, Parity | None]:
-        """Return (output, parity of the whole model)."""
-        output = rewrite(self.index, planning)
+    def _whole(self, planning: Planning) -> tuple[Draft, Output, Parity | None]:
+        """Return (draft, output, parity of the whole model)."""
+        draft = Draft(self.index, planning)
+        output = rewrite(self.index, planning, draft)
         if not self.options.verify or not planning.plans:
-            return output, None
+            return draft, output, None
         if output.is_external:
             self.options.progress("writing the folded model for its verification")
             path = output.save_in_workdir(self.options.workdir)
@@ -283,7 +285,7 @@ class _Job:
                 seed=self.options.seed,
                 progress=self.options.progress,
             )
-        return output, self.comparison.check(folded, lambda names: bool(names) and not unreached(self.index, planning, names))
+        return draft, output, self.comparison.check(folded, lambda names: bool(names) and not unreached(self.index, planning, names))
 
 
 def _shortest_failing(count: int, holds: Callable[[int], bool], tell: Callable[[int], None] | None = None) -> int:
@@ -370,9 +372,9 @@ def _key(nodes: Iterable[Node]) -> PlanKey:
     return tuple(map(key_of, nodes))
 
 
-def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | None, output: Output, is_missed: bool) -> str | None:
+def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | None, draft: Draft, is_missed: bool) -> str | None:
     """Return what a result says of a plan; is_missed: the comparison of the whole model does not depend on it."""
-    notes = [note for node in dict.fromkeys(changed) for note in output.growth.get(node, ())]
+    notes = [note for node in dict.fromkeys(changed) for note in draft.growth.get(node, ())]
     if keeps_shift:
         notes.append("an Add keeps the shift")
     if check and check.note:
@@ -382,7 +384,7 @@ def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | No
     return "; ".join(notes) or None
 
 
-def _rewritten_of(node: Node, refusal: Refusal, plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Rewritten:
+def _rewritten_of(node: Node, refusal: Refusal, plan: Plan, check: FoldParity | None, draft: Draft, is_missed: bool) -> Rewritten:
     substitutes = plan.replaced[node]
     return Rewritten(
         bn=node.label,
@@ -390,13 +392,13 @@ def _rewritten_of(node: Node, refusal: Refusal, plan: Plan, check: FoldParity | 
         channels=math.prod(plan.constants[substitutes[0], 1].shape),
         error=check.error if check else None,
         bound=check.bound if check else None,
-        note=_notes_of(substitutes, False, check, output, is_missed),
+        note=_notes_of(substitutes, False, check, draft, is_missed),
         code=refusal.code,
         reason=refusal.sentence,
     )
 
 
-def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bool) -> Fold:
+def _fold_of(plan: Plan, check: FoldParity | None, draft: Draft, is_missed: bool) -> Fold:
     """Return a plan as the result reports it."""
     keeps_shift = any(node in plan.replaced for node in plan.lifted)
     return Fold(
@@ -407,7 +409,7 @@ def _fold_of(plan: Plan, check: FoldParity | None, output: Output, is_missed: bo
         channels=plan.channels,
         error=check.error if check else None,
         bound=check.bound if check else None,
-        note=_notes_of((node for node, _ in plan.constants), keeps_shift, check, output, is_missed),
+        note=_notes_of((node for node, _ in plan.constants), keeps_shift, check, draft, is_missed),
     )
 
 

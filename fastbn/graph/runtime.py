@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from fastbn.errors import FastbnError, StorageError
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.storage import Source, serialize
 from fastbn.interrupts import interrupts_deferred
@@ -61,13 +62,13 @@ CARRIERS: dict[int, int] = {
     TensorProto.INT4: TensorProto.INT8,
     TensorProto.UINT4: TensorProto.UINT8,
 }
-CARRIED: dict[str, int] = {helper.tensor_dtype_to_np_dtype(kind).name: carrier for kind, carrier in CARRIERS.items()}
+CARRIED: dict[str, int] = {dtype_of(kind).name: carrier for kind, carrier in CARRIERS.items()}
 
 
 def carried(array: Array) -> Array:
     """Return an array in a type that onnxruntime takes."""
     carrier = CARRIED.get(array.dtype.name)
-    return array if carrier is None else array.astype(helper.tensor_dtype_to_np_dtype(carrier))
+    return array if carrier is None else array.astype(dtype_of(carrier))
 
 
 class Session(Protocol):

@@ -15,7 +15,7 @@ from fastbn.graph.job import Globs, check_named, inlined_functions
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
-from fastbn.graph.model.storage import ModelLike, Source, external_tensors
+from fastbn.graph.model.storage import ModelLike, Source
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.parity.comparable import is_random
 from fastbn.graph.ranges import whole_number
@@ -250,7 +250,7 @@ class _Job:
 def _head(source: Source, index: Index) -> str:
     nodes = sum(len(graph.node) for graph in scopes_of(source.proto.graph)) + sum(len(each.node) for each in source.proto.functions)
     norms = sum(map(is_batch_norm, index.order))
-    return head_of(source.name, index.opset, nodes, norms, source.size(external_tensors(source.proto)))
+    return head_of(source.name, index.opset, nodes, norms, source.size())
 
 
 def _verified(output: Output, arrays: Mapping[Site, tuple[Array, Array]]) -> str:

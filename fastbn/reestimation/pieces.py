@@ -11,10 +11,11 @@ from typing import TypeAlias
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.errors import ModelError, expected
+from fastbn.graph.model.external import is_external
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import bodies, scopes_of
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.model.storage import Source, is_external, serialize
+from fastbn.graph.model.storage import Source, serialize
 from fastbn.graph.runtime import Runnable
 from fastbn.reestimation.levels import MEAN, VAR, Levels, Site
 

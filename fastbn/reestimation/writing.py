@@ -9,7 +9,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Value
-from fastbn.graph.rewrite.output import Output
+from fastbn.graph.rewrite.output import Output, Written
 from fastbn.reestimation.levels import MEAN, VAR, Site
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def written(index: Index, statistics: Mapping[Site, tuple[Array, Array]]) -> tup
                 if len(value.readers) > 1:
                     notes.append(f"'{value.name}' is shared: '{site.node.label}' has a {role} of its own now")
             _fill(tensors[name], name, array)
-    return Output(proto, [], index.source, {}, bool(statistics)), tuple(notes)
+    return Output(index.source, bool(statistics), lambda: Written(proto, [])), tuple(notes)
 
 
 def _is_own(value: Value, site: Site) -> bool:

@@ -19,7 +19,7 @@ from fastbn.errors import ModelError, expected
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
 
-__all__ = ["BLOCK", "Constant", "DType", "Dense", "Scaled", "Tensor", "broadcast_scale", "float64_of"]
+__all__ = ["BLOCK", "Constant", "DType", "Dense", "Scaled", "Tensor", "broadcast_scale", "float64_of", "float64_of_all"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -188,12 +188,19 @@ class Scaled:
 
 def float64_of(constant: Constant) -> FloatArray:
     """Return the values of any constant in float64, not rounded."""
+    return float64_of_all([constant])[0]
+
+
+def float64_of_all(constants: Sequence[Constant]) -> list[FloatArray]:
+    """Return the values of each constant in float64, not rounded."""
+    with np.errstate(invalid="ignore"):  # widening a signaling NaN sets the invalid flag
+        return [_widened(constant) for constant in constants]
+
+
+def _widened(constant: Constant) -> FloatArray:
     if isinstance(constant, Dense):
         return constant.values
-    if isinstance(constant, Scaled):
-        return Dense.of(constant).values
-    with np.errstate(invalid="ignore"):  # widening a signaling NaN sets the invalid flag
-        return constant.array().astype(np.float64)
+    return Dense.of(constant).values if isinstance(constant, Scaled) else constant.array().astype(np.float64)
 
 
 def broadcast_scale(layout: WeightLayout, scale: FloatArray, shape: Sequence[int]) -> FloatArray:
@@ -260,7 +267,9 @@ class Dense:
 
     def check(self) -> tuple[int, int]:
         """Return (nonfinite, 0); a sum may round to zero, so only infinities and NaN count."""
-        return int((~np.isfinite(self.array().astype(np.float64))).sum()), 0
+        values = self.array()
+        finite = np.isfinite(values if values.dtype.kind == "f" else values.astype(np.float64))
+        return finite.size - int(np.count_nonzero(finite)), 0
 
     def bad_channels(self) -> list[int]:
         """Return the flat indices of the elements that check() counts."""

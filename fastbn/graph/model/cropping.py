@@ -79,6 +79,8 @@ def crop_levels(
         (each.domain, each.name) for each in functions if any(node.op_type == "Slice" for graph in scopes_of(each) for node in graph.node)
     }
     levels: dict[Node, int] = {}
+    if not any(node.is_op("Slice") or (node.domain, node.op) in croppers for scope in scopes_within(main) for node in scope.ordered):
+        return levels
     # Value -> (level, whether its size may be negative since the last cropping node).
     reached: dict[Value, tuple[int, bool]] = {}
     for scope in scopes_within(main):
@@ -117,8 +119,7 @@ def _may_be_negative(node: Node, number: SmallConstant) -> bool:
 def _fits_any_image(node: Node) -> bool:
     """Say whether a window over an image of size 0 makes no negative size: (0 + padding - window) / stride + 1 >= 0, rounded toward 0."""
     weight = node.input(1) if node.op == "Conv" else None
-    shape = weight.initializer.dims[2:] if weight is not None and weight.initializer is not None else []
-    kernel = node.attribute("kernel_shape", list(shape))
+    kernel = node.attribute("kernel_shape", [] if weight is None else [*weight.dims[2:]])
     ones = [1] * len(kernel)
     strides, dilations = node.attribute("strides", ones), node.attribute("dilations", ones)
     pads = node.attribute("pads", [0] * 2 * len(kernel))

@@ -11,6 +11,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from fastbn.errors import FastbnError, ModelError, expected
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.runtime import CARRIED, CARRIERS, carried, session
 
@@ -101,7 +102,7 @@ def _operator(node: bytes, kinds: tuple[int | None, ...], opset: int) -> tuple[R
     for slot, info in enumerate(made.get_outputs()):
         given = TensorProto.DataType.Value(info.type.removeprefix("tensor(").removesuffix(")").upper())
         if given in CARRIERS:
-            dtypes[slot] = helper.tensor_dtype_to_np_dtype(given)
+            dtypes[slot] = dtype_of(given)
             nodes.append(helper.make_node("Cast", [outputs[slot]], [f"w{slot}"], to=CARRIERS[given]))
             outputs[slot] = f"w{slot}"
     if any(dtypes):

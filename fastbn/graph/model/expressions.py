@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from fastbn.graph.model.constant import Tensor
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.evaluation import Inputs, Key, evaluated, is_numeric, key_of
 from fastbn.graph.model.extent import is_too_slow, result_size
 from fastbn.graph.model.nesting import is_standard
@@ -30,6 +32,9 @@ LARGEST_RESULT = 1 << 24
 # The most elements of all results of a model's constant expressions together.
 LARGEST_TOTAL = 1 << 26
 
+# What a node gives for inputs of no more bytes than this is kept for the next one like it.
+LARGEST_KEPT = 1 << 10
+
 # Operators whose kernels in onnxruntime 1.32 end the process for some constants, or do not end: DFT for an axis that is none,
 # TfIdfVectorizer for many skips.
 UNSAFE = ("DFT", "TfIdfVectorizer")
@@ -46,6 +51,14 @@ LITERALS: dict[str, tuple[type, type[np.generic]]] = {
 def is_expression(node: Node) -> bool:
     """Say whether what a node gives for constants is constant: an operator of ONNX's own without bodies that draws no random numbers."""
     return is_standard(node.domain) and not node.scopes and node.op not in (*RANDOM, *UNSAFE)
+
+
+class _Call(NamedTuple):
+    """A node with its inputs, and what two small calls have in common that give the same; None for a large one."""
+
+    key: Key
+    arrays: Inputs
+    same: Hashable | None
 
 
 class Constants:
@@ -86,6 +99,9 @@ class Constants:
         self._refused: dict[tuple[int, bool], set[Value | None]] = {}
         self._elements_left = LARGEST_TOTAL
         self._keys: dict[tuple[object, ...], Key] = {}
+        # What small calls give: a network has the same blocks many times.
+        self._result_sizes: dict[Hashable, float | None] = {}
+        self._results: dict[Hashable, dict[int, Array] | None] = {}
         self._candidates = _candidates(nodes)
 
     def find(self, value: Value | None, largest: int | None = None, infer: bool = False) -> Tensor | None:
@@ -94,6 +110,12 @@ class Constants:
         With `largest`, no expression of more elements is evaluated, neither for the value nor for what it is computed from. With `infer`,
         shape inference is asked for types and shapes that the file does not declare and an expression reads.
         """
+        if value in self._tensors:
+            return self._tensors[value]
+        if value is None or (value.initializer is None and value not in self._candidates):
+            return None
+        if value.initializer is not None:
+            return self._initializer(value)
         effort = LARGEST_RESULT if largest is None else min(largest, LARGEST_RESULT), infer
         refused = self._refused.setdefault(effort, set())
         pending = [value]
@@ -105,9 +127,17 @@ class Constants:
             waiting = [read for read in self._reads(current) if not self._is_decided(read, refused)]
             if waiting:
                 pending.extend(waiting)
-            elif current is not None:
+            else:
                 self._decide(current, effort, refused)
         return self._tensors.get(value)
+
+    def _initializer(self, value: Value) -> Tensor | None:
+        """Note what a value with an initializer is, and return it."""
+        tensor = value.initializer
+        assert tensor is not None, "asked before"
+        known = None if self._is_overridable(value) else self._tensor(tensor, value.dims, value.name)
+        self._tensors[value] = known
+        return known
 
     def known(self, value: Value) -> Tensor | None:
         """Return the Tensor of a value where it has been found already."""
@@ -144,11 +174,11 @@ class Constants:
 
     def evaluate(self, node: Node, arrays: Inputs, largest: int) -> dict[int, Array] | None:
         """Return slot -> output of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""
-        key = self._key(node, arrays)
-        size = None if key is None else result_size(node, arrays, key, self._opset)
-        if key is None or size is None or size > largest or is_too_slow(node, arrays, size):
+        call = self._call(node, arrays)
+        size = None if call is None else self._result_size(node, call)
+        if call is None or size is None or size > largest or is_too_slow(node, arrays, size):
             return None
-        return evaluated(key, arrays, self._opset)
+        return self._results_of(call)
 
     def _is_decided(self, value: Value | None, refused: set[Value | None]) -> bool:
         return value is None or value in self._tensors or value in refused or (value.initializer is None and value not in self._candidates)
@@ -185,7 +215,7 @@ class Constants:
         """Note what a value is, once everything is decided that it is computed from."""
         node = value.producer
         if value.initializer is not None:
-            self._tensors[value] = None if self._is_overridable(value) else self._tensor(value.initializer, value.name)
+            self._initializer(value)
         elif node is None:
             self._tensors[value] = None
         elif node.op == "Constant":
@@ -204,15 +234,16 @@ class Constants:
         else:
             self._expression(node, *effort, refused)
 
-    def _tensor(self, tensor: TensorProto, where: str) -> Tensor:
-        return Tensor(tensor_dtype(tensor, where), tuple(tensor.dims), lambda: self._source.array(tensor))
+    def _tensor(self, tensor: TensorProto, dims: tuple[int, ...], where: str) -> Tensor:
+        return Tensor(tensor_dtype(tensor, where), dims, partial(self._source.array, tensor))
 
     def _constant_node(self, node: Node) -> Tensor | None:
         if len(node.proto.attribute) != 1:
             return None
         name = node.proto.attribute[0].name
         if name == "value":
-            return self._tensor(node.attribute(name, TensorProto()), node.label)
+            tensor = node.attribute(name, TensorProto())
+            return self._tensor(tensor, tuple(tensor.dims), node.label)
         if name not in LITERALS:
             return None
         kind, dtype = LITERALS[name]
@@ -262,12 +293,12 @@ class Constants:
                 if arrays[slot] is None:
                     self._leave(node, infer, refused)
                     return
-        key = self._key(node, arrays)
-        size = None if key is None else result_size(node, arrays, key, self._opset)
+        call = self._call(node, arrays)
+        size = None if call is None else self._result_size(node, call)
         if size is not None and (size > min(limit, self._elements_left) or is_too_slow(node, arrays, size)):
             self._refuse(outputs, limit, refused)
             return
-        results = None if key is None or size is None else evaluated(key, arrays, self._opset)
+        results = None if call is None or size is None else self._results_of(call)
         for value in outputs:
             tensor = self._tensors[value] = None if results is None else _literal(results[value.slot])
             self._elements_left -= 0 if tensor is None else tensor.size
@@ -303,19 +334,40 @@ class Constants:
         if not kind or not is_complete(shape) or math.prod(shape) > largest:
             return None
         try:
-            return np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind))
+            return np.zeros(shape, dtype_of(kind))
         except KeyError:  # a number that is no type
             return None
 
-    def _key(self, node: Node, arrays: Inputs) -> Key | None:
-        """Return the Key of a node for inputs of these types, None where the runtime does not know a type."""
+    def _call(self, node: Node, arrays: Inputs) -> _Call | None:
+        """Return a node with its inputs, None where the runtime does not know the type of one."""
         types = node, *(None if array is None else array.dtype for array in arrays)
         if types not in self._keys:
             try:
                 self._keys[types] = key_of(node, arrays)
             except (KeyError, ValueError):
                 return None
-        return self._keys[types]
+        key = self._keys[types]
+        if sum(array.nbytes for array in arrays if array is not None) > LARGEST_KEPT:
+            return _Call(key, arrays, None)
+        return _Call(key, arrays, (key, *(None if array is None else (array.shape, array.tobytes()) for array in arrays)))
+
+    def _result_size(self, node: Node, call: _Call) -> float | None:
+        """Return how many elements a call gives, None where it cannot run or only a run would tell."""
+        if call.same is None:
+            return result_size(node, call.arrays, call.key, self._opset)
+        if call.same not in self._result_sizes:
+            self._result_sizes[call.same] = result_size(node, call.arrays, call.key, self._opset)
+        return self._result_sizes[call.same]
+
+    def _results_of(self, call: _Call) -> dict[int, Array] | None:
+        """Return slot -> output of a call, None where the runtime cannot run it."""
+        if call.same is None:
+            return evaluated(call.key, call.arrays, self._opset)
+        if call.same not in self._results:
+            results = self._results[call.same] = evaluated(call.key, call.arrays, self._opset)
+            for array in (results or {}).values():
+                array.flags.writeable = False  # other nodes get the same one
+        return self._results[call.same]
 
 
 def _candidates(nodes: Iterable[Node]) -> set[Value]:

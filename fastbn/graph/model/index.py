@@ -1,17 +1,17 @@
 """The index of a model: scopes, nodes, values with their one producer and all their readers, constants, shapes. Reads only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from onnx import GraphProto, ValueInfoProto
+from onnx import GraphProto
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.expressions import Constants
-from fastbn.graph.model.nesting import DEEPEST, bodies, expanded_size, is_standard
+from fastbn.graph.model.nesting import DEEPEST, LARGEST_INLINED, bodies, expanded_size, is_standard
 from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import check_node
-from fastbn.graph.model.shapes import Inference, shape_of
+from fastbn.graph.model.shapes import Inference, type_of
 from fastbn.graph.model.sizes import LARGEST_LIST
 from fastbn.graph.model.storage import Source
 from fastbn.graph.ops.shape_rules import Dim, Size, Sizes
@@ -59,7 +59,7 @@ class Index:
         self._inferred: Inference | None = None
         for function in self.proto.functions:
             self._check_text(function.name, *(name for node in function.node for name in (node.name, *node.output)))
-        self._expanded = expanded_size(self.proto)
+        self._shows_functions = bool(self.proto.functions) and expanded_size(self.proto) <= LARGEST_INLINED
         self._read_scopes()
         self.main = self.scopes[0]
         self._constants = Constants(self.order, self.opset, source, self.is_overridable, self._kind_of_any, self._shape_of_any)
@@ -76,10 +76,10 @@ class Index:
                 owner.scopes.append(scope)
                 if scope.depth > DEEPEST:
                     raise ModelError(expected(f"at most {DEEPEST} graphs within graphs", "more", owner.label))
-            self._declare(scope)
-            for node in scope.nodes:
-                self._connect(node)
-                for body in bodies(node.proto):
+            inputs = self._declare(scope)
+            for node, names in zip(scope.nodes, inputs, strict=True):
+                self._connect(node, names)
+                for body in node.bodies:
                     pending.append((body, scope, node))
             for info in graph.output:
                 self._resolve(scope, info.name, owner.label if owner else "graph output").is_output = True
@@ -89,39 +89,49 @@ class Index:
         for number, node in enumerate(self.order):
             node.order = number
 
-    def _declare(self, scope: Scope) -> None:
-        graph = scope.graph
+    def _declare(self, scope: Scope) -> list[list[str]]:
+        """Note what a graph gives: inputs, constants and nodes with their outputs; return what each node reads, by name."""
+        graph, values = scope.graph, scope.values
         for info in graph.input:
             self._new_value(scope, info.name).is_input = True
         for tensor in graph.initializer:
-            if any(size < 0 for size in tensor.dims):
-                raise ModelError(expected("sizes that are not negative", f"{list(tensor.dims)}", tensor.name))
-            value = scope.values.get(tensor.name) or self._new_value(scope, tensor.name)
+            name, dims = tensor.name, tuple(tensor.dims)
+            if dims and min(dims) < 0:
+                raise ModelError(expected("sizes that are not negative", f"{[*dims]}", name))
+            value = values.get(name) or self._new_value(scope, name)
             if value.initializer is not None:
-                _fail_of_two_sources(tensor.name)
-            value.initializer = tensor
+                _fail_of_two_sources(name)
+            value.initializer, value.dims = tensor, dims
         for tensor in graph.sparse_initializer:
-            if tensor.values.name not in scope.values:
+            if tensor.values.name not in values:
                 self._new_value(scope, tensor.values.name)
+        reads = []
         for position, proto in enumerate(graph.node):
             node = Node(proto, scope, position)
-            self._check_text(node.label, node.op, node.domain, *node.attributes)
+            inputs, outputs = [*proto.input], [*proto.output]
+            self._check_text(node.label, node.op, node.domain, *node.attributes, *outputs)
             if is_standard(node.domain):
-                check_node(proto, node.label, self.opset)
+                check_node(node.op, inputs, outputs, [*proto.attribute], node.label, self.opset)
             scope.nodes.append(node)
-            for slot, name in enumerate(proto.output):
+            reads.append(inputs)
+            for slot, name in enumerate(outputs):
                 if not name:
                     node.outputs.append(None)
                     continue
-                value = self._new_value(scope, name)
+                if name in values:
+                    _fail_of_two_sources(name)
+                value = values[name] = Value(name, scope)
                 value.producer, value.slot = node, slot
                 node.outputs.append(value)
+        return reads
 
     def _check_text(self, *names: str) -> None:
-        # protobuf hands out a string that is not UTF-8 as bytes.
-        for name in names:
-            if not isinstance(name, str):
-                raise ModelError(expected("names in UTF-8", repr(name), self.source.name))
+        # protobuf hands out a string that is not UTF-8 as bytes, which do not join.
+        try:
+            "".join(names)
+        except TypeError:
+            wrong = next(name for name in names if not isinstance(name, str))
+            raise ModelError(expected("names in UTF-8", repr(wrong), self.source.name)) from None
 
     def _new_value(self, scope: Scope, name: str) -> Value:
         self._check_text(name)
@@ -136,20 +146,20 @@ class Index:
             raise ModelError(expected("a value that a node or an input gives", repr(name), where))
         return value
 
-    def _connect(self, node: Node) -> None:
-        for slot, name in enumerate(node.proto.input):
-            if not name:
-                node.inputs.append(None)
-                continue
-            value = self._resolve(node.scope, name, node.label)
-            value.readers.append((node, slot))
-            node.inputs.append(value)
+    def _connect(self, node: Node, names: Sequence[str]) -> None:
+        values, inputs = node.scope.values, node.inputs
+        for slot, name in enumerate(names):
+            value = (values.get(name) or self._resolve(node.scope, name, node.label)) if name else None
+            if value is not None:
+                value.readers.append((node, slot))
+            inputs.append(value)
 
     def _sorted(self, scope: Scope) -> list[Node]:
         """Return the scope's nodes in an order of the data flow; nearly every model lists them so already."""
-        needs = {node: {value.producer for value in self.reads(node) if value.scope is scope and value.producer} for node in scope.nodes}
-        if all(producer.position < node.position for node, producers in needs.items() for producer in producers):
+        reads = ((node.position, value) for node in scope.nodes for value in self.reads(node))
+        if all(value.producer is None or value.scope is not scope or value.producer.position < position for position, value in reads):
             return scope.nodes
+        needs = {node: {value.producer for value in self.reads(node) if value.scope is scope and value.producer} for node in scope.nodes}
         dependents: dict[Node, list[Node]] = {}
         for node, producers in needs.items():
             for producer in producers:
@@ -169,7 +179,7 @@ class Index:
     def reads(self, node: Node) -> list[Value]:
         """Return the values that a node reads, those of its bodies included."""
         reads = [value for value in node.inputs if value is not None]
-        pending = bodies(node.proto)
+        pending = [*node.bodies]
         for graph in pending:
             for inner in graph.node:
                 names = inner.input
@@ -214,7 +224,7 @@ class Index:
         if value is None:
             return None
         if value.initializer is not None:
-            return tuple(value.initializer.dims)
+            return value.dims
         constant = self._constants.known(value)
         if constant is not None:
             return constant.shape
@@ -261,9 +271,10 @@ class Index:
         scope = value.scope
         if scope.declared is None:
             # An output without sizes is a scalar, or what an exporter wrote that knew none: inference tells which.
-            outputs = {info.name: (_kind(info), shape_of(info) or None) for info in scope.graph.output}
+            outputs = {info.name: type_of(info) for info in scope.graph.output}
             inside = (*scope.graph.value_info, *scope.graph.input)
-            scope.declared = {**outputs, **{info.name: (_kind(info), shape_of(info)) for info in inside}}
+            scope.declared = {name: (kind, shape or None) for name, (kind, shape) in outputs.items()}
+            scope.declared.update((info.name, type_of(info)) for info in inside)
         return scope.declared.get(value.name, (0, None))
 
     def _kind_of_any(self, value: Value, infer: bool) -> int:
@@ -275,7 +286,7 @@ class Index:
     def _shape_of_any(self, value: Value, infer: bool) -> Shape | None:
         """Return the shape that a value has whatever the sizes are that the caller gives; None where it is not known."""
         if value.initializer is not None and not self.is_overridable(value):
-            return tuple(value.initializer.dims)
+            return value.dims
         declared = self.declared_shape(value)
         return (
             self.shape(value) if infer and not is_complete(declared) and not self.input_shapes and value.initializer is None else declared
@@ -283,12 +294,8 @@ class Index:
 
     def _inference(self) -> Inference:
         if self._inferred is None:
-            self._inferred = Inference(self.proto, self.opset, self.main, self._constants, self.input_shapes, self._expanded)
+            self._inferred = Inference(self.proto, self.opset, self.main, self._constants, self.input_shapes, self._shows_functions)
         return self._inferred
-
-
-def _kind(info: ValueInfoProto) -> int:
-    return info.type.tensor_type.elem_type
 
 
 def _fail_of_two_sources(name: str) -> NoReturn:

@@ -1,14 +1,14 @@
 """Graphs within a model: the bodies of nodes, and model-local functions, none of which may call itself."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias, overload
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
 from fastbn.errors import ModelError
 
-__all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "expanded_size", "is_standard", "scopes_of"]
+__all__ = ["DEEPEST", "LARGEST_INLINED", "bodies", "bodies_in", "expanded_size", "is_standard", "scopes_of"]
 
 # The domain, name and overload by which a node calls an operator or a function.
 Callee: TypeAlias = tuple[str, str, str]
@@ -20,6 +20,10 @@ DEEPEST = 24
 LARGEST_INLINED = 20_000
 
 
+# Types of attributes; protobuf looks such a number up by its name each time.
+GRAPH, GRAPHS = AttributeProto.GRAPH, AttributeProto.GRAPHS
+
+
 def is_standard(domain: str) -> bool:
     """Say whether a domain is ONNX's own."""
     return domain in ("", "ai.onnx")
@@ -27,11 +31,17 @@ def is_standard(domain: str) -> bool:
 
 def bodies(node: NodeProto) -> list[GraphProto]:
     """Return the subgraphs of a NodeProto, in order."""
+    return bodies_in(node.attribute)
+
+
+def bodies_in(attributes: Iterable[AttributeProto]) -> list[GraphProto]:
+    """Return the subgraphs in the attributes of a node, in order."""
     graphs: list[GraphProto] = []
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
+    for attribute in attributes:
+        kind = attribute.type
+        if kind == GRAPH:
             graphs.append(attribute.g)
-        elif attribute.type == AttributeProto.GRAPHS:
+        elif kind == GRAPHS:
             graphs.extend(attribute.graphs)
     return graphs
 

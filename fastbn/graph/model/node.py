@@ -5,7 +5,7 @@ from typing import TypeAlias, TypeGuard, get_origin, overload
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.nesting import is_standard
+from fastbn.graph.model.nesting import bodies_in, is_standard
 
 __all__ = ["Node", "Scope", "Shape", "Use", "Value", "is_complete"]
 
@@ -21,12 +21,15 @@ def is_complete(shape: Shape | None) -> TypeGuard[tuple[int, ...]]:
 # An input of a node: the node and the slot.
 Use: TypeAlias = tuple["Node", int]
 
+# Types of attributes; protobuf looks such a number up by its name each time.
+INT, INTS = AttributeProto.INT, AttributeProto.INTS
+
 # The type of an attribute by that of its default.
 KINDS: dict[type, AttributeProto.AttributeType] = {
-    int: AttributeProto.INT,
+    int: INT,
     float: AttributeProto.FLOAT,
     bytes: AttributeProto.STRING,
-    list: AttributeProto.INTS,
+    list: INTS,
     tuple: AttributeProto.FLOATS,
     TensorProto: AttributeProto.TENSOR,
 }
@@ -46,11 +49,13 @@ class Value:
     readers : list of (Node, int)
         The nodes that read it, each with the input slot; captures in bodies count, and a node counts once for each slot.
     initializer : onnx.TensorProto or None
+    dims : tuple of int
+        The sizes of its axes; () without an initializer.
     is_input, is_output : bool
         Whether it is an input, or an output, of its graph.
     """
 
-    __slots__ = ("initializer", "is_input", "is_output", "name", "producer", "readers", "scope", "slot")
+    __slots__ = ("dims", "initializer", "is_input", "is_output", "name", "producer", "readers", "scope", "slot")
 
     def __init__(self, name: str, scope: "Scope") -> None:
         self.name = name
@@ -59,6 +64,7 @@ class Value:
         self.slot = 0
         self.readers: list[Use] = []
         self.initializer: TensorProto | None = None
+        self.dims: tuple[int, ...] = ()
         self.is_input = False
         self.is_output = False
 
@@ -79,12 +85,14 @@ class Node:
         Its name, or that of its first output, or its operator and position.
     inputs, outputs : list of Value or None
         By slot; None for an empty name.
+    bodies : list of onnx.GraphProto
+        Its subgraphs, in order.
     scopes : list of Scope
-        Its bodies.
+        The same as scopes.
     attributes : dict of str -> onnx.AttributeProto
     """
 
-    __slots__ = ("attributes", "domain", "inputs", "label", "op", "order", "outputs", "position", "proto", "scope", "scopes")
+    __slots__ = ("attributes", "bodies", "domain", "inputs", "label", "op", "order", "outputs", "position", "proto", "scope", "scopes")
 
     def __init__(self, proto: NodeProto, scope: "Scope", position: int) -> None:
         self.proto = proto
@@ -97,7 +105,9 @@ class Node:
         self.inputs: list[Value | None] = []
         self.outputs: list[Value | None] = []
         self.scopes: list[Scope] = []
-        self.attributes = {attribute.name: attribute for attribute in proto.attribute}
+        attributes = list(proto.attribute)
+        self.attributes = {attribute.name: attribute for attribute in attributes}
+        self.bodies = bodies_in(attributes)
 
     @overload
     def attribute(self, name: str) -> object: ...
@@ -147,12 +157,15 @@ class Node:
         return None if attribute is None else self._value_of(attribute, get_origin(kind) or kind)
 
     def _value_of(self, attribute: AttributeProto, kind: type | None) -> object:
-        wanted = attribute.type if kind is None else KINDS.get(kind, attribute.type)
-        if attribute.type != wanted:
+        found = attribute.type
+        wanted = found if kind is None else KINDS.get(kind, found)
+        if found != wanted:
             names = AttributeProto.AttributeType
-            found, demanded = names.Name(attribute.type), names.Name(wanted)
-            raise ModelError(expected(f"an attribute '{attribute.name}' of type {demanded}", found, self.label))
-        value: object = helper.get_attribute_value(attribute)
+            shown = names.Name(found)
+            raise ModelError(expected(f"an attribute '{attribute.name}' of type {names.Name(wanted)}", shown, self.label))
+        if found == INT:  # the most frequent ones; onnx compares with every type there is
+            return attribute.i
+        value: object = [*attribute.ints] if found == INTS else helper.get_attribute_value(attribute)
         return value
 
     def input(self, slot: int) -> Value | None:

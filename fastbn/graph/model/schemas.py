@@ -1,6 +1,7 @@
 """What ONNX's operator schemas demand of a node and let it have, and which nodes its shape inference can be trusted with."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,14 +39,17 @@ EQUATION = re.compile(r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*(,[a-zA-Z]*(\.\.\.)?[a-zA-Z]*
 
 @dataclass(frozen=True)
 class Demand:
-    """What the schema of an operator demands of a node.
+    """What the schema of an operator demands of a node, and the most that it lets it have.
 
-    inputs and outputs: slot -> name of those that must be there; is_variadic: whether any number of inputs may follow, none of them
-    empty; attributes: names of those that must be there; types: name -> type of all attributes that the operator has.
+    inputs and outputs: slot -> name of those that must be there; most_inputs and most_outputs: how many there may be; is_variadic: whether
+    any number of inputs may follow, none of them empty; attributes: names of those that must be there; types: name -> type of all
+    attributes that the operator has.
     """
 
     inputs: dict[int, str]
     outputs: dict[int, str]
+    most_inputs: int
+    most_outputs: int
     is_variadic: bool
     attributes: tuple[str, ...]
     types: dict[str, int]
@@ -62,7 +66,8 @@ def _demand(op: str, opset: int) -> Demand | None:
     )
     variadic = bool(schema.inputs) and schema.inputs[-1].option == OPTION.Variadic and schema.inputs[-1].is_homogeneous
     attributes = tuple(name for name, attribute in schema.attributes.items() if attribute.required and name != LEGACY)
-    return Demand(inputs, outputs, variadic, attributes, {name: _number(attribute) for name, attribute in schema.attributes.items()})
+    types = {name: _number(attribute) for name, attribute in schema.attributes.items()}
+    return Demand(inputs, outputs, schema.max_input, schema.max_output, variadic, attributes, types)
 
 
 @lru_cache(maxsize=1024)
@@ -89,46 +94,65 @@ def _types(op: str) -> dict[str, set[int]]:
     return types
 
 
-def check_node(proto: NodeProto, label: str, opset: int) -> None:
+def check_node(
+    op: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[AttributeProto], label: str, opset: int
+) -> None:
     """Raise ModelError where a node of a standard operator lacks an input, output or attribute, or an attribute has a wrong type.
 
     An operator that the opset does not have, and an attribute that the operator does not have, are no error here: see check_version.
     """
-    demand = _demand(proto.op_type, opset)
+    demand = _demand(op, opset)
     if demand is not None:
-        _check_names(demand, proto, label)
-    names = set()
-    for attribute in proto.attribute:
-        name, kind = attribute.name, attribute.type
+        _check_names(demand, op, inputs, outputs, label)
+    kinds: dict[str, int] = {}
+    for attribute in attributes:
+        name = attribute.name
         if attribute.ref_attr_name:
             raise ModelError(expected(f"a value of the attribute '{name}'", "a reference outside a function", label))
-        if name in names:
+        if name in kinds:
             raise ModelError(expected(f"one attribute '{name}'", "two", label))
-        names.add(name)
-        if demand and demand.types.get(name) == kind:
-            continue
-        wanted = {demand.types[name]} if demand and name in demand.types else _types(proto.op_type).get(name, {kind})
-        if kind not in wanted:
-            shown = " or ".join(sorted(map(_shown, wanted)))
-            raise ModelError(expected(f"an attribute '{name}' of type {shown}", _shown(kind), label))
-        if demand and name not in demand.types and kind in BODIES:  # its body would leave with it
-            raise ModelError(expected(f"no graph in {proto.op_type}", f"the attribute '{name}'", label))
+        kinds[name] = attribute.type
+    if demand is None or not kinds.items() <= demand.types.items():
+        for name, kind in kinds.items():
+            _check_kind(demand, op, name, kind, label)
     for name in demand.attributes if demand else ():
-        if name not in names:
-            raise ModelError(expected(f"an attribute '{name}' of {proto.op_type}", "none", label))
+        if name not in kinds:
+            raise ModelError(expected(f"an attribute '{name}' of {op}", "none", label))
 
 
-def _check_names(demand: Demand, proto: NodeProto, label: str) -> None:
-    for what, wanted, names in (("an input", demand.inputs, proto.input), ("an output", demand.outputs, proto.output)):
+def _check_kind(demand: Demand | None, op: str, name: str, kind: int, label: str) -> None:
+    wanted = {demand.types[name]} if demand and name in demand.types else _types(op).get(name, {kind})
+    if kind not in wanted:
+        shown = " or ".join(sorted(map(_shown, wanted)))
+        raise ModelError(expected(f"an attribute '{name}' of type {shown}", _shown(kind), label))
+    if demand and name not in demand.types and kind in BODIES:  # its body would leave with it
+        raise ModelError(expected(f"no graph in {op}", f"the attribute '{name}'", label))
+
+
+def _check_names(demand: Demand, op: str, inputs: Sequence[str], outputs: Sequence[str], label: str) -> None:
+    if len(inputs) > max(demand.inputs, default=-1) and len(outputs) > max(demand.outputs, default=-1) and all(inputs) and all(outputs):
+        return
+    for what, wanted, names in (("an input", demand.inputs, inputs), ("an output", demand.outputs, outputs)):
         for slot, name in wanted.items():
             if slot >= len(names) or not names[slot]:
-                raise ModelError(expected(f"{what} {slot} ('{name}') of {proto.op_type}", "none", label))
-    if demand.is_variadic and not all(proto.input):
-        raise ModelError(expected(f"names for all inputs of {proto.op_type}", "an empty one", label))
+                raise ModelError(expected(f"{what} {slot} ('{name}') of {op}", "none", label))
+    if demand.is_variadic and not all(inputs):
+        raise ModelError(expected(f"names for all inputs of {op}", "an empty one", label))
 
 
-def check_version(proto: NodeProto, label: str, opset: int) -> None:
+def check_version(op: str, inputs: int, outputs: int, attributes: Iterable[str], label: str, opset: int) -> None:
     """Check that a node which passes check_node has no more than its operator takes at this opset: its meaning would be undefined.
+
+    Parameters
+    ----------
+    op : str
+    inputs, outputs : int
+        How many the node has.
+    attributes : iterable of str
+        Their names.
+    label : str
+        What the node is called.
+    opset : int
 
     Raises
     ------
@@ -137,15 +161,15 @@ def check_version(proto: NodeProto, label: str, opset: int) -> None:
     Refusal
         The opset does not have the operator.
     """
-    op, schema = proto.op_type, _schema(proto.op_type, opset)
-    if schema is None or schema.deprecated:
+    demand = _demand(op, opset)
+    if demand is None:
         raise Refusal("no-absorber", f"{op} '{label}' is no operator of opset {opset}")
-    for what, names, most in (("inputs", proto.input, schema.max_input), ("outputs", proto.output, schema.max_output)):
-        if len(names) > most:
-            raise ModelError(expected(f"at most {most} {what} of {op}", str(len(names)), label))
-    for attribute in proto.attribute:
-        if attribute.name not in schema.attributes and not attribute.name.startswith(INTERNAL):
-            raise ModelError(expected(f"a valid model: attributes that {op} has at opset {opset}", repr(attribute.name), label))
+    for what, count, most in (("inputs", inputs, demand.most_inputs), ("outputs", outputs, demand.most_outputs)):
+        if count > most:
+            raise ModelError(expected(f"at most {most} {what} of {op}", str(count), label))
+    for name in attributes:
+        if name not in demand.types and not name.startswith(INTERNAL):
+            raise ModelError(expected(f"a valid model: attributes that {op} has at opset {opset}", repr(name), label))
 
 
 def _shown(kind: int) -> str:

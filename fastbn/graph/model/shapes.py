@@ -5,16 +5,17 @@ Inference runs in this process, in C++, where a malformed node may end the proce
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.errors import FastbnError
 from fastbn.graph.model.cropping import crop_levels, scopes_within
 from fastbn.graph.model.expressions import Constants
-from fastbn.graph.model.nesting import LARGEST_INLINED, bodies, is_standard, scopes_of
+from fastbn.graph.model.nesting import bodies, is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Shape, Value, is_complete
 from fastbn.graph.model.schemas import checker_context, is_function, is_inferable, propagates
 from fastbn.graph.model.sizes import LARGEST_LIST, SizeInference
@@ -23,7 +24,7 @@ from fastbn.graph.ops.shape_rules import Size, Sizes
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["Inference", "shape_of"]
+__all__ = ["Inference", "type_of"]
 
 # The most passes of inference; each one knows the sizes that the one before it has found.
 INFERENCE_PASSES = 8
@@ -43,6 +44,9 @@ LARGEST_FACTORS = 64
 # A larger size in a file is taken as unknown.
 LARGEST_DIM = 1 << 31
 
+# A longer type, in bytes, is read anew for each value.
+LONGEST_KEPT_TYPE = 1 << 10
+
 # The longest list whose elements inference follows: it holds each element as a message of protobuf.
 LARGEST_FOLLOWED = 1 << 16
 
@@ -55,12 +59,22 @@ class Infos(Protocol):
         ...
 
 
-def shape_of(info: ValueInfoProto) -> Shape | None:
-    """Return the shape in a ValueInfoProto, None for each size that it leaves open; None where it gives no rank."""
-    kind = info.type.tensor_type
+def type_of(info: ValueInfoProto) -> tuple[int, Shape | None]:
+    """Return (type, shape) in a ValueInfoProto: 0 where it gives no type of elements, None for each size that it leaves open, and for the
+    shape where it gives no rank."""
+    data = info.type.SerializeToString()
+    return _read_type(data) if len(data) <= LONGEST_KEPT_TYPE else _read_type.__wrapped__(data)
+
+
+@lru_cache(maxsize=1024)
+def _read_type(data: bytes) -> tuple[int, Shape | None]:
+    """Return type_of of a TypeProto; kept, as most values of a network have one of a few types."""
+    kind = TypeProto.FromString(data).tensor_type
     if not kind.HasField("shape"):
-        return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") and 0 < dim.dim_value <= LARGEST_DIM else None for dim in kind.shape.dim)
+        return kind.elem_type, None
+    dims = kind.shape.dim
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") and 0 < dim.dim_value <= LARGEST_DIM else None for dim in dims)
+    return kind.elem_type, shape
 
 
 class Inference:
@@ -74,8 +88,8 @@ class Inference:
     constants : expressions.Constants
     input_shapes : dict of name -> tuple of int
         Sizes of graph inputs.
-    expanded : int
-        Nodes of the model with its functions in the place of their calls.
+    shows_functions : bool
+        Whether inference sees the functions of the model: it puts them in the place of their calls, each time anew.
 
     Attributes
     ----------
@@ -91,7 +105,7 @@ class Inference:
         main: Scope,
         constants: Constants,
         input_shapes: Mapping[str, tuple[int, ...]],
-        expanded: int,
+        shows_functions: bool,
     ) -> None:
         self.shapes: dict[tuple[int, str], Shape] = {}
         self.kinds: dict[tuple[int, str], int] = {}
@@ -101,36 +115,41 @@ class Inference:
         self._input_shapes = input_shapes
         self._context = checker_context(proto, opset)
         self._opset = opset
-        self._has_functions = expanded <= LARGEST_INLINED
+        self._shows_functions = shows_functions
         # What SizeInference has computed: shapes, and the elements of lists.
         self._computed_shapes: dict[Value, Shape] = {}
         self._computed_lists: dict[Value, Array] = {}
-        # Small constants; nodes as inference sees them (None: not at all); the copies of cropping nodes in the skeleton.
+        # Small constants, as arrays and as messages; types of others.
         self._numbers: dict[Value, Array | None] = {}
-        self._safe_protos: dict[Node, NodeProto | None] = {}
-        self._crops: dict[Node, list[NodeProto]] = {}
-        # Nodes left out of this pass because a list that they read may be too long.
-        self._left_out: set[Node] = set()
-        self._follows_lists = False
+        self._number_protos: dict[Value, tuple[Array, TensorProto]] = {}
+        self._type_infos: dict[Value, ValueInfoProto | None] = {}
+        self._nodes = [node for scope in scopes_within(main) for node in scope.ordered]
+        # Nodes as inference sees them, None: not at all.
+        self._safe_protos = {node: self._safe_proto(node) for node in self._nodes}
+        # Nodes of which inference may read lists.
+        own = [node for node in self._nodes if is_standard(node.domain)]
+        self._list_readers = [node for node in own if node.op in RANK_SLOTS or propagates(node.op, opset)]
         # The sizes that Dims tell to be equal, made when they are first asked for.
         self._sizes: SizeInference | None = None
         self._infer()
 
     def _infer(self) -> None:
         """Run passes until none finds more; what one finds is known to the next."""
+        follows_lists = False
         for _ in range(INFERENCE_PASSES):
             before = dict(self.shapes)
-            if not self._pass():
+            left_out = {node for node in self._list_readers if self._may_be_endless(node, follows_lists)}
+            if not self._pass(left_out, follows_lists):
                 break
-            is_changing = bool(self._left_out) and before != self.shapes
+            is_changing = bool(left_out) and before != self.shapes
             sizes = self._size_inference()
             if not any(map(sizes.is_open, sizes.nodes)):
                 break
-            if not self._follows_lists and not is_changing:
-                self._follows_lists = True  # ranks first: they tell which lists are short enough to be followed
+            if not follows_lists and not is_changing:
+                follows_lists = True  # ranks first: they tell which lists are short enough to be followed
                 continue
             shapes, lists = sizes.infer()
-            if not self._follows_lists:  # a chain of nodes that are left out, each waiting for the rank of the one before
+            if not follows_lists:  # a chain of nodes that are left out, each waiting for the rank of the one before
                 self._computed_shapes.update(shapes)
                 continue
             if not shapes and not is_changing and lists.keys() <= self._computed_lists.keys():
@@ -138,11 +157,10 @@ class Inference:
                 break
             self._computed_shapes.update(shapes)
             self._computed_lists.update(lists)
-            self._follows_lists = not self._left_out
+            follows_lists = not left_out
 
     def _size_inference(self) -> SizeInference:
-        nodes = [node for scope in scopes_within(self._main) for node in scope.ordered]
-        return SizeInference(nodes, self.shapes, self._constants)
+        return SizeInference(self._nodes, self.shapes, self._constants)
 
     def sizes(self, value: Value) -> Sizes | None:
         """Return the sizes of a value, a Dim for each one that only a run tells; None where not even the rank is known."""
@@ -158,20 +176,20 @@ class Inference:
             self._sizes.infer()
         return self._sizes
 
-    def _pass(self) -> bool:
-        """Run inference once for each level of cropping nodes, the next one only while no size is negative; say whether it ran."""
-        self._left_out = {node for scope in scopes_within(self._main) for node in scope.ordered if self._may_be_endless(node)}
+    def _pass(self, left_out: Set[Node], follows_lists: bool) -> bool:
+        """Run inference without some nodes, once for each level of cropping nodes, the next one only while no size is negative; say whether
+        it ran."""
         levels = crop_levels(self._main, self._proto.functions, self._number, self._is_known)
-        self._crops = {node: [] for node in levels}
-        skeleton, scopes = self._skeleton()
+        crops: dict[Node, list[NodeProto]] = {node: [] for node in levels}
+        skeleton, scopes = self._skeleton(left_out, crops)
         graph = skeleton.graph
         last = max((level for level in levels.values() if level <= MOST_LEVELS), default=0)
         for level in range(last + 1):
-            for node, added in self._crops.items():
+            for node, added in crops.items():
                 for proto in added:
                     proto.domain = node.domain if levels[node] <= level else HIDDEN
             try:
-                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=self._follows_lists).graph
+                graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=follows_lists).graph
             except Exception:  # inference raises many kinds on malformed models; the shapes stay unknown, and other code checks the model
                 return False
             if level == last or _has_negative(graph):
@@ -183,8 +201,8 @@ class Inference:
         """Add the shapes and types of a pass to those of the passes before it."""
         for scope, inferred in zip(scopes, scopes_of(graph), strict=True):
             for info in (*inferred.input, *inferred.value_info, *inferred.output):
-                key, shape = (scope.number, info.name), shape_of(info)
-                self.kinds[key] = info.type.tensor_type.elem_type or self.kinds.get(key, 0)
+                key, (kind, shape) = (scope.number, info.name), type_of(info)
+                self.kinds[key] = kind or self.kinds.get(key, 0)
                 known = self.shapes.get(key)
                 if shape is not None and known is not None and len(known) == len(shape):
                     shape = tuple(before if size is None else size for size, before in zip(shape, known, strict=True))
@@ -193,8 +211,8 @@ class Inference:
 
     # ---- the skeleton ----
 
-    def _skeleton(self) -> tuple[ModelProto, list[Scope]]:
-        """Return (model, its scopes in the order of scopes_of); the cropping nodes in it are noted in self._crops."""
+    def _skeleton(self, left_out: Set[Node], crops: dict[Node, list[NodeProto]]) -> tuple[ModelProto, list[Scope]]:
+        """Return (model without the nodes left out, its scopes in the order of scopes_of); note the copies of cropping nodes in `crops`."""
         skeleton = ModelProto(ir_version=max(self._proto.ir_version, 4), opset_import=self._proto.opset_import)
         skeleton.opset_import.add(domain=HIDDEN, version=1)
         skeleton.graph.name = "shapes"
@@ -202,44 +220,53 @@ class Inference:
         pending = [(self._main, skeleton.graph)]
         for scope, graph in pending:
             scopes.append(scope)
-            orphans = self._add_nodes(scope, graph, pending)
+            orphans = self._add_nodes(scope, graph, pending, left_out, crops)
             self._add_infos(scope, graph, orphans)
             self._add_constants(scope, graph, orphans)
-        if self._has_functions:
+        if self._shows_functions:
             skeleton.functions.extend(function for function in self._proto.functions if is_function(function, self._context))
         return skeleton, scopes
 
-    def _add_nodes(self, scope: Scope, graph: GraphProto, pending: list[tuple[Scope, GraphProto]]) -> set[Value]:
+    def _add_nodes(
+        self,
+        scope: Scope,
+        graph: GraphProto,
+        pending: list[tuple[Scope, GraphProto]],
+        left_out: Set[Node],
+        crops: dict[Node, list[NodeProto]],
+    ) -> set[Value]:
         """Add the nodes of a scope, and their bodies to `pending`; return the orphans, values whose nodes are left out or may be hidden."""
         orphans: set[Value] = set()
+        shown: list[tuple[Node, NodeProto]] = []
         for node in scope.ordered:
-            outputs = [value for value in node.outputs if value is not None]
-            if node not in self._safe_protos:
-                shallow = _shallow(node.proto) if node.scopes else node.proto
-                self._safe_protos[node] = shallow if is_inferable(shallow, self._context) else None
             proto = self._safe_protos[node]
-            if proto is None or node in self._left_out or self._are_constants(outputs):
-                orphans.update(outputs)
-                continue
-            added = graph.node.add()
-            added.CopyFrom(proto)
-            pending.extend(zip(node.scopes, bodies(added), strict=True))
-            if node in self._crops:
-                self._crops[node].append(added)
-                orphans.update(outputs)
+            if proto is not None and node not in left_out and not self._gives_constants(node):
+                shown.append((node, proto))
+            if not shown or shown[-1][0] is not node or node in crops:
+                orphans.update(value for value in node.outputs if value is not None)
+        graph.node.extend(proto for _, proto in shown)
+        for (node, _), added in zip(shown, graph.node, strict=True):
+            if node.scopes:
+                pending.extend(zip(node.scopes, bodies(added), strict=True))
+            if node in crops:
+                crops[node].append(added)
         return orphans
 
-    def _are_constants(self, values: list[Value]) -> bool:
-        return bool(values) and all(self._number(value) is not None or self._constants.find(value, LARGEST_LIST) for value in values)
+    def _safe_proto(self, node: Node) -> NodeProto | None:
+        proto = _shallow(node.proto) if node.scopes else node.proto
+        return proto if is_inferable(proto, self._context) else None
 
-    def _may_be_endless(self, node: Node) -> bool:
+    def _gives_constants(self, node: Node) -> bool:
+        """Say whether all that a node gives is constant, for these input sizes."""
+        computed, outputs = self._computed_lists, [value for value in node.outputs if value is not None]
+        return bool(outputs) and all(value in computed or self._constants.find(value, LARGEST_LIST) is not None for value in outputs)
+
+    def _may_be_endless(self, node: Node, follows_lists: bool) -> bool:
         """Say whether inference would make a message of each element of a list that may be a long one."""
-        if not is_standard(node.domain):
-            return False
         dims = node.input(RANK_SLOTS.get(node.op, len(node.inputs)))
         if dims is not None and not _is_short(self._shape(dims), LARGEST_LIST):
             return True
-        if not self._follows_lists or not propagates(node.op, self._opset):
+        if not follows_lists or not propagates(node.op, self._opset):
             return False
         shapes = [self._shape(value) for value in node.inputs if value is not None]
         return not all(_is_short(shape, LARGEST_FOLLOWED) for shape in shapes)
@@ -255,7 +282,7 @@ class Inference:
             _add_info(graph.input, info, self._input_shapes.get(info.name) if scope is self._main else None)
         for info in scope.graph.output:
             _add_info(graph.output, info)
-            if shape_of(info) == ():  # a scalar, or written by an exporter that knew no sizes: inference tells which
+            if type_of(info)[1] == ():  # a scalar, or written by an exporter that knew no sizes: inference tells which
                 graph.output[-1].type.tensor_type.ClearField("shape")
         declared = [info for info in scope.graph.value_info if info.name not in known]
         for info in declared:
@@ -289,29 +316,40 @@ class Inference:
     def _add_constants(self, scope: Scope, graph: GraphProto, orphans: set[Value]) -> None:
         """Add the constants that nodes of a scope read: small ones with their values, the others as types."""
         inputs = {info.name for info in graph.input}
+        tensors: list[TensorProto] = []
+        infos: list[ValueInfoProto] = []
         own = (value for value in scope.values.values() if value.initializer is not None or value in orphans)
         read = (value for node in scope.nodes for value in node.inputs if value is not None)
         for value in dict.fromkeys((*own, *read)):
             number = self._number(value)
             if number is not None:
-                graph.initializer.append(numpy_helper.from_array(number, value.name))
+                tensor = self._number_proto(value, number)
+                tensors.append(tensor)
                 key = value.scope.number, value.name
-                self.shapes[key], self.kinds[key] = number.shape, graph.initializer[-1].data_type
+                self.shapes[key], self.kinds[key] = number.shape, tensor.data_type
             elif value.scope is scope and value.name not in inputs:
-                self._add_type(scope, graph, value)
-
-    def _add_type(self, scope: Scope, graph: GraphProto, value: Value) -> None:
-        constant = self._constants.find(value, LARGEST_LIST)
-        kind: int
-        if value.initializer is not None:
-            kind, shape = value.initializer.data_type, tuple(value.initializer.dims)
-        elif constant is not None:
-            kind, shape = helper.np_dtype_to_tensor_dtype(constant.dtype), constant.shape
-        else:
-            return
+                if value not in self._type_infos:
+                    self._type_infos[value] = self._type_info(value)
+                info = self._type_infos[value]
+                infos += [] if info is None else [info]
+        graph.initializer.extend(tensors)
         # A body must not get more inputs: inference compares their number with what its node hands over.
-        infos = graph.input if scope.parent is None else graph.value_info
-        infos.append(helper.make_tensor_value_info(value.name, kind, shape))
+        (graph.input if scope.parent is None else graph.value_info).extend(infos)
+
+    def _number_proto(self, value: Value, number: Array) -> TensorProto:
+        known = self._number_protos.get(value)
+        if known is None or known[0] is not number:
+            known = self._number_protos[value] = number, numpy_helper.from_array(number, value.name)
+        return known[1]
+
+    def _type_info(self, value: Value) -> ValueInfoProto | None:
+        """Return the type of a constant, None for what is none."""
+        if value.initializer is not None:
+            return helper.make_tensor_value_info(value.name, value.initializer.data_type, value.dims)
+        constant = self._constants.find(value, LARGEST_LIST)
+        if constant is None:
+            return None
+        return helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(constant.dtype), constant.shape)
 
     def _number(self, value: Value) -> Array | None:
         """Return the values of a small constant, or of a list of sizes that is constant for these input sizes; None for anything else."""

@@ -109,7 +109,7 @@ class SizeInference:
         if value is None:
             return None
         if value not in self._sizes:
-            shape = self.known(value) if value.initializer is None else tuple(value.initializer.dims)
+            shape = self.known(value) if value.initializer is None else value.dims
             self._sizes[value] = _named(shape, value)
         return self._sizes[value]
 

@@ -6,17 +6,18 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sized
-from functools import lru_cache
+from collections.abc import Sized
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
-from onnx.helper import tensor_dtype_to_np_dtype
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
+from fastbn.graph.model.element_types import bits_of, dtype_of
+from fastbn.graph.model.external import external_tensors, is_external
 from fastbn.graph.model.files import Signature, file_path, opened, os_error, signature_of
 
 if TYPE_CHECKING:
@@ -30,10 +31,7 @@ __all__ = [
     "ModelLike",
     "Place",
     "Source",
-    "external_tensors",
-    "is_external",
     "load",
-    "location_of",
     "model_in",
     "read_pipe",
     "serialize",
@@ -48,9 +46,6 @@ PROTOBUF_LIMIT = 2**31 - 1
 
 # An offset or a length in a data file: 64 bits hold no more digits.
 NUMBER = re.compile(r"-?[0-9]{1,19}")
-
-# NumPy's names of the types of which several elements share a byte.
-PACKED = re.compile(r"(?:u?int|float)([24])(?![0-9])")
 
 # The entries of an external tensor that say where its values lie.
 PLACE = ("location", "offset", "length")
@@ -85,6 +80,7 @@ def load(model: ModelLike) -> Source:
         return model
     if isinstance(model, ModelProto):
         source = Source(model, None, "model")
+        source.is_shared = True
     elif isinstance(model, (bytes, bytearray, memoryview)):
         data = bytes(model)
         source = Source(_parse(data, "model"), None, "model", data)
@@ -155,46 +151,10 @@ def serialize(proto: ModelProto, where: str) -> bytes:
     return data
 
 
-def is_external(tensor: TensorProto) -> bool:
-    """Say whether a TensorProto keeps its values in another file."""
-    return bool(tensor.data_location == TensorProto.EXTERNAL)
-
-
-def location_of(tensor: TensorProto) -> str:
-    """Return the name of the data file of an external tensor, as the model gives it."""
-    return str(next(entry.value for entry in tensor.external_data if entry.key == "location"))
-
-
-def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Yield every external TensorProto of a model, wherever it may stand: initializers and attributes of the graph, its bodies and its
-    functions, sparse ones, training graphs."""
-    graphs: list[GraphProto] = [proto.graph]
-    for training in proto.training_info:
-        graphs += [training.initialization, training.algorithm]
-    nodes: list[NodeProto] = [node for function in proto.functions for node in function.node]
-    while graphs or nodes:
-        if nodes:
-            for attribute in nodes.pop().attribute:
-                graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
-                sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
-                parts = [part for each in sparse for part in (each.values, each.indices)]
-                yield from filter(is_external, [attribute.t, *attribute.tensors, *parts])
-            continue
-        graph = graphs.pop()
-        nodes += graph.node
-        yield from filter(is_external, graph.initializer)
-        for each in graph.sparse_initializer:
-            yield from filter(is_external, (each.values, each.indices))
-
-
-# onnx looks the type up in two tables; a large model has thousands of tensors of a few types.
-_dtype_of = lru_cache(maxsize=64)(lambda kind: np.dtype(tensor_dtype_to_np_dtype(kind)))
-
-
 def tensor_dtype(tensor: TensorProto, where: str) -> np.dtype[np.generic]:
     """Return the NumPy dtype of a TensorProto."""
     try:
-        return _dtype_of(tensor.data_type)
+        return dtype_of(tensor.data_type)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(expected("a tensor of a known type", f"type {tensor.data_type}", where)) from error
 
@@ -233,6 +193,8 @@ class Source:
         What a report says about the way in which the model was read.
     inference : InferenceForm or None
         Where the model was to become an inference one.
+    is_shared : bool
+        Whether the caller holds `proto`, and may change it later.
     """
 
     def __init__(self, proto: ModelProto, path: Path | None, name: str, data: bytes | None = None) -> None:
@@ -242,6 +204,7 @@ class Source:
         self.name = name
         self.notes: tuple[str, ...] = ()
         self.inference: InferenceForm | None = None
+        self.is_shared = False
         self._files: dict[Path, npt.NDArray[np.uint8]] = {}
         # Which file the model was read from, and its data files, as they were then.
         self._own = None if path is None else signature_of(path)
@@ -256,6 +219,7 @@ class Source:
         """Return the same model, or another one that is made of it, with the same name, data files, and notes."""
         other = Source(self.proto if proto is None else proto, self.path, self.name, self._data if proto is None else None)
         other.notes, other.inference, other._signatures = self.notes, self.inference, self._signatures
+        other.is_shared = self.is_shared and proto is None
         return other
 
     def to_bytes(self) -> bytes:
@@ -267,11 +231,16 @@ class Source:
         except OSError as error:
             raise os_error(error, self.name) from error
 
-    def size(self, external: Iterable[TensorProto]) -> int:
-        """Return the bytes of the model and of the data files of these external tensors."""
+    @cached_property
+    def external_tensors(self) -> tuple[TensorProto, ...]:
+        """Every external TensorProto of the model."""
+        return tuple(external_tensors(self.proto))
+
+    def size(self) -> int:
+        """Return the bytes of the model and of its data files."""
         try:
             own = self.path.stat().st_size if self.path and not self.is_edited else self.proto.ByteSize()
-            return own + sum(path.stat().st_size for path in {self.place(tensor).path for tensor in external})
+            return own + sum(path.stat().st_size for path in {self.place(tensor).path for tensor in self.external_tensors})
         except OSError as error:
             raise os_error(error, error.filename or self.name) from error
 
@@ -287,30 +256,29 @@ class Source:
         dtype = tensor_dtype(tensor, where)
         shape = tuple(tensor.dims)
         if shape and min(shape) < 0:
-            raise ModelError(expected("sizes that are not negative", f"{list(shape)}", where))
+            raise ModelError(expected("sizes that are not negative", f"{[*shape]}", where))
+        raw: bytes | npt.NDArray[np.uint8]
         if is_external(tensor):
             raw = self.external(tensor)
-        elif tensor.HasField("raw_data"):
-            raw = np.frombuffer(tensor.raw_data, np.uint8)
+        elif not tensor.HasField("raw_data"):
+            return _listed_values(tensor, where)
         else:
-            try:
-                return np.asarray(numpy_helper.to_array(tensor), order="C")
-            except (ValueError, TypeError) as error:
-                raise ModelError(expected(f"values for shape {list(tensor.dims)}", "another number of them", where)) from error
+            raw = tensor.raw_data
         if dtype.hasobject:
             raise ModelError(expected("strings in their own field", "raw bytes", where))
-        size = _bytes_of(tensor, where)
-        if raw.size != size:
-            raise ModelError(expected(f"{size} bytes", f"{raw.size}", where))
-        if size < math.prod(shape) * dtype.itemsize:
-            packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
+        count = math.prod(shape)
+        size = -(-count * bits_of(tensor.data_type) // 8)
+        if len(raw) != size:
+            raise ModelError(expected(f"{size} bytes", f"{len(raw)}", where))
+        if size < count * dtype.itemsize:
+            packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=bytes(raw))
             return np.asarray(numpy_helper.to_array(packed), order="C")
-        array = raw.view(dtype).reshape(shape)
+        array = np.frombuffer(raw, dtype).reshape(shape) if isinstance(raw, bytes) else raw.view(dtype).reshape(shape)
         return array if array.flags.aligned else array.copy()
 
     def data_files(self) -> set[str]:
         """Return the real paths of the data files that the model reads."""
-        return {os.path.realpath(self.place(tensor).path) for tensor in external_tensors(self.proto)}
+        return {os.path.realpath(self.place(tensor).path) for tensor in self.external_tensors}
 
     def check_places(self) -> None:
         """Check the place of every external tensor: a name inside the folder, given once, of a file that holds its bytes.
@@ -323,7 +291,7 @@ class Source:
             A tensor has no place, or one that is not inside a data file beside the model.
         """
         sizes: dict[Path, int] = {}
-        for tensor in external_tensors(self.proto):
+        for tensor in self.external_tensors:
             path, offset, length = self.place(tensor)
             if path not in sizes:
                 self._signatures[path] = signature_of(path)
@@ -405,13 +373,20 @@ class Source:
         return data
 
 
+def _listed_values(tensor: TensorProto, where: str) -> Array:
+    """Return the values of a TensorProto that lists them in the field of its type."""
+    try:
+        return np.asarray(numpy_helper.to_array(tensor), order="C")
+    except (ValueError, TypeError) as error:
+        raise ModelError(expected(f"values for shape {[*tensor.dims]}", "another number of them", where)) from error
+
+
 def _bytes_of(tensor: TensorProto, where: str) -> int:
     """Return the bytes that the values of a tensor take: types below 8 bits are packed."""
-    dtype = tensor_dtype(tensor, where)
-    if dtype.kind == "O" or any(dim < 0 for dim in tensor.dims):
-        raise ModelError(expected("external data of numbers, in sizes that are not negative", f"{dtype} {list(tensor.dims)}", where))
-    packed = PACKED.match(dtype.name)
-    bits: int = math.prod(tensor.dims) * (int(packed[1]) if packed else 8 * dtype.itemsize)
+    dtype, dims = tensor_dtype(tensor, where), tuple(tensor.dims)
+    if dtype.hasobject or (dims and min(dims) < 0):
+        raise ModelError(expected("external data of numbers, in sizes that are not negative", f"{dtype} {[*dims]}", where))
+    bits: int = math.prod(dims) * bits_of(tensor.data_type)
     return -(-bits // 8)
 
 

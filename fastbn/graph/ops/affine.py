@@ -49,12 +49,12 @@ class Affine:
     @property
     def scales(self) -> bool:
         """Whether it multiplies at all."""
-        return bool((self.scale != 1).any())
+        return bool(np.count_nonzero(self.scale != 1))
 
     @property
     def shifts(self) -> bool:
         """Whether it adds anything."""
-        return bool((self.shift != 0).any())
+        return bool(np.count_nonzero(self.shift))
 
     def equals(self, other: "Affine") -> bool:
         """Say whether another affine has the same numbers along the same axis."""

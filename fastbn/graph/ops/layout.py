@@ -11,16 +11,7 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import (
-    axis_beside,
-    axis_in,
-    axis_of,
-    both_ways,
-    countable,
-    named_axes,
-    own_axis,
-    own_list,
-)
+from fastbn.graph.ops.placing import axis_beside, axis_in, axis_of, both_ways, countable, named_axes, own_axis, own_list
 from fastbn.graph.ops.row import PresentGraph, Row
 from fastbn.graph.ops.shape_rules import (
     Product,

@@ -1,24 +1,27 @@
 """BatchNormalization; other normalizations, whose own scale and bias take an affine that stands behind them."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import FunctionProto, NodeProto, helper
 
 from fastbn.affine import batch_norm_affine
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.errors import ModelError, expected
-from fastbn.graph.model.constant import Dense, float64_of
+from fastbn.graph.model.constant import Constant, Dense, float64_of_all
+from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node
-from fastbn.graph.ops.affine import Affine, FloatArray
+from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
-__all__ = ["BATCH_NORM", "BIAS", "EPSILON", "NORMALIZATION", "SCALE", "batch_norm_training", "is_batch_norm"]
+__all__ = ["BATCH_NORM", "BIAS", "EPSILON", "NORMALIZATION", "SCALE", "batch_norm_training", "is_batch_norm", "node_counts"]
 
 BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
@@ -36,36 +39,52 @@ def is_batch_norm(node: Node) -> bool:
     return node.is_op(BATCH_NORM)
 
 
+def node_counts(calls: Iterable[tuple[str, str]], functions: Iterable[FunctionProto]) -> tuple[int, int]:
+    """Return how many nodes there are, and how many of them are batch normalizations.
+
+    Parameters
+    ----------
+    calls : iterable of (str, str)
+        Domain and operator of each node.
+    functions : iterable of onnx.FunctionProto
+        Their nodes count too.
+    """
+    every = [*calls, *((node.domain, node.op_type) for function in functions for node in function.node)]
+    return len(every), sum(op == BATCH_NORM and is_standard(domain) for domain, op in every)
+
+
 # scale = weight / sqrt(var + eps), shift = bias - mean * scale, along axis 1.
 def _lift(node: Node, graph: PresentGraph) -> Affine:
     _refuse_training(node, graph.opset)
     _refuse_per_element(node, graph)
     if len(node.inputs) != 5 or any(value is None for value in node.inputs):
         raise ModelError(expected("5 inputs", f"{sum(value is not None for value in node.inputs)}", node.label))
-    arrays = {name: _parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()}
-    channels = arrays["var"].size
-    if arrays["mean"].size == channels == 0 < arrays["scale"].size:
+    scale, bias, mean, var = parameters = [_parameter(node, slot, name, graph) for slot, name in PARAMETERS.items()]
+    channels = math.prod(var.shape)
+    if math.prod(mean.shape) == channels == 0 < math.prod(scale.shape):
         raise Refusal(
             "training", "its mean and variance are empty: it normalizes with the statistics of the batch, as a training graph does"
         )
     if not channels:
         raise Refusal("bad-parameters", "it has no channels")
-    for slot, name in PARAMETERS.items():
-        if arrays[name].shape != (channels,):
+    for slot, parameter in zip(PARAMETERS, parameters, strict=True):
+        if parameter.shape != (channels,):
             where = f"{node.label}.{node.proto.input[slot]}"
-            raise ModelError(expected(f"shape ({channels},)", f"shape {arrays[name].shape}", where))
+            raise ModelError(expected(f"shape ({channels},)", f"shape {parameter.shape}", where))
     eps = node.attribute("epsilon", EPSILON)
-    good = arrays["var"] + eps > 0
-    for values in arrays.values():
+    weights, biases, means, variances = arrays = float64_of_all(parameters)
+    good = variances + eps > 0
+    for values in arrays:
         good &= np.isfinite(values)
-    if not good.all():
+    if np.count_nonzero(good) < channels:
         bad = np.flatnonzero(~good).tolist()
         which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
-    scale, shift = batch_norm_affine(arrays["scale"], arrays["bias"], arrays["mean"], arrays["var"], eps)
-    abs_terms = np.abs(arrays["mean"] * scale) + graph.dense(node, BIAS).abs_terms
+    factors, shift = batch_norm_affine(weights, biases, means, variances, eps)
+    graph.refuse_widening(node, BIAS, bias)
+    abs_terms = np.abs(means * factors) + (bias.abs_terms if isinstance(bias, Dense) else np.abs(biases))
     # A value of one channel may be a list: it has no axis 1 then.
-    return Affine(scale, shift, 1, 2 if channels == 1 else 0, abs_terms)
+    return Affine(factors, shift, 1, 2 if channels == 1 else 0, abs_terms)
 
 
 def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
@@ -81,7 +100,7 @@ def _refuse_per_element(node: Node, graph: PresentGraph) -> None:
     raise Refusal("per-element", f"spatial=0 on data of rank {rank}: its parameters are per element, not per channel; {repair}")
 
 
-def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatArray:
+def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> Constant:
     value = node.inputs[slot]
     constant = graph.tensor(node, slot)
     assert value is not None, "counted before"
@@ -92,7 +111,7 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> FloatAr
         raise Refusal("dynamic-parameters", f"its {name} '{value.name}' {graph.why_no_constant(value)}")
     if dtype_name(constant.dtype) not in DTYPES:
         raise Refusal("unsupported-type", f"its {name} is {constant.dtype}")
-    return float64_of(constant)
+    return constant
 
 
 def _refuse_training(node: Node, opset: int) -> None:

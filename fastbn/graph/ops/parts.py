@@ -9,19 +9,9 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.ops.placing import (
-    axis_of,
-    countable,
-    known_list,
-    only_data,
-    own_axis,
-)
+from fastbn.graph.ops.placing import axis_of, countable, known_list, only_data, own_axis
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
-from fastbn.graph.ops.shape_rules import (
-    Size,
-    Sizes,
-    first_size,
-)
+from fastbn.graph.ops.shape_rules import Size, Sizes, first_size
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["PARTS"]

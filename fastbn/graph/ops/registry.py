@@ -41,7 +41,7 @@ _UNKNOWN = Row()
 
 def operator_row(node: Node) -> Row:
     """Return the row of a node's operator, whatever its operands are; an empty one for an operator that is not known."""
-    return OPERATORS.get(node.op, _UNKNOWN) if is_standard(node.domain) else _UNKNOWN
+    return OPERATORS.get(node.op, _UNKNOWN) if not node.domain or is_standard(node.domain) else _UNKNOWN
 
 
 def row_of(node: Node, graph: PresentGraph) -> Row:

@@ -143,6 +143,10 @@ class PresentGraph(Protocol):
         """Return weight(node, slot) in float64."""
         ...
 
+    def refuse_widening(self, node: Node, slot: int, constant: Constant) -> None:
+        """Refuse to store the constant at a slot as floats where it is quantized and large."""
+        ...
+
     def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
         """Return the bias at a slot in float64, zeros where it is absent; as it is where a DequantizeLinear gives it."""
         ...

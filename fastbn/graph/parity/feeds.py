@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from fastbn.dtypes import UNIT
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.survival import Feed, Shapes, reader_of_nothing
 from fastbn.graph.runtime import ValueInfo, runtime_errors, said
@@ -170,7 +171,7 @@ def _values(info: onnx.ValueInfoProto, shape: tuple[int, ...], kind: InputKind, 
     code = info.type.tensor_type.elem_type
     if code == TensorProto.STRING:
         return np.full(shape, "a", dtype=object)
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(code))
+    dtype = dtype_of(code)
     if dtype.name not in UNIT and dtype.kind not in "iub":
         raise ModelNotRun(f"the input '{info.name}' has type {dtype}")
     if kind == "zero":

@@ -16,6 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from fastbn.dtypes import UNIT
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
@@ -152,14 +153,14 @@ class _Segment:
         ]
         constants += [(True, UNIT[self.plan.constants[node, 1].dtype.name], self.plan.constants[node, 1].dtype) for node in self.plan.added]
         beside = [self.index.kind(value) for node in self.before if node.is_op("Cast") for value in (*node.inputs, *node.outputs) if value]
-        casts = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in beside if kind]
+        casts = [dtype_of(kind) for kind in beside if kind]
         constants += [(True, UNIT[dtype.name], dtype) for dtype in casts if dtype.name in UNIT]
         return max(constants, key=lambda entry: entry[:2])[2]
 
     def _type_of(self, value: Value) -> DType:
         """Return the type of a value, that of the constants where it is not known."""
         kind = self.index.kind(value)
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind)) if kind else self.dtype
+        dtype = dtype_of(kind) if kind else self.dtype
         return dtype if dtype.name in UNIT else self.dtype
 
     def _leaves(self, value: Value) -> bool:

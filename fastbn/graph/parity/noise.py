@@ -14,6 +14,7 @@ from onnx import ModelProto, helper
 from fastbn.dtypes import UNIT
 from fastbn.errors import FastbnError
 from fastbn.graph.model.constant import float64_of
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node
@@ -94,7 +95,7 @@ class Noise:
         scale, bias, mean, var = map(float64_of, constants)
         # Parameters may be float32 beside float16 data: the type of the data decides the unit of roundoff.
         kind = self.index.kind(node.required_output()) or self.index.kind(node.required_input(0))
-        name = np.dtype(helper.tensor_dtype_to_np_dtype(kind)).name if kind else ""
+        name = dtype_of(kind).name if kind else ""
         unit = UNIT.get(name, UNIT[constants[0].dtype.name])
         with np.errstate(all="ignore"):
             abs_terms = np.abs(bias) + np.abs(scale) * (1 + np.abs(mean) / np.sqrt(var + node.attribute("epsilon", EPSILON)))

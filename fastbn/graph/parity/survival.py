@@ -10,6 +10,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from fastbn.errors import ModelError
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, is_complete
 from fastbn.graph.ops.registry import operator_row
@@ -77,7 +78,7 @@ def _substitute(node: Node, copy: onnx.ModelProto) -> NodeProto | None:
     if weight is None or len(weight.dims) != 3 or weight.dims[1] % 3:
         return None
     directions, units, width = weight.dims[0], weight.dims[1] // 3, weight.dims[2]
-    dtype = helper.tensor_dtype_to_np_dtype(weight.data_type)
+    dtype = dtype_of(weight.data_type)
     zeros = [np.zeros((directions, units, size), dtype) for size in (width, units)]
     inputs = [f"{node.label}/zeros/{number}" for number in range(2)]
     copy.graph.initializer.extend(numpy_helper.from_array(values, name) for values, name in zip(zeros, inputs, strict=True))

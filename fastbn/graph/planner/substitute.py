@@ -8,6 +8,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from fastbn.dtypes import DTYPES, dtype_name
 from fastbn.graph.model.constant import Dense, DType
+from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import BIAS, SCALE
@@ -35,7 +36,7 @@ def kept_shift(node: Node, affine: Affine, view: GraphView, weight_type: DType) 
     _, shift, abs_terms = affine.shaped(_rank(node, view, "the shift that would stay"))
     # The parameters may be float32 beside float16 data; what stays has the type of the data, as the weights have but for a Cast between.
     kind = view.kind(node.required_input(0))
-    constant = Dense(np.dtype(helper.tensor_dtype_to_np_dtype(kind)) if kind else weight_type, shift, abs_terms)
+    constant = Dense(dtype_of(kind) if kind else weight_type, shift, abs_terms)
     add = _substitute(node, "Add", node.required_input(0), node.required_output(), [(BIAS, constant)])
     return add, constant
 
@@ -100,7 +101,7 @@ class Rewriter:
         data, kind = node.required_input(0), self.view.kind(node.required_input(0))
         if not kind and self.view.opset >= FIRST_MIXED_OPSET:
             raise Refusal("unsupported-type", f"the type of '{data.name}' is not known")
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind)) if kind else self.view.weight(node, SCALE).dtype
+        dtype = dtype_of(kind) if kind else self.view.weight(node, SCALE).dtype
         if dtype_name(dtype) not in DTYPES:
             raise Refusal("unsupported-type", f"its data is {dtype}")
         return dtype

@@ -69,6 +69,7 @@ class GraphView:
         self.owner: dict[Node, Plan] = {}
         self._affines: dict[Node, Affine | Refusal | None] = {}
         self._checked: set[Node] = set()
+        self._data_slots: dict[Node, int] = {}
         self._refused: dict[Node, tuple[int, int, bool]] = {}
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
@@ -143,7 +144,7 @@ class GraphView:
     def check(self, node: Node) -> None:
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
         if node not in self._checked:
-            check_version(node.proto, node.label, self.index.opset)
+            check_version(node.op, len(node.inputs), len(node.outputs), node.attributes, node.label, self.index.opset)
             self._checked.add(node)
 
     # ---- affines ----
@@ -180,7 +181,10 @@ class GraphView:
 
     def data_slot(self, node: Node) -> int:
         """Return the slot of the data input of a lifted node."""
-        return row_of(node, self).data_slot(node, self)
+        slot = self._data_slots.get(node)
+        if slot is None:
+            slot = self._data_slots[node] = row_of(node, self).data_slot(node, self)
+        return slot
 
     def data(self, node: Node) -> Value:
         """Return the data input of a lifted node."""
@@ -315,12 +319,17 @@ class GraphView:
 
     def dense(self, node: Node, slot: int) -> Dense:
         """Return the constant at a slot in float64."""
-        constant, value = self.tensor(node, slot), node.input(slot)
+        constant = self.tensor(node, slot)
         if constant is None or dtype_name(constant.dtype) not in DTYPES:
             return Dense.of(self.weight(node, slot))  # which refuses it
+        self.refuse_widening(node, slot, constant)
+        return Dense.of(constant)
+
+    def refuse_widening(self, node: Node, slot: int, constant: Constant) -> None:
+        """Refuse to store the constant at a slot as floats where it is quantized and large."""
+        value = node.input(slot)
         if value is not None and math.prod(constant.shape) > LARGEST_WIDENED and not self.is_changed(node, slot) and is_quantized(value):
             raise Refusal("quantised", f"the quantized constant '{value.name}' of {node.op} '{node.label}' would be stored as floats")
-        return Dense.of(constant)
 
     def bias(self, node: Node, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Dense | Dequantized:
         """Return the bias at a slot, which must have this shape, in float64; zeros where it is absent.

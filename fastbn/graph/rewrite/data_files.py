@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -15,7 +16,8 @@ from onnx import TensorProto
 
 from fastbn.errors import StorageError, expected
 from fastbn.graph.model.constant import Scaled
-from fastbn.graph.model.storage import Source, external_tensors, location_of
+from fastbn.graph.model.external import location_of
+from fastbn.graph.model.storage import Source
 
 __all__ = ["Patch", "Patches", "new_data_names", "patched_layout", "set_external", "stem_of", "write_patched"]
 
@@ -70,23 +72,27 @@ class Patches:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.entries: list[Patch] = []
-        self._ranges: defaultdict[str, list[tuple[int, int]]] | None = None
+        # Places that a patch takes, and for each data file the sorted begins and the sorted ends of all external tensors in it.
+        self._taken: set[tuple[str, int | None]] = set()
+        self._ranges: dict[str, tuple[list[int], list[int]]] | None = None
 
     def add(self, scope: int, tensor: TensorProto, constant: Scaled) -> None:
         """Leave a weight in its data file: over its old bytes where no other tensor or patch uses these, else behind the last byte."""
         location, offset = location_of(tensor), self.source.place(tensor).offset
-        stop = offset + constant.size * constant.dtype.itemsize
-        users = sum(1 for start, end in self._used_ranges()[location] if start < stop and offset < end)
-        is_taken = any(patch.location == location and patch.offset == offset for patch in self.entries)
-        self.entries.append(Patch(scope, tensor, constant, location, None if users > 1 or is_taken else offset))
+        begins, ends = self._used_ranges()[location]
+        users = bisect_left(begins, offset + constant.size * constant.dtype.itemsize) - bisect_right(ends, offset)
+        own = None if users > 1 or (location, offset) in self._taken else offset
+        self._taken.add((location, own))
+        self.entries.append(Patch(scope, tensor, constant, location, own))
 
-    def _used_ranges(self) -> defaultdict[str, list[tuple[int, int]]]:
-        """Return location -> byte ranges of all external tensors of the original."""
+    def _used_ranges(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Return location -> (begins, ends) of all external tensors of the original, each sorted."""
         if self._ranges is None:
-            self._ranges = defaultdict(list)
-            for tensor in external_tensors(self.source.proto):
-                offset = self.source.place(tensor).offset
-                self._ranges[location_of(tensor)].append((offset, offset + self.source.external(tensor).size))
+            ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+            for tensor in self.source.external_tensors:
+                _, offset, length = self.source.place(tensor)
+                ranges[location_of(tensor)].append((offset, offset + length))
+            self._ranges = {name: (sorted(each[0] for each in used), sorted(each[1] for each in used)) for name, used in ranges.items()}
         return self._ranges
 
 

@@ -7,18 +7,19 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from fastbn.errors import ModelError, StorageError, expected
+from fastbn.graph.model.external import external_tensors, location_of
 from fastbn.graph.model.nesting import scopes_of
-from fastbn.graph.model.node import Node
-from fastbn.graph.model.storage import PROTOBUF_LIMIT, Source, external_tensors, location_of, serialize
+from fastbn.graph.model.storage import PROTOBUF_LIMIT, Source, serialize
 from fastbn.graph.rewrite.data_files import Patch, new_data_names, patched_layout, set_external, stem_of, write_patched
 from fastbn.graph.rewrite.destination import PathLike, is_stream, storage_errors, write_through
 from fastbn.graph.rewrite.replacement import Replacement
@@ -62,39 +63,52 @@ class Prepared:
         return self.replacement is not None and self.replacement.committed
 
 
+class Written(NamedTuple):
+    """A written model, and the weights that go into its data files, which are computed when these are written."""
+
+    proto: ModelProto
+    patches: list[Patch]
+
+
 class Output:
     """A model ready to be written.
 
     Parameters
     ----------
-    proto : onnx.ModelProto
-    patches : list of Patch
-        The weights that go into its data files; they are computed when they are written.
     source : storage.Source
         The original.
-    growth : dict of Node -> list of str
-        What a node has for itself now and shared with others, or computed from less: the report says so.
     changed : bool
         Whether it is another model than the original.
-
-    Attributes
-    ----------
-    is_external : bool
-        Whether the model keeps tensors in data files.
+    write : callable
+        Returns the Written; called once, when that is first needed.
     """
 
-    def __init__(
-        self, proto: ModelProto, patches: list[Patch], source: Source, growth: Mapping[Node, Sequence[str]], changed: bool
-    ) -> None:
-        self.growth = growth
-        self.proto = proto
-        self.patches = patches
+    def __init__(self, source: Source, changed: bool, write: Callable[[], Written]) -> None:
         self.source = source
         self.changed = changed
-        self.is_external = any(True for _ in external_tensors(proto))
+        self._write = write
         # Data files that save_in_workdir has written: the next save moves them.
         self._written_before: DataPaths = {}
         self._workdir: Workdir | None = None
+
+    @cached_property
+    def _written(self) -> Written:
+        return self._write()
+
+    @property
+    def proto(self) -> ModelProto:
+        """The written model, as it is with data files beside it; raises ModelError where it is not the one that was planned."""
+        return self._written.proto
+
+    @property
+    def patches(self) -> list[Patch]:
+        """The weights that go into its data files."""
+        return self._written.patches
+
+    @cached_property
+    def is_external(self) -> bool:
+        """Whether the model keeps tensors in data files."""
+        return bool(self.source.external_tensors) and any(True for _ in external_tensors(self.proto))
 
     def to_bytes(self) -> bytes:
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
@@ -106,7 +120,7 @@ class Output:
         """Return the model as a ModelProto, all tensors inside; raises ModelError above protobuf's 2 GB."""
         if not self.is_external:
             return self.proto
-        total = sum(self.source.place(tensor).length for tensor in external_tensors(self.source.proto))
+        total = sum(self.source.place(tensor).length for tensor in self.source.external_tensors)
         if total > PROTOBUF_LIMIT:
             raise ModelError(expected("a model below 2 GB, or a path to save it to", f"{total} bytes", self.source.name))
         proto = self._copy()
@@ -179,21 +193,22 @@ class Output:
         tensors: defaultdict[str, list[TensorProto]] = defaultdict(list)
         for tensor in external_tensors(proto):
             tensors[location_of(tensor)].append(tensor)
-        patched = self._patched_in(proto)
+        patches_of: defaultdict[str, list[tuple[Patch, TensorProto]]] = defaultdict(list)
+        for patch, tensor in zip(self.patches, self._patched_in(proto), strict=True):
+            patches_of[patch.location].append((patch, tensor))
         written_before, self._written_before = self._written_before, {}
         paths: DataPaths = {}
         for location, name in zip(sorted(tensors), new_data_names(replacement.path), strict=False):
             paths[location] = replacement.path.parent / os.fsdecode(name.encode("utf-8"))
             temporary = replacement.data_file(paths[location].name)
-            patches = [patch for patch in self.patches if patch.location == location]
+            patches = [patch for patch, _ in patches_of[location]]
             source = self.source.place(tensors[location][0]).path
             offsets, size = patched_layout(patches, source.stat().st_size)
             if not _move(written_before.get(location), temporary):
                 write_patched(source, temporary, patches, offsets, size)
             for tensor in tensors[location]:
                 set_external(tensor, "location", name)
-            for patch, offset in zip(patches, offsets, strict=True):
-                tensor = patched[self.patches.index(patch)]
+            for (patch, tensor), offset in zip(patches_of[location], offsets, strict=True):
                 set_external(tensor, "offset", str(offset))
                 set_external(tensor, "length", str(patch.size))
         if written_before and self._workdir is not None:

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import TypeVar
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.graph.model.constant import Constant, Scaled
+from fastbn.graph.model.external import is_external
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Shape, Value
-from fastbn.graph.model.storage import is_external
-from fastbn.graph.ops.registry import ignores_elements, operator_row
 from fastbn.graph.ops.row import Attribute
 from fastbn.graph.planner.planning import Planning
-from fastbn.graph.reasons import first_few
-from fastbn.graph.report import size_text
 from fastbn.graph.rewrite.consistency import check_written
 from fastbn.graph.rewrite.data_files import Patches
-from fastbn.graph.rewrite.output import Output
+from fastbn.graph.rewrite.draft import Draft
+from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.runtime import CARRIED
 
 __all__ = ["edited", "raises_ir_version", "rewrite"]
 
 # A folded weight of more bytes stays in the data file of its original; a smaller one goes into the model file.
 LARGEST_INLINE = 1 << 20
-
-# A constant that takes this many bytes more than what it was computed from is reported.
-LARGEST_UNSAID = 1 << 10
 
 # From this IR version on, an initializer need not be a graph input too.
 FIRST_IR_OF_CONSTANTS = 4
@@ -66,55 +60,43 @@ def raises_ir_version(index: Index) -> bool:
     return index.freeze_inputs and index.proto.ir_version < FIRST_IR_OF_CONSTANTS and bool(index.proto.graph.initializer)
 
 
-def rewrite(index: Index, planning: Planning) -> Output:
-    """Apply the plans to a copy of the model; everything that no plan names is as it was.
+def rewrite(index: Index, planning: Planning, draft: Draft) -> Output:
+    """Apply the plans to a copy of the model, when that is first asked for; everything that no plan names is as it was.
 
-    Raises
-    ------
-    ModelError
-        The model that was made is not the one that was planned: a fault of this package, found before anything is written.
+    Then, or here where the caller holds the model and may change it, ModelError says that what was made is not what was planned: a fault of
+    this package, found before any file is written.
     """
-    return _Writer(index, planning).output()
+    output = Output(index.source, bool(planning.plans) or index.freeze_inputs, lambda: _Writer(index, planning, draft).written())
+    if index.source.is_shared:
+        output.proto  # noqa: B018  # a property that does the work
+    return output
 
 
 class _Writer:
-    """The edits of one model.
+    """The edits of one model; unused_constants and unused_values hold, by scope number, the names of initializers and of values that are
+    not written any more, or not yet."""
 
-    unwritten holds the nodes that are not written; unused_constants and unused_values hold, by scope number, the names of initializers and
-    of values that no node reads or gives any more. left_out is unused_constants before any of them is used again, counted those of its
-    values that the note of a larger constant has counted, spare the bytes of the parameters of the plan at hand that no new one takes up.
-    """
-
-    def __init__(self, index: Index, planning: Planning) -> None:
+    def __init__(self, index: Index, planning: Planning, draft: Draft) -> None:
         self.index = index
         self.view = planning.view
         self.plans = planning.plans
+        self.draft = draft
+        self.unwritten = draft.unwritten
         self.proto = ModelProto()
         self.proto.CopyFrom(index.proto)
         self.graphs = scopes_of(self.proto.graph)
-        self.added = {node: _copy(node.proto) for plan in self.plans for node in plan.added}
-        self.before = {new: node for plan in self.plans for node, news in plan.replaced.items() for new in news}
-        self.unwritten = {*self.view.removed, *self.view.replaced}
-        self.freed = {use for plan in self.plans for use in plan.constants}
-        self.growth: defaultdict[Node, list[str]] = defaultdict(list)
-        self.counted: set[Value] = set()
+        self.added = {node: _copy(node.proto) for node in draft.added}
         self.patches = Patches(index.source)
         self.names = {name for scope in index.scopes for name in scope.values} | {new.required_output().name for new in self.added}
         self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
-        self.unused_constants: defaultdict[int, set[str]] = defaultdict(set)
-        self.unused_values: defaultdict[int, set[str]] = defaultdict(set)
-        self.left_out: dict[int, frozenset[str]] = {}
-        self.spare = 0
+        self.unused_constants = defaultdict(set, {number: {*names} for number, names in draft.left_out.items()})
+        self.unused_values = defaultdict(set, {number: {*names} for number, names in draft.unused_values.items()})
         self.infos: dict[int, defaultdict[str, list[ValueInfoProto]]] = {}
 
-    def output(self) -> Output:
+    def written(self) -> Written:
         """Make all edits, in this order: they read what the ones before have noted."""
         self._take_over_names()
-        self._find_unused()
-        self.left_out = {number: frozenset(names) for number, names in self.unused_constants.items()}
         for plan in self.plans:
-            read = {value for node in plan.lifted for value in node.inputs if value is not None and self._is_left_out(value)}
-            self.spare = sum(_stored_bytes(self.index, value) for value in read)
             for (node, slot), constant in plan.constants.items():
                 if node in self.unwritten:  # another fold replaces all that it computed
                     continue
@@ -125,8 +107,7 @@ class _Writer:
         if self.index.freeze_inputs:
             self._freeze_inputs()
         check_written(self.index, self.view, self.plans, self.unwritten, self.proto)
-        changed = bool(self.plans) or self.index.freeze_inputs
-        return Output(self.proto, self.patches.entries, self.index.source, self.growth, changed)
+        return Written(self.proto, self.patches.entries)
 
     def _proto(self, node: Node) -> NodeProto:
         return self.added[node] if node in self.added else self.graphs[node.scope.number].node[node.position]
@@ -159,9 +140,9 @@ class _Writer:
             self._declare(value.scope.number, names.get(value, value.name), shape, self.index.kind(value))
 
     def _write_constant(self, node: Node, slot: int, constant: Constant) -> str:
-        """Write a folded constant in the place of the old one if no other node reads that, else under a new name; return the name."""
-        old = self._old_constant(node, slot)
-        if old is not None and old.name in self.unused_constants[old.scope.number]:
+        """Write a folded constant to its home, and return the name under which it stands there."""
+        old, is_over, role = self.draft.homes[node, slot]
+        if old is not None and is_over:
             scope = old.scope
             tensor = self.tensors[scope.number][old.name]
             self.unused_constants[scope.number].remove(old.name)
@@ -172,60 +153,12 @@ class _Writer:
             tensor = self.graphs[scope.number].initializer.add()
             if old is not None and old.initializer is not None:
                 tensor.CopyFrom(old.initializer)
-            is_weight = isinstance(constant, Scaled) or (node in self.before and node.op != "Add" and slot == 1)
-            role = operator_row(node).input_names.get(slot) or ("weight" if is_weight else "bias")
-            self._note_growth(node, old, constant, role)
             tensor.name = self._new_name(f"{node.label}.{role}")
             if self.proto.ir_version < FIRST_IR_OF_CONSTANTS:
                 kind = helper.np_dtype_to_tensor_dtype(constant.dtype)
                 self.proto.graph.input.append(helper.make_tensor_value_info(tensor.name, kind, constant.shape))
         self._fill(scope.number, tensor, constant)
         return str(tensor.name)
-
-    def _old_constant(self, node: Node, slot: int) -> Value | None:
-        """Return the value of the original whose place a constant takes: for a node that is added, the one that its own constant is named
-        after."""
-        own = node.input(slot)
-        if node not in self.before or own is None:
-            return own
-        return next(value for value in self.before[node].inputs if value is not None and value.name == own.name)
-
-    def _note_growth(self, node: Node, old: Value | None, constant: Constant, role: str) -> None:
-        """Note that a constant is new, written beside the one that it comes from, or in the place of less that it was computed from."""
-        size = math.prod(constant.shape) * constant.dtype.itemsize
-        if old is None:
-            if size > LARGEST_UNSAID + self.spare:
-                self.growth[node].append(f"a new {role} of {size_text(size)}")
-            self.spare = max(0, self.spare - size)
-            return
-        sources = self._sources(old)
-        if sources == [old]:
-            self.growth[node].append(
-                f"weight '{old.name}' is shared: duplicated" + (f", {size_text(size)}" if size > LARGEST_UNSAID else "")
-            )
-            return
-        spared = [value for value in sources if value not in self.counted and self._is_left_out(value)]
-        self.counted.update(spared)
-        if size > LARGEST_UNSAID + sum(_stored_bytes(self.index, value) for value in spared):
-            names = first_few([f"'{value.name}'" for value in sources])
-            self.growth[node].append(f"weight '{old.name}' was computed from {names}: stored as it is, {size_text(size)}")
-
-    def _sources(self, value: Value) -> list[Value]:
-        """Return the stored constants that a constant is computed from: initializers, and outputs of Constant nodes."""
-        pending: dict[Value, None] = {value: None}
-        for at in (found := [value]):
-            node = None if at.initializer is not None else at.producer
-            inputs = () if node is None else [read for slot, read in enumerate(node.inputs) if not ignores_elements(node, slot)]
-            reads = [read for read in inputs if read is not None and read not in pending]
-            pending.update(dict.fromkeys(reads))
-            found.extend(reads)
-        return [at for at in pending if at.initializer is not None or (at.producer is not None and at.producer.is_op("Constant"))]
-
-    def _is_left_out(self, value: Value) -> bool:
-        """Say whether a stored constant is not written any more."""
-        if value.initializer is not None:
-            return value.name in self.left_out.get(value.scope.number, ())
-        return value.producer in self.unwritten
 
     def _declare(self, scope: int, name: str, shape: Shape, kind: int) -> None:
         """Write the shape and type of a value that changes into its graph input and value_info, where it has these."""
@@ -257,41 +190,6 @@ class _Writer:
         # Two or more numbers of these types share a byte.
         tensor.raw_data = numpy_helper.from_array(array).raw_data if array.dtype.name in CARRIED else array.tobytes()
 
-    def _find_unused(self) -> None:
-        """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
-        reads = self._reads()
-        pending = [value for node in self.unwritten for value in node.inputs if value is not None]
-        freed = [node.input(slot) for node, slot in self.freed if node not in self.added]
-        pending += [value for value in freed if value is not None]
-        while pending:
-            value = pending.pop()
-            if value.producer in self.unwritten or reads[value]:
-                continue
-            node = value.producer
-            if value.initializer is not None:
-                self.unused_constants[value.scope.number].add(value.name)
-            elif node is not None and not node.scopes and self.index.is_constant(value):
-                outputs = [output for output in node.outputs if output is not None]
-                if any(reads[output] for output in outputs):
-                    continue
-                self.unwritten.add(node)
-                self.unused_values[node.scope.number].update(output.name for output in outputs)
-                inputs = [(slot, value) for slot, value in enumerate(node.inputs) if value is not None]
-                reads.subtract(self.view.source(value) for slot, value in inputs if (node, slot) not in self.freed)
-                pending.extend(value for _, value in inputs)
-
-    def _reads(self) -> Counter[Value]:
-        """Return value -> how often the written graph reads it; a removed node's output counts as its input."""
-        reads: Counter[Value] = Counter()
-        for node in self.index.order:
-            slots = [slot for slot in range(len(node.inputs)) if (node, slot) not in self.freed]
-            if node in self.unwritten:  # what replaces a node reads its data input
-                slots = [self.view.data_slot(node)] if node in self.view.replaced else []
-            reads.update(self.view.source(value) for slot in slots if (value := node.inputs[slot]) is not None)
-        for scope in self.index.scopes:
-            reads.update(self.view.source(value) for value in scope.values.values() if value.is_output)
-        return reads
-
     def _rebuild_graphs(self) -> None:
         """Remove the nodes, constants and declarations that are not needed any more, and put the nodes in that replace others."""
         # Scope number -> position of a node that is not written -> the nodes in its place.
@@ -317,11 +215,6 @@ class _Writer:
         if raises_ir_version(self.index):
             self.proto.ir_version = FIRST_IR_OF_CONSTANTS
         _remove(self.proto.graph.input, [info.name in constants for info in self.proto.graph.input])
-
-
-def _stored_bytes(index: Index, value: Value) -> int:
-    constant = index.constant(value)
-    return 0 if constant is None else constant.size * constant.dtype.itemsize
 
 
 def _remove(entries: MutableSequence[MessageT], unwanted: Sequence[bool]) -> None:
