@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 __all__ = ["external_tensors", "is_external", "location_of"]
 
@@ -28,11 +28,12 @@ def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     for training in proto.training_info:
         graphs += [training.initialization, training.algorithm]
     nodes: list[NodeProto] = [node for function in proto.functions for node in function.node]
-    while graphs or nodes:
+    defaults: list[AttributeProto] = [attribute for function in proto.functions for attribute in function.attribute_proto]
+    while graphs or nodes or defaults:
         tensors: list[TensorProto] = []
         sparse: list[SparseTensorProto] = []
         # Whatever the type of an attribute says: other programs read what it holds. Most hold none of these.
-        for attribute in chain.from_iterable(node.attribute for node in nodes):
+        for attribute in chain(defaults, chain.from_iterable(node.attribute for node in nodes)):
             if attribute.HasField("t"):
                 tensors.append(attribute.t)
             if attribute.HasField("g"):
@@ -43,7 +44,7 @@ def external_tensors(proto: ModelProto) -> Iterator[TensorProto]:
                 tensors += attribute.tensors
                 graphs += attribute.graphs
                 sparse += attribute.sparse_tensors
-        nodes = []
+        nodes, defaults = [], []
         for graph in graphs:
             nodes += graph.node
             tensors += graph.initializer

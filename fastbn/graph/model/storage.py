@@ -47,6 +47,9 @@ PROTOBUF_LIMIT = 2**31 - 1
 # An offset or a length in a data file: 64 bits hold no more digits.
 NUMBER = re.compile(r"-?[0-9]{1,19}")
 
+# Names that begin so are no files to onnxruntime, but addresses in its own memory.
+ADDRESS = "*/_ORT_"
+
 # The entries of an external tensor that say where its values lie.
 PLACE = ("location", "offset", "length")
 
@@ -340,7 +343,8 @@ class Source:
         fields = {entry.key: entry.value for entry in tensor.external_data}
         name = fields.get("location", "")
         # A link inside the folder may lead elsewhere (_checked_size says where to); the name itself may not leave it.
-        if not name or "\0" in name or os.path.isabs(name) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
+        is_outside = os.path.isabs(name) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
+        if not name or "\0" in name or is_outside or name.startswith(ADDRESS):
             raise ModelError(expected("external data inside the model's folder", repr(name), where))
         numbers = {key: fields[key] for key in PLACE[1:] if fields.get(key)}
         if not all(map(NUMBER.fullmatch, numbers.values())):
