@@ -31,6 +31,7 @@ class Arguments(argparse.Namespace):
     line: str
     command: str
     debug: bool = False
+    limits: str | None = None
     quiet: bool = False
 
     # Models and options of verification.
@@ -109,6 +110,12 @@ def _add_debug(each: argparse.ArgumentParser) -> None:
     each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an unexpected fault")
 
 
+def _add_limits(each: argparse.ArgumentParser) -> None:
+    each.add_argument(
+        "--limits", metavar="memory=SIZE,time=SECONDS", help="work in a process that may take no more, as memory=2G,time=60 (Linux)"
+    )
+
+
 def _add_fold(fold: argparse.ArgumentParser) -> None:
     fold.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
     fold.add_argument("chosen_output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
@@ -122,6 +129,7 @@ def _add_fold(fold: argparse.ArgumentParser) -> None:
     fold.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
     fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_input_shape(fold)
+    _add_limits(fold)
 
 
 def _add_deploy(deploy: argparse.ArgumentParser) -> None:
@@ -147,6 +155,7 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_selection(deploy)
     _add_input_shape(deploy)
+    _add_limits(deploy)
 
 
 def _add_recipe(deploy: argparse.ArgumentParser) -> None:
@@ -198,6 +207,7 @@ def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the line")
     verify.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_input_shape(verify)
+    _add_limits(verify)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -206,6 +216,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
     _add_input_shape(bench)
+    _add_limits(bench)
 
 
 def _add_show_config(config: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 Exit codes: 0 done and verified, or nothing to do; 1 parity failed or nothing good enough, no model written; 2 usage, unreadable or invalid
 model, models that cannot be compared: nothing written; 3 --strict and a batch normalization left; 4 the folded model written, but not the
 quantized one, or nothing could be measured; 5 done, not verified: the parity of the whole model could not be tried, or is inconclusive;
-70 an unexpected fault; 130 interrupted.
+70 an unexpected fault; 130 interrupted. With --limits, work that takes more than it may, or crashes, gives 2 where nothing was written.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from fastbn.arguments import Arguments, input_shapes, names, parser
+from fastbn.confinement import Ended, confined, is_confined, limits_in
 from fastbn.delivery import (
     Delivery,
     check_data_files,
@@ -63,6 +65,8 @@ def _run(words: list[str], delivery: Delivery) -> int:
     try:
         arguments = _parsed(words)
         arguments.line = shlex.join(["fastbn", *words])
+        if arguments.limits is not None and not is_confined():
+            return _within_limits(arguments, words, delivery)
         _load(arguments.command)
         code = COMMANDS[arguments.command](arguments, delivery)
         flush(sys.stdout)
@@ -92,6 +96,8 @@ def _load(command: str) -> None:
             importlib.import_module("fastbn.deployment.pipeline")
         elif command != "show-config":
             importlib.import_module("fastbn.graph.job")
+        if command != "show-config":
+            importlib.import_module("fastbn.graph.runtime").silence()
 
 
 def _parsed(argv: list[str]) -> Arguments:
@@ -114,6 +120,29 @@ def _without_a_name() -> str:
 def _mentioned(delivery: Delivery) -> str:
     """Return what an error adds that comes after the model has taken its place: that of a report, of a folder that is not synced."""
     return f"; {delivery.written}" if delivery.has_written else ""
+
+
+def _within_limits(arguments: Arguments, words: list[str], delivery: Delivery) -> int:
+    """Run the command in a process of its own, and remove what that leaves where it is ended."""
+    given = arguments.input if arguments.command in ("fold", "deploy") else arguments.original
+    limits = limits_in(arguments.limits or "")
+    try:
+        return confined(words, limits, delivery.closed, f"{arguments.command} '{given}'")
+    except KeyboardInterrupt:
+        _remove_leftovers(arguments)
+        raise
+    except Ended as ended:
+        _remove_leftovers(arguments)
+        return _stop(str(ended), UNUSABLE if ended.is_harmless else FAULT)
+
+
+def _remove_leftovers(arguments: Arguments) -> None:
+    """Remove the hidden folders of a killed process where the command reads and writes."""
+    from fastbn.graph.rewrite.workdir import remove_leftovers
+
+    named = (getattr(arguments, name, None) for name in ("input", "output", "chosen_output", "json", "report"))
+    for folder in {os.path.dirname(os.path.abspath(name)) for name in named if isinstance(name, str)} | {tempfile.gettempdir()}:
+        remove_leftovers(Path(folder))
 
 
 def _stop(reason: str, code: int) -> int:

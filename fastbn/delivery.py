@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from fastbn.confinement import may_deliver
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.terminal import complain, emit, flush, give_up, open_streams, width_of
 
@@ -119,6 +120,8 @@ class Delivery:
 
     Attributes
     ----------
+    closed : set of str
+        The standard streams that were closed when the command began.
     target : Path, STREAM or None
         Where the model goes; None where none is written.
     json, page : str or None
@@ -130,7 +133,7 @@ class Delivery:
     """
 
     def __init__(self) -> None:
-        self._closed = open_streams()
+        self.closed = open_streams()
         self.target: Path | str | None = None
         self.json: str | None = None
         self.page: str | None = None
@@ -206,7 +209,7 @@ class Delivery:
 
         if json is not None and (json == STREAM or descriptor_of(json) == 1):
             json = STREAM
-        if STREAM in (json, *outputs) and "stdout" in self._closed:
+        if STREAM in (json, *outputs) and "stdout" in self.closed:
             raise StorageError("Cannot write to stdout: it is closed")
         if json is None or json == STREAM:
             if json == STREAM and STREAM in outputs:
@@ -266,6 +269,7 @@ class Delivery:
             if not self.quiet and self.json != STREAM:
                 self._print(lines)
             flush(self.stream)
+            may_deliver()
         if self.prepared is not None:
             self.mention(f"wrote   {self.prepared.path}   {size_text(self.prepared.size)}")
 

@@ -100,7 +100,7 @@ FLOORS = [
     ["reestimation.job"],
     ["reestimation.__init__"],
     ["__init__"],
-    ["terminal", "arguments"],
+    ["terminal", "arguments", "confinement"],
     ["delivery"],
     ["cli"],
     ["__main__"],

@@ -27,7 +27,7 @@ from fastbn.interrupts import interrupts_deferred
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["FILE", "JOURNAL", "Identity", "Workdir", "identity_of", "runtime_workdir"]
+__all__ = ["FILE", "JOURNAL", "Identity", "Workdir", "identity_of", "remove_leftovers", "runtime_workdir"]
 
 NAME = re.compile(r"\.fastbn-[0-9a-f]{16}")
 
@@ -66,7 +66,7 @@ class Workdir:
         where = folder or _temporary_folder()
         parent = Path(os.path.abspath(where))
         with storage_errors(where):
-            _remove_leftovers(parent)
+            remove_leftovers(parent)
             for _ in range(TRIES):
                 self.path = parent / f".fastbn-{os.urandom(8).hex()}"
                 self._descriptors: list[int] = []
@@ -137,7 +137,7 @@ def _close(path: Path, descriptors: list[int]) -> None:
             os.close(descriptor)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the workdirs of runs that have ended: those of this user whose lock is free."""
     if sys.platform == "win32":
         return
