@@ -96,8 +96,6 @@ def _load(command: str) -> None:
             importlib.import_module("fastbn.deployment.pipeline")
         elif command != "show-config":
             importlib.import_module("fastbn.graph.job")
-        if command != "show-config":
-            importlib.import_module("fastbn.graph.runtime").silence()
 
 
 def _parsed(argv: list[str]) -> Arguments:

@@ -17,8 +17,23 @@ __all__ = [
 ]
 
 
+# The most characters of a message. Names in a model may have millions: the middle of a longer message is left out.
+LONGEST, SHOWN = 800, 390
+
+
 class FastbnError(Exception):
     """Base of every error that fastbn raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message as one line: control characters escaped, the middle of a very long one left out."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[:SHOWN]} ... {text[-SHOWN:]}"
+        return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
 
 
 class ArgumentError(FastbnError, ValueError):

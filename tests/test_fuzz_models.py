@@ -75,7 +75,6 @@ def test_whatever_ends_a_worker_is_noted_and_the_next_one_goes_on(tmp_path, monk
     [
         (KeyError("x"), "traceback"),
         (MemoryError(), "fat"),
-        (fastbn.ModelError("one\ntwo"), "noise"),
         (fastbn.ModelError("Expected x, got y - at `z`"), "error"),
     ],
 )

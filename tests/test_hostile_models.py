@@ -8,7 +8,6 @@ from onnx import TensorProto, helper
 from sketch import conv_bn, model, norm, normal, ops
 
 import fastbn
-from fastbn.cli import main
 from fastbn.graph import runtime
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.storage import load
@@ -107,15 +106,3 @@ def test_onnxruntime_prints_nothing_where_it_refuses_a_model(monkeypatch, capfd)
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
     assert fastbn.fold(conv_bn()).parity.status == "not-run"
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_command_lets_onnxruntime_log_nothing(tmp_path, monkeypatch):
-    levels = []
-    monkeypatch.setattr(runtime, "_is_silent", False)
-    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", levels.append)
-    (tmp_path / "in.onnx").write_bytes(conv_bn().SerializeToString())
-    fastbn.fold(tmp_path / "in.onnx")
-    assert levels == [], "from Python that is the caller's"
-    assert main(["fold", str(tmp_path / "in.onnx"), "--dry-run", "-q"]) == 0
-    runtime.session(onnx.ModelProto.FromString(conv_bn().SerializeToString()).SerializeToString())
-    assert levels == [runtime.FATAL]

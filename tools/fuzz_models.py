@@ -7,7 +7,7 @@
 Mutations are of every .onnx file in the folders (`--models`), built models are sound ones with faults. Seed and kind say everything about a
 case: the model, the options of the fold, what is done with the result. A case ends as
 
-    result, error     a FoldResult, or a FastbnError of one line
+    result, error     a FoldResult, or a FastbnError
     not-a-case        the faults cancelled each other: there is nothing that protobuf writes
     traceback         any other exception
     signal, slow      the process ended, or took more than 10 s of CPU time in all threads together
@@ -102,9 +102,7 @@ def folded(choose: random.Random, data: bytes, folder: Path) -> str:
             result.save(folder / "folded.onnx")
         if choose.random() < 0.1:
             fastbn.verify(path, result.model, input_shapes=options.get("input_shapes"))
-    except fastbn.FastbnError as error:
-        if "\n" in str(error) or len(str(error)) > 2000:
-            raise Wrong("noise", f"an error of many lines or letters: {str(error)[:300]}") from error
+    except fastbn.FastbnError:
         return "error"
     json.dumps(result.to_dict())
     text = str(result)
@@ -191,7 +189,7 @@ def work(kind: str, seeds: range, folders: list[Path]) -> None:
         corpus = Corpus(folders) if kind == "bytes" else None
         (folder / DATA_FILE).write_bytes(bytes(DATA_SIZE))
         warnings.simplefilter("error")
-        runtime.silence()
+        runtime.silence_log()
         for seed in seeds:
             print(f"{seed}", file=out)
             _peak()

@@ -32,7 +32,7 @@ from fastbn.errors import FastbnError
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import serialize
 from fastbn.graph.reasons import first_few
-from fastbn.graph.runtime import said
+from fastbn.graph.runtime import FATAL, said
 
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
@@ -48,9 +48,6 @@ PER_CHANNEL_OPSET = 13
 
 # Initializers need not be graph inputs from this IR version on.
 FREE_INITIALIZERS_IR = 4
-
-# The level of onnxruntime's logger at which it says least.
-FATAL = 4
 
 # The first byte of an answer's line, which tells answers from whatever else the process prints.
 MARK = b"\x1e"

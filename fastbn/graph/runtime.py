@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARRIED",
     "CARRIERS",
+    "FATAL",
     "Runnable",
     "Runner",
     "Session",
@@ -207,7 +208,8 @@ def session(
         options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
-    made: Session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # Without its fallback, which prints before it tries the same provider once more.
+    made: Session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     return made
 
 

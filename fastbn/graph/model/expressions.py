@@ -14,7 +14,7 @@ from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.evaluation import Inputs, Key, evaluated, is_numeric, key_of
 from fastbn.graph.model.extent import is_too_slow, result_size
-from fastbn.graph.model.nesting import is_standard
+from fastbn.graph.model.nesting import bodies_in, is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.schemas import RANDOM
 from fastbn.graph.model.sequences import COPYING, SEQUENCES, Items, given_by
@@ -199,7 +199,7 @@ class Constants:
         if condition is None or condition.size != 1:
             return None
         branch = "then_branch" if condition.array().any() else "else_branch"
-        scopes = dict(zip((each.name for each in node.proto.attribute if each.HasField("g")), node.scopes, strict=True))
+        scopes = dict(zip((each.name for each in node.proto.attribute for _ in bodies_in([each])), node.scopes, strict=True))
         outputs = scopes[branch].graph.output if branch in scopes else ()
         return scopes[branch].find(outputs[value.slot].name) if value.slot < len(outputs) else None
 

@@ -18,6 +18,9 @@ NAMES = AttributeProto.AttributeType
 BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 OPTION = defs.OpSchema.FormalParameterOption
 
+# The largest version that onnx's checker takes.
+LAST_VERSION = (1 << 31) - 1
+
 # No array that NumPy holds has more axes.
 HIGHEST_RANK = 64
 
@@ -180,7 +183,9 @@ def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
     """Return what onnx's checker needs to know of the model around a node."""
     context = checker.C.CheckerContext()
     context.ir_version = min(max(proto.ir_version, 4), onnx.IR_VERSION)
-    context.opset_imports = {**{entry.domain: entry.version for entry in proto.opset_import}, "": opset, "ai.onnx": opset}
+    # Versions are 64 bits in a file, and 32 here.
+    imports = {entry.domain: min(max(entry.version, -LAST_VERSION), LAST_VERSION) for entry in proto.opset_import}
+    context.opset_imports = {**imports, "": opset, "ai.onnx": opset}
     return context
 
 

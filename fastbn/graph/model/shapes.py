@@ -44,6 +44,9 @@ LARGEST_FACTORS = 64
 # A larger size in a file is taken as unknown.
 LARGEST_DIM = 1 << 31
 
+# The numbers of types.
+KINDS = frozenset(TensorProto.DataType.values())
+
 # A longer type, in bytes, is read anew for each value.
 LONGEST_KEPT_TYPE = 1 << 10
 
@@ -60,8 +63,8 @@ class Infos(Protocol):
 
 
 def type_of(info: ValueInfoProto) -> tuple[int, Shape | None]:
-    """Return (type, shape) in a ValueInfoProto: 0 where it gives no type of elements, None for each size that it leaves open, and for the
-    shape where it gives no rank."""
+    """Return (type, shape) in a ValueInfoProto: 0 where it gives no type of elements, or none that exists, None for each size that it
+    leaves open, and for the shape where it gives no rank."""
     data = info.type.SerializeToString()
     return _read_type(data) if len(data) <= LONGEST_KEPT_TYPE else _read_type.__wrapped__(data)
 
@@ -70,11 +73,12 @@ def type_of(info: ValueInfoProto) -> tuple[int, Shape | None]:
 def _read_type(data: bytes) -> tuple[int, Shape | None]:
     """Return type_of of a TypeProto; kept, as most values of a network have one of a few types."""
     kind = TypeProto.FromString(data).tensor_type
+    elements = kind.elem_type if kind.elem_type in KINDS else 0
     if not kind.HasField("shape"):
-        return kind.elem_type, None
+        return elements, None
     dims = kind.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") and 0 < dim.dim_value <= LARGEST_DIM else None for dim in dims)
-    return kind.elem_type, shape
+    return elements, shape
 
 
 class Inference:

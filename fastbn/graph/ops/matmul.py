@@ -314,7 +314,8 @@ def _operands(node: Node, affine: Affine, value: Value, graph: PresentGraph) -> 
     # axis of a vector, so that the rank has to be known.
     if rank is None and (slot == 0 or (affine.axis is not None and affine.axis >= 0)):
         raise Refusal("axis-unknown", f"the rank of '{value.name}' at MatMul '{node.label}' is not known, so the axis cannot be placed")
-    if affine.rank > (rank or len(weight.shape)):
+    fewest = len(weight.shape) - (graph.rank(node.inputs[1 - slot]) == 1)
+    if affine.rank > (rank or fewest):
         raise Refusal("axis-unknown", f"a constant of rank {affine.rank} may widen the value at MatMul '{node.label}'")
     return slot, weight, rank or max(len(weight.shape), 2)
 

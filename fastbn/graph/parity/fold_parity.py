@@ -84,6 +84,9 @@ def check_fold(plan: Plan, view: GraphView, seed: int = 0) -> FoldParity:
     for probe in probes(segment.before, view, segment.inside):
         try:
             result = _check(segment, probe, seed)
+        except MemoryError:
+            complaint = complaint or "the memory does not suffice"
+            continue
         except _NotRun as reason:
             complaint = complaint or str(reason)
             continue

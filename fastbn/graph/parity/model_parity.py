@@ -36,6 +36,9 @@ MOST_CUT = 2
 # Draws of the noise for a small channel: docs/numerics.md, "Small channels".
 CHANNEL_DRAWS = 3
 
+# Why a comparison is not run whose arrays find no place.
+NO_MEMORY = "the memory does not suffice for its inputs and outputs"
+
 
 class Comparison:
     """An original to compare others with: all outputs, several inputs, onnxruntime's optimizer off on both sides.
@@ -92,9 +95,14 @@ class Comparison:
                 self._reference = reference_of(self.original, self.index, self.input_shapes, self.seed, self.progress)
             except ModelNotRun as reason:
                 self._not_run = str(reason)
+            except MemoryError:
+                self._not_run = NO_MEMORY
         if self._reference is None:
             return Parity("not-run", reason=self._not_run)
-        return _Check(self._reference, folded, suffices).parity()
+        try:
+            return _Check(self._reference, folded, suffices).parity()
+        except MemoryError:
+            return Parity("not-run", reason=NO_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ __all__ = ["Probe", "probes"]
 # Elements of one input that has the sizes of the model, unless nothing smaller can be run: docs/numerics.md, "Inputs".
 LARGEST_PROBE = 1 << 23
 
+# Elements of one input that is not tried at all: with its results, and in float64, it takes more than a gigabyte.
+TOO_LARGE = 1 << 25
+
 # Types of values that random numbers may stand for; 0 is a type that is not known.
 FREE_KINDS = (0, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -71,13 +74,15 @@ def probes(nodes: list[Node], view: GraphView, inside: set[Value]) -> Iterator[P
             shape = row_of(node, view).probe_shapes(node, view).get(slot)
             if shape is not None:
                 proposed[value] = shape
-    complete = set(proposed) == set(needed) and all(needed.values())
+    complete = set(proposed) == set(needed) and all(needed.values()) and all(math.prod(shape) <= TOO_LARGE for shape in proposed.values())
     if complete:
         stated = {value: _stated(value, shape, index) for value, shape in proposed.items()}
         is_small = all(math.prod(shape) <= LARGEST_PROBE for shape in stated.values())
         small, full = Probe(_normal(proposed), stated == proposed), Probe(_normal(stated), True)
         sized = any(operator_row(node).sized for node in nodes)
-        if stated == proposed:
+        if any(math.prod(shape) > TOO_LARGE for shape in stated.values()):
+            yield small
+        elif stated == proposed:
             yield full
         else:
             yield from (full, small) if sized and is_small else (small, full)
