@@ -108,6 +108,15 @@ def test_an_unknown_size_is_named_before_a_sign():
     assert not folded.kept
 
 
+def test_the_input_whose_sizes_would_help_is_named_not_one_whose_sizes_are_given():
+    proto = behind_pool(
+        "d = Flatten(n) e = Slice(d, zero, far) y = Gemm(e, g)", zero=np.int64([0]), far=np.int64([9]), g=normal(4 * 221 * 221, 2)
+    )
+    proto.graph.input.insert(0, onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, ["k"]))
+    (kept,) = fastbn.fold(proto, verify=False, input_shapes={"other": (3,)}).kept
+    assert "--input-shape x=" in kept.reason
+
+
 def test_an_unknown_size_is_no_reason_where_known_ones_do_not_help():
     """Conv pads with zeros, which no size changes."""
     nodes = "d = Reshape(n, flat) e = Transpose <perm = [0,2,1]> (d) f = Reshape(e, rest) y = Tanh(f)"
@@ -193,3 +202,13 @@ def test_nothing_is_told_unasked():
 def test_a_glob_must_name_a_node():
     with pytest.raises(fastbn.errors.ArgumentError, match="explain"):
         fastbn.fold(overridable("y = Conv(n, k)"), explain="nothing*")
+
+
+def test_the_search_is_told_for_the_nodes_that_were_asked_for_alone():
+    text = """(float[2,3,8,8] x) => (float y, float z) {
+        c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) d = Conv(x, w) z = BatchNormalization(d, s, t, m, v)
+    }"""
+    proto = model(text, w=normal(4, 3, 3, 3), **norm(4))
+    for globs, expected in (("y", ["y"]), ("*", ["y", "z"])):
+        result = fastbn.fold(proto, explain=globs, verify=False)
+        assert [explanation.bn for explanation in result.explanations] == expected

@@ -301,3 +301,9 @@ def test_dry_run_and_repr():
     result = fastbn.fold(stuck(), rewrite_left="conv", verify=False)
     assert repr(result) == "<FoldResult 'model': 0 of 1 BatchNormalization folded, 1 rewritten, not verified>"
     assert result.rewritten[0].error is None
+
+
+def test_data_without_an_axis_of_channels_stays():
+    text = "(float[5] x) => (float[5] y) { a = Tanh(x) b = BatchNormalization(a, s, t, m, v) y = Tanh(b) }"
+    (kept,) = fastbn.fold(model(text, **norm(1)), rewrite_left="affine", verify=False).kept
+    assert kept.not_rewritten == "its data has rank 1 and no axis of channels"
