@@ -237,6 +237,39 @@ def test_a_norm_demands_as_many_channels_as_it_has_scales():
     assert demanded(None, (2, 2)) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("node", "weight", "expected"),
+    [
+        ("Conv <group = 2> (a, b)", (6, 4, 3, 3), (1, 8)),
+        ("ConvTranspose <group = 2> (a, b)", (6, 4, 3, 3), (1, 6)),
+        ("Conv(a, b)", (6, None, 3), (1, None)),
+        ("Conv(a, b)", (6, 4), (1, None)),
+    ],
+)
+def test_the_channels_that_the_weight_of_a_convolution_demands(node, weight, expected):
+    made = node_of(sketched(node, zeros((1, 8, 9, 9), (6, 4, 3, 3))))
+    assert operator_row(made).demanded_size(made, weight) == expected
+
+
+@pytest.mark.parametrize(
+    ("attributes", "keeps"),
+    [
+        ("pads = [1,2,1,2], dilations = [1,2]", True),
+        ("pads = [0,2,2,2], dilations = [1,2]", True),
+        ("pads = [1,1,1,1], dilations = [1,2]", False),
+        ("pads = [1,1,1,1], strides = [1,2]", False),
+        ("pads = [1,1,1,1], strides = [1,1]", True),
+        ('auto_pad = "SAME_LOWER"', True),
+        ('auto_pad = "SAME_UPPER", strides = [2,1]', False),
+        ('auto_pad = "VALID"', False),
+    ],
+)
+def test_a_convolution_that_keeps_the_size_of_its_images(attributes, keeps):
+    made = node_of(sketched(f"Conv <{attributes}> (a, b)", zeros((1, 2, 9, 8), (3, 2, 3, 3))))
+    found = operator_row(made).sizes(made, [(1, 2, 9, 8), (3, 2, 3, 3)])
+    assert found == (1, 3, *((9, 8) if keeps else (None, None)))
+
+
 # Products of a convolution: each element that it gives, or reads in a transposed one, meets the weights of a channel of the other side.
 @pytest.mark.parametrize(("op", "expected"), [("Conv(a, b)", 2 * 5 * 4 * 4 * 3 * 9), ("ConvTranspose(a, c)", 2 * 3 * 6 * 6 * 5 * 4)])
 def test_how_long_a_convolution_takes_for_constants(op, expected):

@@ -165,6 +165,7 @@ BACKWARD = {
     "MaxPool, scale of zero": case("MaxPool <kernel_shape = [2,2]> (x)", Affine(np.array([0.0, 2, 3, 4]), np.ones(4), 1)),
     "GlobalMaxPool": case("GlobalMaxPool(x)", A4P),
     "ReduceMean": case("ReduceMean <axes = [2]> (x)", A4),
+    "ReduceMean, an axis before the channels": case("ReduceMean <axes = [0]> (x)", A4),
     "ReduceMean, axes taken out": case("ReduceMean <axes = [0, -1], keepdims = 0> (x)", affine(4, 0)),
     "ReduceSum": case("ReduceSum(x, k)", A4S, k=ints(-1)),
     "ReduceMax": case("ReduceMax <axes = [3], keepdims = 0> (x)", A4P),
@@ -320,6 +321,7 @@ FORWARD = {
     "AveragePool": case("AveragePool <kernel_shape = [3,3], pads = [1,1,1,1]> (x)", A4),
     "MaxPool": case("MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (x)", A4P),
     "ReduceMean": case("ReduceMean <axes = [0, -1], keepdims = 0> (x)", A4),
+    "ReduceMean, an axis before the channels": case("ReduceMean <axes = [0]> (x)", A4),
     "ReduceMin": case("ReduceMin <axes = [3]> (x)", A4P),
     "Resize": case("Resize(x, , k)", A4, k=np.float32([1, 1, 2, 2])),
 }
