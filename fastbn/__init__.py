@@ -6,8 +6,11 @@ first called.
 
 from typing import TYPE_CHECKING
 
+from fastbn.interrupts import interrupts_deferred
+
 try:
-    from fastbn import _native  # noqa: F401
+    with interrupts_deferred():  # of which NumPy makes an ImportError
+        from fastbn import _native  # noqa: F401
 except ImportError as error:
     reason = "it is not built in this source folder: start elsewhere, or run `python setup.py build_ext --inplace`"
     raise ImportError(f"Cannot load the compiled part of fastbn from '{__path__[0]}': {reason}") from error

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -122,6 +123,48 @@ def test_errors_of_the_system(name, here, capfd):
             assert os.strerror(getattr(errno, name)).lower() in err, err
             assert err.startswith("fastbn: Cannot use '"), err
     assert said == {0, 2}
+
+
+def test_a_journal_that_cannot_be_read_is_read_by_the_next_run(here, monkeypatch):
+    load = json.load
+    errors = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def failing(file):
+        for error in errors:
+            raise error
+        return load(file)
+
+    monkeypatch.setattr(json, "load", failing)
+    assert main(COMMAND) == 0
+    assert (here / "large.onnx.data").exists()
+    assert list(here.glob(".fastbn-*"))
+    assert main(COMMAND) == 0
+    assert len(files(here)) == 3
+
+
+def test_an_interrupt_while_python_loads(environment):
+    """NumPy would say that it is broken, and fastbn that it is not built."""
+    code = """if True:
+        import importlib.abc, os, signal, sys
+
+        class Interrupting(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name in ("numpy._core.multiarray", "onnxruntime.capi._pybind_state"):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.meta_path.insert(0, Interrupting())
+        try:
+            import fastbn
+        except KeyboardInterrupt:
+            from fastbn.graph import runtime
+        try:
+            runtime._runtime()
+        except KeyboardInterrupt:
+            print("twice")
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "twice\n", "")
 
 
 def test_a_second_interrupt_is_too_late_to_matter(here, capfd, monkeypatch):

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,14 +39,15 @@ def measured(arguments):
     """Run fastbn; return (exit code, last line, seconds, CPU seconds, own, mapped)."""
     before, begin = os.times(), time.monotonic()
     own = mapped = 0
-    with subprocess.Popen(
-        [sys.executable, "-m", "fastbn", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    # Into a file: nobody reads a pipe meanwhile, and a report may be longer than one holds.
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([sys.executable, "-m", "fastbn", *map(str, arguments)], stdout=said, stderr=said)
         while process.poll() is None:
             found = memory_of(process.pid)
             own, mapped = max(own, found[0]), max(mapped, found[1])
             time.sleep(PERIOD)
-        last = (process.stdout.read().splitlines() or [""])[-1]
+        said.seek(0)
+        last = (said.read().decode(errors="replace").splitlines() or [""])[-1]
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return process.returncode, last, time.monotonic() - begin, used, own, mapped

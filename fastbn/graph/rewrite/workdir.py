@@ -173,8 +173,10 @@ def _recover(workdir: Path) -> bool:
     try:
         with open(workdir / JOURNAL, encoding="utf-8") as file:
             journal = json.load(file)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return True
+    except OSError:
+        return False
     is_done = True
     is_waiting = os.path.lexists(workdir / FILE)
     folder = workdir.parent
