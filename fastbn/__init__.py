@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds
     from fastbn.graph import Fold, FoldResult, Kept, Parity
     from fastbn.graph.job import fold, verify
     from fastbn.reestimation import Reestimation, reestimate
+    from fastbn.zoo import Zoo, fold_all
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _LATER = {
     **dict.fromkeys(("Fold", "FoldResult", "Kept", "Parity", "fold", "verify"), "fastbn.graph"),
     **dict.fromkeys(("Deployment", "deploy"), "fastbn.deployment"),
     **dict.fromkeys(("Reestimation", "reestimate"), "fastbn.reestimation"),
+    **dict.fromkeys(("Zoo", "fold_all"), "fastbn.zoo"),
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Reestimation",
     "StorageError",
     "TensorError",
+    "Zoo",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
@@ -60,6 +63,7 @@ __all__ = [
     "batch_stats",
     "deploy",
     "fold",
+    "fold_all",
     "fold_conv",
     "fold_linear",
     "get_num_threads",

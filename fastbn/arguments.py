@@ -73,6 +73,13 @@ class Arguments(argparse.Namespace):
     weight_type: Literal["auto", "int8", "uint8", "int7"]
     per_tensor: bool
 
+    # Options of many folds.
+    sources: list[str]
+    folder: str
+    jobs: int | None
+    timeout: float
+    again: bool
+
     # Options of a re-estimation.
     paths: list[str]
     mode: Literal["population", "one-pass"]
@@ -201,6 +208,25 @@ def _add_reestimate(each: argparse.ArgumentParser) -> None:
     each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
+def _add_fold_all(each: argparse.ArgumentParser) -> None:
+    each.add_argument("sources", metavar="SOURCE", nargs="+", help="models: folders (and what lies below), globs, files, fsspec URLs")
+    each.add_argument("--out", dest="folder", metavar="DIR", required=True, help="the folder of the folded models, or its fsspec URL")
+    where = each.add_mutually_exclusive_group()
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do it: tcp://host:8786")
+    where.add_argument("--workers", type=int, metavar="N", help="models at once on this machine (as many as it has cores)")
+    each.add_argument("--jobs", type=int, metavar="N", help="models at once on a cluster (as many as its workers have threads)")
+    each.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="what one model may take (600)")
+    each.add_argument("--memory", default="8GiB", metavar="SIZE", help="what one model may take; 0: all there is (8GiB)")
+    each.add_argument("--freeze-inputs", action="store_true", help="make constants of initializers that are also graph inputs")
+    each.add_argument("--as-inference", action="store_true", help="make inference nodes of what is in training mode")
+    each.add_argument("--rewrite-left", choices=REWRITE_FORMS, help="what to make of each BN that stays")
+    each.add_argument("--no-verify", action="store_true", help="do not run the folds and the models in onnxruntime")
+    each.add_argument("--force", action="store_true", help="replace what stands in DIR and is no version of a model")
+    each.add_argument("--again", action="store_true", help="fold what an earlier run has folded, too")
+    each.add_argument("--json", metavar="LINES", help="write JSON Lines, one for each model; - writes them to stdout instead of the table")
+    each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
 def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("original", metavar="A")
     verify.add_argument("folded", metavar="B")
@@ -227,6 +253,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "fold": (_add_fold, "fold every batch normalization that can be folded exactly"),
     "deploy": (_add_deploy, "fold, verify, quantize on request, compare and measure"),
     "reestimate": (_add_reestimate, "estimate the running statistics again, from data"),
+    "fold-all": (_add_fold_all, "fold and verify many models, each in a process of its own"),
     "verify": (_add_verify, "compare two models on the same inputs"),
     "bench": (_add_bench, "latency of two models in onnxruntime, side by side"),
     "show-config": (_add_show_config, "versions and kernels in use"),

@@ -1,4 +1,4 @@
-"""The command: fastbn fold, deploy, reestimate, verify, bench, show-config.
+"""The command: fastbn fold, deploy, reestimate, fold-all, verify, bench, show-config.
 
 Exit codes: 0 done and verified, or nothing to do; 1 parity failed or nothing good enough, no model written; 2 usage, unreadable or invalid
 model, models that cannot be compared: nothing written; 3 --strict and a batch normalization left; 4 the folded model written, but not the
@@ -9,6 +9,7 @@ quantized one, or nothing could be measured; 5 done, not verified: the parity of
 import dataclasses
 import gc
 import importlib
+import json
 import os
 import shlex
 import signal
@@ -22,6 +23,7 @@ from typing import NoReturn, TypeAlias
 from fastbn.arguments import Arguments, input_shapes, names, parser
 from fastbn.confinement import Ended, confined, is_confined, limits_in
 from fastbn.delivery import (
+    STREAM,
     Delivery,
     check_data_files,
     check_version,
@@ -297,6 +299,47 @@ def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
     return DONE
 
 
+def _fold_all(arguments: Arguments, delivery: Delivery) -> int:
+    """Fold and verify many models, each in a process of its own with limits of time and memory; skip what an earlier run has done. Exit
+    code 1 when a model failed its parity, else 4 when one could not be folded, else 5 when one is not verified."""
+    from fastbn.graph.rewrite.replacement import atomic
+    from fastbn.reestimation.options import bytes_in
+    from fastbn.zoo.job import fold_all
+
+    flags = ("freeze_inputs", "as_inference", "no_verify", "force")
+    options = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
+    options += [f"--rewrite-left={arguments.rewrite_left}"] if arguments.rewrite_left else []
+    delivery.choose([], json=arguments.json, quiet=arguments.quiet)
+    steps = Steps(arguments.quiet)
+    with steps:
+        zoo = fold_all(
+            arguments.sources,
+            arguments.folder,
+            workers=arguments.workers,
+            scheduler=arguments.scheduler,
+            jobs=arguments.jobs,
+            timeout=arguments.timeout,
+            memory=bytes_in(arguments.memory, "memory"),
+            options=options,
+            again=arguments.again,
+            progress=lambda done, count, last: steps(done + 1, count + 1, last.source if last else "folding", last.status if last else ""),
+        )
+    rows = [json.dumps(each.to_dict()) for each in zoo.outcomes]
+    if delivery.json == STREAM:
+        for row in rows:
+            emit(row, sys.stdout)
+    elif delivery.json is not None:
+        with atomic(delivery.json, "".join(f"{row}\n" for row in rows)):
+            pass
+    for line in zoo.lines() if delivery.json != STREAM else ():
+        delivery.mention(line)
+    if zoo.count("parity"):
+        return FAILED
+    if zoo.count("failed", "crashed", "time"):
+        return PARTIAL
+    return UNVERIFIED if zoo.count("unverified") else DONE
+
+
 def _verify(arguments: Arguments, delivery: Delivery) -> int:
     """Compare two models on the same inputs, onnxruntime's optimizer off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared, 5 when what was compared proves nothing."""
@@ -356,6 +399,7 @@ COMMANDS: dict[str, Command] = {
     "fold": _fold,
     "deploy": _deploy,
     "reestimate": _reestimate,
+    "fold-all": _fold_all,
     "verify": _verify,
     "bench": _bench,
     "show-config": _show_config,

@@ -43,6 +43,7 @@ LEAST = {
     "fold": ["-q", "--no-verify"],
     "deploy": ["-q", "--runs", "1", "--force"],
     "reestimate": ["-q", "--workers=0", "--data=data.npz"],
+    "fold-all": ["-q", "--workers=1", "--out=out"],
     "verify": ["-q"],
     "bench": ["--runs", "1"],
     "show-config": [],

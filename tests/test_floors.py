@@ -99,6 +99,10 @@ FLOORS = [
     ["reestimation.cluster"],
     ["reestimation.job"],
     ["reestimation.__init__"],
+    ["zoo.names", "zoo.result"],
+    ["zoo.task"],
+    ["zoo.job"],
+    ["zoo.__init__"],
     ["__init__"],
     ["terminal", "arguments", "confinement"],
     ["delivery"],
@@ -132,7 +136,7 @@ OPTIONAL = {
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
 MEETING = {"_types", "affine", "dtypes", "errors", "interrupts"}
-GRAPH_WING = ("graph.", "deployment.", "cluster.", "reestimation.")
+GRAPH_WING = ("graph.", "deployment.", "cluster.", "reestimation.", "zoo.")
 
 # A re-estimation takes statistics of arrays on their way through a graph.
 ALSO_MEETING = {"reestimation.": {"stats", "sync", "functional"}}

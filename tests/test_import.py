@@ -15,7 +15,7 @@ import fastbn
 # The names that other people's scripts rely on, as far as they are built.
 NAMES = {"fold", "fold_conv", "fold_linear", "verify", "Fold", "FoldResult", "Kept", "Parity", "show_config", "kernels", "__version__"}
 NAMES |= {"batch_norm", "batch_norm_train", "batch_norm_backward", "batch_stats", "merge_stats", "BatchStats"}
-NAMES |= {"Deployment", "deploy", "Reestimation", "reestimate"}
+NAMES |= {"Deployment", "deploy", "Reestimation", "reestimate", "Zoo", "fold_all"}
 NAMES |= {"BatchNorm", "set_num_threads", "get_num_threads", "use_isa"}
 ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "ParityError", "StorageError", "TensorError"}
 
@@ -39,7 +39,11 @@ def test_import_loads_numpy_and_nothing_else(environment):
         "distributed",
         "fsspec",
     }
-    assert not [name for name in loaded if name.startswith(("fastbn.graph", "fastbn.deployment", "fastbn.cluster", "fastbn.reestimation"))]
+    assert not [
+        name
+        for name in loaded
+        if name.startswith(("fastbn.graph", "fastbn.deployment", "fastbn.cluster", "fastbn.reestimation", "fastbn.zoo"))
+    ]
     others = {name.split(".")[0] for name in loaded} - {"fastbn"} - set(sys.stdlib_module_names)
     assert {name for name in others if "cython" not in name.lower()} == set()
 
