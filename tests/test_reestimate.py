@@ -1,5 +1,9 @@
 """reestimate: the statistics of what really flows in, level by level, whatever is kept and however the data come."""
 
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +13,7 @@ from statistics_truth import as_float64, branches, images, population
 
 import fastbn
 from fastbn import reestimate
+from fastbn.cli import main
 from fastbn.reestimation.levels import LEFT
 
 HEAD = "(float[N, 2] x) => (float[N, 2] y)"
@@ -131,6 +136,18 @@ def test_statistics_that_are_none_are_replaced():
     assert statistics_in(result.model)["y"][0].tolist() == [1, 2]
     assert result.moved[0].distance == np.inf
     assert result.to_dict()["moved"][0]["distance"] == "inf"
+
+
+def test_the_run_in_the_readme_is_a_real_one(tmp_path, capsys, monkeypatch):
+    root = Path(__file__).resolve().parents[1]
+    for name in ("torch_digits.onnx", "dark_digits.npz"):
+        shutil.copy(root / "tests" / "models" / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["reestimate", "torch_digits.onnx", "fixed.onnx", "--data", "dark_digits.npz", "--workers", "0"]) == 0
+    shown = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    numbers = r"[0-9.]+ s$"
+    readme = re.sub(numbers, "#", (root / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert re.sub(numbers, "#", shown, flags=re.MULTILINE) in readme
 
 
 # ---- types, places and shapes of models ----

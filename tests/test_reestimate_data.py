@@ -1,6 +1,7 @@
 """Data of a re-estimation: every form gives the same statistics, and a message names the file and the sample that cannot be used."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -136,6 +137,20 @@ def test_collections_of_dask():
         reestimate(branches(), bag.from_sequence([3], npartitions=1))
     with pytest.raises(fastbn.ArgumentError, match=r"Cannot take some samples of a dask\.bag"):
         reestimate(branches(), bag.from_sequence([{"x": X}], npartitions=1), samples=3)
+
+
+def test_the_recipe_of_the_docs():
+    array = pytest.importorskip("dask.array", reason="dask is not installed: the extra [cluster] brings it")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```py\n(.*?)```", text, re.DOTALL) if "stats_of" in block)
+    names = {}
+    exec(block, names)
+    whole = fastbn.batch_stats(X.astype(np.float64))
+    for chunks in ((40, 3, 8, 8), (7, 2, 8, 3), (1, 1, 3, 5)):
+        stats = names["stats_of"](array.from_array(X.astype(np.float64), chunks=chunks)).compute(scheduler="synchronous")
+        assert stats.count == whole.count
+        np.testing.assert_allclose(stats.mean, whole.mean, rtol=1e-13)
+        np.testing.assert_allclose(stats.var, whole.var, rtol=1e-13)
 
 
 def test_some_samples_are_evenly_spaced():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["FAR", "Moved", "MovedDict", "Reestimation", "ReestimationReport", "moved"]
 
 # A batch normalization that moves farther, in units of its own deviation, saw other data than these before.
-FAR = 1.0
+FAR = 0.25
 
 
 class MovedDict(TypedDict):
