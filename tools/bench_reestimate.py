@@ -58,9 +58,8 @@ def resnet(arguments):
             least[name] = min(least[name], timed(call)[0])
     for name, seconds in least.items():
         print(f"{name:<18} {seconds:7.2f} s of CPU, {seconds / least['onnxruntime alone']:.2f} times onnxruntime alone")
-    print(
-        f"{len(images)} images in batches of {BATCH}, 1 thread; largest resident size {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
-    )
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{len(images)} images in batches of {BATCH}, 1 thread; largest resident size {largest:.0f} MB")
 
 
 def tiny(partitions):
@@ -78,7 +77,7 @@ def overhead(arguments):
         times = {}
         for count in (200, 1200):
             model, data = tiny(count)
-            times[count] = timed(lambda model=model, data=data: fastbn.reestimate(model, data, batch=2, workers=workers))
+            times[count] = timed(lambda model=model, data=data, workers=workers: fastbn.reestimate(model, data, batch=2, workers=workers))
         cpu, wall = (1000 * (times[1200][each] - times[200][each]) / 1000 for each in (0, 1))
         print(f"workers {workers}: {cpu:.2f} ms of CPU and {wall:.2f} ms of time for a partition without work")
 

@@ -56,18 +56,14 @@ def fold_all(
     out : path or URL
         The folder for the folded models, under the names of the originals. Its file fold-all.jsonl says what has been done: a later run
         skips the files that are the same, with the same options, and whose result is there.
-    workers : int, optional
-        Models at once on this machine; as many as it has cores.
+    workers, jobs : int, optional
+        Models at once on this machine, as many as it has cores; or on the cluster, as many as its workers have threads.
     scheduler : str, optional
         The address of a dask scheduler, whose workers do it; they must see the sources and `out`.
-    jobs : int, optional
-        Models in flight at once on the cluster; as many as its workers have threads.
     timeout, memory : float, int
         Seconds and bytes that one model may take; 0 bytes: as many as there are.
-    options : sequence of str
-        Options of `fastbn fold` for every model, as "--freeze-inputs".
-    again : bool
-        Skip nothing.
+    options, again : sequence of str, bool
+        Options of `fastbn fold` for every model, as "--freeze-inputs"; again skips nothing.
     progress : callable of (done, count, Outcome or None), optional
 
     Returns
@@ -82,21 +78,23 @@ def fold_all(
     """
     began = time.perf_counter()
     limits = Limits(number_between(timeout, "timeout", 0.001, 1e6, "seconds, more than 0"), whole_number(memory, "memory"))
+    found = entries(_checked(sources), os.fspath(out))
+    job = _Job(found, list(options), limits, _Record(os.fspath(out), again), progress or (lambda *_: None))
+    if scheduler is None:
+        job.run_here(default_workers() if workers is None else whole_number(workers, "workers", 1, 1024))
+    else:
+        job.run_on(scheduler, None if jobs is None else whole_number(jobs, "jobs", 1))
+    return Zoo([job.outcomes[each] for each in found], time.perf_counter() - began)
+
+
+def _checked(sources: Location | Sequence[Location]) -> list[str]:
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     for each in given:
         if not isinstance(each, (str, os.PathLike)):
             raise ArgumentTypeError(expected("paths or URLs", type(each).__name__, "sources"))
     if not given:
         raise ArgumentError(expected("at least one source", "none", "sources"))
-    place = os.fspath(out)
-    found = entries([os.fspath(each) for each in given], place)
-    record = _Record(place, again)
-    job = _Job(found, list(options), limits, record, progress or (lambda *_: None))
-    if scheduler is None:
-        job.run_here(default_workers() if workers is None else whole_number(workers, "workers", 1, 1024))
-    else:
-        job.run_on(scheduler, None if jobs is None else whole_number(jobs, "jobs", 1))
-    return Zoo([job.outcomes[each] for each in found], time.perf_counter() - began)
+    return [os.fspath(each) for each in given]
 
 
 class _Job:

@@ -19,7 +19,8 @@ from typing import Any
 
 from fastbn.cluster.locations import is_url, joined, opened, read_bytes, write_bytes
 from fastbn.errors import FastbnError, StorageError
-from fastbn.graph.model.storage import external_tensors, location_of, model_in
+from fastbn.graph.model.external import external_tensors, location_of
+from fastbn.graph.model.storage import model_in
 from fastbn.zoo.names import Entry
 from fastbn.zoo.result import Outcome, Status
 
