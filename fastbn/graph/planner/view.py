@@ -74,6 +74,7 @@ class GraphView:
         self._shapes: dict[Value, Shape] = {}
         self._uses: dict[Value, _Uses] = {}
         self._keeps_shifts: bool | None = None
+        self._is_open: bool | None = None
 
     # ---- the model as it was read ----
 
@@ -138,8 +139,11 @@ class GraphView:
 
     def is_open(self) -> bool:
         """Say whether a graph input leaves a size open that the caller could give."""
-        inputs = [value for value in self.index.main.values.values() if value.is_input and value.initializer is None]
-        return any(value.name not in self.index.input_shapes and not is_complete(self.declared_shape(value)) for value in inputs)
+        if self._is_open is None:
+            inputs = [value for value in self.index.main.values.values() if value.is_input and value.initializer is None]
+            known = self.index.input_shapes
+            self._is_open = any(value.name not in known and not is_complete(self.declared_shape(value)) for value in inputs)
+        return self._is_open
 
     def check(self, node: Node) -> None:
         """Raise ModelError where a node that a row reads is not what ONNX demands."""
