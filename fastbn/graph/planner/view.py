@@ -72,6 +72,7 @@ class GraphView:
         self._data_slots: dict[Node, int] = {}
         self._refused: dict[Node, tuple[int, int, bool]] = {}
         self._shapes: dict[Value, Shape] = {}
+        self._sizes: dict[Value, Sizes] = {}
         self._uses: dict[Value, _Uses] = {}
         self._keeps_shifts: bool | None = None
         self._is_open: bool | None = None
@@ -116,7 +117,14 @@ class GraphView:
 
     def sizes(self, value: Value | None) -> Sizes | None:
         """Return the shape of a value with a Dim for each size that only a run tells: two that are equal are the same in every run."""
-        return None if value is None else self.index.sizes(value)
+        if value is None:
+            return None
+        if value not in self._sizes:
+            sizes = self.index.sizes(value)
+            if sizes is None:
+                return None
+            self._sizes[value] = sizes
+        return self._sizes[value]
 
     def elements(self, value: Value | None) -> list[Size] | None:
         """Return the elements of a list of integers as far as they are known, None where not even their number is."""
