@@ -65,6 +65,7 @@ class Arguments(argparse.Namespace):
     metric: Literal["auto", "top-1", "error"]
     quantize_timeout: float
     runs: int
+    timed_runs: int | None
     samples: int
     min_samples: int
     seed: int
@@ -155,7 +156,13 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     )
     _add_recipe(deploy)
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
-    deploy.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each stage, fewer where all take over 1 s (50)")
+    deploy.add_argument(
+        "--runs",
+        dest="timed_runs",
+        type=int,
+        metavar="N",
+        help="timed runs of each stage (until their ratios are precise, for at most 3 s)",
+    )
     deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
     deploy.add_argument("--min-samples", type=int, default=8, metavar="N", help="samples that --quantize asks for at least (8)")
     deploy.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (0)")

@@ -228,7 +228,7 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
         as_inference=arguments.as_inference,
         rewrite_left=arguments.rewrite_left,
         seed=arguments.seed,
-        runs=arguments.runs,
+        runs=arguments.timed_runs,
         most_samples=arguments.samples,
         min_samples=arguments.min_samples,
         quantize_timeout=arguments.quantize_timeout,
@@ -369,14 +369,17 @@ def _bench(arguments: Arguments, delivery: Delivery) -> int:
     from fastbn.graph.bench import bench
     from fastbn.graph.report import table
     from fastbn.graph.results import SCHEMA
+    from fastbn.graph.timing import WORDS
 
     sources = [source_of(input_name(name)) for name in (arguments.original, arguments.other) if name is not None]
     delivery.choose([arguments.original, arguments.other], json=arguments.json)
     check_data_files(sources, [delivery.json])
     rows = bench(*sources, runs=arguments.runs, input_shapes=input_shapes(arguments))
-    cells = [["threads", "model", "median ms", "p90 ms", "of the original"]]
+    cells = [["threads", "model", "median ms", "p90 ms", "of the original's time", "99 % interval", ""]]
     for row in rows:
-        cells.append([str(row["threads"]), row["model"], f"{row['median_ms']:.3f}", f"{row['p90_ms']:.3f}", f"{row['ratio']:.3f}"])
+        times = [f"{row[key]:.3f}" for key in ("median_ms", "p90_ms", "ratio")]
+        interval = "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        cells.append([str(row["threads"]), row["model"], *times, interval, WORDS[row["difference"]]])
     delivery.deliver({"schema": SCHEMA, "bench": rows}, table(cells))
     return DONE
 

@@ -22,7 +22,6 @@ from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
 from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.graph import job
-from fastbn.graph.bench import Latency, side_by_side
 from fastbn.graph.fold_result import FoldResult, planning_of
 from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.model import storage
@@ -34,9 +33,11 @@ from fastbn.graph.rewrite.destination import check_destination, is_stream, stora
 from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
+from fastbn.graph.timing import Latency, Timings, time_models, time_runs
 
 if TYPE_CHECKING:
     from fastbn.graph.model.storage import ModelLike
+    from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
 
 __all__ = ["STEPS", "WRITING", "Progress", "check_paths", "deploy"]
@@ -49,7 +50,7 @@ Progress: TypeAlias = Callable[[int, int, str, str], None]
 # Rows of random input where there is no data: to compare on, and to calibrate on.
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
 
-# Seconds of timed runs for each number of threads.
+# Seconds that timed runs may take for each number of threads, where the caller says how many.
 LATENCY_SECONDS = 1.0
 
 # The unfolded model is quantized only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
@@ -78,7 +79,7 @@ def deploy(
     as_inference: bool = False,
     rewrite_left: RewriteForm | None = None,
     seed: int = 0,
-    runs: int = 50,
+    runs: int | None = None,
     most_samples: int = MOST_FEEDS,
     min_samples: int = FEWEST_ROWS,
     quantize_timeout: float = QUANTIZE_SECONDS,
@@ -407,7 +408,7 @@ class _Pipeline:
             return stages, []
         feed = samples.feeds[0]
         self._start("measuring latency")
-        latency = side_by_side({name: str(path) for name, path in paths.items()}, feed, self.options.runs, LATENCY_SECONDS, self._tell)
+        latency = [row for timings in self._time(paths, feed) for row in timings.rows()]
         self._start("measuring loading")
         loads = load_times(paths, self._tell)
         measured = []
@@ -418,3 +419,10 @@ class _Pipeline:
                 stage = replace(stage, size=size, load_ms=loads[stage.name], resident_mb=memory, kernels=kernels)
             measured.append(stage)
         return measured, latency
+
+    def _time(self, paths: Mapping[StageName, Path], feed: Feed) -> list[Timings]:
+        models: dict[str, bytes | str] = {name: str(path) for name, path in paths.items()}
+        runs, seed = self.options.runs, self.options.seed
+        if runs is None:
+            return time_models(models, feed, seed=seed, progress=self._tell)
+        return time_runs(models, feed, runs, limit=LATENCY_SECONDS, seed=seed, progress=self._tell)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from fastbn.deployment.result import Deployment
-    from fastbn.graph.bench import Latency
+    from fastbn.graph.timing import Latency
 
 __all__ = ["render", "template"]
 

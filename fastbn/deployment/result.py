@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from fastbn.deployment.samples import Samples, SamplesFields
     from fastbn.graph import FoldResult
-    from fastbn.graph.bench import Latency
     from fastbn.graph.rewrite.output import Prepared
+    from fastbn.graph.timing import Latency
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage", "StageName", "Status"]
 
@@ -219,7 +219,8 @@ class Deployment:
     stages : tuple of Stage
         original, folded and, where it was asked for and could be made, quantized.
     latency : list of dict
-        threads, model, runs, median_ms, p90_ms, ratio.
+        threads, model, runs, median_ms, p90_ms, ratio (how many times as long as the original it takes), low, high (its 99 % interval) and
+        difference, as `bench` gives them.
     quantization : Quantization or None
         None where it was not asked for.
     quantized : bytes or None

@@ -12,9 +12,9 @@ from fastbn.deployment.scores import row_outputs
 from fastbn.graph.reasons import first_few
 
 if TYPE_CHECKING:
-    from fastbn.graph.bench import Latency
     from fastbn.graph.model.index import Index
     from fastbn.graph.results import Parity
+    from fastbn.graph.timing import Latency
 
 __all__ = ["Judge", "Verdict", "unverified_warning", "warnings_about"]
 
