@@ -62,7 +62,11 @@ class Arguments(argparse.Namespace):
     data: str | None
     quantize: bool
     max_drop: float | None
-    metric: Literal["auto", "top-1", "error"]
+    metric: Literal["auto", "top-1", "error", "accuracy"]
+    goal: Literal["latency", "size", "memory"]
+    max_slowdown: float | None
+    labels: str | None
+    ignore_unknown: bool
     quantize_timeout: float
     runs: int
     timed_runs: int | None
@@ -155,7 +159,8 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
         "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantizing the model may take at most (300)"
     )
     _add_recipe(deploy)
-    deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error"], help="what a stage is judged by (auto)")
+    deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error", "accuracy"], help="what a stage is judged by (auto)")
+    _add_verdict(deploy)
     deploy.add_argument(
         "--runs",
         dest="timed_runs",
@@ -232,6 +237,24 @@ def _add_fold_all(each: argparse.ArgumentParser) -> None:
     each.add_argument("--again", action="store_true", help="fold what an earlier run has folded, too")
     each.add_argument("--json", metavar="LINES", help="write JSON Lines, one for each model; - writes them to stdout instead of the table")
     each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def _add_verdict(deploy: argparse.ArgumentParser) -> None:
+    deploy.add_argument(
+        "--for",
+        dest="goal",
+        default="latency",
+        choices=["latency", "size", "memory"],
+        help="what a quantized model must be better in than the others, and a folded one not worse (latency on one thread)",
+    )
+    deploy.add_argument(
+        "--max-slowdown",
+        type=float,
+        metavar="X",
+        help="how much slower than the original a stage may be: 0.1 is a tenth",
+    )
+    deploy.add_argument("--labels", metavar="NAME", help="the array of the data with labels (labels, y or targets)")
+    deploy.add_argument("--ignore-unknown", action="store_true", help="leave out arrays of the data that are no inputs")
 
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ quantized one, or nothing could be measured; 5 done, not verified: the parity of
 70 an unexpected fault; 130 interrupted. With --limits, work that takes more than it may, or crashes, gives 2 where nothing was written.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import gc
 import importlib
@@ -18,7 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from fastbn.arguments import Arguments, input_shapes, names, parser
 from fastbn.confinement import Ended, confined, is_confined, limits_in
@@ -37,6 +39,9 @@ from fastbn.delivery import (
 from fastbn.errors import ArgumentError, FastbnError
 from fastbn.interrupts import interrupts_deferred, interrupts_ignored, stoppable
 from fastbn.terminal import Progress, Steps, complain, emit, flush
+
+if TYPE_CHECKING:
+    from fastbn.graph.digests import Digest
 
 __all__ = ["main", "run"]
 
@@ -213,7 +218,8 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
     """Fold the model and verify it, try int8 quantization on request, compare the outputs of every stage with the original's, measure
     latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
     from fastbn.deployment.options import Options
-    from fastbn.deployment.pipeline import WRITING, check_paths, deploy
+    from fastbn.deployment.pipeline import WRITING, deploy
+    from fastbn.deployment.places import check_paths
     from fastbn.deployment.report import render
 
     options = Options(
@@ -221,6 +227,10 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
         quantize=arguments.quantize,
         max_drop=arguments.max_drop,
         metric=arguments.metric,
+        labels=arguments.labels,
+        ignore_unknown=arguments.ignore_unknown,
+        goal=arguments.goal,
+        max_slowdown=arguments.max_slowdown,
         only=names(arguments.only),
         skip=names(arguments.skip),
         input_shapes=input_shapes(arguments),
@@ -249,11 +259,16 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
         deployment = deploy(source, **vars(options), progress=steps, workdir=workdir_of(target))
         deployment = dataclasses.replace(deployment, command=arguments.line)
         steps(*WRITING)
-        page = render(deployment) if arguments.report else None
     if deployment.shipped is None:
         delivery.target = None
-    report = {**deployment.to_dict(), "written": [], "report": arguments.report}
-    delivery.deliver(report, deployment.lines(), deployment, page)
+
+    def report(output: Sequence[Digest]) -> dict[str, object]:
+        return {**deployment.written_as(output).to_dict(), "written": [], "report": arguments.report}
+
+    def page(output: Sequence[Digest]) -> str:
+        return render(deployment.written_as(output))
+
+    delivery.deliver(report, deployment.lines(), deployment, page if arguments.report else None)
     if arguments.report:
         delivery.mention(f"report  {arguments.report}")
     if deployment.status != "done":

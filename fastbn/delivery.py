@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -17,6 +17,7 @@ from fastbn.terminal import complain, emit, flush, give_up, open_streams, width_
 if TYPE_CHECKING:
     from fastbn.deployment import Deployment
     from fastbn.graph import FoldResult
+    from fastbn.graph.digests import Digest
     from fastbn.graph.model.storage import Source
     from fastbn.graph.rewrite.output import Prepared
     from fastbn.reestimation import Reestimation
@@ -225,10 +226,10 @@ class Delivery:
 
     def deliver(
         self,
-        report: Mapping[str, object],
+        report: Mapping[str, object] | Callable[[Sequence[Digest]], Mapping[str, object]],
         lines: list[str],
         model: FoldResult | Deployment | Reestimation | None = None,
-        page: str | None = None,
+        page: Callable[[Sequence[Digest]], str] | None = None,
     ) -> None:
         """Write the model and the reports, and say so.
 
@@ -237,14 +238,14 @@ class Delivery:
 
         Parameters
         ----------
-        report : dict
-            The JSON report; where there is a model, "written" becomes the paths of its files.
+        report : dict, or function of list of Digest
+            The JSON report; where there is a model, "written" becomes the paths of its files. A function is given their SHA-256.
         lines : list of str
             The report as text.
         model : FoldResult, Deployment or Reestimation, optional
             Whose model goes to `target`.
-        page : str, optional
-            The HTML report.
+        page : function of list of Digest, optional
+            Returns the HTML report.
         """
         from fastbn.graph.report import size_text
         from fastbn.graph.rewrite.destination import is_stream
@@ -253,12 +254,15 @@ class Delivery:
         # In this order when the block ends: what goes through a device or a pipe, because that may fail, then the model, then other files.
         with contextlib.ExitStack() as after, contextlib.ExitStack() as files, contextlib.ExitStack() as before:
             data = model.to_bytes() if model is not None and self.target == STREAM else None
+            if model is not None and isinstance(self.target, Path):
+                self.prepared = files.enter_context(model.prepared(self.target))
+            digests = self._digests(data)
+            report = report(digests) if callable(report) else report
             if model is not None:
-                if isinstance(self.target, Path):
-                    self.prepared = files.enter_context(model.prepared(self.target))
                 written = [str(path) for path in self.prepared.paths] if self.prepared is not None else []
                 report = {**report, "written": written}
-            for place, text in ((self.page, page), (self.json, None if self.json in (None, STREAM) else _json_text(report) + "\n")):
+            json_text = None if self.json in (None, STREAM) else _json_text(report) + "\n"
+            for place, text in ((self.page, page and page(digests)), (self.json, json_text)):
                 if place is not None and text is not None:
                     stack = before if is_stream(place) else after
                     stack.enter_context(atomic(place, text))
@@ -272,6 +276,14 @@ class Delivery:
             may_deliver()
         if self.prepared is not None:
             self.mention(f"wrote   {self.prepared.path}   {size_text(self.prepared.size)}")
+
+    def _digests(self, data: bytes | None) -> list[Digest]:
+        """Return the SHA-256 of what is about to be delivered, as far as it is files or the bytes for stdout."""
+        from fastbn.graph.digests import Digest
+
+        if data is not None:
+            return [Digest.of_bytes(STREAM, data)]
+        return [] if self.prepared is None else self.prepared.digests()
 
     def mention(self, line: str) -> None:
         """Print a line about what has been done: where that is not possible, it has been done all the same."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import make_models
 import pytest
-from shell import files, losing
+from shell import files, losing, taking, weighing
 from sketch import classifier, conv_bn, model, norm, normal
 
 import fastbn
 from fastbn.cli import main
-from fastbn.deployment import drawing, pipeline, report
+from fastbn.deployment import drawing, report
 from fastbn.graph.fold_result import planning_of
 
 jinja2 = pytest.importorskip("jinja2", reason="the HTML report needs jinja2")
@@ -63,7 +63,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(name="quick", autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(pipeline, "resident_mb", lambda path: 12.5)
+    weighing(monkeypatch, original=12.5, folded=12.5, quantized=12.5)
+    taking(monkeypatch, original=1, folded=1, quantized=0.5)
 
 
 def rendered(proto, **options):
@@ -73,7 +74,7 @@ def rendered(proto, **options):
 @pytest.fixture(scope="module", name="whole")
 def _whole(small_cnn):
     """The report of the model that ships, with everything in it."""
-    return report.render(fastbn.deploy(small_cnn, quantize=True, runs=2))
+    return report.render(fastbn.deploy(small_cnn, quantize=True, runs=2, goal="size"))
 
 
 def test_everything_is_in_it(whole):
@@ -314,8 +315,8 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
     [
         ("in.onnx", "Cannot write the report to 'in.onnx': that is the input or the output"),
         ("out.onnx", "Cannot write the report to 'out.onnx': that is the input or the output"),
-        (".", "Expected a report file, got a folder"),
-        ("none/report.html", "Cannot write the report to 'none/report.html': no file can be made in the folder 'none'"),
+        (".", "Expected an output file, got a folder"),
+        ("none/report.html", "Cannot write 'none/report.html': there is no folder 'none'"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_known_before_any_work(where, message, here, capsys):

@@ -300,7 +300,11 @@ BAD_ARRAYS = {
     "whole inputs of another shape": ([{"x": X[0]}], ArgumentError, "Expected shape [?,3,8,8] for 'x', got [3,8,8] - at `data[0]`"),
     "integers": (X.astype(np.uint8), ArgumentError, "Expected float32 for 'x', got uint8 - at `data`"),
     "text": (np.array(["a"]), ArgumentError, "Expected float32 for 'x', got <U1 - at `data`"),
-    "number": (3, ArgumentTypeError, "Expected a path, an array, a dict of arrays or a list of such dicts, got int - at `data`"),
+    "number": (
+        3,
+        ArgumentTypeError,
+        "Expected a path, an array or tensor, a dict of arrays, or an iterable of dicts or batches, got int - at `data`",
+    ),
 }
 
 

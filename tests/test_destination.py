@@ -14,7 +14,7 @@ from pathlib import Path
 import make_models
 import onnx
 import pytest
-from shell import fails, files
+from shell import fails, files, quick
 from sketch import assert_same, conv_bn, normal, ops
 
 import fastbn
@@ -44,7 +44,7 @@ def _external(here, monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_child_that_loads(monkeypatch):
     """Skip the processes in which a deployment measures the memory of its stages."""
-    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)
+    quick(monkeypatch)
 
 
 def test_a_kill_at_any_point_leaves_the_old_model_or_the_new_one(tmp_path, environment, request):

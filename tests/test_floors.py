@@ -31,8 +31,8 @@ FLOORS = [
     ["keras.conversion"],
     ["keras.__init__"],
     ["graph.model.__init__", "graph.ops.__init__", "graph.planner.__init__", "graph.rewrite.__init__", "graph.parity.__init__"],
-    ["graph.intervals", "graph.reasons", "graph.ranges", "graph.model.element_types", "graph.model.files", "graph.model.nesting"],
-    ["graph.ops.affine"],
+    ["graph.intervals", "graph.digests", "graph.reasons", "graph.ranges", "graph.model.element_types", "graph.model.files"],
+    ["graph.model.nesting", "graph.ops.affine"],
     ["graph.model.external"],
     ["graph.model.storage"],
     ["graph.results", "graph.runtime", "graph.model.node", "graph.model.schemas", "graph.rewrite.destination"],
@@ -88,10 +88,21 @@ FLOORS = [
     ["deployment.recipe"],
     ["cluster.__init__"],
     ["cluster.connection", "cluster.locations"],
-    ["deployment.samples", "deployment.quantize", "deployment.scores", "deployment.compare", "deployment.measure", "deployment.drawing"],
-    ["deployment.quantizer", "deployment.options", "deployment.report"],
+    [
+        "deployment.captions",
+        "deployment.groups",
+        "deployment.labels",
+        "deployment.quantize",
+        "deployment.scores",
+        "deployment.compare",
+        "deployment.evidence",
+        "deployment.measure",
+        "deployment.provenance",
+    ],
+    ["deployment.drawing", "deployment.samples", "deployment.quantizer", "deployment.options"],
+    ["deployment.report"],
     ["deployment.result"],
-    ["deployment.verdict"],
+    ["deployment.places", "deployment.stages", "deployment.verdict"],
     ["deployment.pipeline"],
     ["deployment.__init__"],
     ["reestimation.files", "reestimation.inputs", "reestimation.levels", "reestimation.merging", "reestimation.options"],
@@ -215,7 +226,7 @@ def test_the_array_wing_knows_nothing_of_onnx(name):
 def test_onnxruntime_is_imported_inside_functions(name):
     for _, module, top in imported(name):
         if module.split(".")[0] == "onnxruntime":
-            assert name in ("graph.runtime", "deployment.quantize", "deployment.result")
+            assert name in ("graph.runtime", "deployment.quantize", "deployment.provenance")
             assert not top
 
 

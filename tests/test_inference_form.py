@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from shell import fails
+from shell import fails, quick
 from sketch import CONV_BN, codes, conv_bn, initializers, model, norm, normal, ops, random_feeds, run
 
 import fastbn
@@ -187,7 +187,7 @@ def test_the_original_is_not_changed_and_external_data_are_kept(tmp_path):
 @pytest.fixture(name="here")
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)  # no processes of their own
+    quick(monkeypatch)
     (tmp_path / "in.onnx").write_bytes(conv_bn(TRAINING).SerializeToString())
     return tmp_path
 

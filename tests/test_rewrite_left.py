@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from shell import fails
+from shell import fails, quick
 from sketch import assert_same, codes, conv_bn, initializers, model, norm, normal, ops
 
 import fastbn
@@ -270,7 +270,7 @@ def test_a_wrong_form_is_one_sentence(value):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)  # no processes of their own
+    quick(monkeypatch)
     (tmp_path / "in.onnx").write_bytes(stuck().SerializeToString())
     assert main(["fold", "in.onnx", "out.onnx", "--strict"]) == 3
     assert main(["fold", "in.onnx", "out.onnx", "--strict", "--rewrite-left", "conv", "--json", "r.json"]) == 0

@@ -259,7 +259,7 @@ def test_done_and_not_verified_is_5(status, here, capsys, monkeypatch):
 
 def test_more_serious_codes_go_before_5(here, capsys, monkeypatch):
     monkeypatch.setattr(job.Comparison, "check", lambda *_, **__: Parity("inconclusive", reason="on purpose"))
-    monkeypatch.setattr("fastbn.deployment.pipeline.drop_of", lambda found, metric: next(losses))
+    monkeypatch.setattr("fastbn.deployment.stages.drop_of", lambda found, metric: next(losses))
     losses = iter([0.0, 0.9, 0.0, 0.9])
     assert main(["deploy", "in.onnx", "out.onnx", "--runs", "1", "-q"]) == 1
     assert not (here / "out.onnx").exists()

@@ -6,7 +6,7 @@ import make_models
 import onnx
 import pytest
 from onnx import helper
-from shell import fails
+from shell import fails, quick
 from sketch import CONV_BN, conv_bn, normal, ops
 
 import fastbn
@@ -19,7 +19,7 @@ from fastbn.graph.rewrite.version import difference
 def _here(tmp_path, monkeypatch):
     """A working folder with in.onnx."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)  # no processes of their own
+    quick(monkeypatch)
     (tmp_path / "in.onnx").write_bytes(conv_bn().SerializeToString())
     return tmp_path
 

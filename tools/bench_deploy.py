@@ -1,33 +1,17 @@
 #!/usr/bin/env python3
 """What `fastbn deploy --quantize` makes of models: latency of each stage beside the original, kernels left in float, agreement.
 
-    python tools/bench_deploy.py MODEL[=DATA] ... [--runs N] [--max-drop X] [--freeze-inputs] [--json FILE]
+    python tools/bench_deploy.py MODEL[=DATA] ... [--for latency|size|memory] [--runs N] [--max-drop X] [--freeze-inputs] [--json FILE]
 
-Every model is deployed on its data, on seeded random inputs without; digits.npz is enlarged as the two digit classifiers that ship take
-it. The stages are timed run by run in turn on one thread and on all: the cells are median (90th percentile) in ms and the median's part of
-the original's.
+Every model is deployed on its data, on seeded random inputs without. The stages are timed in blocks of random order, on one thread and on
+all: the cells are the median in ms, and how many times as long as the original a stage takes, with the 99 % interval.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import onnx
-
 import fastbn
-
-
-def data_of(model, path):
-    """Return the data of a model: a path, or the held-out digits with the axis for the one channel where the model has it."""
-    if Path(path).name != "digits.npz":
-        return path or None
-    from train_cnns import enlarge
-
-    with np.load(path) as arrays:
-        images = enlarge(arrays["images"])
-    (info,) = onnx.load(model, load_external_data=False).graph.input
-    return np.expand_dims(images, 1 if info.type.tensor_type.shape.dim[1].dim_value == 1 else -1)
 
 
 def row_of(made):
@@ -37,7 +21,10 @@ def row_of(made):
 
 def latency(row, stage, threads):
     latency = next((each for each in row["latency"] if (each["model"], each["threads"]) == (stage, threads)), None)
-    return "-" if latency is None else f"{latency['median_ms']:.3f} ({latency['p90_ms']:.3f}) {latency['ratio']:.2f}"
+    if latency is None:
+        return "-"
+    interval = "" if latency["low"] is None or stage == "original" else f" ({latency['low']:.2f} to {latency['high']:.2f})"
+    return f"{latency['median_ms']:.3f}, {latency['ratio']:.2f}{interval}"
 
 
 def agreement(row, stage):
@@ -46,6 +33,8 @@ def agreement(row, stage):
     if record is None:
         return "refused"
     relative = max((float(output["relative"]) for output in record["outputs"] if output["relative"] is not None), default=float("nan"))
+    if record["accuracy"] is not None:
+        return f"{relative:.1e}, accuracy {record['accuracy']['accuracy']:.1%}"
     decisions = [output["top1"] for output in record["outputs"] if output["top1"] is not None]
     return f"{relative:.1e}" + (f", {min(decisions):.1%} of {row['data']['rows']}" if decisions else "")
 
@@ -75,8 +64,9 @@ def tables(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="MODEL[=DATA]", nargs="+")
-    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--runs", type=int)
     parser.add_argument("--max-drop", type=float)
+    parser.add_argument("--for", dest="goal", default="latency")
     parser.add_argument("--freeze-inputs", action="store_true")
     parser.add_argument("--samples", type=int, default=360)
     parser.add_argument("--json", type=Path)
@@ -86,10 +76,11 @@ def main():
         model, _, data = text.partition("=")
         made = fastbn.deploy(
             model,
-            data=data_of(model, data),
+            data=data or None,
             quantize=True,
             runs=options.runs,
             max_drop=options.max_drop,
+            goal=options.goal,
             freeze_inputs=options.freeze_inputs,
             most_samples=options.samples,
         )

@@ -8,8 +8,8 @@ and only that exports. The data are scikit-learn's 1797 digits (8x8, values 0 to
 handwritten digits), enlarged to 28x28 bilinearly and divided by 16; the same 360 are held out every time. Each training starts from the
 same weights and sees the same batches in the same order with either kind of layers.
 
-DIR receives torch_digits.onnx, keras_digits.onnx, the same folded, and digits.npz: the held-out digits, their labels, and what the two
-networks said about them before they were exported.
+DIR receives torch_digits.onnx, keras_digits.onnx, the same folded, digits.npz (the held-out digits as the networks take them, and their
+labels) and digits_predicted.npz (what the two networks said about them before they were exported).
 """
 
 import argparse
@@ -252,7 +252,8 @@ def main():
             said[name] = folded(name, net, arguments.out, held_out[0]).astype(np.uint8)
         else:
             print("not exported: Keras writes BatchNormalization from its torch backend only")
-    np.savez_compressed(arguments.out / "digits.npz", images=held_images, labels=held_labels.astype(np.uint8), **said)
+    np.savez_compressed(arguments.out / "digits.npz", image=held_out[0], labels=held_labels.astype(np.uint8))
+    np.savez_compressed(arguments.out / "digits_predicted.npz", **said)
 
 
 if __name__ == "__main__":

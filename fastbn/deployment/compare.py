@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
 
-__all__ = ["METRICS", "Agreement", "AgreementFields", "Metric", "compare", "drop_of"]
+__all__ = ["METRICS", "REFERENCE", "Agreement", "AgreementFields", "Metric", "compare", "drop_of"]
 
 NameT = TypeVar("NameT", bound=str)
 
-Metric: TypeAlias = Literal["top-1", "error"]
+Metric: TypeAlias = Literal["top-1", "error", "accuracy"]
 
 # What a stage is judged by, and how much of it may be lost where the caller does not say.
-METRICS: dict[Metric, float] = {"top-1": 0.01, "error": 0.1}
+METRICS: dict[Metric, float] = {"top-1": 0.01, "error": 0.1, "accuracy": 0.01}
+
+# What the original with the optimizer off is called.
+REFERENCE = "reference"
 
 RANDOM = "random: it differs between two runs of the original"
 
@@ -94,6 +97,7 @@ def compare(
     feeds: Sequence[Feed],
     scores: Collection[str],
     progress: Callable[[str], None] | None = None,
+    seen: Callable[[str, int, list[object]], None] | None = None,
 ) -> dict[NameT, list[Agreement] | str]:
     """Run the original and every stage on all feeds.
 
@@ -106,6 +110,8 @@ def compare(
         Outputs whose largest entry of a row is a decision.
     progress : callable of str, optional
         Is told which feed is being run.
+    seen : callable of (str, int, list), optional
+        Is given what each stage gives for each feed, and first what the original does, called REFERENCE.
 
     Returns
     -------
@@ -125,6 +131,8 @@ def compare(
         if progress:
             progress(f"feed {number + 1} of {len(feeds)}")
         before = _run(reference, feed)
+        if seen:
+            seen(REFERENCE, number, before)
         if number == 0:
             random = [not _same(one, other) for one, other in zip(before, _run(reference, feed), strict=True)]
         for stage, session in stages.items():
@@ -135,6 +143,8 @@ def compare(
             except runtime_errors() as error:
                 failed[stage] = f"onnxruntime cannot run it: {said(error)}"
                 continue
+            if seen:
+                seen(stage, number, after)
             for total, is_random, one, other in zip(totals[stage], random, before, after, strict=True):
                 if is_random:
                     total.skip(RANDOM)
@@ -275,8 +285,8 @@ class _Total:
 
 
 def drop_of(agreements: Collection[Agreement], metric: Metric) -> float | None:
-    """Return what a stage loses: for "top-1" the part of decisions that changed, for "error" the relative error, of the worst output; None
-    where there is nothing to judge it by."""
+    """Return what a stage loses without labels: for "top-1" the part of decisions that changed, else the relative error, of the worst
+    output; None where there is nothing to judge it by."""
     if any(agreement.relative == math.inf for agreement in agreements):
         return math.inf
     if metric == "top-1":

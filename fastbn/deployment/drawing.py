@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import onnx
 
+from fastbn.deployment.captions import captions, short
 from fastbn.graph.model.nesting import bodies
 from fastbn.graph.ops.normalization import is_batch_norm
 
@@ -37,7 +38,7 @@ MODEL_BOXES, FOLD_BOXES = 240, 24
 
 # Sizes in CSS pixels; a character of the heading and of the other lines is this wide at most on average.
 GAP_X, GAP_Y, PADDING, LINE = 14, 26, 8, 14
-HEADING, CHARACTER, LONGEST_TEXT, NARROWEST = 7.6, 6.3, 26, 56
+HEADING, CHARACTER, NARROWEST = 7.6, 6.3, 56
 
 SWEEPS, ALIGNMENTS = 6, 16
 
@@ -47,11 +48,13 @@ MOST_BENDS = 24
 
 @dataclass
 class Box:
-    """A node, or a chain of them: a kind (a class of the style sheet), lines of text, the whole names, and its place."""
+    """A node, or a chain of them: a kind (a class of the style sheet), lines of text, the whole names, the name that one of the lines shows
+    in short, and its place."""
 
     kind: Kind
     lines: list[str]
     title: str
+    name: str = ""
     rank: int = 0
     x: float = 0.0
     y: float = 0.0
@@ -104,10 +107,10 @@ def draw_model(planning: Planning) -> Drawing:
     ends: dict[Value, Box] = {}
     for value in index.main.values.values():
         if value.is_input and value.initializer is None:
-            ends[value] = Box("end", [_short(value.name)], f"graph input {value.name}")
+            ends[value] = Box("end", [short(value.name)], f"graph input {value.name}", value.name)
             edges += [(ends[value], boxes[reader]) for reader, _ in value.readers if reader in boxes]
         if value.is_output and value.producer is not None and value.producer in boxes:
-            edges.append((boxes[value.producer], Box("end", [_short(value.name)], f"graph output {value.name}")))
+            edges.append((boxes[value.producer], Box("end", [short(value.name)], f"graph output {value.name}", value.name)))
     counts = Counter(kinds.get(node, "plain") for node in nodes)
     text = f"{len(nodes)} nodes: {counts['removed']} taken out, {counts['absorber']} that took them in, {counts['kept']} that stayed"
     hidden = sum(map(len, groups[len(shown) :]))
@@ -121,7 +124,7 @@ def draw_fold(plan: Plan, planning: Planning) -> tuple[Drawing, Drawing]:
     inside = dict.fromkeys([*plan.path, *plan.leaving, *plan.bypassed])
     order = [node for node in view.index.order if node in inside]
     kinds = _kinds(planning)
-    before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node)) for node in order[:FOLD_BOXES]}
+    before = {node: Box(kinds.get(node, "passes"), _lines(node), _title(node), node.label) for node in order[:FOLD_BOXES]}
 
     def after_of(value: Value) -> Value:
         while value.producer is not None and value.producer in removed:
@@ -135,7 +138,7 @@ def draw_fold(plan: Plan, planning: Planning) -> tuple[Drawing, Drawing]:
         stays = view.present(node)
         changed = [_slot_name(step, slot, view.index.opset) for step, slot in plan.constants if step in stays]
         lines = ["+".join(step.op for step in stays), *_lines(stays[-1])[1:], *([f"new {_joined(changed)}"] if changed else [])]
-        after[node] = Box("absorber" if changed else "passes", lines, _title(stays[-1]))
+        after[node] = Box("absorber" if changed else "passes", lines, _title(stays[-1]), stays[-1].label)
     names = ", ".join(node.label for node in plan.lifted)
     hidden = len(order) - len(before)
     edges_before = _edges(before, lambda value: value) + _context(before, lambda value: value, {}, view.index)
@@ -187,9 +190,8 @@ def _context(boxes: Mapping[Node, Box], source: Callable[[Value], Value], remove
                 continue
             producer = origin.producer
             if producer is None or producer not in boxes:
-                above[origin] = (
-                    Box("near", [producer.op], _title(producer)) if producer else Box("near", [_short(origin.name)], origin.name)
-                )
+                outer = Box("near", [short(origin.name)], origin.name, origin.name)
+                above[origin] = Box("near", [producer.op], _title(producer)) if producer else outer
                 edges.append((above[origin], box))
         for output in node.outputs:
             for reader in _readers(output, removed):
@@ -236,29 +238,22 @@ def _chains(nodes: Sequence[Node], most: int) -> list[list[Node]]:
 def _group_box(group: Sequence[Node], kinds: Mapping[Node, Kind]) -> Box:
     if len(group) == 1:
         node = group[0]
-        return Box(kinds.get(node, "plain"), _lines(node), _title(node))
+        return Box(kinds.get(node, "plain"), _lines(node), _title(node), node.label)
     counts = Counter(kinds.get(node, "plain") for node in group)
     kind: Kind = next(each for each in STRIKING if counts[each])
     ops = Counter(node.op for node in group).most_common(3)
-    lines = [f"{len(group)} nodes", _short(", ".join(f"{count} {op}" for op, count in ops))]
+    lines = [f"{len(group)} nodes", short(", ".join(f"{count} {op}" for op, count in ops))]
     if counts["removed"]:
         lines.append(f"{counts['removed']} taken out")
     return Box(kind, lines, f"{_title(group[0])} to {_title(group[-1])}")
 
 
 def _lines(node: Node) -> list[str]:
-    return [node.op, _short(node.label)] if node.label else [node.op]
+    return [node.op, short(node.label)] if node.label else [node.op]
 
 
 def _title(node: Node) -> str:
     return f"{node.op} {node.label}"
-
-
-def _short(text: str) -> str:
-    """Return a text that fits into a box: its middle is left out."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    half = LONGEST_TEXT // 2
-    return text if len(text) <= LONGEST_TEXT else f"{text[: half - 1]}..{text[1 - half :]}"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -285,7 +280,9 @@ def _unique(boxes: Iterable[Box]) -> list[Box]:
 def _drawing(boxes: list[Box], edges: list[Edge], title: str, text: str, hidden: int) -> Drawing:
     """Return the Drawing of boxes and of those that only edges name."""
     boxes = _unique([*boxes, *(box for edge in edges for box in edge)])
+    texts = captions([box.name for box in boxes if box.name])
     for box in boxes:
+        box.lines = [texts[box.name] if box.name and line == short(box.name) else line for line in box.lines]
         heading, *others = box.lines
         box.width = max(NARROWEST, 2 * PADDING + max(HEADING * len(heading), CHARACTER * max(map(len, others), default=0)))
         box.height = 2 * PADDING + LINE * len(box.lines) - 4

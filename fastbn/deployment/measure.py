@@ -32,17 +32,45 @@ CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 FLOATS = ("float", "float16", "bfloat16", "double")
 
-# Run in a process of its own, where no other session holds memory. Linux tells what is resident.
+# Run in a process of its own, whose children make one session each: onnxruntime is loaded there and has made a session of a model that does
+# nothing, so that what a child takes more is the model's. Linux tells what is resident; pages of libraries do not count.
 RESIDENT = """
-import sys, onnxruntime
-def resident():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+import os, sys, time
+import onnxruntime
+rounds, fewest, seconds, nothing, paths = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), bytes.fromhex(sys.argv[4]), sys.argv[5:]
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
-before = resident()
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-print((resident() - before) / 1024)
+alone = onnxruntime.SessionOptions()
+alone.intra_op_num_threads = 1
+warm = onnxruntime.InferenceSession(nothing, alone, providers=["CPUExecutionProvider"])
+def resident():
+    total, counts = 0, False
+    for line in open("/proc/self/smaps"):
+        if line.startswith("Rss:"):
+            total += int(line.split()[1]) * counts
+        elif not line.split(maxsplit=1)[0].endswith(":"):
+            counts = ".so" not in line
+    return total
+start = time.monotonic()
+for turn in range(rounds):
+    if turn >= fewest and time.monotonic() - start > seconds:
+        break
+    for number, path in enumerate(paths):
+        child = os.fork()
+        if not child:
+            try:
+                before = resident()
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                os.write(1, f"{number} {(resident() - before) / 1024}\\n".encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
 """
+
+# Measurements of the memory of each file, at least so many, however long they take, and seconds after which no further round starts.
+MEASUREMENTS, FEWEST_MEASUREMENTS, RESIDENT_SECONDS = 5, 3, 2.0
+
+NOTHING = '<ir_version: 8, opset_import: ["": 13]> nothing (float[1] x) => (float[1] y) { y = Identity(x) }'
 
 
 class KernelFields(TypedDict):
@@ -86,13 +114,20 @@ def load_times(paths: Mapping[NameT, Path], progress: Callable[[str], None] | No
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def resident_mb(path: Path) -> float | None:
-    """Return the resident memory in MB that a loaded model takes, or None where the system does not say."""
+def resident_mb(paths: Mapping[NameT, Path]) -> dict[NameT, list[float]]:
+    """Return name -> resident memory in MB that each loaded model takes, measured some times in turn; nothing where no system says it."""
+    nothing = onnx.parser.parse_model(NOTHING).SerializeToString().hex()
+    numbers = [str(MEASUREMENTS), str(FEWEST_MEASUREMENTS), str(RESIDENT_SECONDS)]
+    found: dict[NameT, list[float]] = {}
+    names = list(paths)
     try:
-        done = subprocess.run([sys.executable, "-c", RESIDENT, str(path)], capture_output=True, text=True, timeout=120, check=True)
-        return float(done.stdout)
+        command = [sys.executable, "-c", RESIDENT, *numbers, nothing, *map(str, paths.values())]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        for number, value in map(str.split, done.stdout.splitlines()):
+            found.setdefault(names[int(number)], []).append(float(value))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        return {}
+    return found
 
 
 def kernels_of(path: Path, feed: Feed, folder: Path) -> Kernels | None:

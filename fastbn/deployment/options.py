@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.evidence import Goal
+from fastbn.deployment.groups import Data
 from fastbn.deployment.recipe import CALIBRATIONS, WEIGHT_TYPES, Calibration, Recipe, WeightType, checked_choice
-from fastbn.deployment.samples import Data
-from fastbn.errors import ArgumentError, expected
+from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.graph.job import Globs, InputShapes, checked_globs
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
@@ -15,6 +16,10 @@ __all__ = ["FEWEST_ROWS", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
 
 # Feeds kept of the data, rows that calibrate at least, and seconds that quantizing one model may take.
 MOST_FEEDS, FEWEST_ROWS, QUANTIZE_SECONDS = 256, 8, 300.0
+
+# What a stage may be wanted to be better in, and the largest slowdown that anybody allows.
+GOALS: tuple[Goal, ...] = ("latency", "size", "memory")
+MOST_SLOWDOWN = 1e6
 
 # No limit is longer than this many seconds: eleven days.
 LONGEST_SECONDS = 1e6
@@ -26,17 +31,30 @@ class Options:
 
     Attributes
     ----------
-    data : path, array, dict of name -> array, or list of such dicts, optional
+    data : path, array or tensor, dict of name -> array, list of such dicts, or iterable of batches, optional
         Samples to compare and to calibrate on, as in `deployment.samples.read_samples`. Without them, seeded normal random numbers.
+    labels : str, optional
+        The array of the data that holds labels: whole numbers, one for each sample (or for each pixel), or rows with one 1 and else 0;
+        negative ones do not count. Without it, "labels", "y" or "targets" where no input is called so. Batches of a loader may have
+        theirs behind the inputs. Where there are labels, the accuracy of every stage is counted, and is what a stage is judged by.
+    ignore_unknown : bool
+        Leave out arrays of the data that are no inputs and no labels, and say so, instead of refusing them.
     quantize : bool
         Try static int8 quantization (QDQ, per channel) of the folded model.
     max_drop : float, optional
         How much a stage may lose, from 0 to 1. For metric "top-1": the part of rows whose largest score moves to another place (0.01 by
         default). For "error": ||y' - y|| / ||y|| of the worst output over all samples (0.1 by default). y is the original's with
-        onnxruntime's optimizer off; what the optimizer changes in the original itself does not count.
+        onnxruntime's optimizer off; what the optimizer changes in the original itself does not count. For "accuracy": that of the original
+        less that of the stage (0.01, a point).
     metric : str
-        "top-1", "error", or "auto": top-1 where an output looks like the scores of a classifier (it ends in Softmax, or its width and
-        name allow it).
+        "top-1", "error", "accuracy", or "auto": accuracy where there are labels, else top-1 where an output looks like the scores of a
+        classifier (it ends in Softmax, or its width and name allow it), else error.
+    goal : str
+        What a quantized model must be better in than every other good stage, and a folded one not worse than the original: "latency" (on
+        one thread; the whole 99 % interval of the ratio must lie beyond 2 %), "size" (on disk) or "memory" (when loaded).
+    max_slowdown : float, optional
+        How much slower than the original, on one thread, a stage may be: 0.1 is a tenth. Without it, no slower where the goal is latency,
+        as slow as it is for another goal.
     only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed
         As in `fold`; with as_inference, the original that is compared and measured is its inference form.
     runs : int, optional
@@ -65,6 +83,10 @@ class Options:
     quantize: bool = False
     max_drop: float | None = None
     metric: Metric | Literal["auto"] = "auto"
+    labels: str | None = None
+    ignore_unknown: bool = False
+    goal: Goal = "latency"
+    max_slowdown: float | None = None
     only: Globs | None = None
     skip: Globs | None = None
     input_shapes: InputShapes | None = None
@@ -84,6 +106,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.metric not in ("auto", *METRICS):
             raise ArgumentError(expected(f"auto, {' or '.join(METRICS)}", repr(self.metric), "metric"))
+        if self.goal not in GOALS:
+            raise ArgumentError(expected(f"{', '.join(GOALS[:-1])} or {GOALS[-1]}", repr(self.goal), "goal"))
+        if self.labels is not None and not isinstance(self.labels, str):
+            raise ArgumentTypeError(expected("the name of an array", type(self.labels).__name__, "labels"))
+        if self.max_slowdown is not None:
+            self._set("max_slowdown", number_between(self.max_slowdown, "max_slowdown", 0, MOST_SLOWDOWN, "a part, 0 or more"))
         if self.max_drop is not None:
             self._set("max_drop", number_between(self.max_drop, "max_drop", 0, 1, "a part from 0 to 1"))
         for name in ("most_samples", "min_samples", *(["runs"] if self.runs is not None else [])):

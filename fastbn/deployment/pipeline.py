@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from fastbn.deployment.compare import METRICS, Metric, compare, drop_of
-from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
+from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.evidence import Comparison, Goal, comparisons
+from fastbn.deployment.groups import Data
+from fastbn.deployment.measure import kernels_of
 from fastbn.deployment.options import FEWEST_ROWS, MOST_FEEDS, QUANTIZE_SECONDS, Options
+from fastbn.deployment.places import Location, call_text, check_paths
+from fastbn.deployment.provenance import now_and_here
 from fastbn.deployment.quantize import QuantizerRefused, quantized_already
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.recipe import Calibration, WeightType
-from fastbn.deployment.report import template
 from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
-from fastbn.deployment.samples import Data, Samples, random_samples, read_samples
+from fastbn.deployment.samples import Samples, random_samples, read_samples
 from fastbn.deployment.scores import row_outputs, score_outputs
+from fastbn.deployment.stages import compared_stages, marks_for, measured_stages, timed
 from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
-from fastbn.errors import ArgumentError, StorageError, expected
+from fastbn.errors import ArgumentError, expected
 from fastbn.graph import job
+from fastbn.graph.digests import Digest
 from fastbn.graph.fold_result import FoldResult, planning_of
 from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.model import storage
@@ -29,29 +34,22 @@ from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.index import Index
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
-from fastbn.graph.rewrite.destination import check_destination, is_stream, storage_errors
 from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
 from fastbn.graph.runtime import Runnable, runtime_errors, said, session
-from fastbn.graph.timing import Latency, Timings, time_models, time_runs
 
 if TYPE_CHECKING:
     from fastbn.graph.model.storage import ModelLike
-    from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
+    from fastbn.graph.timing import Timings
 
 __all__ = ["STEPS", "WRITING", "Progress", "check_paths", "deploy"]
-
-Location: TypeAlias = str | os.PathLike[str]
 
 # Is told (number of the step, number of steps, step, detail).
 Progress: TypeAlias = Callable[[int, int, str, str], None]
 
 # Rows of random input where there is no data: to compare on, and to calibrate on.
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
-
-# Seconds that timed runs may take for each number of threads, where the caller says how many.
-LATENCY_SECONDS = 1.0
 
 # The unfolded model is quantized only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
 COUNTING_SECONDS, COUNTING = 30, 5
@@ -72,6 +70,10 @@ def deploy(
     force: bool = False,
     max_drop: float | None = None,
     metric: Metric | Literal["auto"] = "auto",
+    labels: str | None = None,
+    ignore_unknown: bool = False,
+    goal: Goal = "latency",
+    max_slowdown: float | None = None,
     only: Globs | None = None,
     skip: Globs | None = None,
     input_shapes: InputShapes | None = None,
@@ -94,83 +96,42 @@ def deploy(
 
     Parameters
     ----------
-    model : str, os.PathLike, bytes or onnx.ModelProto
-        The model; it is not changed.
-    output, report : path, optional
-        Where the shipped model and the HTML report (needs jinja2) go; `save` and `save_report` of the result write them later.
-    force : bool
-        Replace a report that exists.
-    data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed, runs, ...
+    model, output, report, force
+        The model, as in `fold`; where the shipped one and the HTML report (needs jinja2) go; whether a report that exists is replaced.
+    data, quantize, max_drop, metric, labels, ignore_unknown, goal, max_slowdown, only, skip, input_shapes, freeze_inputs, ...
         What is folded and tried, and how it is judged: `fastbn.deployment.Options` describes each.
-    progress : callable of (number, total, step, detail), optional
-        Is told what is being done.
-    workdir : path, optional
-        Folder for intermediate files; that of `output` by default, the system's temporary one without it.
+    progress, workdir : optional
+        A callable that is told (number, total, step, detail); the folder of intermediate files, by default that of `output`.
 
     Raises
     ------
-    StorageError, ModelError, ArgumentError, ArgumentTypeError
+    FastbnError
         As in `fold`; the data cannot be used, or a place cannot be written to.
     """
     options = Options(
-        *(data, quantize, max_drop, metric, only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left),
-        *(seed, runs, most_samples, min_samples, quantize_timeout, calibration, exclude_nodes, weight_type, per_tensor),
+        *(data, quantize, max_drop, metric, labels, ignore_unknown, goal, max_slowdown),
+        *(only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed),
+        *(runs, most_samples, min_samples, quantize_timeout),
+        *(calibration, exclude_nodes, weight_type, per_tensor),
     )
     check_paths(model, output, report, force)
-    tell = progress or (lambda *_: None)
+    pipeline = _Pipeline(model, options, call_text(model, output, report, options), progress or (lambda *_: None))
     with runtime_workdir(workdir if output is None or workdir is not None else Path(output).parent) as room:
-        deployment = _Pipeline(model, options, _call(model, output, report, options), room.path, tell).run()
-    _write(deployment, output, report, tell)
-    return deployment
+        made = pipeline.run(room.path)
+    return _written(made, output, report, pipeline.progress)
 
 
-def _write(deployment: Deployment, output: Location | None, report: Location | None, progress: Progress) -> None:
+def _written(deployment: Deployment, output: Location | None, report: Location | None, progress: Progress) -> Deployment:
+    """Write what is asked for, and return the deployment, which says what its output is."""
     if output is not None or report is not None:
         progress(*WRITING)
     if output is not None and deployment.shipped:
-        deployment.save(output)
+        with deployment.prepared(output) as prepared:
+            digests = prepared.digests()
+        deployment = deployment.written_as(digests) if digests else deployment
     if report is not None:
         deployment.save_report(report)
-
-
-def _call(model: ModelLike, output: Location | None, report: Location | None, options: Options) -> str:
-    """Return the call as a report shows it: what is no number, text or path is three dots."""
-    plain = (str, int, float)
-    given = {"report": report} | {each.name: getattr(options, each.name) for each in fields(options)}
-    usual = {"report": None} | {each.name: each.default for each in fields(options)}
-    words = [repr(str(each)) if isinstance(each, (str, os.PathLike)) else "..." for each in (model, output) if each is not None]
-    changed = {
-        name: value for name, value in given.items() if not (value is usual[name] or (isinstance(value, plain) and value == usual[name]))
-    }
-    for name, value in changed.items():
-        value = str(value) if isinstance(value, os.PathLike) else value
-        words.append(f"{name}={value!r}" if isinstance(value, plain) else f"{name}=...")
-    return f"fastbn.deploy({', '.join(words)})"
-
-
-def check_paths(model: ModelLike, output: Location | None, report: Location | None, force: bool) -> None:
-    """Refuse, before any work is done, an output or a report that could not be made or would replace what it must not."""
-    given, written = (_real_path(place) for place in (model, output))
-    if written is not None and written == given:
-        raise ArgumentError(f"Cannot write '{output}': it is the input")
-    if report is None:
-        return
-    template()
-    if is_stream(report):
-        return
-    if _real_path(report) in (given, written):
-        raise ArgumentError(f"Cannot write the report to '{report}': that is the input or the output")
-    check_destination(report)
-    if os.path.lexists(report) and not force:
-        raise StorageError(f"Cannot write the report to '{report}': it exists; --force (force=True) replaces it")
-
-
-def _real_path(place: object) -> str | None:
-    """Return the path of a file with all links followed, None for what is no path."""
-    if not isinstance(place, (str, os.PathLike)):
-        return None
-    with storage_errors(place):
-        return os.path.realpath(place)
+    return deployment
 
 
 @dataclass(frozen=True)
@@ -180,7 +141,8 @@ class _Trial:
     samples: Samples | None
     quantization: Quantization | None
     stages: tuple[Stage, ...] = ()
-    latency: Sequence[Latency] = ()
+    timings: Sequence[Timings] = ()
+    comparisons: tuple[Comparison, ...] = ()
     quantized: bytes | None = None
     warnings: tuple[str, ...] = ()
 
@@ -188,11 +150,11 @@ class _Trial:
 class _Pipeline:
     """One model on its way through the steps; each returns what it found, and `run` makes a Deployment of that."""
 
-    def __init__(self, model: ModelLike, options: Options, command: str, workdir: Path, progress: Progress) -> None:
+    def __init__(self, model: ModelLike, options: Options, command: str, progress: Progress) -> None:
         self.model = model
         self.options = options
         self.command = command
-        self.workdir = workdir
+        self.workdir = Path()
         self.progress = progress
         self.step = STEPS[0]
 
@@ -203,39 +165,49 @@ class _Pipeline:
     def _tell(self, detail: str) -> None:
         self.progress(STEPS.index(self.step) + 1, len(STEPS), self.step, detail)
 
-    def run(self) -> Deployment:
-        """Return the Deployment."""
+    def run(self, workdir: Path) -> Deployment:
+        """Return the Deployment; intermediate files lie in the workdir."""
         began = time.perf_counter()
+        self.workdir = workdir
         self._start("reading")
-        self.model = source = self._source()
+        given = storage.load(self.model)
+        provenance = now_and_here(given)
+        self.model = source = self._source(given)
         index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
         job.check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
         samples = self._read(index)
-        judge = self._judge(index)
+        judge = self._judge(index, samples is not None and samples.labels is not None)
         fold = self._fold()
         trial, verdict = self._try(fold, index, samples, judge)
         verdict = verdict.after(fold.parity)
         unverified = tuple(unverified_warning(fold.parity)) if verdict.shipped else ()
-        return Deployment(
+        made = Deployment(
             fold=fold,
             shipped=verdict.shipped,
             status=verdict.status,
             decision=verdict.decision,
             metric=judge.metric,
             max_drop=judge.max_drop,
+            goal=judge.goal,
+            max_slowdown=judge.max_slowdown,
             samples=trial.samples,
             stages=trial.stages,
-            latency=trial.latency,
+            latency=[row for each in trial.timings for row in each.rows()],
+            comparisons=trial.comparisons,
             quantization=trial.quantization,
             quantized=trial.quantized,
             warnings=(*unverified, *trial.warnings),
             command=self.command,
             seconds=time.perf_counter() - began,
+            provenance=replace(provenance, data=None if trial.samples is None else trial.samples.digest),
         )
+        if made.shipped is None or source.data_files():  # whose names in the model are known when it is written
+            return made
+        return made.written_as([Digest.of_bytes("not written yet", made.to_bytes())])
 
-    def _source(self) -> storage.Source:
+    def _source(self, source: storage.Source) -> storage.Source:
         """Return the model that is folded, compared and measured: the one that was given, or its inference form."""
-        source, options = storage.load(self.model), self.options
+        options = self.options
         shapes = job.checked_shapes(options.input_shapes)
         return job.inference_form(source, options.freeze_inputs, shapes) if options.as_inference else source
 
@@ -244,22 +216,25 @@ class _Pipeline:
         data = self.options.data
         if data is None:
             return None
-        samples = read_samples(data, index, self.options.most_samples)
+        samples = read_samples(data, index, self.options.most_samples, self.options.labels, self.options.ignore_unknown)
         if self.options.quantize and samples.rows < self.options.min_samples:
             where = str(data) if isinstance(data, (str, os.PathLike)) else "data"
             raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
         return samples
 
-    def _judge(self, index: Index) -> Judge:
+    def _judge(self, index: Index, has_labels: bool) -> Judge:
         scores = score_outputs(index)
         metric = self.options.metric
+        if metric == "accuracy" and not has_labels:
+            raise ArgumentError(expected("labels in the data for --metric accuracy", "none", "metric"))
         if metric == "top-1":
             scores = scores or row_outputs(index)
             if not scores:
                 raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
-        chosen: Metric = metric if metric != "auto" else "top-1" if scores else "error"
+        usual: Metric = "accuracy" if has_labels else "top-1" if scores else "error"
+        chosen: Metric = usual if metric == "auto" else metric
         max_drop = METRICS[chosen] if self.options.max_drop is None else self.options.max_drop
-        return Judge(chosen, max_drop, scores, metric != "auto")
+        return Judge(chosen, max_drop, scores, metric != "auto", self.options.goal, self.options.max_slowdown)
 
     def _fold(self) -> FoldResult:
         self._start("folding and verifying")
@@ -312,15 +287,19 @@ class _Pipeline:
         self, fold: FoldResult, reference: Session, index: Index, samples: Samples, judge: Judge, warnings: list[str]
     ) -> tuple[_Trial, Verdict]:
         """Make, compare, measure and judge the stages."""
+        marks = marks_for(reference, index, samples, judge)
         files = self._files(fold, index.source)
         quantization = self._quantize(files, samples, index) if self.options.quantize else None
-        compared = self._compare(files, reference, samples, judge)
-        stages, latency = self._measure(compared, files, samples)
+        self._start("comparing outputs")
+        compared = compared_stages(files, reference, samples, judge, marks, self._tell)
+        stages, timings, memory = self._measure(compared, files, samples)
+        sizes: dict[str, int] = {stage.name: stage.size for stage in stages if stage.size}
+        found = comparisons(timings, sizes, memory)
         judged = tuple(judge.judged(stage, planning_of(fold).view.index) for stage in stages)
-        verdict = judge.verdict(judged, quantization)
+        verdict, judged = judge.verdict(judged, quantization, found, bool(fold.folded or fold.rewritten))
         quantized = files["quantized"].read_bytes() if "quantized" in files else None
-        warnings += warnings_about(judged, latency, judge.metric, verdict.shipped)
-        return _Trial(samples, quantization, judged, latency, quantized, tuple(warnings)), verdict
+        warnings += warnings_about(judged, judge.metric, judge.max_drop, verdict.shipped)
+        return _Trial(samples, quantization, judged, timings, found, quantized, tuple(warnings)), verdict
 
     def _files(self, fold: FoldResult, source: storage.Source) -> dict[StageName, Path]:
         """Return the files of the stages that there are so far; they may lie in the workdir."""
@@ -376,53 +355,16 @@ class _Pipeline:
             counts[key] = None if kernels is None else kernels.float
         return counts
 
-    def _compare(self, files: Mapping[StageName, Path], reference: Session, samples: Samples, judge: Judge) -> list[Stage]:
-        """Return the stages, their outputs compared with the original's."""
-        self._start("comparing outputs")
-        sessions: dict[StageName, Session] = {}
-        refused: dict[StageName, str] = {}
-        for name, path in files.items():
-            try:
-                sessions[name] = session(str(path), optimize=True)
-            except runtime_errors() as error:  # its optimizer may fail where the plain model loads
-                refused[name] = f"onnxruntime cannot load it: {said(error)}"
-        compared = compare(reference, sessions, samples.feeds, judge.scores, self._tell)
-        # What onnxruntime's own optimizer changes in the original, or a random operator does, is no loss of a stage.
-        usual: float | None = None
-        stages = []
-        for name in files:
-            agreements = refused.get(name) or compared[name]
-            if isinstance(agreements, str):
-                stages.append(Stage(name, refused=agreements))
-                continue
-            loss = drop_of(agreements, judge.metric)
-            usual = loss if usual is None else usual
-            drop = None if loss is None else 0.0 if usual is None or loss <= usual else loss - usual
-            stages.append(Stage(name, agreements=tuple(agreements), drop=drop))
-        return stages
-
-    def _measure(self, stages: list[Stage], files: Mapping[StageName, Path], samples: Samples) -> tuple[list[Stage], list[Latency]]:
-        """Return the stages, those that run measured, and their latency."""
+    def _measure(
+        self, stages: list[Stage], files: Mapping[StageName, Path], samples: Samples
+    ) -> tuple[list[Stage], list[Timings], dict[str, list[float]]]:
+        """Return the stages, those that run measured, their latency and their memory."""
         paths = {stage.name: files[stage.name] for stage in stages if stage.refused is None}
         if not paths:
-            return stages, []
-        feed = samples.feeds[0]
+            return stages, [], {}
         self._start("measuring latency")
-        latency = [row for timings in self._time(paths, feed) for row in timings.rows()]
-        self._start("measuring loading")
-        loads = load_times(paths, self._tell)
-        measured = []
-        for stage in stages:
-            if stage.name in paths:
-                path = paths[stage.name]
-                size, memory, kernels = size_of(path), resident_mb(path), kernels_of(path, feed, self.workdir)
-                stage = replace(stage, size=size, load_ms=loads[stage.name], resident_mb=memory, kernels=kernels)
-            measured.append(stage)
-        return measured, latency
-
-    def _time(self, paths: Mapping[StageName, Path], feed: Feed) -> list[Timings]:
         models: dict[str, bytes | str] = {name: str(path) for name, path in paths.items()}
-        runs, seed = self.options.runs, self.options.seed
-        if runs is None:
-            return time_models(models, feed, seed=seed, progress=self._tell)
-        return time_runs(models, feed, runs, limit=LATENCY_SECONDS, seed=seed, progress=self._tell)
+        timings = timed(models, samples.feeds[0], self.options.runs, self.options.seed, self._tell)
+        self._start("measuring loading")
+        measured, memory = measured_stages(stages, paths, samples.feeds[0], self.workdir, self._tell)
+        return measured, timings, memory

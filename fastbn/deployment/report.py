@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbn.deployment.drawing import draw_fold, draw_model
+from fastbn.deployment.evidence import between
 from fastbn.errors import FastbnError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
-from fastbn.graph.report import size_text
+from fastbn.graph.report import size_texts
 from fastbn.graph.results import Fold
+from fastbn.graph.timing import WORDS
 
 if TYPE_CHECKING:
     import jinja2
@@ -43,7 +45,7 @@ def template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": size_text, "number": _number, "percent": _percent, "times": _times, "plural": _plural}
+    environment.filters |= {"number": _number, "percent": _percent, "beside": _beside, "plural": _plural}
     return environment.get_template("report.html.j2")
 
 
@@ -69,6 +71,8 @@ def render(deployment: Deployment) -> str:
         model=draw_model(planning),
         threads=sorted({row["threads"] for row in deployment.latency}),
         scales={row["threads"]: _scale(deployment.latency, row["threads"]) for row in deployment.latency},
+        sides=_sides(deployment),
+        sizes=dict(zip((stage.name for stage in deployment.stages), size_texts([stage.size for stage in deployment.stages]), strict=True)),
         largest=max((stage.size for stage in deployment.stages), default=0) or 1,
         words=STAGE_WORDS,
         name=re.split(r"[\\/]", facts["model"])[-1],
@@ -85,6 +89,17 @@ def _proofs(folds: Sequence[Fold]) -> str:
     """Return how many of the folds were run before and after, as a line goes on."""
     count = sum(fold.error is not None for fold in folds)
     return "each verified" if count == len(folds) else f"{count or 'none'} verified"
+
+
+def _sides(deployment: Deployment) -> list[tuple[str, str, list[str], list[str], list[str]]]:
+    """Return (stage, the one beside it, what speaks for it, what against it, what is the same) of every pair of stages."""
+    rows = []
+    for stage, against in dict.fromkeys((each.stage, each.against) for each in deployment.comparisons):
+        found = between(deployment.comparisons, stage, against)
+        better, worse = [each for each in found if each.is_less], [each for each in found if each.is_more]
+        same = [each for each in found if not each.is_less and not each.is_more]
+        rows.append((stage, against, list(map(str, better)), list(map(str, worse)), list(map(str, same))))
+    return rows
 
 
 def _scale(latency: Sequence[Latency], threads: int) -> float:
@@ -109,11 +124,12 @@ def _percent(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _times(ratio: float | None) -> str:
-    """Return a ratio of times in words."""
-    if ratio is None:
-        return "-"
-    return f"{1 / ratio:.2f} times as fast" if ratio < 0.995 else f"{ratio:.2f} times as long" if ratio > 1.005 else "as fast"
+def _beside(row: Latency) -> str:
+    """Return how long a stage takes beside the original, with the interval and what that says, in words."""
+    text = f"{row['ratio']:.2f} of the original's time"
+    if row["low"] is None or row["high"] is None:
+        return text
+    return f"{text} ({row['low']:.2f} to {row['high']:.2f}): {WORDS[row['difference']]}"
 
 
 def _plural(count: int, word: str) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
-
-import numpy as np
-import onnx
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict
 
 from fastbn.deployment.compare import Agreement, AgreementFields, Metric
+from fastbn.deployment.evidence import Comparison, ComparisonFields, Goal
+from fastbn.deployment.labels import Accuracy, AccuracyFields
 from fastbn.deployment.measure import KernelFields, Kernels
+from fastbn.deployment.provenance import Provenance, ProvenanceFields, Versions, versions
 from fastbn.deployment.report import render
 from fastbn.errors import ParityError
 from fastbn.graph.fold_result import planning_of
-from fastbn.graph.report import size_text, table
+from fastbn.graph.report import size_text, size_texts, table
 from fastbn.graph.results import FoldReport, json_number
-from fastbn.graph.rewrite.output import prepared_bytes
+from fastbn.graph.rewrite.output import Output, Written, prepared_bytes
 from fastbn.graph.rewrite.replacement import atomic
 
 if TYPE_CHECKING:
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
     from fastbn.deployment.samples import Samples, SamplesFields
     from fastbn.graph import FoldResult
+    from fastbn.graph.digests import Digest
     from fastbn.graph.rewrite.output import Prepared
     from fastbn.graph.timing import Latency
 
@@ -37,13 +36,13 @@ __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage", "StageName
 SCHEMA = 1
 
 StageName: TypeAlias = Literal["original", "folded", "quantized"]
-Shipped: TypeAlias = Literal["folded", "quantized"]
+Shipped: TypeAlias = Literal["original", "folded", "quantized"]
 Status: TypeAlias = Literal["done", "partial", "unverified", "refused"]
 
 # How a deployment ends.
 STATUS: dict[Status, str] = {
     "done": "what was asked for is shipped",
-    "partial": "the folded model is shipped, but the quantized one was refused, or onnxruntime cannot run the model: nothing was measured",
+    "partial": "another stage is shipped than the one that was asked for, or onnxruntime cannot run the model and nothing was measured",
     "unverified": "what was asked for is shipped, but nothing proves that the whole folded model is the original",
     "refused": "nothing is shipped",
 }
@@ -58,6 +57,7 @@ class StageFields(TypedDict):
     resident_mb: float | None
     kernels: KernelFields | None
     outputs: list[AgreementFields]
+    accuracy: AccuracyFields | None
     drop: float | str | None
     refused: str | None
 
@@ -78,6 +78,8 @@ class Stage:
         What onnxruntime runs for it.
     agreements : tuple of Agreement
         Its outputs beside the original's.
+    accuracy : Accuracy or None
+        How many labels it gets right, where there are any.
     drop : float or None
         What it loses by the metric of the deployment, beside what onnxruntime's optimizer loses of the original.
     refused : str or None
@@ -90,6 +92,7 @@ class Stage:
     resident_mb: float | None = None
     kernels: Kernels | None = None
     agreements: tuple[Agreement, ...] = ()
+    accuracy: Accuracy | None = None
     drop: float | None = None
     refused: str | None = None
 
@@ -113,6 +116,7 @@ class Stage:
             "resident_mb": self.resident_mb,
             "kernels": None if self.kernels is None else self.kernels.to_dict(),
             "outputs": [each.to_dict() for each in self.agreements],
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "drop": json_number(self.drop),
             "refused": self.refused,
         }
@@ -168,18 +172,6 @@ class Quantization:
         return f"{left} kernel{'s' if left != 1 else ''} left in float; without the fold {', '.join(parts)}"
 
 
-class Versions(TypedDict):
-    """What a figure depends on: versions, machine."""
-
-    fastbn: str
-    onnx: str
-    onnxruntime: str
-    numpy: str
-    python: str
-    platform: str
-    cpu: str
-
-
 class DeploymentFields(TypedDict):
     """A Deployment as JSON holds it."""
 
@@ -190,13 +182,17 @@ class DeploymentFields(TypedDict):
     warnings: list[str]
     metric: Metric
     max_drop: float
+    goal: Goal
+    max_slowdown: float | None
     data: SamplesFields | None
     stages: list[StageFields]
     latency: list[Latency]
+    comparisons: list[ComparisonFields]
     quantization: QuantizationFields | None
     fold: FoldReport
     command: str
     seconds: float
+    provenance: ProvenanceFields | None
     versions: Versions
 
 
@@ -209,11 +205,13 @@ class Deployment:
     fold : FoldResult
         folded, kept, parity.
     shipped : str or None
-        The name of the stage that `save` writes: "folded", "quantized" or None.
+        The name of the stage that `save` writes: "original", "folded", "quantized" or None.
     status, decision : str
         One of STATUS, and the sentence that says why.
     metric, max_drop : str, float
-        What a stage is judged by ("top-1" or "error"), and how much it may lose.
+        What a stage is judged by ("top-1", "error" or "accuracy"), and how much it may lose.
+    goal, max_slowdown : str, float or None
+        What it must be better in, and how much slower it may be, as in `Options`.
     samples : Samples or None
         What it was compared on; None where onnxruntime cannot run the model.
     stages : tuple of Stage
@@ -221,6 +219,8 @@ class Deployment:
     latency : list of dict
         threads, model, runs, median_ms, p90_ms, ratio (how many times as long as the original it takes), low, high (its 99 % interval) and
         difference, as `bench` gives them.
+    comparisons : tuple of Comparison
+        Every stage beside those before it, measure by measure.
     quantization : Quantization or None
         None where it was not asked for.
     quantized : bytes or None
@@ -231,6 +231,8 @@ class Deployment:
         What was called.
     seconds : float
         How long it took.
+    provenance : Provenance or None
+        SHA-256 of input, output and data, date and host.
     versions : dict
         What the figures depend on: versions, machine.
 
@@ -259,15 +261,19 @@ class Deployment:
     decision: str
     metric: Metric
     max_drop: float
+    goal: Goal = "latency"
+    max_slowdown: float | None = None
     samples: Samples | None = None
     stages: tuple[Stage, ...] = ()
     latency: Sequence[Latency] = ()
+    comparisons: tuple[Comparison, ...] = ()
     quantization: Quantization | None = None
     quantized: bytes | None = None
     warnings: tuple[str, ...] = ()
     command: str = ""
     seconds: float = 0.0
-    versions: Versions = field(default_factory=lambda: _versions())
+    provenance: Provenance | None = None
+    versions: Versions = field(default_factory=versions)
 
     @property
     def ok(self) -> bool:
@@ -298,6 +304,8 @@ class Deployment:
             raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
         if self.shipped == "folded":
             return self.fold.prepared(path)
+        if self.shipped == "original":
+            return self._original().prepared(path)
         return prepared_bytes(path, self.to_bytes(), planning_of(self.fold).view.index.source)
 
     def to_bytes(self) -> bytes:
@@ -306,7 +314,16 @@ class Deployment:
             return self.quantized
         if self.shipped is None:
             raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
-        return self.fold.to_bytes()
+        return self._original().to_bytes() if self.shipped == "original" else self.fold.to_bytes()
+
+    def _original(self) -> Output:
+        """Return the original as an output: byte for byte as it was given, but for the names of its data files."""
+        source = planning_of(self.fold).view.index.source
+        return Output(source, source.is_edited, lambda: Written(source.proto, []))
+
+    def written_as(self, output: Sequence[Digest]) -> Self:
+        """Return the same deployment, which says that these files are its output."""
+        return self if self.provenance is None else replace(self, provenance=replace(self.provenance, output=tuple(output)))
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the HTML report, one file that needs no other; raises FastbnError without jinja2."""
@@ -323,13 +340,17 @@ class Deployment:
             "warnings": list(self.warnings),
             "metric": self.metric,
             "max_drop": self.max_drop,
+            "goal": self.goal,
+            "max_slowdown": self.max_slowdown,
             "data": None if self.samples is None else self.samples.to_dict(),
             "stages": [stage.to_dict() for stage in self.stages],
             "latency": list(self.latency),
+            "comparisons": [each.to_dict() for each in self.comparisons],
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "fold": self.fold.to_dict(),
             "command": self.command,
             "seconds": round(self.seconds, 3),
+            "provenance": None if self.provenance is None else self.provenance.to_dict(),
             "versions": self.versions,
         }
 
@@ -349,20 +370,23 @@ class Deployment:
     def _table(self) -> list[str]:
         threads = sorted({row["threads"] for row in self.latency})
         heads = [f"ms, {number} thread{'s' if number > 1 else ''}" for number in threads]
-        rows = [["  stage", "size", "load ms", "RAM MB", *heads, "max error", "relative", "top-1"]]
-        for stage in self.stages:
+        right = ["accuracy"] if any(stage.accuracy for stage in self.stages) else []
+        rows = [["  stage", "size", "load ms", "RAM MB", *heads, "max error", "relative", "top-1", *right]]
+        sizes = size_texts([stage.size for stage in self.stages])
+        for stage, size in zip(self.stages, sizes, strict=True):
             times = {row["threads"]: row for row in self.latency if row["model"] == stage.name}
             worst = stage.worst
             rows.append(
                 [
                     f"  {stage.name}",
-                    size_text(stage.size),
+                    size,
                     _number(stage.load_ms, ".1f"),
                     _number(stage.resident_mb, ".1f"),
-                    *(f"{times[n]['median_ms']:.3f} (p90 {times[n]['p90_ms']:.3f})" if n in times else "-" for n in threads),
+                    *(_latency_cell(times.get(number)) for number in threads),
                     _number(None if worst is None else worst.max_error, ".2g"),
                     _number(None if worst is None else worst.relative, ".2g"),
                     _number(stage.top1, ".2%"),
+                    *(["-" if stage.accuracy is None else f"{stage.accuracy.part:.2%}"] if right else []),
                 ]
             )
         return table(rows)
@@ -375,29 +399,14 @@ class Deployment:
         return "\n".join(self.lines())
 
 
+def _latency_cell(row: Latency | None) -> str:
+    """Return median and 90th percentile, and the ratio to the original with its interval where there is one."""
+    if row is None:
+        return "-"
+    text = f"{row['median_ms']:.3f} (p90 {row['p90_ms']:.3f})"
+    ends = "" if row["low"] is None or row["model"] == "original" else f" {row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return text + ends
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _versions() -> Versions:
-    import onnxruntime
-
-    import fastbn
-
-    return {
-        "fastbn": fastbn.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-        "cpu": _cpu_name(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,4 +1,4 @@
-"""Which stage of a deployment is shipped, and why: each is judged by what it loses."""
+"""Which stage of a deployment is shipped, and why: each is judged by what it loses, and by what it has over the others."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastbn.deployment.compare import METRICS, Metric
-from fastbn.deployment.result import Quantization, Shipped, Stage, Status
+from fastbn.deployment.evidence import Comparison, Goal, between
+from fastbn.deployment.result import Quantization, Shipped, Stage, StageName, Status
 from fastbn.deployment.scores import row_outputs
 from fastbn.graph.reasons import first_few
 
 if TYPE_CHECKING:
     from fastbn.graph.model.index import Index
     from fastbn.graph.results import Parity
-    from fastbn.graph.timing import Latency
 
 __all__ = ["Judge", "Verdict", "unverified_warning", "warnings_about"]
-
-# A ratio of medians below this is noise.
-SLOWER = 1.05
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,8 @@ class Verdict:
     decision: str
 
     def after(self, parity: Parity | None) -> Verdict:
-        """Return this verdict; where a stage is shipped and the parity of its fold proves nothing, its status and its sentence say so."""
-        if self.shipped is None or parity is None or not parity.is_unverified:
+        """Return this verdict; where a fold is shipped whose parity proves nothing, its status and its sentence say so."""
+        if self.shipped in (None, "original") or parity is None or not parity.is_unverified:
             return self
         status: Status = "unverified" if self.status == "done" else self.status
         return replace(self, status=status, decision=f"{self.decision}; not verified: parity is {parity.status}")
@@ -50,12 +47,18 @@ class Judge:
         The outputs whose decisions count.
     chosen : bool
         Whether the caller chose the metric.
+    goal : str
+        What a quantized model must be better in, and a folded one not worse: "latency" (on one thread), "size" or "memory".
+    max_slowdown : float or None
+        How much slower than the original a stage may be for another goal than latency; None for any.
     """
 
     metric: Metric
     max_drop: float
     scores: list[str]
     chosen: bool
+    goal: Goal = "latency"
+    max_slowdown: float | None = None
 
     def judged(self, stage: Stage, index: Index) -> Stage:
         """Return a stage, refused where it loses too much or nothing says what a quantized model loses; index is the model's."""
@@ -65,21 +68,78 @@ class Judge:
             return replace(stage, refused=self._loss(stage)) if stage.name == "quantized" else stage
         return replace(stage, refused=self._too_much(stage, index)) if stage.drop > self.max_drop else stage
 
-    def verdict(self, stages: Sequence[Stage], quantization: Quantization | None) -> Verdict:
-        """Return what is shipped of the judged stages: what was asked for, the folded model otherwise, or nothing."""
+    def verdict(
+        self, stages: Sequence[Stage], quantization: Quantization | None, found: Sequence[Comparison], is_changed: bool = True
+    ) -> tuple[Verdict, tuple[Stage, ...]]:
+        """Return what is shipped of the judged stages, and the stages, those refused that are not.
+
+        Parameters
+        ----------
+        stages : list of Stage
+            As from `judged`.
+        quantization : Quantization or None
+        found : list of Comparison
+        is_changed : bool
+            Whether the folded model is another one than the original.
+        """
         wanted: Shipped = "folded" if quantization is None else "quantized"
-        good = {stage.name: stage for stage in stages if stage.refused is None}
-        folded: Shipped | None = "folded" if "folded" in good else None
-        shipped = wanted if wanted in good else folded
-        status: Status = "refused" if shipped is None else "done" if shipped == wanted else "partial"
+        by_name: dict[StageName, Stage] = {stage.name: stage for stage in stages}
+        good = [stage.name for stage in stages if stage.refused is None]
+        best: Shipped | None = "original" if "original" in good else None
+        rest: str = ""
+        candidates: list[Shipped] = ["folded", "quantized"]
+        for name in candidates:
+            if name not in good:
+                continue
+            reason = "" if name == "folded" and not is_changed else self._unfit(name, best, found)
+            if reason:
+                loss = f"; {self._loss(by_name[name])}" if self.metric != "error" or by_name[name].drop else ""
+                by_name[name] = replace(by_name[name], refused=f"{reason}{loss}")
+            else:
+                rest = _said(best, between(found, name, best)) if best and is_changed else ""
+                best = name
         reasons = [quantization.refused] if quantization and quantization.refused else []
-        reasons += [f"{stage.name}: {stage.refused}" for stage in stages[:0:-1] if stage.refused]
-        return Verdict(shipped, status, "; ".join(reasons) or (self._loss(good[shipped]) if shipped else ""))
+        reasons += [f"{stage.name}: {stage.refused}" for stage in list(by_name.values())[:0:-1] if stage.refused]
+        made = tuple(by_name.values())
+        if best is None or not {"folded", "quantized"} & set(good):
+            return Verdict(None, "refused", "; ".join(reasons)), made
+        if best == "original":
+            return Verdict(best, "partial", "; ".join(["no stage is better than the original", *reasons])), made
+        words = "; ".join(filter(None, [rest, self._loss(by_name[best])]))
+        status: Status = "done" if best == wanted else "partial"
+        return Verdict(best, status, "; ".join([*reasons, f"{best}: {words}" if reasons else words])), made
+
+    def _unfit(self, name: StageName, best: StageName | None, found: Sequence[Comparison]) -> str:
+        """Return why a stage is no better than the best so far, or slower than it may be; "" where it is fit."""
+        slow = self._too_slow(between(found, name, "original"))
+        if slow or best is None:
+            return slow
+        against = between(found, name, best)
+        aim = next((each for each in against if each.measure == self.goal and each.threads in (None, 1)), None)
+        if name == "quantized":
+            if aim is not None and aim.is_less:
+                return ""
+            return _said(best, against, aim) if aim else f"nothing says whether it is better than {best} in {self.goal}"
+        worse = any(each.difference == "more" for each in against if each is not aim)
+        better = any(each.difference == "less" for each in against) or (aim is not None and aim.is_less)
+        may_be_slower = self.goal == "latency" and self.max_slowdown is not None
+        if (aim is not None and aim.is_more and not may_be_slower) or (worse and not better):
+            return _said(best, against, aim)
+        return ""
+
+    def _too_slow(self, against: Sequence[Comparison]) -> str:
+        """Return that a stage is slower than it may be beside the original, or ""."""
+        one = next((each for each in against if each.measure == "latency" and each.threads == 1), None)
+        if self.max_slowdown is None or one is None or not one.is_more or (one.ratio.low or 0) <= 1 + self.max_slowdown:
+            return ""
+        return f"{_said('original', against, one)}; --max-slowdown allows {1 + self.max_slowdown:.4g} of its time"
 
     def _loss(self, stage: Stage) -> str:
         """Return what a stage loses and what it may, as a sentence goes on."""
         if stage.drop is None:
             return f"no output can be compared by {self.metric}, so nothing says what it loses"
+        if self.metric == "accuracy" and stage.accuracy is not None:
+            return f"{stage.accuracy}, {100 * self.max_drop:.4g} may be lost"
         if self.metric == "top-1" and stage.top1 is not None:
             rows = max(each.rows for each in stage.agreements)
             return f"{round(stage.drop * rows)} of {rows} decisions differ from the original's ({stage.drop:.1%}), {self.max_drop:.1%} may"
@@ -90,10 +150,21 @@ class Judge:
         spoiled = next((each for each in stage.agreements if each.relative == float("inf") and each.note), None)
         if spoiled:
             return f"{spoiled.note} in output '{spoiled.output}'"
-        if self.chosen or not row_outputs(index):
+        if self.chosen or self.metric == "accuracy" or not row_outputs(index):
             return self._loss(stage)
         other = "error judges it by the error of the outputs" if self.metric == "top-1" else "top-1 judges a classifier by its decisions"
         return f"{self._loss(stage)} (--metric {other})"
+
+
+def _said(other: StageName, found: Sequence[Comparison], aim: Comparison | None = None) -> str:
+    """Return what a stage is beside another: what decides first, then what speaks for it and against it, as a sentence goes on."""
+    rest = [each for each in found if each is not aim]
+    sides = {"for it": [e for e in rest if e.is_less], "against it": [e for e in rest if e.is_more]}
+    parts = [str(aim)] if aim else []
+    parts += [f"{side}: {', '.join(map(str, each))}" for side, each in sides.items() if each]
+    same = [each for each in rest if not each.is_less and not each.is_more]
+    parts += [", ".join(map(str, same))] if same else []
+    return f"beside {other}, {'; '.join(parts)}" if parts else ""
 
 
 def unverified_warning(parity: Parity | None) -> Iterator[str]:
@@ -103,7 +174,7 @@ def unverified_warning(parity: Parity | None) -> Iterator[str]:
         yield f"the whole model was not verified{hint}: {parity.reason or parity}"
 
 
-def warnings_about(stages: Sequence[Stage], latency: Sequence[Latency], metric: Metric, shipped: Shipped | None) -> Iterator[str]:
+def warnings_about(stages: Sequence[Stage], metric: Metric, max_drop: float, shipped: Shipped | None) -> Iterator[str]:
     """Yield what the figures do not say by themselves."""
     skipped: dict[str | None, list[str]] = {}
     for each in stages[0].agreements:
@@ -115,11 +186,12 @@ def warnings_about(stages: Sequence[Stage], latency: Sequence[Latency], metric: 
         else:
             yield f"{len(names)} outputs are not compared ({note}): {first_few(names)}"
     for stage in stages:
-        for each in stage.agreements if metric == "top-1" else ():
+        for each in stage.agreements if metric != "error" else ():
             if each.top1 is None and each.relative is not None and each.relative > METRICS["error"]:
-                yield f"output '{each.output}' of {stage.name} has a relative error of {each.relative:.2g}, which top-1 does not judge"
-    for threads in sorted({row["threads"] for row in latency}):
-        times = {row["model"]: row["median_ms"] for row in latency if row["threads"] == threads}
-        ratio = times["quantized"] / times["folded"] if shipped == "quantized" and "folded" in times else 0
-        if ratio > SLOWER:
-            yield f"quantized takes {ratio:.2f} times as long as folded here, {threads} thread{'s' * (threads > 1)}"
+                yield f"output '{each.output}' of {stage.name} has a relative error of {each.relative:.2g}, which {metric} does not judge"
+        found = stage.accuracy
+        if metric == "accuracy" and stage.name == shipped and found is not None and (found.high or 0) > max_drop:
+            yield (
+                f"{found.labels} labels are too few to prove it: {shipped} may lose up to {100 * (found.high or 0):.1f} points of accuracy,"
+                f" {100 * max_drop:.4g} are allowed"
+            )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fastbn.graph.reasons import FORWARDS
 from fastbn.graph.results import Explanation, Fold, Kept, Rewritten
 
-__all__ = ["explanation_rows", "result_rows", "size_text", "table", "wrapped"]
+__all__ = ["explanation_rows", "result_rows", "size_text", "size_texts", "table", "wrapped"]
 
 # Columns of a line that is not printed to a terminal; columns of joined names above which they are listed below the row.
 WIDTH, LONGEST_NAMES = 160, 72
@@ -101,6 +101,16 @@ def wrapped(lines: Iterable[str], width: int | None = None) -> list[str]:
 def size_text(size: int) -> str:
     """Return a number of bytes as text, in kB or MB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def size_texts(sizes: Sequence[int]) -> list[str]:
+    """Return numbers of bytes as text, in one unit, with two more digits where the sizes would look the same without them."""
+    unit, scale = ("MB", 1e6) if max(sizes, default=0) >= 1e5 else ("kB", 1e3)
+    for digits in (1, 3):
+        texts = [f"{size / scale:.{digits}f} {unit}" for size in sizes]
+        if len(set(texts)) == len(set(sizes)):
+            return texts
+    return [f"{size:,} bytes" for size in sizes]
 
 
 def table(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn.cluster.locations import ending_of, is_folder, is_url, names_in, read_bytes
-from fastbn.deployment.samples import ENDINGS, tensor_in
+from fastbn.deployment.groups import ENDINGS, tensor_in
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
 from fastbn.graph.reasons import first_few
 from fastbn.reestimation.files import ArrayFile, arrays_in, rows_of

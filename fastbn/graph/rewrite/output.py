@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from fastbn.errors import ModelError, StorageError, expected
+from fastbn.graph.digests import Digest
 from fastbn.graph.model.external import external_tensors, location_of
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import PROTOBUF_LIMIT, Source, serialize
@@ -56,6 +57,10 @@ class Prepared:
     def paths(self) -> list[Path]:
         """The paths that are written, the model's first."""
         return [self.path, *self.data.values()]
+
+    def digests(self) -> list[Digest]:
+        """Return the SHA-256 of every file, the model's first; none of what goes through a device, a pipe or an open stream."""
+        return [] if self.replacement is None else self.replacement.digests()
 
     @property
     def committed(self) -> bool:

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastbn.graph.digests import Digest
 from fastbn.graph.rewrite.destination import PathLike, is_stream, storage_errors, write_through
 from fastbn.graph.rewrite.workdir import FILE, JOURNAL, Workdir, identity_of
 from fastbn.interrupts import interrupts_deferred
@@ -66,6 +67,11 @@ class Replacement:
     def size(self) -> int:
         """Return the bytes of all files as they are now."""
         return sum(path.stat().st_size for path in (self.temporary, *(temporary for temporary, _ in self._data)))
+
+    def digests(self) -> list[Digest]:
+        """Return the SHA-256 of the file and of its data files as they are now, by the names that they will have."""
+        pairs = [(self.temporary, self.path), *((temporary, self.path.parent / place.name) for temporary, place in self._data)]
+        return [Digest.of_file(temporary, str(place)) for temporary, place in pairs]
 
     def commit(self, obsolete: Sequence[Path] = ()) -> None:
         """Put the files in place and remove the obsolete data files. An interrupt waits until that is done.
