@@ -50,6 +50,7 @@ from fastbn.cli import main as command
 from fastbn.graph import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "tests" / "models" / "small_cnn.onnx"
 FOLDERS = [ROOT / "tests" / "models", ROOT.parent / "shared"]
 
 GOOD = ("result", "error", "not-a-case")
@@ -116,15 +117,24 @@ def folded(choose: random.Random, data: bytes, folder: Path) -> str:
 
 
 def _by_command(choose: random.Random, path: Path, options: dict[str, Any]) -> str:
-    words = ["fold", str(path), str(path.with_name("out.onnx")), "--force", "--json", str(path.with_name("out.json"))]
-    words += ["--no-verify"] * (not options["verify"]) + ["--as-inference"] * options["as_inference"]
-    words += choose.choice([[], ["--dry-run"], ["-q"], ["--strict"], ["--explain", "*"]])
+    """Hand a model to the command: mostly to fold it, else to compare, time or deploy it."""
+    model, out, chosen = str(path), str(path.with_name("out.onnx")), choose.random()
+    if chosen < 0.7:
+        words = ["fold", model, out, "--force", "--json", str(path.with_name("out.json"))]
+        words += ["--no-verify"] * (not options["verify"]) + ["--as-inference"] * options["as_inference"]
+        words += choose.choice([[], ["--dry-run"], ["-q"], ["--strict"], ["--explain", "*"]])
+    elif chosen < 0.85:
+        words = ["verify", *choose.choice([(model, model), (model, str(SAMPLE)), (str(SAMPLE), model)])]
+    elif chosen < 0.95:
+        words = ["bench", model, "--runs", "1"]
+    else:
+        words = ["deploy", model, out, "--force", "--runs", "1", "--report", str(path.with_name("out.html"))]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         code = command(words)
     said = errors.getvalue()
-    if code not in (0, 2, 3, 5):
+    if code not in (0, 2, 3, 4, 5):
         raise Wrong("traceback" if code == 70 else "differs", f"exit code {code} of {' '.join(words)}: {said}")
-    if said.count("\n") > 1 or (code in (2, 5) and not said.startswith("fastbn: ")):
+    if any(not line.startswith("fastbn: ") for line in said.splitlines()) or (code in (2, 5) and not said.startswith("fastbn: ")):
         raise Wrong("noise", said)
     return "error" if code == 2 else "result"
 
