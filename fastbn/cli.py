@@ -348,11 +348,18 @@ def _fold_all(arguments: Arguments, delivery: Delivery) -> int:
             pass
     for line in zoo.lines() if delivery.json != STREAM else ():
         delivery.mention(line)
-    if zoo.count("parity"):
-        return FAILED
-    if zoo.count("failed", "crashed", "time"):
-        return PARTIAL
-    return UNVERIFIED if zoo.count("unverified") else DONE
+    code = (
+        FAILED
+        if zoo.count("parity")
+        else PARTIAL
+        if zoo.count("failed", "crashed", "time")
+        else UNVERIFIED
+        if zoo.count("unverified")
+        else DONE
+    )
+    if code != DONE:
+        complain(f"fastbn: done, but not all is well: {zoo.lines()[-1]}")
+    return code
 
 
 def _verify(arguments: Arguments, delivery: Delivery) -> int:

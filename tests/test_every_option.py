@@ -120,7 +120,7 @@ def line_of(command, action=None, *values):
     """Return the arguments of a command on good files, one of them replaced; an option without values stands at the end."""
     places = []
     for each in commands()[command]._actions:
-        if not each.option_strings and (each is action or each.nargs != "?"):
+        if not each.option_strings and (each is action or each.nargs != "?") and (each is not action or values):
             places.append(values[0] if each is action else "in.onnx" if each.metavar in READ else "out.onnx")
     words = [command, *LEAST[command]]
     if action is None or not action.option_strings:

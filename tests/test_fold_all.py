@@ -124,6 +124,8 @@ def test_names_that_collide_are_found_first(zoo, tmp_path):
         fold_all(zoo, zoo)
     with pytest.raises(fastbn.StorageError, match=r"no \.onnx file lies in it or below$"):
         fold_all(_empty(tmp_path), tmp_path / "out2")
+    with pytest.raises(fastbn.StorageError, match=r"^Cannot read '.*nothing\.onnx': no such file or folder$"):
+        fold_all(tmp_path / "nothing.onnx", tmp_path / "out")
     for wrong, error in (([], ValueError), ([3], TypeError)):
         with pytest.raises(error, match="at `sources`"):
             fold_all(wrong, tmp_path / "out")
@@ -136,7 +138,8 @@ def _empty(folder):
 
 def test_the_command(zoo, tmp_path, capsys):
     assert main(["fold-all", str(zoo), "--out", str(tmp_path / "out"), "--workers", "2", "--json", str(tmp_path / "rows.jsonl")]) == 4
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("fastbn: done, but not all is well: 3 models: 2 ok, 1 failed; ")
     assert "3 models: 2 ok, 1 failed; BatchNormalization 2 -> 0" in out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["ok", "ok", "failed"]

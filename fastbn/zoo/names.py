@@ -37,6 +37,8 @@ def entries(sources: Iterable[str], out: str) -> list[Entry]:
     found: list[Entry] = []
     for source in sources:
         pairs = list(_below(source, "")) if is_folder(source) else [(each, _last(each)) for each in names_in(source)]
+        if len(pairs) == 1 and pairs[0][0] == source and not is_url(source) and not os.path.lexists(source):
+            raise StorageError(f"Cannot read '{source}': no such file or folder")
         if not pairs:
             raise StorageError(f"Cannot fold the models of '{source}': no .onnx file lies in it or below")
         found += [Entry(path, name, joined(out, name)) for path, name in pairs]
