@@ -10,6 +10,7 @@ X = normal(1, 4, 1, 1, seed=9)
 WEIGHTS = {
     "dw": normal(4, 1, 3, 3),
     "dw1": normal(4, 1, 1, 1, seed=1),
+    "dw4": normal(4, 1, 4, 4, seed=6),
     "full": normal(4, 4, 3, 3, seed=2),
     "half": normal(4, 2, 3, 3, seed=3),
     "b": normal(4, seed=4),
@@ -32,6 +33,11 @@ AROUND = {
     "groups": f"c = {HALF} d = Add(c, x)",
     "the value within the sum": f"c = {DW} e = Add(c, x) f = {FULL} d = Add(e, f)",
     "three operands": f"c = {DW} e = {FULL} d = Sum(c, x, e)",
+    "a subtraction": f"c = {DW} d = Sub(c, x)",
+    "from the value": f"c = {FULL} d = Sub(x, c)",
+    "auto_pad, even": 'c = Conv <group = 4, auto_pad = "SAME_UPPER"> (x, dw4) d = Add(c, x)',
+    "auto_pad, before": 'c = Conv <group = 4, auto_pad = "SAME_LOWER"> (x, dw4) d = Add(c, x)',
+    "auto_pad, none": 'c = Conv <group = 4, auto_pad = "VALID"> (x, dw1) d = Add(c, x)',
 }
 
 
@@ -64,7 +70,6 @@ NOT_AROUND = {
     "another value": "c = Conv <pads = [1,1,1,1]> (u, full, b) d = Add(c, x)",
     "a stride": f"c = Conv <group = 4, pads = [1,1,1,1], strides = [2,2]> (x, dw) {HALVED} d = Add(c, e)",
     "uneven padding": "c = Conv <group = 4, pads = [2,2,0,0], dilations = [2,2]> (x, dw) e = Slice(x, o, l, a) d = Add(c, e)",
-    "a subtraction": f"c = {DW} d = Sub(c, x)",
 }
 LISTS = {"o": np.array([0, 0]), "l": np.array([4, 4]), "a": np.array([2, 3])}
 

@@ -203,8 +203,13 @@ def _added_to_center(conv: Node, affine: Affine, weight: Constant | Requantized)
         return None
     groups, channels = conv.attribute("group", 1), weight.shape[0]
     count = len(weight.shape) - 2
-    pads, dilations = conv.attribute("pads", [0] * 2 * count), conv.attribute("dilations", [1] * count)
-    plain = conv.attribute("auto_pad", b"NOTSET") == b"NOTSET" and all(step == 1 for step in conv.attribute("strides", []))
+    dilations, mode = conv.attribute("dilations", [1] * count), conv.attribute("auto_pad", b"NOTSET")
+    pads = conv.attribute("pads", [0] * 2 * count) if mode == b"NOTSET" else [0] * 2 * count
+    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
+        reach = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=True)]
+        less, more = [size // 2 for size in reach], [size - size // 2 for size in reach]
+        pads = [*less, *more] if mode == b"SAME_UPPER" else [*more, *less]
+    plain = all(step == 1 for step in conv.attribute("strides", []))
     same = all(pads[i] + pads[i + count] == dilations[i] * (size - 1) for i, size in enumerate(weight.shape[2:]))
     if not plain or not same or any(pads[i] % dilations[i] for i in range(count)) or weight.shape[1] * groups != channels:
         return None

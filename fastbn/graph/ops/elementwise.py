@@ -199,12 +199,13 @@ def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Iterab
         passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot == taker or affine.scales]
         skip = None if traveler.skip is None else (taker, traveler.skip)
         yield Transfer(passed_on=passed_on, skip=skip)
-    if affine.scales and traveler.skip is None and node.op != "Sub":
+    if affine.scales and traveler.skip is None:
         yield from _around_operands(node, parts, scales, graph)
 
 
 def _around_operands(node: Node, parts: list[Affine], scales: list[Affine], graph: PresentGraph) -> Iterable[Transfer]:
     """S (a + x) + T = (S a + T + (S - 1) x) + x: an operand x stays as it is where a convolution of x among the others makes up for it.
+    S (a - x) + T = (S a + T - (S - 1) x) - x, S (x - a) + T = x - (S a - T - (S - 1) x).
 
     With a small S the two x nearly cancel, and what is left is their rounding errors, which are 1 / S as large beside it.
     """
@@ -213,16 +214,16 @@ def _around_operands(node: Node, parts: list[Affine], scales: list[Affine], grap
     for stays, value in enumerate(node.inputs):
         if value is None:
             continue
-        skip = Skip(graph.source(value), _less_one(parts[stays]))
+        skip = Skip(graph.source(value), _less_one(parts[stays], -1.0 if node.op == "Sub" else 1.0))
         for taker in range(len(parts)):
             if taker != stays:
                 passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot != stays]
                 yield Transfer(passed_on=passed_on, skip=(taker, skip))
 
 
-def _less_one(affine: Affine) -> Affine:
+def _less_one(affine: Affine, sign: float) -> Affine:
     zeros = np.zeros_like(affine.shift)
-    return Affine(affine.scale - 1, zeros, affine.axis, affine.rank, zeros)
+    return Affine(sign * (affine.scale - 1), zeros, affine.axis, affine.rank, zeros)
 
 
 def _sum_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
