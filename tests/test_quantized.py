@@ -395,3 +395,10 @@ def test_a_quantized_bias_of_two_directions_has_a_step_per_step_of_its_axis(axis
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == ["quantised"]
     assert "whole number of steps" in result.kept[0].reason
+
+
+def test_where_the_shift_may_stay_the_reason_is_that_of_the_scale():
+    """A MatMul has no bias, but an Add could keep the shift: what has no negative is in the way."""
+    lowest = np.full((6, 4), -128, np.int8)
+    text = "(float[N,6] x) => (float y) { w = DequantizeLinear(q, sc) c = MatMul(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    assert "leave the range of int8" in refuses(model(text, q=lowest, sc=np.float32(0.01), **norm(4)), "quantised")

@@ -118,12 +118,14 @@ def test_a_refusal_holds_while_the_graph_is_the_same():
     view, nodes = viewed()
     node = nodes["y"]
     assert not view.is_refused(node, "split")
-    view.note_refused(node, "rearrange")
+    behind, ahead = Refusal("reads-input", "behind"), Refusal("unused", "ahead")
+    view.note_refused(node, "rearrange", behind, ahead)
+    assert view.refused(node) == (behind, ahead)
     assert [view.is_refused(node, strategy) for strategy in ("plain", "rearrange", "split")] == [False, True, True]
     assert not view.is_refused(nodes["z"], "split")
     view.remove(nodes["d"], nodes["b"].outputs[0])
     assert not view.is_refused(node, "rearrange")
-    view.note_refused(node, "plain")
+    view.note_refused(node, "plain", behind, ahead)
     assert [view.is_refused(node, strategy) for strategy in ("plain", "rearrange")] == [True, False]
     view.owner[nodes["a"]] = Plan()
     assert not view.is_refused(node, "plain")

@@ -60,7 +60,7 @@ def place(
     """Return where the affine of a lifted node, or of those from it to `last`, goes; raises Refusal where there is no place."""
     origin = Origin(node, view.source(view.data(node)))
     if strategy == "split" and view.is_refused(node, strategy):
-        return _split(origin, affine, view, record, Refusal("no-absorber", "nothing has changed since it was refused"))
+        return _split(origin, affine, view, record, *view.refused(node))
     try:
         return Placement(Search(view, origin, strategy, record).backward(origin.value, affine, node, view.data_slot(node)))
     except Refusal as refusal:
@@ -71,12 +71,16 @@ def place(
         return Placement(plan, forward=True)
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
-    view.note_refused(node, strategy)
-    code = behind.code if _weight(behind.code, view) <= _weight(ahead.code, view) else ahead.code
-    both = Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
+    view.note_refused(node, strategy, behind, ahead)
     if strategy == "split":
-        return _split(origin, affine, view, record, both)
-    raise both
+        return _split(origin, affine, view, record, behind, ahead)
+    raise _both(behind, ahead, view)
+
+
+def _both(behind: Refusal, ahead: Refusal, view: GraphView) -> Refusal:
+    """Return the refusal that has the reasons of both directions, and the code of the one that says more."""
+    code = behind.code if _weight(behind.code, view) <= _weight(ahead.code, view) else ahead.code
+    return Refusal(code, f"backwards: {behind.sentence}{FORWARDS}{ahead.sentence}")
 
 
 def place_constant(node: Node, constant: Tensor, view: GraphView) -> Placement:
@@ -114,14 +118,19 @@ def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Pla
             raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
 
 
-def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | None, refusal: Refusal) -> Placement:
-    """Return a placement that leaves the shift in an Add; raises `refusal` where there is none."""
-    for way in (_keep_shift_backward, _keep_shift_forward) if view.keeps_shifts() else ():
+def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | None, behind: Refusal, ahead: Refusal) -> Placement:
+    """Return a placement that leaves the shift in an Add; Refusal where there is none.
+
+    Where only the shift was in the way, of what is behind or ahead, the refusal names what is in the way of the scale.
+    """
+    refused = [behind, ahead]
+    for at, way in enumerate((_keep_shift_backward, _keep_shift_forward) if view.keeps_shifts() else ()):
         try:
             return way(origin, affine, view, record)
-        except Refusal:
-            pass  # `refusal`, which has the reasons of both directions, says more
-    raise refusal
+        except Refusal as refusal:
+            if refused[at].code == "shift-cannot-pass" and refusal.code not in (*VAGUE, "shift-cannot-pass"):
+                refused[at] = refusal.with_traceback(None)
+    raise _both(refused[0], refused[1], view)
 
 
 def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:

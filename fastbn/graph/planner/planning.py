@@ -143,6 +143,9 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
+            elif step == len(STRATEGIES) - 1:  # of a shift that may stay behind, what is in the way of the scale
+                known = {node: refusal for node, refusal in refused.items() if refusals[node].code == "shift-cannot-pass"}
+                refusals.update(known)
             # A fold may have removed what another was refused for: try those again, in reverse, so that one pass frees a whole chain.
             waiting = [node for node in refusals if node not in placed][::-1]
             step = 0 if placed else step + 1

@@ -70,7 +70,7 @@ class GraphView:
         self._affines: dict[Node, Affine | Refusal | None] = {}
         self._checked: set[Node] = set()
         self._data_slots: dict[Node, int] = {}
-        self._refused: dict[Node, tuple[int, int, bool]] = {}
+        self._refused: dict[Node, tuple[tuple[int, int, bool], Refusal, Refusal]] = {}
         self._shapes: dict[Value, Shape] = {}
         self._sizes: dict[Value, Sizes] = {}
         self._uses: dict[Value, _Uses] = {}
@@ -266,13 +266,17 @@ class GraphView:
 
     # ---- plans ----
 
-    def note_refused(self, node: Node, strategy: Strategy) -> None:
-        """Remember that no absorber takes a node's affine in the present graph as it is now, with this strategy."""
-        self._refused[node] = len(self.owner), len(self.removed), strategy != "plain"
+    def note_refused(self, node: Node, strategy: Strategy, behind: Refusal, ahead: Refusal) -> None:
+        """Remember why no absorber takes a node's affine in the present graph as it is now, with this strategy, in both directions."""
+        self._refused[node] = (len(self.owner), len(self.removed), strategy != "plain"), behind, ahead
+
+    def refused(self, node: Node) -> tuple[Refusal, Refusal]:
+        """Return what note_refused has noted of a node last."""
+        return self._refused[node][1:]
 
     def is_refused(self, node: Node, strategy: Strategy) -> bool:
         """Say whether this search has been refused already and nothing has changed since."""
-        return self._refused.get(node) == (len(self.owner), len(self.removed), strategy != "plain")
+        return node in self._refused and self._refused[node][0] == (len(self.owner), len(self.removed), strategy != "plain")
 
     def apply(self, plan: Plan) -> None:
         """Make what a plan changes part of the present graph."""
