@@ -93,7 +93,7 @@ class BatchStats:
         In exact arithmetic the order of merges does not matter. In float64, with u = 2**-53, where no value has been through more than h
         merges, and all means lie within R of each other and within M of zero: a mean is off by at most ``h * u * (M + 4 * R)``, and m2,
         of n values with standard deviation s, by at most ``h * u * m2 * (8 + 4 * (M + 4 * R) / s)``, to first order. A chain over k
-        parts has h = k, a tree the logarithm. One order gives one result to the last bit.
+        parts has h = k, a tree the logarithm. One order gives one result to the last bit. Derived in docs/numerics.md: merging statistics.
 
         Examples
         --------

@@ -25,7 +25,7 @@ from sketch import classifier, normal
 
 from fastbn import arguments
 from fastbn.cli import COMMANDS, main
-from fastbn.deployment import pipeline
+from fastbn.deployment import stages
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="files and users of POSIX")
 
@@ -74,6 +74,7 @@ NAMES_OF_NONE = ["in.onnx/", "new.onnx/", "in.onnx/below", "", "n" * 300, "nowhe
 USABLE = {
     **{("deploy", "--seed", value): "a seed" for value in ("zero", "in other digits")},
     **{("deploy", "--max-drop", value): "a part from 0 to 1" for value in ("zero",)},
+    **{("deploy", "--max-slowdown", value): "how much slower" for value in ("zero", "a fraction", "in other digits")},
     **{("deploy", "--quantize-timeout", value): "some seconds" for value in ("a fraction", "in other digits")},
     **{("deploy", option, "huge"): "as many as there are" for option in ("--samples", "--min-samples")},
     **{("deploy", option, "in other digits"): "a number" for option in ("--runs", "--samples", "--min-samples")},
@@ -158,7 +159,7 @@ def _here(monkeypatch):
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(pipeline, "resident_mb", lambda path: None)
+    monkeypatch.setattr(stages, "resident_mb", lambda paths: {})
     proto = classifier()
     (folder / "in.onnx").write_bytes(proto.SerializeToString())
     onnx.save(proto, folder / "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)

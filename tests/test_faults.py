@@ -232,9 +232,9 @@ def test_a_data_file_that_changes_meanwhile(command, change, here, capfd, monkey
         return made
 
     changes = []
-    for module in ("graph.runtime", "graph.bench", "deployment.pipeline"):
+    for module in ("graph.runtime", "graph.timing", "deployment.pipeline", "deployment.stages"):
         monkeypatch.setattr(f"fastbn.{module}.session", changing)
-    monkeypatch.setattr("fastbn.deployment.pipeline.resident_mb", lambda path: None)
+    monkeypatch.setattr("fastbn.deployment.stages.resident_mb", lambda paths: {})
     onnx.save(conv_bn(), "other.onnx")
     line = {
         "fold": ["large.onnx", "out.onnx", "-q"],

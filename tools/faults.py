@@ -29,7 +29,7 @@ import onnxruntime
 
 import fastbn
 from fastbn.cli import main as command
-from fastbn.deployment import pipeline
+from fastbn.deployment import stages
 from fastbn.graph.rewrite import writer
 
 # What changes files, and what makes sure that they are on the disk.
@@ -288,7 +288,7 @@ def main():
     folder = arguments.folder.absolute()
     folder.mkdir()
     writer.LARGEST_INLINE = 0
-    pipeline.resident_mb = lambda path: None  # a process each time
+    stages.resident_mb = lambda paths: {}  # a process each time
     warm_up(folder)
     total = wrong = 0
     for place in places(folder):

@@ -25,7 +25,7 @@ __all__ = ["ENDINGS", "Array", "Data", "Group", "groups", "only_name", "tensor_i
 Array: TypeAlias = NDArray[Any]
 
 # What is read: a path, an array or a tensor of any framework, arrays by name, or an iterable of what batches of a loader may be.
-Data: TypeAlias = str | os.PathLike[str] | ArrayLike | Mapping[str, ArrayLike] | Iterable[Any]
+Data: TypeAlias = str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Any]
 
 # What a folder of samples may hold; anything else in it is left alone.
 ENDINGS = (".npz", ".npy", ".pb")

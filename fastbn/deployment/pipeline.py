@@ -359,7 +359,7 @@ class _Pipeline:
         self, stages: list[Stage], files: Mapping[StageName, Path], samples: Samples
     ) -> tuple[list[Stage], list[Timings], dict[str, list[float]]]:
         """Return the stages, those that run measured, their latency and their memory."""
-        paths = {stage.name: files[stage.name] for stage in stages if stage.refused is None}
+        paths: dict[StageName, Path] = {stage.name: files[stage.name] for stage in stages if stage.refused is None}
         if not paths:
             return stages, [], {}
         self._start("measuring latency")

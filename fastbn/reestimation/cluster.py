@@ -221,7 +221,8 @@ class OnCluster:
                 self._parameters,
                 self._run,
             )
-            self._sizes = self._result(probe, [], lambda done, count: None)
+            sizes: list[int] = self._result(probe, [], lambda done, count: None)
+            self._sizes = sizes
         return min(len(self._bundles), task.memory * self.workers // max(1, self._sizes[level - 1] * self._width))
 
     def _model(self, number: int) -> Future:

@@ -96,11 +96,12 @@ def deferred_partitions(data: Any, inputs: Batches, batch: int, most: int | None
     arrays = data if isinstance(data, Mapping) else {inputs.only("data"): data} if hasattr(data, "rechunk") else None
     if arrays is not None:
         return _of_arrays(arrays, inputs, batch, most)
-    if not hasattr(data, "to_delayed") or not hasattr(data, "npartitions") or hasattr(data, "columns"):
+    to_delayed = getattr(data, "to_delayed", None)
+    if to_delayed is None or not hasattr(data, "npartitions") or hasattr(data, "columns"):
         raise ArgumentTypeError(expected("a dask.array, a dict of them, or a dask.bag of dicts", type(data).__name__, "data"))
     if most is not None:
         raise ArgumentError("Cannot take some samples of a dask.bag: how many it has is not known; bag.take or bag.random_sample may help")
-    return [Deferred(f"partition {number} of the bag", True, batch, part) for number, part in enumerate(data.to_delayed())]
+    return [Deferred(f"partition {number} of the bag", True, batch, part) for number, part in enumerate(to_delayed())]
 
 
 def _of_arrays(arrays: Mapping[str, Any], inputs: Batches, batch: int, most: int | None) -> list[Deferred]:

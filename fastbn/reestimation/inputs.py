@@ -82,7 +82,7 @@ class Batches(Inputs):
 
     def _is_open(self, name: str) -> bool:
         shape = self.shapes[name]
-        return bool(shape) and shape is not None and shape[0] is None
+        return shape is not None and len(shape) > 0 and shape[0] is None
 
     def joined(self, feeds: Sequence[Feed], batch: int) -> list[Feed]:
         """Return feeds of up to `batch` rows, joined from neighbors whose other sizes are the same."""
@@ -94,7 +94,7 @@ class Batches(Inputs):
             else:
                 groups.append([feed])
         return [
-            group[0] if len(group) == 1 else {name: np.concatenate([feed[name] for feed in group]) for name in feed} for group in groups
+            group[0] if len(group) == 1 else {name: np.concatenate([feed[name] for feed in group]) for name in group[0]} for group in groups
         ]
 
     def _are_alike(self, feed: Feed, other: Feed) -> bool:

@@ -260,7 +260,7 @@ def _pieces(data: Data, inputs: Batches) -> Iterator[Rows | Whole]:
     elif isinstance(data, np.ndarray):
         yield from rows_of_arrays("data", {inputs.only("data"): data}, inputs)
     elif isinstance(data, Mapping):
-        yield from rows_of_arrays("data", {name: np.asanyarray(array) for name, array in data.items()}, inputs)
+        yield from rows_of_arrays("data", {str(name): np.asanyarray(array) for name, array in data.items()}, inputs)
     elif isinstance(data, Iterable):
         for number, item in enumerate(data):
             if isinstance(item, (str, os.PathLike)):

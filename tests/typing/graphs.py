@@ -62,11 +62,11 @@ def show(number: int, total: int, step: str, detail: str) -> None:
 
 fastbn.deploy("in.onnx", progress=show, workdir="folder", only="bn", skip=None, input_shapes=None, freeze_inputs=False, seed=0)
 assert_type(deployment.fold, fastbn.FoldResult)
-assert_type(deployment.shipped, Literal["folded", "quantized"] | None)
+assert_type(deployment.shipped, Literal["original", "folded", "quantized"] | None)
 assert_type(deployment.status, Literal["done", "partial", "unverified", "refused"])
 assert_type(deployment.decision, str)
 assert_type(deployment.warnings, tuple[str, ...])
-assert_type(deployment.metric, Literal["top-1", "error"])
+assert_type(deployment.metric, Literal["top-1", "error", "accuracy"])
 assert_type(deployment.save("out.onnx"), list[Path])
 deployment.save_report(Path("report.html"))
 for row in deployment.latency:

@@ -82,7 +82,7 @@ fastbn.deploy("in.onnx", max_drop="1 %")  # error: arg-type
 fastbn.deploy("in.onnx", quantise=True)  # error: call-arg
 fastbn.deploy("in.onnx", progress=print, report=True)  # error: arg-type
 print(deployment.status == "failed")  # error: comparison-overlap
-print(deployment.shipped == "original")  # error: comparison-overlap
+print(deployment.shipped == "int8")  # error: comparison-overlap
 deployment.stage("int8")  # error: arg-type
 print(deployment.stage("folded").drop)  # error: union-attr
 deployment.shipped = "folded"  # error: misc
