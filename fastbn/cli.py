@@ -211,7 +211,9 @@ def _in_place(arguments: Arguments, name: str) -> Path | str:
 
 
 def _beside(arguments: Arguments, name: str, what: str) -> Path | str:
-    return place_beside(name, what) if arguments.chosen_output is None else model_place(arguments.chosen_output, name)
+    """Return OUT, by default a name beside IN."""
+    hint = "; --in-place replaces it" if what == "folded" else ""
+    return place_beside(name, what) if arguments.chosen_output is None else model_place(arguments.chosen_output, name, hint)
 
 
 def _deploy(arguments: Arguments, delivery: Delivery) -> int:

@@ -78,7 +78,7 @@ def limits_in(text: str) -> Limits:
     given: dict[str, str] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name in given:
+        if name in given and name in ("memory", "time"):
             raise ArgumentError(expected(f"one {name}", "two", "--limits"))
         given[name] = value
     memory, seconds = MEMORY.fullmatch(given.pop("memory", "0")), SECONDS.fullmatch(given.pop("time", "0"))

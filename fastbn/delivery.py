@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -65,14 +65,17 @@ def place_beside(name: str, what: str = "folded") -> Path | str:
     return model_place(path.with_name(f"{path.stem}.{what}.onnx"), name)
 
 
-def model_place(output: Path | str, name: str | None) -> Path | str:
-    """Return OUT as a Path or STREAM, checked as far as that is possible without the model; name is IN, None where OUT replaces it."""
+def model_place(output: Path | str, name: str | None, hint: str = "") -> Path | str:
+    """Return OUT as a Path or STREAM, checked as far as that is possible without the model.
+
+    name is IN, None where OUT replaces it; the hint follows the complaint that they are the same file.
+    """
     from fastbn.graph.rewrite.destination import check_destination, descriptor_of
 
     if output == STREAM or descriptor_of(output) == 1:
         return STREAM
     if name is not None and name != STREAM and _is_same(output, name):
-        raise ArgumentError(f"Cannot write '{output}': OUT is IN; --in-place replaces it")
+        raise ArgumentError(f"Cannot write '{output}': OUT is IN{hint}")
     check_destination(output)
     return Path(output)
 
@@ -81,6 +84,10 @@ def _is_same(path: Path | str, other: Path | str) -> bool:
     with contextlib.suppress(ValueError):  # a NUL in a name
         return os.path.realpath(path) == os.path.realpath(other)
     return False
+
+
+def _is_one_of(path: Path | str, others: Iterable[Path | str | None]) -> bool:
+    return any(_is_same(path, other) for other in others if other is not None and other != STREAM)
 
 
 def workdir_of(target: Path | str | None) -> Path | None:
@@ -198,6 +205,9 @@ class Delivery:
         self.target = target
         self.page = page
         self.json = self._json_place(json, inputs, [target, page])
+        for place, read in ((target, inputs[1:]), (page, inputs)):  # the first may be replaced in place
+            if place is not None and place != STREAM and _is_one_of(place, read):
+                raise ArgumentError(f"Cannot write '{place}': it is an input")
         if page is not None:
             check_destination(page)
             if self._page_is_on_stdout() and STREAM in (target, self.json):
@@ -218,7 +228,7 @@ class Delivery:
             return json
         check_destination(json)
         device = is_stream(json) and not os.path.isfile(json) and not Path(json).is_fifo()
-        same = any(_is_same(json, other) for other in (*inputs, *outputs) if other is not None and other != STREAM)
+        same = _is_one_of(json, (*inputs, *outputs))
         if not device and (same or (os.path.isfile(json) and model_in(json) is not None)):
             what = "an input or another output" if same else "a model"
             raise ArgumentError(f"Cannot write the JSON report to '{json}': that is {what}")

@@ -332,7 +332,8 @@ def update_bn(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        No data, or one value per channel; another mode; a loader that can be gone through only once. Nothing has changed then.
+        No data, one value per channel, or values that are not finite; another mode; a loader that can be gone through only once; what is no
+        module or no loader. Nothing has changed then.
     TensorError
         A process group that cannot be used.
 

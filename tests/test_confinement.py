@@ -89,6 +89,12 @@ def test_what_is_no_limit(text):
         limits_in(text)
 
 
+@pytest.mark.parametrize("text", [",", "memory=1G,,", "time=1,cpu=1,cpu=1"])
+def test_what_is_no_name_is_not_asked_for_once(text):
+    with pytest.raises(ArgumentError, match=rf"^Expected memory=SIZE,time=SECONDS, as memory=2G,time=60, got '{text}' - at"):
+        limits_in(text)
+
+
 def test_the_same_result_within_limits(here, capfd):
     assert main(["fold", "in.onnx", "plain.onnx"]) == 0
     plain = capfd.readouterr().out

@@ -48,6 +48,18 @@ BAD = {
         ["in.onnx", "out.onnx", "--json", "in.onnx"],
         "Cannot write the JSON report to 'in.onnx': that is an input or another output",
     ),
+    "OUT over the data": (
+        ["in.onnx", "data.npz", "--data", "data.npz", "--force"],
+        "Cannot write 'data.npz': it is an input",
+    ),
+    "the page over the data": (
+        ["in.onnx", "out.onnx", "--data", "data.npz", "--report", "data.npz", "--force"],
+        "Cannot write 'data.npz': it is an input",
+    ),
+    "labels without data": (
+        ["in.onnx", "out.onnx", "--labels", "y"],
+        "Cannot use labels: there are no data that could hold them (data=, --data)",
+    ),
     "JSON over the data": (
         ["in.onnx", "out.onnx", "--data", "data.npz", "--json", "data.npz"],
         "Cannot write the JSON report to 'data.npz': that is an input or another output",

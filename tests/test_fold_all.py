@@ -136,6 +136,15 @@ def _empty(folder):
     return folder / "empty"
 
 
+def test_folders_that_lead_back_are_not_entered(zoo, tmp_path):
+    (zoo / "below" / "loop").symlink_to(zoo)
+    (zoo / "out").mkdir()
+    onnx.save(good(), zoo / "out" / "a.onnx")  # of an earlier run
+    for out in (str(zoo / "out"), f"{zoo}/below/../out/"):
+        assert sorted(each.name for each in entries([str(zoo)], out)) == ["a.onnx", "below/c.onnx", "broken.onnx"]
+    assert len(entries([str(zoo)], str(tmp_path / "out"))) == 4
+
+
 def test_the_command(zoo, tmp_path, capsys):
     assert main(["fold-all", str(zoo), "--out", str(tmp_path / "out"), "--workers", "2", "--json", str(tmp_path / "rows.jsonl")]) == 4
     out, err = capsys.readouterr()

@@ -150,6 +150,20 @@ def test_the_run_in_the_readme_is_a_real_one(tmp_path, capsys, monkeypatch):
     assert re.sub(numbers, "#", shown, flags=re.MULTILINE) in readme
 
 
+@pytest.mark.parametrize(("out", "message"), [
+    ("in.onnx", "Cannot write 'in.onnx': OUT is IN"),
+    ("data.npy", "Cannot write 'data.npy': it is an input"),
+])  # fmt: skip
+def test_an_input_is_never_written_over(out, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(ONE, "in.onnx")
+    np.save("data.npy", normal(8, 2))
+    before = Path(out).read_bytes()
+    assert main(["reestimate", "in.onnx", out, "--data", "data.npy", "--force", "--workers", "0"]) == 2
+    assert capsys.readouterr().err == f"fastbn: {message}\n"
+    assert Path(out).read_bytes() == before
+
+
 # ---- types, places and shapes of models ----
 
 

@@ -122,6 +122,21 @@ def test_a_shared_module_has_the_statistics_of_all_its_calls():
     assert net.norm.running_var.item() == pytest.approx(values.var(ddof=1), rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["population", "one-pass"])
+def test_a_module_that_is_called_by_keyword(mode):
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    net = Named()
+    update_bn(net, torch.arange(20.0).reshape(10, 2).split(4), mode=mode)
+    assert net.norm.running_mean.tolist() == [9, 10]
+
+
 def test_loaders():
     x = torch.arange(20.0).reshape(10, 2)
     dataset = torch.utils.data.TensorDataset(x, torch.zeros(10))
@@ -140,6 +155,14 @@ def test_loaders():
     (lambda net: update_bn(net, [torch.zeros(1, 2)]), "Expected more than 1 value per channel, got 1 - at `loader`"),
     (lambda net: update_bn(net, iter([torch.zeros(4, 2)])), "Expected a loader that can be gone through again, or mode='one-pass', got .*"),
     (lambda net: update_bn(net, [torch.zeros(4, 2)], mode="fast"), "Expected population or one-pass, got 'fast' - at `mode`"),
+    (lambda net: update_bn(net, iter([]), mode="one-pass"), "Expected more than 1 value per channel, got 0 - at `loader`"),
+    (
+        lambda net: update_bn(net, [torch.zeros(4, 2), torch.tensor([[1.0, float("nan")]])]),
+        "Expected finite values, got NaN or Inf in the input of a BatchNorm1d - at `loader`",
+    ),
+    (lambda net: update_bn(net, [torch.full((4, 2), float("inf"))], mode="one-pass"), "Expected finite values, got NaN or Inf in .*"),
+    (lambda net: update_bn(net, None), "Expected an iterable of batches, got NoneType - at `loader`"),
+    (lambda net: update_bn([torch.zeros(4, 2)], net), r"Expected a torch\.nn\.Module, got list - at `model`"),
     (lambda net: update_bn(net, [torch.zeros(4, 2)], process_group="world"), r"Cannot share .*: torch\.distributed is not init.*"),
     (lambda net: update_bn(net, [torch.zeros(4, 2), torch.zeros(4, 3)]), "mat1 and mat2 shapes cannot be multiplied.*"),
 ])  # fmt: skip

@@ -39,6 +39,10 @@ def update(model: torch.nn.Module, loader: Iterable[Any], mode: Mode, process_gr
     """Do as `fastbn.torch.update_bn` says."""
     if mode not in MODES:
         raise ArgumentError(expected(" or ".join(MODES), repr(mode), "mode"))
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentTypeError(expected("a torch.nn.Module", type(model).__name__, "model"))
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise ArgumentTypeError(expected("an iterable of batches", type(loader).__name__, "loader"))
     if mode == "population" and iter(loader) is loader:
         raise ArgumentTypeError(expected("a loader that can be gone through again, or mode='one-pass'", type(loader).__name__, "loader"))
     model = _unwrapped(model)
@@ -122,7 +126,7 @@ class _Job:
         """Return (batch normalization, calls in a forward) in the order of the first call, from the first batch that any process has."""
         calls: dict[_Norm, int] = {}
 
-        def count(norm: _Norm, inputs: Any) -> None:
+        def count(norm: _Norm, inputs: Any, named: Any) -> None:
             calls[norm] = calls.get(norm, 0) + 1
 
         has_data = False
@@ -148,10 +152,10 @@ class _Job:
         found: dict[_Norm, BatchStats] = {norm: _nothing(norm) for norm in wanted}
         left: dict[_Norm, int] = {}
 
-        def take(norm: _Norm, inputs: Any) -> None:
+        def take(norm: _Norm, inputs: Any, named: Any) -> None:
             if norm not in wanted:
                 return
-            found[norm] = found[norm].merge(_stats_of(inputs[0]))
+            found[norm] = found[norm].merge(_stats_of((*inputs, *named.values())[0]))
             left[norm] -= 1
             # Not before a shared one has given what its last call reads.
             if left[norm] == 0:
@@ -174,19 +178,22 @@ class _Job:
             yield batch if self.device is None else batch.to(self.device)
 
     def _set(self, only: _Norm | None, found: dict[_Norm, BatchStats]) -> None:
+        is_empty = not self.batches and not any(stats.count for stats in found.values())
         for norm, stats in found.items():
-            if stats.count == 0 and only is None:  # never called: it keeps what it has
+            if stats.count == 0 and only is None and not is_empty:  # never called: it keeps what it has
                 continue
             if stats.count < 2:
                 raise ArgumentError(expected("more than 1 value per channel", str(stats.count), "loader"))
+            if not (np.isfinite(stats.mean).all() and np.isfinite(stats.m2).all()):
+                raise ArgumentError(expected("finite values", f"NaN or Inf in the input of a {type(norm).__name__}", "loader"))
             kernels.update_running(norm.running_mean, norm.running_var, stats, 1.0)
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.fill_(self.batches)
 
 
 @contextlib.contextmanager
-def _hooked(norms: Sequence[_Norm], hook: Callable[[_Norm, Any], None]) -> Iterator[None]:
-    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+def _hooked(norms: Sequence[_Norm], hook: Callable[[_Norm, Any, Any], None]) -> Iterator[None]:
+    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]
     try:
         yield
     finally:

@@ -110,6 +110,8 @@ class Options:
             raise ArgumentError(expected(f"{', '.join(GOALS[:-1])} or {GOALS[-1]}", repr(self.goal), "goal"))
         if self.labels is not None and not isinstance(self.labels, str):
             raise ArgumentTypeError(expected("the name of an array", type(self.labels).__name__, "labels"))
+        if self.labels is not None and self.data is None:
+            raise ArgumentError("Cannot use labels: there are no data that could hold them (data=, --data)")
         if self.max_slowdown is not None:
             self._set("max_slowdown", number_between(self.max_slowdown, "max_slowdown", 0, MOST_SLOWDOWN, "a part, 0 or more"))
         if self.max_drop is not None:

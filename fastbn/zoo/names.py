@@ -25,7 +25,7 @@ class Entry:
 def entries(sources: Iterable[str], out: str) -> list[Entry]:
     """Return the models of some sources, every name once.
 
-    A folder stands for the .onnx files in it and below, whose places below it are kept; of anything else the file name is.
+    A folder stands for the .onnx files in it and below, whose places below it are kept, without those in `out`; of anything else the file name is.
 
     Raises
     ------
@@ -36,7 +36,9 @@ def entries(sources: Iterable[str], out: str) -> list[Entry]:
     """
     found: list[Entry] = []
     for source in sources:
-        pairs = list(_below(source, "")) if is_folder(source) else [(each, _last(each)) for each in names_in(source)]
+        pairs = (
+            list(_below(source, "", frozenset({_real(out)}))) if is_folder(source) else [(each, _last(each)) for each in names_in(source)]
+        )
         if len(pairs) == 1 and pairs[0][0] == source and not is_url(source) and not os.path.lexists(source):
             raise StorageError(f"Cannot read '{source}': no such file or folder")
         if not pairs:
@@ -53,14 +55,19 @@ def entries(sources: Iterable[str], out: str) -> list[Entry]:
     return list(taken.values())
 
 
-def _below(folder: str, prefix: str) -> Iterable[tuple[str, str]]:
-    """Yield (path, name below the folder) of the models in a folder and below."""
+def _below(folder: str, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, str]]:
+    """Yield (path, name below the folder) of the models in a folder and below.
+
+    above are folders that are not entered: that of the results, which may lie in it, and those above, which a link may lead back to.
+    """
+    above |= {_real(folder)}
     for path in names_in(folder):
         name = _last(path)
         if name.startswith("."):
             continue
         if is_folder(path):
-            yield from _below(path, f"{prefix}{name}/")
+            if _real(path) not in above:
+                yield from _below(path, f"{prefix}{name}/", above)
         elif name.endswith(".onnx"):
             yield path, prefix + name
 
@@ -70,4 +77,4 @@ def _last(path: str) -> str:
 
 
 def _real(path: str) -> str:
-    return path if is_url(path) else os.path.realpath(path)
+    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
