@@ -19,7 +19,9 @@ RANGES = {
 
 # Option -> values of another type.
 KINDS = {
-    **{name: [2.5, float("nan"), "3", None, True, [1]] for name in [*COUNTS, "seed"]},
+    **{name: [2.5, float("nan"), "3", None, True, [1]] for name in ["most_samples", "min_samples", "seed"]},
+    "runs": [2.5, float("nan"), "3", True, [1]],  # None: as many as it takes
+    **{name: ["no", 1, None] for name in ("quantize", "ignore_unknown", "per_tensor")},
     "max_drop": ["0.1", True, [0.1], 1j],
     "quantize_timeout": ["9", None, True],
 }

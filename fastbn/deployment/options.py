@@ -108,6 +108,9 @@ class Options:
             raise ArgumentError(expected(f"auto, {' or '.join(METRICS)}", repr(self.metric), "metric"))
         if self.goal not in GOALS:
             raise ArgumentError(expected(f"{', '.join(GOALS[:-1])} or {GOALS[-1]}", repr(self.goal), "goal"))
+        for name in ("quantize", "ignore_unknown", "per_tensor"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(expected("True or False", type(getattr(self, name)).__name__, name))
         if self.labels is not None and not isinstance(self.labels, str):
             raise ArgumentTypeError(expected("the name of an array", type(self.labels).__name__, "labels"))
         if self.labels is not None and self.data is None:

@@ -25,7 +25,8 @@ class Entry:
 def entries(sources: Iterable[str], out: str) -> list[Entry]:
     """Return the models of some sources, every name once.
 
-    A folder stands for the .onnx files in it and below, whose places below it are kept, without those in `out`; of anything else the file name is.
+    A folder stands for the .onnx files in it and below, whose places below it are kept, without those in `out`; of anything else the file
+    name is.
 
     Raises
     ------
