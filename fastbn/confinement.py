@@ -41,12 +41,18 @@ READY, GO = b"r", b"g"
 
 # The program of the process. argv[1] is a list of what it needs, in JSON.
 PROGRAM = """\
+import signal
+is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if is_ours:  # until there is something to tidy up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json, sys
 path, words, memory, seconds, closed, ends = json.loads(sys.argv[1])
 sys.path[:] = path
 from fastbn.confinement import confine
 confine(memory, seconds, closed, *ends)
 from fastbn.cli import main
+if is_ours:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(words))
 """
 
@@ -136,6 +142,8 @@ def confined(words: Sequence[str], limits: Limits, closed: Collection[str], what
             os.close(end)
     if is_ready is None:
         raise Ended(f"Cannot {what}: it took more than {limits.seconds:g} s", True)
+    if code == -signal.SIGINT and not is_ready:  # before the command could say so itself
+        raise KeyboardInterrupt
     if code < 0:
         raise Ended(f"Cannot {what}: the work was ended by {_signal_name(-code)}", not is_ready)
     return code

@@ -95,6 +95,13 @@ def test_what_is_no_name_is_not_asked_for_once(text):
         limits_in(text)
 
 
+def test_an_interrupt_before_the_command_has_begun(monkeypatch):
+    ends_itself = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
+    monkeypatch.setattr(confinement, "PROGRAM", ends_itself)
+    with pytest.raises(KeyboardInterrupt):
+        confinement.confined(["fold"], Limits(seconds=60), (), "fold")
+
+
 def test_the_same_result_within_limits(here, capfd):
     assert main(["fold", "in.onnx", "plain.onnx"]) == 0
     plain = capfd.readouterr().out

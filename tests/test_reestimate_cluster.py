@@ -177,7 +177,7 @@ def test_a_scheduler_with_workers_of_its_own(tmp_path, environment, wanted, caps
         assert (tmp_path / "own.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
 
 
-def test_a_scheduler_that_cannot_be_reached(tmp_path, capsys):
+def test_a_scheduler_that_cannot_be_reached(tmp_path, capsys, monkeypatch):
     onnx.save(branches(), tmp_path / "in.onnx")
     np.save(tmp_path / "x.npy", X)
     with socket.socket() as taken:  # bound and not listening: nobody answers there
@@ -190,8 +190,10 @@ def test_a_scheduler_that_cannot_be_reached(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"fastbn: Cannot reach the scheduler at '{address}': ")
     assert error.count("\n") == 1
-    assert main([*command, "--scheduler", "nonsense"]) == 2
-    assert capsys.readouterr().err.startswith("fastbn: Cannot reach the scheduler at 'nonsense': ")
+    monkeypatch.setattr("distributed.Client", None)  # one that is not made in the end waits when it is removed
+    for nonsense in ("nonsense", "", "tcp://"):
+        assert main([*command, "--scheduler", nonsense]) == 2
+        assert capsys.readouterr().err.startswith(f"fastbn: Cannot reach the scheduler at '{nonsense}': missing port number")
     assert not (tmp_path / "out.onnx").exists()
 
 

@@ -102,6 +102,9 @@ def _silent_logs() -> Iterator[None]:
 
 def _client_of(distributed: Any, scheduler: str) -> Client:
     try:
+        kind, place = distributed.comm.parse_address(scheduler)
+        if kind in ("tcp", "tls"):  # a client that is not made in the end waits when it is removed
+            distributed.comm.parse_host_port(place)
         return distributed.Client(scheduler, timeout=ANSWER, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0].strip() or f"no answer in {ANSWER} s"
