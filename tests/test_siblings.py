@@ -54,7 +54,6 @@ NO_SIBLINGS = {
     ),
     "of another value": repvgg("Conv <pads = [1,1,1,1]>", more="e = Conv <pads = [1,1,1,1]> (x, w)", tail="d = Add(e, n)"),
     "sibling read twice": repvgg("Conv <pads = [1,1,1,1]>", more="e = Mul(c, c)", tail="f = Add(c, n) d = Add(e, f)"),
-    "auto_pad": repvgg('Conv <auto_pad = "SAME_UPPER">'),
     "Sub": repvgg("Conv <pads = [1,1,1,1]>", tail="d = Sub(c, n)"),
 }
 

@@ -19,14 +19,19 @@ def run(environment, *options):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and signals as Linux has them")
 def test_callers_children_settings_and_signals_at_once(environment):
-    result = run(environment, "--seconds", "5", "--callers", "4", "--calls", "24")
-    assert result.returncode == 0, result.stdout + result.stderr
-    counts = {
-        what: (int(count), int(wrong)) for what, count, wrong in re.findall(r"^(.+): (\d+), (\d+) wrong$", result.stdout, re.MULTILINE)
-    }
-    assert sum(wrong for _, wrong in counts.values()) == 0
-    done = {what for what, (count, _) in counts.items() if count}
-    assert done >= {"random_call", "settings changed", "child, fork", "child, RLIMIT_NPROC: right", "call on the main thread", "SIGINT"}
+    kinds = {"random_call", "settings changed", "child, fork", "child, RLIMIT_NPROC: right", "call on the main thread", "SIGINT"}
+    done = set()
+    for seconds in (5, 20, 60):  # a busy machine needs longer for some of each kind
+        result = run(environment, "--seconds", str(seconds), "--callers", "4", "--calls", "24")
+        assert result.returncode == 0, result.stdout + result.stderr
+        counts = {
+            what: (int(count), int(wrong)) for what, count, wrong in re.findall(r"^(.+): (\d+), (\d+) wrong$", result.stdout, re.MULTILINE)
+        }
+        assert sum(wrong for _, wrong in counts.values()) == 0
+        done |= {what for what, (count, _) in counts.items() if count}
+        if done >= kinds:
+            break
+    assert done >= kinds
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -120,7 +120,8 @@ def test_a_deployment_with_such_names(name, locale, here, environment):
     (here / word / f"{word}.onnx").write_bytes(conv_bn().SerializeToString())
     line = f"fastbn deploy {word}/{word}.onnx {word}/out.onnx --quantize --max-drop 1 --runs 1 -q --report {word}/page.html"
     done = shell(line, environment, **locale)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode in (0, 4), done.stderr
+    assert done.stderr.count(b"\n") == (done.returncode == 4)
     assert (here / word / "page.html").exists()
 
 

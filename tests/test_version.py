@@ -83,7 +83,7 @@ def test_a_glob_of_two_models_does_no_harm(here, capsys):
 
 
 def test_the_quantized_form_is_a_version(small_cnn, monkeypatch):
-    made = fastbn.deploy(small_cnn, quantize=True, max_drop=1, metric="error", runs=1)
+    made = fastbn.deploy(small_cnn, quantize=True, max_drop=1, metric="error", goal="size", runs=1)
     assert made.shipped == "quantized"
     assert difference(onnx.load(small_cnn), onnx.ModelProto.FromString(made.to_bytes())) is None
 

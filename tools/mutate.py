@@ -67,7 +67,7 @@ def functions_of(files: Sequence[Path]) -> dict[str, list[FunctionType]]:
     # The package may be an installed copy of these files.
     loaded = {_module(path).__file__: str(path) for path in files if _module_name(path) in sys.modules}
     for value in gc.get_objects():
-        if isinstance(value, FunctionType) and value.__code__.co_filename in loaded:
+        if type(value) is FunctionType and value.__code__.co_filename in loaded:
             functions[loaded[value.__code__.co_filename]].append(value)
     return functions
 
