@@ -77,6 +77,8 @@ class Arguments(argparse.Namespace):
     exclude_nodes: list[str] | None
     weight_type: Literal["auto", "int8", "uint8", "int7"]
     per_tensor: bool
+    data_free: bool
+    float_nodes: int
 
     # Options of many folds.
     sources: list[str]
@@ -184,6 +186,12 @@ def _add_recipe(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("--exclude-nodes", metavar="GLOB", action="append", help="leave nodes of these names in float (repeatable)")
     deploy.add_argument(
         "--weight-type", default="auto", choices=WEIGHT_TYPES, help="of quantized weights; auto: int8, int7 on x86 CPUs without VNNI"
+    )
+    deploy.add_argument(
+        "--data-free", action="store_true", help="calibrate on what the model's own batch normalizations say of real inputs"
+    )
+    deploy.add_argument(
+        "--float-nodes", type=int, default=8, metavar="N", help="nodes that may stay in float where int8 loses too much, worst first (8)"
     )
     deploy.add_argument("--per-tensor", action="store_true", help="one scale for a weight, not one for each of its output channels")
 

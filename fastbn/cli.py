@@ -41,6 +41,7 @@ from fastbn.interrupts import interrupts_deferred, interrupts_ignored, stoppable
 from fastbn.terminal import Progress, Steps, complain, emit, flush
 
 if TYPE_CHECKING:
+    from fastbn.deployment.options import Options
     from fastbn.graph.digests import Digest
 
 __all__ = ["main", "run"]
@@ -216,15 +217,11 @@ def _beside(arguments: Arguments, name: str, what: str) -> Path | str:
     return place_beside(name, what) if arguments.chosen_output is None else model_place(arguments.chosen_output, name, hint)
 
 
-def _deploy(arguments: Arguments, delivery: Delivery) -> int:
-    """Fold the model and verify it, try int8 quantization on request, compare the outputs of every stage with the original's, measure
-    latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
+def _options(arguments: Arguments) -> Options:
+    """Return what is asked of a deployment."""
     from fastbn.deployment.options import Options
-    from fastbn.deployment.pipeline import WRITING, deploy
-    from fastbn.deployment.places import check_paths
-    from fastbn.deployment.report import render
 
-    options = Options(
+    return Options(
         data=arguments.data,
         quantize=arguments.quantize,
         max_drop=arguments.max_drop,
@@ -248,7 +245,19 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
         exclude_nodes=names(arguments.exclude_nodes),
         weight_type=arguments.weight_type,
         per_tensor=arguments.per_tensor,
+        data_free=arguments.data_free,
+        float_nodes=arguments.float_nodes,
     )
+
+
+def _deploy(arguments: Arguments, delivery: Delivery) -> int:
+    """Fold the model and verify it, try int8 quantization on request, compare the outputs of every stage with the original's, measure
+    latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
+    from fastbn.deployment.pipeline import WRITING, deploy
+    from fastbn.deployment.places import check_paths
+    from fastbn.deployment.report import render
+
+    options = _options(arguments)
     name = input_name(arguments.input)
     check_paths(name, arguments.output, arguments.report, arguments.force)
     target = model_place(arguments.output, name)

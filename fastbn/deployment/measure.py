@@ -20,7 +20,7 @@ from fastbn.graph.runtime import runtime_errors, session
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["Kernels", "kernels_of", "load_times", "resident_mb", "size_of"]
+__all__ = ["Kernels", "kernels_of", "load_times", "quick_ms", "resident_mb", "size_of"]
 
 NameT = TypeVar("NameT", bound=str)
 
@@ -29,6 +29,9 @@ LOADS = 3
 
 # What onnxruntime converts between float and integers with; every other kernel that gives floats computes in float.
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
+
+# Runs of a first impression of a latency, and milliseconds that they may take.
+QUICK_RUNS, QUICK_MS = 30, 200.0
 
 FLOATS = ("float", "float16", "bfloat16", "double")
 
@@ -128,6 +131,21 @@ def resident_mb(paths: Mapping[NameT, Path]) -> dict[NameT, list[float]]:
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return found
+
+
+def quick_ms(path: Path, feed: Feed) -> float | None:
+    """Return the median milliseconds of a few runs on one thread, None where it does not run: a first impression, without an interval."""
+    times: list[float] = []
+    try:
+        model = session(str(path), threads=1, optimize=True)
+        model.run(None, feed)
+        while len(times) < QUICK_RUNS and sum(times) < QUICK_MS:
+            start = time.perf_counter()
+            model.run(None, feed)
+            times.append(1e3 * (time.perf_counter() - start))
+    except runtime_errors():
+        return None
+    return float(np.median(times))
 
 
 def kernels_of(path: Path, feed: Feed, folder: Path) -> Kernels | None:

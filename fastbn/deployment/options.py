@@ -12,7 +12,7 @@ from fastbn.graph.job import Globs, InputShapes, checked_globs
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 
-__all__ = ["FEWEST_ROWS", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
+__all__ = ["FEWEST_ROWS", "FLOAT_NODES", "MOST_FEEDS", "QUANTIZE_SECONDS", "Options"]
 
 # Feeds kept of the data, rows that calibrate at least, and seconds that quantizing one model may take.
 MOST_FEEDS, FEWEST_ROWS, QUANTIZE_SECONDS = 256, 8, 300.0
@@ -20,6 +20,9 @@ MOST_FEEDS, FEWEST_ROWS, QUANTIZE_SECONDS = 256, 8, 300.0
 # What a stage may be wanted to be better in, and the largest slowdown that anybody allows.
 GOALS: tuple[Goal, ...] = ("latency", "size", "memory")
 MOST_SLOWDOWN = 1e6
+
+# Nodes that may stay in float where int8 loses too much.
+FLOAT_NODES = 8
 
 # No limit is longer than this many seconds: eleven days.
 LONGEST_SECONDS = 1e6
@@ -70,6 +73,10 @@ class Options:
         "auto" (int8, in 7 bits on x86 without VNNI), "int8", "uint8" or "int7" (int8 from -64 to 63: for x86 CPUs without VNNI).
     per_tensor : bool
         One scale for a weight, not one for each of its output channels.
+    data_free : bool
+        Calibrate on synthetic inputs that fit the means and variances in the model's batch normalizations, not on the data.
+    float_nodes : int
+        How many nodes may stay in float, the worst first, where int8 loses too much (8); 0 for none.
     quantize_timeout : float
         Seconds that onnxruntime's quantizer may take for the model (300); it runs in a process of its own, which is then ended.
 
@@ -102,6 +109,8 @@ class Options:
     exclude_nodes: Globs | None = None
     weight_type: WeightType = "auto"
     per_tensor: bool = False
+    data_free: bool = False
+    float_nodes: int = FLOAT_NODES
 
     def __post_init__(self) -> None:
         if self.metric not in ("auto", *METRICS):
@@ -121,6 +130,7 @@ class Options:
             self._set("max_drop", number_between(self.max_drop, "max_drop", 0, 1, "a part from 0 to 1"))
         for name in ("most_samples", "min_samples", *(["runs"] if self.runs is not None else [])):
             self._set(name, whole_number(getattr(self, name), name, 1))
+        self._set("float_nodes", whole_number(self.float_nodes, "float_nodes", 0))
         self._set("seed", whole_number(self.seed, "seed", 0, LARGEST_SEED))
         what = f"seconds, more than 0 and at most {LONGEST_SECONDS:g}"
         seconds = number_between(self.quantize_timeout, "quantize_timeout", 0, LONGEST_SECONDS, what)

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.data_free import DataFree, data_free, feeds_wanted
 from fastbn.deployment.evidence import Comparison, Goal, comparisons
+from fastbn.deployment.float_search import FloatSearch
 from fastbn.deployment.groups import Data
-from fastbn.deployment.measure import kernels_of
-from fastbn.deployment.options import FEWEST_ROWS, MOST_FEEDS, QUANTIZE_SECONDS, Options
+from fastbn.deployment.measure import kernels_of, quick_ms, size_of
+from fastbn.deployment.options import FEWEST_ROWS, FLOAT_NODES, MOST_FEEDS, QUANTIZE_SECONDS, Options
 from fastbn.deployment.places import Location, call_text, check_paths
 from fastbn.deployment.provenance import now_and_here
-from fastbn.deployment.quantize import QuantizerRefused, quantized_already
+from fastbn.deployment.quantize import Made, QuantizerRefused, quantized_already
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.recipe import Calibration, WeightType
 from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
 from fastbn.deployment.samples import Samples, random_samples, read_samples
 from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.deployment.stages import compared_stages, marks_for, measured_stages, timed
+from fastbn.deployment.trade_off import TradeOff
 from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
 from fastbn.errors import ArgumentError, expected
 from fastbn.graph import job
@@ -89,6 +92,8 @@ def deploy(
     exclude_nodes: Globs | None = None,
     weight_type: WeightType = "auto",
     per_tensor: bool = False,
+    data_free: bool = False,
+    float_nodes: int = FLOAT_NODES,
     progress: Progress | None = None,
     workdir: Location | None = None,
 ) -> Deployment:
@@ -103,16 +108,14 @@ def deploy(
     progress, workdir : optional
         A callable that is told (number, total, step, detail); the folder of intermediate files, by default that of `output`.
 
-    Raises
-    ------
-    FastbnError
-        As in `fold`; the data cannot be used, or a place cannot be written to.
+    Raises FastbnError as `fold` does, and where the data cannot be used, or a place cannot be written to.
     """
     options = Options(
         *(data, quantize, max_drop, metric, labels, ignore_unknown, goal, max_slowdown),
         *(only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed),
         *(runs, most_samples, min_samples, quantize_timeout),
         *(calibration, exclude_nodes, weight_type, per_tensor),
+        *(data_free, float_nodes),
     )
     check_paths(model, output, report, force)
     pipeline = _Pipeline(model, options, call_text(model, output, report, options), progress or (lambda *_: None))
@@ -238,8 +241,12 @@ class _Pipeline:
 
     def _fold(self) -> FoldResult:
         self._start("folding and verifying")
+        return self._folded(self.model, True)
+
+    def _folded(self, model: ModelLike, verify: bool) -> FoldResult:
         return job.fold(
-            self.model,
+            model,
+            verify=verify,
             only=self.options.only,
             skip=self.options.skip,
             input_shapes=self.options.input_shapes,
@@ -253,15 +260,16 @@ class _Pipeline:
     def _try(self, fold: FoldResult, index: Index, given: Samples | None, judge: Judge) -> tuple[_Trial, Verdict]:
         """Try and judge the stages, as far as onnxruntime runs the model and its folded form is right."""
         asked = Quantization(str(self.options.recipe())) if self.options.quantize else None
-        samples, reference, reason = given, None, ""
+        samples, reference, free, reason = given, None, None, ""
         try:
-            reference, samples = self._reference(index, given)
+            reference, samples, free = self._reference(index, given)
         except ModelNotRun as error:
             reason = str(error)
         warnings = []
         if given is None and samples is not None:
             what = "compared and calibrated" if self.options.quantize else "compared"
-            warnings.append(f"no --data: {what} on random numbers; what they say of real inputs is little")
+            inputs = "synthetic inputs" if free is not None and free.restated else "random numbers"
+            warnings.append(f"no --data: {what} on {inputs}; what they say of real inputs is little")
         if fold.parity is not None and fold.parity.status == "failed":
             decision = f"the folded model differs from the original by more than rounding explains: {fold.parity}"
             return _Trial(samples, asked, warnings=tuple(warnings)), Verdict(None, "refused", decision)
@@ -269,27 +277,49 @@ class _Pipeline:
             refused = None if asked is None else replace(asked, refused=reason)
             trial = _Trial(samples, refused, warnings=(*warnings, f"nothing was measured: {reason}"))
             return trial, Verdict("folded", "partial", f"not compared, timed or quantized, for {reason}")
-        return self._measured(fold, reference, index, samples, judge, warnings)
+        return self._measured(fold, reference, index, (samples, free), judge, warnings)
 
-    def _reference(self, index: Index, given: Samples | None) -> tuple[Session, Samples]:
-        """Return a session of the original with the optimizer off, and the samples, random ones where none are given; raises ModelNotRun
-        where onnxruntime does not load the original or does not run it on random numbers."""
+    def _reference(self, index: Index, given: Samples | None) -> tuple[Session, Samples, DataFree | None]:
+        """Return a session of the original with the optimizer off, the samples, random ones where none are given, and what is calibrated
+        on instead of them; raises ModelNotRun where onnxruntime does not load the original or does not run it on random numbers."""
+        options = self.options
+        is_free = options.quantize and options.data_free
         try:
             reference = Runnable.of(index.source).session()
-            if given is not None:
-                return reference, given
-            rows = RANDOM_ROWS_TO_CALIBRATE if self.options.quantize else RANDOM_ROWS
-            return reference, random_samples(reference, index, index.input_shapes, self.options.seed, rows)
+            if given is not None and not is_free:
+                return reference, given, None
+            rows = RANDOM_ROWS_TO_CALIBRATE if options.quantize else RANDOM_ROWS
+            samples = random_samples(reference, index, index.input_shapes, options.seed, 1 if is_free else rows)
+            if not is_free:
+                return reference, samples, None
+            samples = random_samples(reference, index, index.input_shapes, options.seed, feeds_wanted(samples.feeds[0]))
         except runtime_errors() as error:
             raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
+        free = data_free(index, samples.feeds, options.seed)
+        if free.restated:
+            samples = replace(samples, feeds=free.feeds, origin=f"synthetic inputs, seed {options.seed}")
+        return reference, samples if given is None else given, free
 
     def _measured(
-        self, fold: FoldResult, reference: Session, index: Index, samples: Samples, judge: Judge, warnings: list[str]
+        self,
+        fold: FoldResult,
+        reference: Session,
+        index: Index,
+        inputs: tuple[Samples, DataFree | None],
+        judge: Judge,
+        warnings: list[str],
     ) -> tuple[_Trial, Verdict]:
-        """Make, compare, measure and judge the stages."""
+        """Make, compare, measure and judge the stages; inputs are what is compared on, and what is calibrated on instead, if anything."""
+        samples, free = inputs
         marks = marks_for(reference, index, samples, judge)
         files = self._files(fold, index.source)
-        quantization = self._quantize(files, samples, index) if self.options.quantize else None
+
+        def compared_alone(path: Path) -> Stage:
+            both: dict[StageName, Path] = {"original": files["original"], "quantized": path}
+            return compared_stages(both, reference, samples, judge, marks_for(reference, index, samples, judge), lambda text: None)[-1]
+
+        allowed = (compared_alone, judge.max_drop)
+        quantization = self._quantize(files, samples, index, free, allowed) if self.options.quantize else None
         self._start("comparing outputs")
         compared = compared_stages(files, reference, samples, judge, marks, self._tell)
         stages, timings, memory = self._measure(compared, files, samples)
@@ -311,34 +341,84 @@ class _Pipeline:
         fold.save(folded)
         return {"original": original, "folded": folded}
 
-    def _quantize(self, files: dict[StageName, Path], samples: Samples, index: Index) -> Quantization:
-        """Return what came of the quantization; a quantized model joins `files`."""
+    def _quantize(
+        self,
+        files: dict[StageName, Path],
+        samples: Samples,
+        index: Index,
+        free: DataFree | None,
+        allowed: tuple[Callable[[Path], Stage], float],
+    ) -> Quantization:
+        """Return what came of the quantization; a quantized model joins `files`. allowed is what compares one, and how much it may lose."""
         self._start("quantizing")
         recipe = self.options.recipe()
         nodes = quantized_already(index.source.proto)
         if nodes:
             return Quantization(str(recipe), refused=f"the model is quantized already: it has {nodes}")
         target = self.workdir / "quantized.onnx"
-        notes: tuple[str, ...] = ()
-        with Quantizer(self.workdir, samples.feeds, self.options.quantize_timeout) as quantizer:
+        notes: tuple[str, ...] = () if free is None else free.notes
+        feeds = samples.feeds if free is None else free.feeds
+        with Quantizer(self.workdir, feeds, self.options.quantize_timeout) as quantizer:
             try:
                 began = time.monotonic()
-                notes = quantizer.quantize(files["folded"], target, recipe=recipe, progress=self._tell).notes
-                limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * (time.monotonic() - began))
+                restated = [] if free is None else self._restated(free, index.source)
+                made = quantizer.quantize(files["folded"], target, recipe=recipe, restated=restated, progress=self._tell)
+                notes += made.notes
+                spent = time.monotonic() - began
                 session(str(target), optimize=True)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)
                 if kernels is not None and not kernels.other:
                     raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of what it made runs in integers")
+                files["quantized"], curve = self._searched(quantizer, files["folded"], target, made.nodes, samples, allowed, spent)
             except QuantizerRefused as reason:
                 return Quantization(str(recipe), notes, str(reason))
             except runtime_errors() as error:
                 return Quantization(str(recipe), notes, f"onnxruntime cannot load what its quantizer made: {said(error)}")
+            if len(curve) > 1:
+                kernels = kernels_of(files["quantized"], samples.feeds[0], self.workdir)
+            limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * spent)
             counts = {
                 "folded": None if kernels is None else kernels.float,
                 **self._count_unfolded(quantizer, files["original"], samples, limit),
             }
-        files["quantized"] = target
-        return Quantization(str(recipe), notes, float_kernels=counts)
+        return Quantization(str(recipe), notes, float_kernels=counts, trade_off=curve)
+
+    def _restated(self, free: DataFree, source: storage.Source) -> list[tuple[Path, list[int]]]:
+        """Return (path, numbers of feeds) of the folded models whose batch normalizations remember the feeds."""
+        restated = []
+        for number, (proto, numbers) in enumerate(free.restated):
+            self._tell(f"batch normalizations on synthetic inputs, {number + 1} of {len(free.restated)}")
+            path = self.workdir / f"restated-{number}.onnx"
+            self._folded(source.derived(proto), False).save(path)
+            restated.append((path, numbers))
+        return restated
+
+    def _searched(
+        self,
+        quantizer: Quantizer,
+        folded: Path,
+        target: Path,
+        nodes: Sequence[str],
+        samples: Samples,
+        allowed: tuple[Callable[[Path], Stage], float],
+        spent: float,
+    ) -> tuple[Path, tuple[TradeOff, ...]]:
+        """Return the quantized model with as few nodes in float as it takes to lose no more than it may, and the curve on the way;
+        `target`, and no curve, where that loses no more, or no search is wanted."""
+        compared, max_drop = allowed
+        limit = self.options.quantize_timeout - spent
+        drop = compared(target).drop if self.options.float_nodes else None
+        if drop is None or drop <= max_drop:
+            return target, ()
+
+        def quantize(path: Path, only: Sequence[str], left: Sequence[str]) -> Made:
+            return quantizer.quantize(folded, path, recipe=self.options.recipe(), only=only, left=left, seconds=max(limit, 1.0))
+
+        def cost(path: Path) -> tuple[int, float | None]:
+            return size_of(path), quick_ms(path, samples.feeds[0])
+
+        search = FloatSearch(quantize, compared, cost, self.workdir, limit, self._tell)
+        return search.run(target, nodes, self.options.float_nodes, max_drop)
 
     def _count_unfolded(self, quantizer: Quantizer, original: Path, samples: Samples, limit: float) -> dict[str, int | None]:
         """Return how many kernels are left in float without the fold, with onnxruntime's own pre-processing and without it."""

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -42,6 +42,9 @@ __all__ = ["MARK", "Job", "Made", "QuantizerRefused", "feed_path", "quantize_fil
 # Options of calibrations by histograms: onnxruntime's own for entropy, as many bins as steps, never cut anything off. With these it takes
 # about 0.1 s for each activation, with TensorRT's 2048 bins 0.5 s.
 HISTOGRAMS: dict[Calibration, dict[str, int]] = {"entropy": {"num_bins": 512, "num_quantized_bins": 128}}
+
+# A trained network is surer of real inputs than of synthetic ones: where ranges come from these, those of the outputs are stretched.
+STRETCH = 1.5
 
 # DequantizeLinear takes one scale per channel from this opset on.
 PER_CHANNEL_OPSET = 13
@@ -106,6 +109,7 @@ def quantize_file(
     optimize: bool = True,
     only: Collection[str] = (),
     left: Collection[str] = (),
+    restated: Sequence[tuple[Path, Sequence[int]]] = (),
     calibrations: dict[object, Calibrated] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Made:
@@ -123,17 +127,13 @@ def quantize_file(
         Let onnxruntime's own pre-processing fuse nodes first.
     only, left : collection of str
         Names, as Made has them, of the nodes that are quantized (all for none), and of those that stay in float.
+    restated : sequence of (path, numbers of feeds), optional
+        Models with the same nodes and other weights, whose ranges on these feeds count too.
     calibrations : dict, optional
         Calibrations of earlier calls, which are not run again.
     progress : callable of str, optional
 
-    Returns
-    -------
-    Made
-
-    Raises
-    ------
-    QuantizerRefused
+    Returns Made, or raises QuantizerRefused.
     """
     calibrations = {} if calibrations is None else calibrations
     listener = _Listener()
@@ -141,8 +141,9 @@ def quantize_file(
     try:
         key = path, feeds, recipe.calibration, optimize
         if key not in calibrations:
-            reader = _Reader(folder, feeds, progress)
-            calibrations[key] = _calibrated(path, reader, Path(tempfile.mkdtemp(prefix="calibration-", dir=folder)), recipe, optimize)
+            sources = [(path, range(feeds)), *restated]
+            readers = [(source, _Reader(folder, numbers, progress)) for source, numbers in sources]
+            calibrations[key] = _calibrated(readers, folder, recipe, optimize)
         calibrated = calibrations[key]
         excluded, notes = _excluded(calibrated, recipe.exclude)
         nodes = _quantize(calibrated, target, recipe, [*only], [*excluded, *left])
@@ -178,12 +179,31 @@ def _prepared(path: Path, target: Path, notes: list[str]) -> onnx.ModelProto:
     return proto
 
 
-def _calibrated(path: Path, reader: _Reader, folder: Path, recipe: Recipe, optimize: bool) -> Calibrated:
-    """Prepare a model for the quantizer, and find the range of each activation; all files go to the folder, which is empty."""
+def _calibrated(readers: Sequence[tuple[Path, _Reader]], folder: Path, recipe: Recipe, optimize: bool) -> Calibrated:
+    """Prepare the first model for the quantizer, and find the range of each activation in all of them."""
+    notes: list[str] = []
+    (path, reader), *others = readers
+    fused, nodes = _preprocessed(path, folder, optimize, notes)
+    ranges = _ranges(fused, reader, recipe.calibration)
+    for other, other_reader in others:
+        _widen(ranges, _ranges(_preprocessed(other, folder, optimize, [])[0], other_reader, recipe.calibration))
+    outputs = {each.name for each in onnx.load(fused, load_external_data=False).graph.output}
+    if others:
+        _stretch(ranges, outputs)
+    dead = sorted(name for name in ranges if name not in reader.names and not any(map(np.any, ranges[name].range_value)))
+    if outputs.issubset(dead):
+        raise QuantizerRefused("calibration collapses: every output is 0 on all samples")
+    if dead:
+        notes.append(f"activations that are 0 on all samples, so that nothing says their range: {first_few(dead)}")
+    return Calibrated(fused, ranges, nodes, tuple(notes))
+
+
+def _preprocessed(path: Path, folder: Path, optimize: bool, notes: list[str]) -> tuple[Path, dict[str, list[str]]]:
+    """Return (path of a model as the quantizer takes it, its nodes named; name -> outputs of each node before fusion)."""
     from onnxruntime.quantization import shape_inference
 
-    notes: list[str] = []
-    prepared, fused = folder / "prepared.onnx", folder / "preprocessed.onnx"
+    room = Path(tempfile.mkdtemp(prefix="calibration-", dir=folder))
+    prepared, fused = room / "prepared.onnx", room / "preprocessed.onnx"
     nodes = {_label(node): list(node.output) for node in _prepared(path, prepared, notes).graph.node}
     shape_inference.quant_pre_process(str(prepared), str(fused), skip_optimization=not optimize, skip_symbolic_shape=True)
     proto = onnx.load(fused)
@@ -192,16 +212,27 @@ def _calibrated(path: Path, reader: _Reader, folder: Path, recipe: Recipe, optim
         if not node.name or names[node.name] > 1:
             node.name = _label(node) if not node.name else f"{node.name} ({node.output[0]})"
     fused.write_bytes(serialize(proto, str(path)))
-    ranges = _ranges(fused, reader, folder, recipe.calibration)
-    dead = sorted(name for name in ranges if name not in reader.names and not any(map(np.any, ranges[name].range_value)))
-    if {each.name for each in proto.graph.output}.issubset(dead):
-        raise QuantizerRefused("calibration collapses: every output is 0 on all samples")
-    if dead:
-        notes.append(f"activations that are 0 on all samples, so that nothing says their range: {first_few(dead)}")
-    return Calibrated(fused, ranges, nodes, tuple(notes))
+    return fused, nodes
 
 
-def _ranges(path: Path, reader: _Reader, folder: Path, calibration: Calibration) -> Any:  # onnxruntime's TensorsData
+def _stretch(ranges: Any, names: Collection[str]) -> None:  # onnxruntime's TensorsData
+    from onnxruntime.quantization import calibrate
+
+    for name in [name for name in ranges if name in names]:
+        low, high = (end * end.dtype.type(STRETCH) for end in ranges[name].range_value)
+        ranges[name] = calibrate.TensorData(lowest=low, highest=high)
+
+
+def _widen(ranges: Any, others: Any) -> None:  # onnxruntime's TensorsData
+    """Let ranges reach as far as others of the same names."""
+    from onnxruntime.quantization import calibrate
+
+    for name in [name for name in ranges if name in others]:
+        (low, high), (other_low, other_high) = ranges[name].range_value, others[name].range_value
+        ranges[name] = calibrate.TensorData(lowest=np.minimum(low, other_low), highest=np.maximum(high, other_high))
+
+
+def _ranges(path: Path, reader: _Reader, calibration: Calibration) -> Any:  # onnxruntime's TensorsData
     from onnxruntime import quantization
     from onnxruntime.quantization import calibrate
 
@@ -209,7 +240,7 @@ def _ranges(path: Path, reader: _Reader, folder: Path, calibration: Calibration)
     calibrator = calibrate.create_calibrator(
         path,
         None,
-        augmented_model_path=str(folder / "augmented.onnx"),
+        augmented_model_path=str(path.with_name("augmented.onnx")),
         calibrate_method=method,
         extra_options=HISTOGRAMS.get(calibration, {}),
     )
@@ -272,7 +303,7 @@ def _quantize(calibrated: Calibrated, target: Path, recipe: Recipe, only: list[s
 class _Reader:
     """A calibration data reader as onnxruntime asks it: one feed from its file after each `start`."""
 
-    def __init__(self, folder: Path, feeds: int, progress: Callable[[str], None] | None) -> None:
+    def __init__(self, folder: Path, feeds: Sequence[int], progress: Callable[[str], None] | None) -> None:
         self.folder = folder
         self.feeds = feeds
         self.progress = progress or (lambda text: None)
@@ -282,7 +313,7 @@ class _Reader:
 
     def start(self) -> bool:
         """Let the next feed be read; False where there is none."""
-        self._is_open = self.place < self.feeds
+        self._is_open = self.place < len(self.feeds)
         return self._is_open
 
     def get_next(self) -> Feed | None:
@@ -291,8 +322,8 @@ class _Reader:
             return None
         self._is_open = False
         self.place += 1
-        self.progress(f"calibrating on feed {self.place} of {self.feeds}")
-        with open(feed_path(self.folder, self.place - 1), "rb") as file:
+        self.progress(f"calibrating on feed {self.place} of {len(self.feeds)}")
+        with open(feed_path(self.folder, self.feeds[self.place - 1]), "rb") as file:
             feed: Feed = pickle.load(file)
         self.names.update(feed)
         return feed
@@ -322,6 +353,7 @@ class Job(TypedDict):
     optimize: bool
     only: list[str]
     left: list[str]
+    restated: list[tuple[str, list[int]]]
     seconds: float
 
 
@@ -355,6 +387,7 @@ def serve() -> None:
                 optimize=job["optimize"],
                 only=job["only"],
                 left=job["left"],
+                restated=[(Path(place), numbers) for place, numbers in job["restated"]],
                 calibrations=calibrations,
                 progress=lambda text: say(progress=text),
             )

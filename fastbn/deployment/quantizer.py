@@ -122,6 +122,7 @@ class Quantizer:
         optimize: bool = True,
         only: Sequence[str] = (),
         left: Sequence[str] = (),
+        restated: Sequence[tuple[Path, Sequence[int]]] = (),
         seconds: float | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Made:
@@ -146,6 +147,7 @@ class Quantizer:
             "optimize": optimize,
             "only": [*only],
             "left": [*left],
+            "restated": [(os.path.abspath(place), [*numbers]) for place, numbers in restated],
             "seconds": limit,
         }
         if self.process is None:

@@ -14,7 +14,7 @@ from fastbn.deployment.evidence import between
 from fastbn.errors import FastbnError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
-from fastbn.graph.report import size_texts
+from fastbn.graph.report import size_text, size_texts
 from fastbn.graph.results import Fold
 from fastbn.graph.timing import WORDS
 
@@ -45,7 +45,7 @@ def template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "percent": _percent, "beside": _beside, "plural": _plural}
+    environment.filters |= {"number": _number, "percent": _percent, "beside": _beside, "plural": _plural, "size": size_text}
     return environment.get_template("report.html.j2")
 
 

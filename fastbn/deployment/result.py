@@ -14,6 +14,7 @@ from fastbn.deployment.labels import Accuracy, AccuracyFields
 from fastbn.deployment.measure import KernelFields, Kernels
 from fastbn.deployment.provenance import Provenance, ProvenanceFields, Versions, versions
 from fastbn.deployment.report import render
+from fastbn.deployment.trade_off import TradeOff, TradeOffFields, trade_off_lines
 from fastbn.errors import ParityError
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.report import size_text, size_texts, table
@@ -132,6 +133,7 @@ class QuantizationFields(TypedDict):
     notes: list[str]
     refused: str | None
     float_kernels: dict[str, int | None]
+    trade_off: list[TradeOffFields]
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,25 @@ class Quantization:
     float_kernels : dict of str -> int or None
         Kernels that still compute in float, of the quantized folded model ("folded") and of the unfolded one, quantized after
         onnxruntime's own pre-processing ("unfolded") and without it ("unfolded_raw"); None where the quantizer fails.
+    trade_off : tuple of TradeOff
+        What each node more in float gains and costs; empty where int8 did not lose too much.
     """
 
     recipe: str
     notes: tuple[str, ...] = ()
     refused: str | None = None
     float_kernels: dict[str, int | None] = field(default_factory=dict)
+    trade_off: tuple[TradeOff, ...] = ()
 
     def to_dict(self) -> QuantizationFields:
         """Return the fields as JSON holds them."""
-        return {"recipe": self.recipe, "notes": list(self.notes), "refused": self.refused, "float_kernels": self.float_kernels}
+        return {
+            "recipe": self.recipe,
+            "notes": list(self.notes),
+            "refused": self.refused,
+            "float_kernels": self.float_kernels,
+            "trade_off": [point.to_dict() for point in self.trade_off],
+        }
 
     def float_sentence(self) -> str | None:
         """Return how many kernels are left in float, with and without the fold; None where nothing was counted."""
@@ -363,6 +374,7 @@ class Deployment:
         if self.quantization:
             lines.append(f"int8    {self.quantization.recipe}")
             lines.extend(f"        {note}" for note in (*self.quantization.notes, self.quantization.float_sentence()) if note)
+            lines.extend(trade_off_lines(self.quantization.trade_off))
         lines.extend(self._table())
         lines.append(f"shipped {self.shipped or 'nothing'}: {self.decision}")
         return lines
