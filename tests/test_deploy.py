@@ -95,7 +95,7 @@ def test_the_json_report(here, capsys):
     row_fields = {"threads", "model", "runs", "median_ms", "p90_ms", "ratio", "low", "high", "difference"}
     assert all(set(row) == row_fields and row["runs"] == 60 for row in report["latency"])
     assert {row["model"] for row in report["latency"]} == {"original", "folded", "quantized"}
-    assert set(report["quantization"]) == {"recipe", "notes", "refused", "float_kernels"}
+    assert set(report["quantization"]) == {"recipe", "notes", "refused", "float_kernels", "trade_off"}
     assert report["fold"]["batch_normalizations"] == {"before": 1, "after": 0}
     assert report["fold"]["parity"]["status"] == "ok"
     assert report["versions"]["fastbn"] == fastbn.__version__
@@ -204,7 +204,7 @@ def test_nan_in_a_stage_is_a_total_loss(here, capsys, monkeypatch):
         return notes
 
     monkeypatch.setattr(Quantizer, "quantize", quantize)
-    report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1", code=4)
+    report = as_json(capsys, "--data", "data.npz", "--quantize", "--float-nodes", "0", "--max-drop", "1", code=4)
     assert report["decision"].startswith("quantized: Inf or NaN on one side only in output 'y'; folded: ")
     assert report["stages"][2]["drop"] == "inf"
 
