@@ -120,8 +120,8 @@ def test_nodes_without_names_or_with_the_same_can_be_told_apart(tmp_path):
 
 def test_where_everything_is_excluded_the_folded_model_is_shipped(here, capsys):
     deploy("--data", "data.npz", "--quantize", "--exclude-nodes", "*", code=4)
-    reason = "shipped folded: onnxruntime's quantizer refuses the model: every node that has an integer form stays in float\n"
-    assert reason in capsys.readouterr().out
+    reason = "onnxruntime's quantizer refuses the model: every node that has an integer form stays in float"
+    assert reason in " ".join(capsys.readouterr().err.split())
     assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
 
 
@@ -138,7 +138,7 @@ def test_calibration_that_collapses(here, capsys):
     Path("in.onnx").write_bytes(proto.SerializeToString())
     np.savez("data.npz", x=np.zeros((16, 3, 8, 8), np.float32))
     deploy("--data", "data.npz", "--quantize", code=4)
-    assert "shipped folded: calibration collapses: every output is 0 on all samples\n" in capsys.readouterr().out
+    assert "calibration collapses: every output is 0 on all samples" in " ".join(capsys.readouterr().err.split())
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
 

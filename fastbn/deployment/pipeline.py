@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -362,14 +363,15 @@ class _Pipeline:
             try:
                 began = time.monotonic()
                 restated = [] if free is None else self._restated(free, index.source)
-                made = quantizer.quantize(files["folded"], target, recipe=recipe, restated=restated, progress=self._tell)
+                make = partial(quantizer.quantize, files["folded"], recipe=recipe, restated=restated)
+                made = make(target, progress=self._tell)
                 notes += made.notes
                 spent = time.monotonic() - began
                 session(str(target), optimize=True)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)
                 if kernels is not None and not kernels.other:
                     raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of what it made runs in integers")
-                files["quantized"], curve = self._searched(quantizer, files["folded"], target, made.nodes, samples, allowed, spent)
+                files["quantized"], curve = self._searched(make, target, made.nodes, samples, allowed, spent)
             except QuantizerRefused as reason:
                 return Quantization(str(recipe), notes, str(reason))
             except runtime_errors() as error:
@@ -395,8 +397,7 @@ class _Pipeline:
 
     def _searched(
         self,
-        quantizer: Quantizer,
-        folded: Path,
+        make: Callable[..., Made],
         target: Path,
         nodes: Sequence[str],
         samples: Samples,
@@ -406,19 +407,18 @@ class _Pipeline:
         """Return the quantized model with as few nodes in float as it takes to lose no more than it may, and the curve on the way;
         `target`, and no curve, where that loses no more, or no search is wanted."""
         compared, max_drop = allowed
-        limit = self.options.quantize_timeout - spent
         drop = compared(target).drop if self.options.float_nodes else None
         if drop is None or drop <= max_drop:
             return target, ()
+        limit = self.options.quantize_timeout - spent
 
         def quantize(path: Path, only: Sequence[str], left: Sequence[str]) -> Made:
-            return quantizer.quantize(folded, path, recipe=self.options.recipe(), only=only, left=left, seconds=max(limit, 1.0))
+            return make(path, only=only, left=left, seconds=max(limit, 1.0))
 
         def cost(path: Path) -> tuple[int, float | None]:
             return size_of(path), quick_ms(path, samples.feeds[0])
 
-        search = FloatSearch(quantize, compared, cost, self.workdir, limit, self._tell)
-        return search.run(target, nodes, self.options.float_nodes, max_drop)
+        return FloatSearch(quantize, compared, cost, self.workdir, limit, self._tell).run(target, nodes, self.options.float_nodes, max_drop)
 
     def _count_unfolded(self, quantizer: Quantizer, original: Path, samples: Samples, limit: float) -> dict[str, int | None]:
         """Return how many kernels are left in float without the fold, with onnxruntime's own pre-processing and without it."""
