@@ -73,7 +73,7 @@ def test_the_page_never_calls_it_verified(parity, here):
 
 def test_a_refused_stage_is_partial_and_not_verified(parity, here, capsys, monkeypatch):
     losing(monkeypatch, 0.0, 0.0, 0.5)
-    found, _, _ = deploy(capsys, "--data", "data.npz", "--quantize", "--metric", "error", code=4)
+    found, _, _ = deploy(capsys, "--data", "data.npz", "--quantize", "--metric", "error", "--float-nodes", "0", code=4)
     assert found["status"] == "partial"
     assert found["decision"].startswith("quantized: a relative error of 0.5 in the outputs, 0.1 is allowed; folded: beside original, ")
     assert found["decision"].endswith(f"; not verified: parity is {parity}")

@@ -119,7 +119,7 @@ def test_refused_where_the_fold_is_wrong(here, capsys, monkeypatch):
 
 def test_refused_where_every_stage_loses_too_much(here, capsys, monkeypatch):
     losing(monkeypatch, 0.0, 0.3, 0.3)
-    report = as_json(capsys, *INT8, code=1)
+    report = as_json(capsys, *INT8, "--float-nodes", "0", code=1)
     assert (report["shipped"], report["status"]) == (None, "refused")
     assert "out.onnx" not in files(here)
 
