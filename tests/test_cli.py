@@ -79,6 +79,9 @@ def test_no_verify_needs_no_onnxruntime(here, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.err.startswith("fastbn: Cannot run models: onnxruntime is not installed")
     assert captured.err.count("\n") == 1
+    for command in ("verify", "bench"):
+        assert main([command, "in.onnx", "in.onnx"]) == 2
+        assert capsys.readouterr().err == captured.err
 
 
 @pytest.mark.parametrize("option", ["-q", "--quiet"])

@@ -75,6 +75,7 @@ USABLE = {
     **{("deploy", "--seed", value): "a seed" for value in ("zero", "in other digits")},
     **{("deploy", "--max-drop", value): "a part from 0 to 1" for value in ("zero",)},
     **{("deploy", "--max-slowdown", value): "how much slower" for value in ("zero", "a fraction", "in other digits")},
+    **{("deploy", "--float-nodes", value): "the most nodes" for value in ("zero", "huge", "in other digits")},
     **{("deploy", "--quantize-timeout", value): "some seconds" for value in ("a fraction", "in other digits")},
     **{("deploy", option, "huge"): "as many as there are" for option in ("--samples", "--min-samples")},
     **{("deploy", option, "in other digits"): "a number" for option in ("--runs", "--samples", "--min-samples")},

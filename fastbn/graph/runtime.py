@@ -129,6 +129,7 @@ def silence_log() -> None:
 
 
 def _exceptions() -> Any:  # a module without types
+    _runtime()
     from onnxruntime.capi import onnxruntime_pybind11_state  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without a stub
 
     return onnxruntime_pybind11_state
