@@ -102,7 +102,8 @@ class Zoo:
         before = sum(each.before or 0 for each in self.outcomes if each.is_written)
         after = sum(each.after or 0 for each in self.outcomes if each.is_written)
         counts = ", ".join(f"{self.count(status)} {status}" for status in STATUS if self.count(status))
-        total = f"{len(self.outcomes)} models: {counts or 'none'}; BatchNormalization {before} -> {after}, {self.seconds:.1f} s"
+        models = "1 model" if len(self.outcomes) == 1 else f"{len(self.outcomes)} models"
+        total = f"{models}: {counts or 'none'}; BatchNormalization {before} -> {after}, {self.seconds:.1f} s"
         return [*table(each.cells() for each in self.outcomes), total]
 
     def __str__(self) -> str:
