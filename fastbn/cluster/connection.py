@@ -146,7 +146,7 @@ def _versions() -> tuple[str, str]:
 
     try:
         runtime_errors()
-    except ImportError:
+    except FastbnError:
         return __version__, ""
     return __version__, str(show_config()["onnxruntime"])
 
