@@ -25,6 +25,7 @@ SIBLINGS = {
     "dilation": repvgg("Conv <pads = [2,2,2,2], dilations = [2,2]>"),
     "even kernel": repvgg("Conv <pads = [1,1,0,0]>", kernel=2),
     "off center": repvgg("Conv <pads = [0,2,2,0]>"),
+    "auto_pad": repvgg('Conv <auto_pad = "SAME_UPPER">'),
     "identity first": repvgg("Conv <pads = [1,1,1,1]>", tail="d = Add(n, c)"),
     "three branches": repvgg("Conv <pads = [1,1,1,1]>", more="p = Conv(r, w1) q = Add(p, c)", tail="d = Add(q, n)", w1=normal(4, 4, 1, 1)),
     "three branches, nested": repvgg(
