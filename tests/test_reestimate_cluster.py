@@ -96,6 +96,15 @@ def test_workers_that_are_killed_change_no_bit(client, wanted, monkeypatch):
     assert len(pids & set(client.run(os.getpid).values())) <= 1
 
 
+def test_a_look_at_the_progress_cuts_no_transfer(client, monkeypatch):
+    from fastbn.cluster import connection
+
+    monkeypatch.setattr(connection, "LOOK", 0.003)
+    for number in range(30):  # a result that arrives while its time is up, in one of two
+        future = client.submit(bytes, (1 << 22) + number, pure=False)
+        assert len(connection.wait_for(future, [future], lambda done, count: None)) == (1 << 22) + number
+
+
 def test_collections_of_dask(client, wanted):
     array = dask.array.from_array(X, chunks=(7, 3, 4, 8))
     for memory in (0, 1 << 20):

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 from fastbn.errors import ArgumentError, FastbnError, StorageError
@@ -202,8 +203,9 @@ def wait_for(future: Future, parts: Sequence[Future], tell: Callable[[int, int],
         What the task raised.
     """
     while future.status == "pending":
-        with contextlib.suppress(Exception):  # a time-out, or what the end of this function raises
-            future.result(timeout=LOOK)
+        # Not future.result(timeout=...): a time-out during the transfer of a result would cancel every later transfer of this client.
+        with future.client.as_current(), contextlib.suppress(TimeoutError, CancelledError):
+            _distributed().wait([future], timeout=LOOK)
         tell(finished(parts), len(parts))
     if future.status in ("cancelled", "lost"):
         raise FastbnError("Cannot go on: the cluster has lost the run; was its scheduler ended?")
