@@ -59,11 +59,16 @@ def converted(read: Callable[[ValueT], ResultT], value: ValueT, what: str, where
 
 
 def _array(value: npt.ArrayLike, where: str) -> Array:
-    array = converted(np.asarray, value, "an array", where)
+    array = converted(_detached, value, "an array", where)
     if dtype_name(array.dtype) not in DTYPES:
         got = type(value).__name__ if array.dtype == object else str(array.dtype)
         raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", got, where))
     return array
+
+
+def _detached(value: Any) -> Array:  # Any: what a framework's tensor is
+    """Return an object as an array; of a tensor that requires grad its values, as no gradient flows through a fold."""
+    return np.asarray(value.detach() if getattr(value, "requires_grad", False) else value)
 
 
 def fold_weight(value: npt.ArrayLike, where: str, ndim: int) -> Array:
@@ -155,7 +160,12 @@ def isa_of(value: str) -> str:
 
 def _ndarray(value: TensorLike | None, where: str) -> Array:
     """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
-    return np.asarray(value) if isinstance(value, np.ndarray) else converted(_view, value, "an array in CPU memory", where)
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if getattr(value, "requires_grad", False) is True:
+        got = "a tensor that requires grad, and no gradient comes back: give its detach(), or call fastbn.torch"
+        raise ArgumentTypeError(expected("an array in CPU memory", got, where))
+    return converted(_view, value, "an array in CPU memory", where)
 
 
 def _view(value: Any) -> Array:  # Any: NumPy's stubs and those of memoryview ask for more than each of these objects says of itself

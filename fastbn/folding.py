@@ -64,7 +64,8 @@ def fold_conv(
     Parameters
     ----------
     weight : array, float32, float64, float16 or bfloat16
-        Shape (C_out, C_in / groups, k, ...) with any number of spatial axes; with `transposed`, (C_in, C_out / groups, k, ...).
+        Shape (C_out, C_in / groups, k, ...) with any number of spatial axes; with `transposed`, (C_in, C_out / groups, k, ...). Here and
+        below a tensor in CPU memory is an array too; where it requires grad, its values count, and no gradient comes back to it.
     bias : array of shape (C_out,) or None
         None means zeros.
     mean, var : array of shape (C_out,)

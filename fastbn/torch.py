@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastbn import _check
-from fastbn._torch import autograd, distributed, kernels, operators, population
+from fastbn._torch import autograd, distributed, inventory, kernels, operators, population
+from fastbn._torch.inventory import NormEntry
 from fastbn._torch.kernels import forward_ad, mode_count, transforms_active
 from fastbn.errors import ArgumentError
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 # Looked up once: for a small batch a look-up costs as much as the call.
 _Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert", "update_bn"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "NormEntry", "SyncBatchNorm", "batch_norm", "batch_norms", "convert", "update_bn"]
 
 
 def batch_norm(
@@ -161,6 +162,7 @@ class _Module(torch.nn.modules.batchnorm._BatchNorm):
         eager = _is_eager(input)
         if not eager:
             if isinstance(input, torch.fx.Proxy):  # symbolic tracing keeps this module whole, as it keeps torch's
+                inventory.refuse_fusion(input.tracer)
                 return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
             if torch.onnx.is_in_onnx_export():  # an exported graph gets ONNX's BatchNormalization
                 return self._exported(input)
@@ -260,8 +262,8 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
     Parameters
     ----------
     module : torch.nn.Module
-        A model, or a batch normalization itself. Subclasses of torch's modules that are not torch's own are left alone, and so are lazy
-        modules before their first call.
+        A model, or a batch normalization itself. Classes derived from torch's are left alone, and so are lazy modules before their first
+        call, with a warning; `batch_norms` lists what was converted and what was not.
     back : bool
         From fastbn's modules to torch's.
     process_group : torch.distributed.ProcessGroup, "world" or None
@@ -275,8 +277,13 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
 
     Raises
     ------
-    ArgumentError
-        Both `back` and a process group.
+    ArgumentError, ArgumentTypeError
+        Both `back` and a process group; what is no module.
+
+    Warns
+    -----
+    UserWarning
+        A batch normalization stays as it is, and why.
 
     Examples
     --------
@@ -290,13 +297,42 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
     if back and process_group is not None:
         raise ArgumentError("Cannot convert back with a process group: only fastbn's modules share their batches")
     classes = _TORCH_CLASSES if back else _FASTBN_CLASSES
-    for part in module.modules():
+    entries = inventory.entries_of(inventory.module_of(module, "module"), _TORCH_CLASSES, _FASTBN_CLASSES)
+    inventory.warn_skipped([entry for entry in entries if entry.reason and (not back or isinstance(entry.module, _Module))], 2)
+    for part in (entry.module for entry in entries if not entry.reason):
         part.__class__ = classes.get(type(part), type(part))
         if back and type(part) in _FASTBN_CLASSES and type(part) is not torch.nn.SyncBatchNorm:
             part.__dict__.pop("process_group", None)
         elif process_group is not None and type(part) in _TORCH_CLASSES:
             part.process_group = process_group
     return module
+
+
+def batch_norms(model: torch.nn.Module) -> list[NormEntry]:
+    """List the batch normalizations of a model: which are ours, which are torch's, and why `convert` leaves each other one as it is.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    list of NormEntry
+        name, module, kind, reason; in the order of `named_modules`.
+
+    Raises
+    ------
+    ArgumentTypeError
+        What is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = convert(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+    >>> [(entry.name, entry.kind) for entry in batch_norms(model)]
+    [('1', 'fastbn')]
+    """
+    return inventory.entries_of(inventory.module_of(model, "model"), _TORCH_CLASSES, _FASTBN_CLASSES)
 
 
 def update_bn(

@@ -203,3 +203,20 @@ def test_the_layout_of_dense_arrays_is_the_general_one(shape):
         axes, contiguous = (general.n_axis, general.c_axis, general.s_axis), (C * S, S, 1)
         assert all(axis < 0 or x.strides[axis] == 4 * stride for axis, stride in zip(axes, contiguous, strict=True))
         assert _native.dense_layout(axis, (x, transposed)) is None or transposed.flags.c_contiguous
+
+
+def test_tensors_that_require_grad():
+    """A fold takes their values; what has gradients elsewhere says so."""
+    torch = pytest.importorskip("torch")
+    conv, norm, x = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4).eval(), torch.ones(2, 4, 3, 3)
+    norm.running_mean[:] = 0.5
+    arrays = [conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    want = fastbn.fold_conv(*(each.detach().numpy() for each in arrays))
+    got = fastbn.fold_conv(*arrays)
+    assert all(type(one) is np.ndarray and np.array_equal(one, other) for one, other in zip(got, want, strict=True))
+    for call, where in [
+        (lambda: fastbn.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias), "weight"),
+        (lambda: fastbn.batch_stats(x.requires_grad_()), "x"),
+    ]:
+        with pytest.raises(fastbn.ArgumentTypeError, match=rf"requires grad.*detach\(\), or call fastbn.torch - at `{where}`"):
+            call()

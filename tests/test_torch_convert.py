@@ -19,6 +19,10 @@ from fastbn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, c
 nn = torch.nn
 
 
+class Derived(nn.BatchNorm2d):
+    pass
+
+
 def test_convert_there_and_back_keeps_everything():
     model = network()
     model[2].eval()
@@ -45,11 +49,10 @@ def test_convert_there_and_back_keeps_everything():
 
 
 def test_convert_itself_subclasses_and_groups():
-    class Mine(nn.BatchNorm2d):
-        pass
-
-    assert type(convert(Mine(3))) is Mine
-    assert type(convert(nn.LazyBatchNorm2d())) is nn.LazyBatchNorm2d
+    for module in (Derived(3), nn.LazyBatchNorm2d()):
+        kind = type(module)
+        with pytest.warns(UserWarning, match=kind.__name__):
+            assert type(convert(module)) is kind
     assert type(convert(nn.BatchNorm3d(3))) is BatchNorm3d
     assert type(convert(nn.SyncBatchNorm(3))) is SyncBatchNorm
     group = convert(nn.BatchNorm2d(3), process_group="world")
@@ -104,3 +107,49 @@ def test_exported_to_onnx(kind, dynamo, tmp_path):
     np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
     # The one behind the ReLU folds forwards into the Linear.
     assert "BatchNormalization" not in [node.op_type for node in fastbn.fold(proto).model.graph.node]
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own
+def test_what_is_converted_and_what_is_skipped_and_why():
+    compiled = torch.jit.script(nn.BatchNorm2d(2))
+    weighted = torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(2), dim=None)
+    parts = [nn.BatchNorm1d(2), Derived(2), nn.LazyBatchNorm3d(), compiled, weighted, nn.InstanceNorm2d(2, track_running_stats=True)]
+    model = nn.ModuleList(parts)
+    with pytest.warns(UserWarning, match=r"'1': Derived is .* derived from torch's.*'2': LazyBatchNorm3d .*'3': torch.jit.*'4': a param"):
+        convert(model)
+    entries = fastbn.torch.batch_norms(model)
+    assert [(entry.name, entry.kind) for entry in entries] == [("0", "fastbn"), *((name, "other") for name in "1234")]
+    assert [entry.reason is None for entry in entries] == [True, False, False, False, False]
+    with pytest.warns(UserWarning, match="; and 1 more"):
+        convert(nn.ModuleList([Derived(2) for _ in range(5)]))
+    convert(model, back=True)  # of torch's nothing is to be told
+    assert fastbn.torch.batch_norms(model)[0].kind == "torch"
+    with pytest.warns(UserWarning, match="a class derived from fastbn's"):
+        convert(type("Ours", (BatchNorm2d,), {})(2), back=True)
+    with pytest.warns(UserWarning, match="Cannot convert every batch normalization: Derived"):
+        convert(Derived(2))
+
+
+@pytest.mark.parametrize("value", [None, "resnet18", [nn.BatchNorm2d(2)], nn.BatchNorm2d])
+def test_what_is_no_module(value):
+    with pytest.raises(fastbn.ArgumentTypeError, match=r"Expected a torch.nn.Module, got .* - at `module`"):
+        convert(value)
+    with pytest.raises(fastbn.ArgumentTypeError, match=r"Expected a torch.nn.Module, got .* - at `model`"):
+        fastbn.torch.batch_norms(value)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own
+def test_fusions_that_know_torchs_classes_alone():
+    from torch.ao.quantization.fx.tracer import QuantizationTracer
+    from torch.fx.experimental.optimization import fuse
+
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    with pytest.raises(fastbn.TensorError, match=r"Cannot fuse converted .* in torch.fx.*convert\(model, back=True\) first"):
+        fuse(model)
+    with pytest.raises(AssertionError, match="did not find fuser method"):  # torch's own
+        torch.ao.quantization.fuse_modules(model, [["0", "1"]])
+    tracer = QuantizationTracer([], [])
+    with pytest.raises(fastbn.TensorError, match=r"in torch.ao.quantization: "):
+        tracer.trace(model)
+    assert len(torch.fx.symbolic_trace(model).graph.nodes) == 4
+    assert "batch_norm" not in str(fuse(convert(model, back=True)).graph)
