@@ -329,7 +329,8 @@ class _Watch:
 
 def fuzz(cases: dict[str, range], workers: int, folders: list[Path], place: Path | None) -> dict[str, Any]:
     """Have the cases of each kind in several processes at once; return the report, which a file has every minute."""
-    runs = [Run(kind, seeds[number::workers], folders) for number in range(workers) for kind, seeds in cases.items()]
+    # Neighbors have different CPUs, see work().
+    runs = [Run(kind, seeds[number::workers], folders) for kind, seeds in cases.items() for number in range(workers)]
     pending = collections.deque(runs)
 
     def work_off() -> None:
