@@ -106,3 +106,20 @@ def test_onnxruntime_prints_nothing_where_it_refuses_a_model(monkeypatch, capfd)
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
     assert fastbn.fold(conv_bn()).parity.status == "not-run"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("head", ["(float[4] x) => (float[1,5] y) { ", "(float x) => (float[1,5] y) { "])
+def test_a_batch_normalization_of_a_value_without_channels(head):
+    proto = model(head + "e = BatchNormalization(x, s, t, m, v) y = Gemm(e, k) }", k=normal(4, 5), **norm(4))
+    assert [each.code for each in fastbn.fold(proto, verify=False).kept] == ["axis"]
+
+
+def test_a_product_of_one_channel_that_a_batch_normalization_takes_for_more():
+    text = "(float[1,1,1,1] x) => (float[1,4,1,1] y) { e = Mul(x, k) y = BatchNormalization(e, s, t, m, v) }"
+    assert not fastbn.fold(model(text, k=normal(1), **norm(4)), verify=False).folded
+
+
+def test_no_shift_is_left_to_an_add_of_integers():
+    """The type of the data is wrong, and no Add of it could have the shift."""
+    text = "(uint8[N,4] x) => (float[N,5] y) { e = BatchNormalization(x, s, t, m, v) y = MatMul(e, k) }"
+    assert not fastbn.fold(model(text, k=normal(4, 5), **norm(4)), verify=False).folded

@@ -80,6 +80,9 @@ def _lift(node: Node, graph: PresentGraph) -> Affine:
         bad = np.flatnonzero(~good).tolist()
         which = f"channel{'s' if len(bad) > 1 else ''} {first_few(bad)}"
         raise Refusal("bad-parameters", f"a parameter is Inf or NaN, or var + eps is not positive, in {which}")
+    rank = graph.rank(node.inputs[0])
+    if rank is not None and rank < 2 and channels > 1:
+        raise Refusal("axis", f"its data has rank {rank} and no axis for {channels} channels")
     factors, shift = batch_norm_affine(weights, biases, means, variances, eps)
     graph.refuse_widening(node, BIAS, bias)
     abs_terms = np.abs(means * factors) + (bias.abs_terms if isinstance(bias, Dense) else np.abs(biases))

@@ -102,8 +102,12 @@ def own_axis(node: Node, axis: int, rank: int) -> int:
 
 
 def is_wide(affine: Affine, shape: Shape | None) -> bool:
-    """Say whether an affine would make a value of this shape wider: the value has one element, the affine several channels."""
-    return affine.channels > 1 and shape is not None and all(size == 1 for size in shape)
+    """Say whether an affine would make a value of this shape wider: the value has one element, the affine several channels.
+
+    One whose axis counts from the front does not broadcast: its channels are there, or the model is wrong.
+    """
+    is_broadcast = affine.axis is not None and affine.axis < 0 and affine.channels > 1
+    return is_broadcast and shape is not None and all(size == 1 for size in shape)
 
 
 def countable(size: int) -> int:

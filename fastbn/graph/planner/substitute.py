@@ -36,7 +36,10 @@ def kept_shift(node: Node, affine: Affine, view: GraphView, weight_type: DType) 
     _, shift, abs_terms = affine.shaped(_rank(node, view, "the shift that would stay"))
     # The parameters may be float32 beside float16 data; what stays has the type of the data, as the weights have but for a Cast between.
     kind = view.kind(node.required_input(0))
-    constant = Dense(dtype_of(kind) if kind else weight_type, shift, abs_terms)
+    dtype = dtype_of(kind) if kind else weight_type
+    if dtype_name(dtype) not in DTYPES:
+        raise Refusal("unsupported-type", f"its data is {dtype}")
+    constant = Dense(dtype, shift, abs_terms)
     add = _substitute(node, "Add", node.required_input(0), node.required_output(), [(BIAS, constant)])
     return add, constant
 
