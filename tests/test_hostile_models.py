@@ -116,7 +116,21 @@ def test_a_batch_normalization_of_a_value_without_channels(head):
 
 def test_a_product_of_one_channel_that_a_batch_normalization_takes_for_more():
     text = "(float[1,1,1,1] x) => (float[1,4,1,1] y) { e = Mul(x, k) y = BatchNormalization(e, s, t, m, v) }"
-    assert not fastbn.fold(model(text, k=normal(1), **norm(4)), verify=False).folded
+    assert [each.bn for each in fastbn.fold(model(text, k=normal(1), **norm(4)), verify=False).kept] == ["y"]
+
+
+@pytest.mark.parametrize("form", ["conv", "affine"])
+def test_a_batch_normalization_of_more_channels_than_its_data_has_is_not_rewritten(form):
+    """onnxruntime loads it, and no Conv, Mul or Add of these sizes."""
+    text = "(float[N,3,5] x) => (float[N,4,5] y) { r = Relu(x) y = BatchNormalization(r, s, t, m, v) }"
+    result = fastbn.fold(model(text, **norm(4)), rewrite_left=form, verify=False)
+    assert (len(result.rewritten), [each.bn for each in result.kept]) == (0, ["y"])
+
+
+def test_a_domain_that_is_no_text():
+    entry = helper.make_opsetid("ab", 20).SerializeToString().replace(b"ab", b"\xff\xfe")
+    data = conv_bn().SerializeToString() + bytes([0x42, len(entry)]) + entry  # opset_import
+    assert fastbn.fold(data, verify=False).folded
 
 
 def test_no_shift_is_left_to_an_add_of_integers():

@@ -183,8 +183,9 @@ def checker_context(proto: ModelProto, opset: int) -> checker.C.CheckerContext:
     """Return what onnx's checker needs to know of the model around a node."""
     context = checker.C.CheckerContext()
     context.ir_version = min(max(proto.ir_version, 4), onnx.IR_VERSION)
-    # Versions are 64 bits in a file, and 32 here.
-    imports = {entry.domain: min(max(entry.version, -LAST_VERSION), LAST_VERSION) for entry in proto.opset_import}
+    # Versions are 64 bits in a file, and 32 here; a domain that is no UTF-8 comes as bytes.
+    entries = [entry for entry in proto.opset_import if isinstance(entry.domain, str)]
+    imports = {entry.domain: min(max(entry.version, -LAST_VERSION), LAST_VERSION) for entry in entries}
     context.opset_imports = {**imports, "": opset, "ai.onnx": opset}
     return context
 

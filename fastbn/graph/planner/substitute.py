@@ -63,6 +63,9 @@ class Rewriter:
 
     def plan(self, node: Node, affine: Affine) -> Plan:
         """Return the plan that rewrites a batch normalization; raises Refusal where that is not possible."""
+        shape = self.view.shape(node.required_input(0))
+        if shape is not None and len(shape) > 1 and shape[1] not in (None, affine.channels):
+            raise Refusal("axis", f"its data has {shape[1]} channels, and it has {affine.channels}")
         plan = Plan(rewritten=[node], channels=affine.channels)
         (self._conv if self.form == "conv" else self._mul_add)(node, affine, plan)
         refuse_unrepresentable(plan, self.view)
