@@ -79,6 +79,7 @@ class Arguments(argparse.Namespace):
     per_tensor: bool
     data_free: bool
     float_nodes: int
+    reestimate: bool
 
     # Options of many folds.
     sources: list[str]
@@ -159,6 +160,9 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     )
     deploy.add_argument(
         "--quantize-timeout", type=float, default=300.0, metavar="SECONDS", help="what quantizing the model may take at most (300)"
+    )
+    deploy.add_argument(
+        "--reestimate", action="store_true", help="estimate the statistics again first, on half of the data; the labels of the rest judge"
     )
     _add_recipe(deploy)
     deploy.add_argument("--metric", default="auto", choices=["auto", "top-1", "error", "accuracy"], help="what a stage is judged by (auto)")

@@ -247,6 +247,7 @@ def _options(arguments: Arguments) -> Options:
         per_tensor=arguments.per_tensor,
         data_free=arguments.data_free,
         float_nodes=arguments.float_nodes,
+        reestimate=arguments.reestimate,
     )
 
 

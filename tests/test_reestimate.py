@@ -168,7 +168,7 @@ def test_an_input_is_never_written_over(out, message, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "double"])
-def test_other_types(name):
+def test_other_types(name, tmp_path):
     kind = {"float16": "float16", "bfloat16": "bfloat16", "double": "double"}[name]
     dtype = helper.tensor_dtype_to_np_dtype(onnx.TensorProto.DataType.Value(name.upper()))
     text = f"({kind}[N, 12] x) => ({kind}[N, 2] y) {{ c = MatMul (x, w) b = BatchNormalization (c, s, t, m, v) r = Relu (b) "
@@ -177,7 +177,9 @@ def test_other_types(name):
     proto = model(text, **{key: values.astype(dtype) for key, values in constants.items()})
     plain = model(text.replace(kind, "float"), **{key: values.astype(dtype).astype(np.float32) for key, values in constants.items()})
     x = images(size=2).reshape(-1, 12).astype(dtype if name != "bfloat16" else np.float32)
-    result = reestimate(proto, {"x": x})
+    onnx.save(proto, tmp_path / "in.onnx")
+    result = reestimate(tmp_path / "in.onnx", {"x": x})
+    assert bits(result) == bits(reestimate(proto, {"x": x}))
     wanted, _ = population(plain, {"x": x.astype(np.float32)})
     unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "double": 2.0**-24}[name]
     for key, (mean, var) in statistics_in(result.model).items():

@@ -77,6 +77,9 @@ class Options:
         Calibrate on synthetic inputs that fit the means and variances in the model's batch normalizations, not on the data.
     float_nodes : int
         How many nodes may stay in float, the worst first, where int8 loses too much (8); 0 for none.
+    reestimate : bool
+        Estimate the running statistics of all batch normalizations again before the fold, on a random half of the samples, and use them
+        where accuracy does not fall on the other half, on which everything else is compared then. It needs data with labels.
     quantize_timeout : float
         Seconds that onnxruntime's quantizer may take for the model (300); it runs in a process of its own, which is then ended.
 
@@ -111,19 +114,22 @@ class Options:
     per_tensor: bool = False
     data_free: bool = False
     float_nodes: int = FLOAT_NODES
+    reestimate: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in ("auto", *METRICS):
             raise ArgumentError(expected(f"auto, {' or '.join(METRICS)}", repr(self.metric), "metric"))
         if self.goal not in GOALS:
             raise ArgumentError(expected(f"{', '.join(GOALS[:-1])} or {GOALS[-1]}", repr(self.goal), "goal"))
-        for name in ("quantize", "ignore_unknown", "per_tensor"):
+        for name in ("quantize", "ignore_unknown", "per_tensor", "data_free", "reestimate"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentTypeError(expected("True or False", type(getattr(self, name)).__name__, name))
         if self.labels is not None and not isinstance(self.labels, str):
             raise ArgumentTypeError(expected("the name of an array", type(self.labels).__name__, "labels"))
         if self.labels is not None and self.data is None:
             raise ArgumentError("Cannot use labels: there are no data that could hold them (data=, --data)")
+        if self.reestimate and self.data is None:
+            raise ArgumentError("Cannot estimate statistics: there are no data (data=, --data)")
         if self.max_slowdown is not None:
             self._set("max_slowdown", number_between(self.max_slowdown, "max_slowdown", 0, MOST_SLOWDOWN, "a part, 0 or more"))
         if self.max_drop is not None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from fastbn.deployment.compare import METRICS, Metric
+from fastbn.deployment.compare import Metric
 from fastbn.deployment.data_free import DataFree, data_free, feeds_wanted
 from fastbn.deployment.evidence import Comparison, Goal, comparisons
 from fastbn.deployment.float_search import FloatSearch
@@ -22,9 +22,9 @@ from fastbn.deployment.provenance import now_and_here
 from fastbn.deployment.quantize import Made, QuantizerRefused, quantized_already
 from fastbn.deployment.quantizer import Quantizer
 from fastbn.deployment.recipe import Calibration, WeightType
+from fastbn.deployment.reestimated import NewStatistics, halves, reestimated
 from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
 from fastbn.deployment.samples import Samples, random_samples, read_samples
-from fastbn.deployment.scores import row_outputs, score_outputs
 from fastbn.deployment.stages import compared_stages, marks_for, measured_stages, timed
 from fastbn.deployment.trade_off import TradeOff
 from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
@@ -95,6 +95,7 @@ def deploy(
     per_tensor: bool = False,
     data_free: bool = False,
     float_nodes: int = FLOAT_NODES,
+    reestimate: bool = False,
     progress: Progress | None = None,
     workdir: Location | None = None,
 ) -> Deployment:
@@ -116,7 +117,7 @@ def deploy(
         *(only, skip, input_shapes, freeze_inputs, as_inference, rewrite_left, seed),
         *(runs, most_samples, min_samples, quantize_timeout),
         *(calibration, exclude_nodes, weight_type, per_tensor),
-        *(data_free, float_nodes),
+        *(data_free, float_nodes, reestimate),
     )
     check_paths(model, output, report, force)
     pipeline = _Pipeline(model, options, call_text(model, output, report, options), progress or (lambda *_: None))
@@ -180,10 +181,11 @@ class _Pipeline:
         index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
         job.check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
         samples = self._read(index)
-        judge = self._judge(index, samples is not None and samples.labels is not None)
-        fold = self._fold()
+        judge = Judge.of(self.options, index, samples is not None and samples.labels is not None)
+        index, samples, tried = self._new_statistics(index, samples, judge)
+        source, fold = index.source, self._fold()
         trial, verdict = self._try(fold, index, samples, judge)
-        verdict = verdict.after(fold.parity)
+        verdict = verdict.after(fold.parity).with_statistics(tried)
         unverified = tuple(unverified_warning(fold.parity)) if verdict.shipped else ()
         made = Deployment(
             fold=fold,
@@ -200,6 +202,7 @@ class _Pipeline:
             comparisons=trial.comparisons,
             quantization=trial.quantization,
             quantized=trial.quantized,
+            new_statistics=tried,
             warnings=(*unverified, *trial.warnings),
             command=self.command,
             seconds=time.perf_counter() - began,
@@ -226,19 +229,16 @@ class _Pipeline:
             raise ArgumentError(expected(f"at least {self.options.min_samples} samples to calibrate on", str(samples.rows), where))
         return samples
 
-    def _judge(self, index: Index, has_labels: bool) -> Judge:
-        scores = score_outputs(index)
-        metric = self.options.metric
-        if metric == "accuracy" and not has_labels:
-            raise ArgumentError(expected("labels in the data for --metric accuracy", "none", "metric"))
-        if metric == "top-1":
-            scores = scores or row_outputs(index)
-            if not scores:
-                raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
-        usual: Metric = "accuracy" if has_labels else "top-1" if scores else "error"
-        chosen: Metric = usual if metric == "auto" else metric
-        max_drop = METRICS[chosen] if self.options.max_drop is None else self.options.max_drop
-        return Judge(chosen, max_drop, scores, metric != "auto", self.options.goal, self.options.max_slowdown)
+    def _new_statistics(self, index: Index, samples: Samples | None, judge: Judge) -> tuple[Index, Samples | None, NewStatistics | None]:
+        """Return the model with new running statistics where accuracy does not fall with them, the samples that say so, and what came."""
+        if not self.options.reestimate or samples is None:
+            return index, samples, None
+        estimated, held = halves(samples, self.options.seed)
+        source, tried = reestimated(index, estimated, held, judge, lambda text: self._tell(f"estimating statistics: {text}"))
+        if source is not None:
+            self.model = source
+            index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
+        return index, held, tried
 
     def _fold(self) -> FoldResult:
         self._start("folding and verifying")
@@ -391,7 +391,7 @@ class _Pipeline:
         for number, (proto, numbers) in enumerate(free.restated):
             self._tell(f"batch normalizations on synthetic inputs, {number + 1} of {len(free.restated)}")
             path = self.workdir / f"restated-{number}.onnx"
-            self._folded(source.derived(proto), False).save(path)
+            self._folded(source.derived(proto, edited=True), False).save(path)
             restated.append((path, numbers))
         return restated
 

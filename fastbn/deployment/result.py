@@ -25,6 +25,7 @@ from fastbn.graph.rewrite.replacement import atomic
 if TYPE_CHECKING:
     import os
 
+    from fastbn.deployment.reestimated import NewStatistics, NewStatisticsFields
     from fastbn.deployment.samples import Samples, SamplesFields
     from fastbn.graph import FoldResult
     from fastbn.graph.digests import Digest
@@ -200,6 +201,7 @@ class DeploymentFields(TypedDict):
     latency: list[Latency]
     comparisons: list[ComparisonFields]
     quantization: QuantizationFields | None
+    new_statistics: NewStatisticsFields | None
     fold: FoldReport
     command: str
     seconds: float
@@ -236,6 +238,8 @@ class Deployment:
         None where it was not asked for.
     quantized : bytes or None
         The quantized model.
+    new_statistics : NewStatistics or None
+        What came of running statistics that were estimated again; None where that was not asked for.
     warnings : tuple of str
         What the reader must know before trusting the figures.
     command : str
@@ -280,6 +284,7 @@ class Deployment:
     comparisons: tuple[Comparison, ...] = ()
     quantization: Quantization | None = None
     quantized: bytes | None = None
+    new_statistics: NewStatistics | None = None
     warnings: tuple[str, ...] = ()
     command: str = ""
     seconds: float = 0.0
@@ -358,6 +363,7 @@ class Deployment:
             "latency": list(self.latency),
             "comparisons": [each.to_dict() for each in self.comparisons],
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
+            "new_statistics": None if self.new_statistics is None else self.new_statistics.to_dict(),
             "fold": self.fold.to_dict(),
             "command": self.command,
             "seconds": round(self.seconds, 3),
@@ -371,6 +377,8 @@ class Deployment:
         if self.samples:
             lines.append(f"data    {self.samples}")
             lines.extend(f"        {note}" for note in self.samples.notes)
+        if self.new_statistics:
+            lines.append(f"stats   {self.new_statistics}")
         if self.quantization:
             lines.append(f"int8    {self.quantization.recipe}")
             lines.extend(f"        {note}" for note in (*self.quantization.notes, self.quantization.float_sentence()) if note)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from fastbn.deployment.compare import METRICS, Metric
 from fastbn.deployment.evidence import Comparison, Goal, between
 from fastbn.deployment.result import Quantization, Shipped, Stage, StageName, Status
-from fastbn.deployment.scores import row_outputs
+from fastbn.deployment.scores import row_outputs, score_outputs
+from fastbn.errors import ArgumentError, expected
 from fastbn.graph.reasons import first_few
 
 if TYPE_CHECKING:
+    from fastbn.deployment.options import Options
+    from fastbn.deployment.reestimated import NewStatistics
     from fastbn.graph.model.index import Index
     from fastbn.graph.results import Parity
 
@@ -33,6 +36,13 @@ class Verdict:
             return self
         status: Status = "unverified" if self.status == "done" else self.status
         return replace(self, status=status, decision=f"{self.decision}; not verified: parity is {parity.status}")
+
+    def with_statistics(self, tried: NewStatistics | None) -> Verdict:
+        """Return this verdict; where new statistics were wanted and are not used, its status and its sentence say so."""
+        if self.shipped is None or tried is None or not tried.is_refused:
+            return self
+        status: Status = "partial" if self.status == "done" else self.status
+        return replace(self, status=status, decision=f"{self.decision}; with its old statistics, for accuracy would fall with new ones")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,22 @@ class Judge:
     chosen: bool
     goal: Goal = "latency"
     max_slowdown: float | None = None
+
+    @classmethod
+    def of(cls, options: Options, index: Index, has_labels: bool) -> Self:
+        """Return the Judge that options ask for; raises ArgumentError where a model has nothing to judge it by in this way."""
+        scores = score_outputs(index)
+        metric = options.metric
+        if metric == "accuracy" and not has_labels:
+            raise ArgumentError(expected("labels in the data for --metric accuracy", "none", "metric"))
+        if metric == "top-1":
+            scores = scores or row_outputs(index)
+            if not scores:
+                raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
+        usual: Metric = "accuracy" if has_labels else "top-1" if scores else "error"
+        chosen: Metric = usual if metric == "auto" else metric
+        max_drop = METRICS[chosen] if options.max_drop is None else options.max_drop
+        return cls(chosen, max_drop, scores, metric != "auto", options.goal, options.max_slowdown)
 
     def judged(self, stage: Stage, index: Index) -> Stage:
         """Return a stage, refused where it loses too much or nothing says what a quantized model loses; index is the model's."""

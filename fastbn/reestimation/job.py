@@ -261,7 +261,7 @@ def _verified(output: Output, arrays: Mapping[Site, tuple[Array, Array]]) -> str
     ModelError
         A site has other statistics than were written, or onnxruntime does not load the model.
     """
-    source = output.source.derived(output.proto)
+    source = output.source.derived(output.proto, edited=True)
     index = Index(source)
     nodes = {node.position: node for node in index.order if node.scope is index.main}
     for site, pair in arrays.items():

@@ -231,7 +231,7 @@ def widened(source: Source) -> Source | None:
     proto.CopyFrom(source.proto)
     if not _widen(proto, source):
         return None
-    made = source.derived(proto)
+    made = source.derived(proto, edited=True)
     made.notes += ("run in float32: onnxruntime has no bfloat16 kernels",)
     return made
 

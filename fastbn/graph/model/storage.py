@@ -208,6 +208,7 @@ class Source:
         self.notes: tuple[str, ...] = ()
         self.inference: InferenceForm | None = None
         self.is_shared = False
+        self._is_edited = False
         self._files: dict[Path, npt.NDArray[np.uint8]] = {}
         # Which file the model was read from, and its data files, as they were then.
         self._own = None if path is None else signature_of(path)
@@ -216,13 +217,15 @@ class Source:
     @property
     def is_edited(self) -> bool:
         """Whether the model is another one than that of its file."""
-        return self.inference is not None and bool(self.inference.changed)
+        return self._is_edited or (self.inference is not None and bool(self.inference.changed))
 
-    def derived(self, proto: ModelProto | None = None) -> Source:
-        """Return the same model, or another one that is made of it, with the same name, data files, and notes."""
+    def derived(self, proto: ModelProto | None = None, edited: bool = False) -> Source:
+        """Return the same model, or another one that is made of it (an edited one computes something else), with the same name, data files,
+        and notes."""
         other = Source(self.proto if proto is None else proto, self.path, self.name, self._data if proto is None else None)
         other.notes, other.inference, other._signatures = self.notes, self.inference, self._signatures
         other.is_shared = self.is_shared and proto is None
+        other._is_edited = self._is_edited or edited
         return other
 
     def to_bytes(self) -> bytes:
