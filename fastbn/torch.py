@@ -354,12 +354,13 @@ def update_bn(
     model : torch.nn.Module
         Its running statistics, and `num_batches_tracked`, are updated in place; training flags, momenta and all else stay as they are.
     loader : iterable of Tensor, or of lists or tuples whose first entry is one
-        The data of this process, in batches of any size. It is gone through once for each batch normalization, so an order that changes
-        changes rounding, and augmentation draws anew.
+        The data of this process, in batches of any size. It is gone through once for the order of the batch normalizations and once for
+        each of them, so an order that changes changes rounding, and augmentation draws anew.
     mode : "population" or "one-pass"
         "population": each batch normalization sees what flows into it in eval mode, with all before it already updated; a pass ends where
-        it is reached. A module that is called several times in a forward has the statistics of all its calls, and normalizes each by its
-        own batch meanwhile. "one-pass": each batch is normalized by its own statistics, as in training, the rest of the model in eval mode.
+        it is reached. One that only some batches call has the statistics of these. A module that is called several times in a forward has
+        the statistics of all its calls, and normalizes each by its own batch meanwhile. "one-pass": each batch is normalized by its own
+        statistics, as in training, the rest of the model in eval mode.
     process_group : torch.distributed.ProcessGroup, "world" or None
         Processes that have the data between them, perhaps none in some: all get the same bits.
     device : optional
@@ -369,7 +370,8 @@ def update_bn(
     ------
     ArgumentError, ArgumentTypeError
         No data, one value per channel, or values that are not finite; another mode; a loader that can be gone through only once; what is no
-        module or no loader. Nothing has changed then.
+        module or no loader; batch normalizations that torch.jit has compiled, that the model calls in no batch, or that batches call in
+        opposite orders ("population" alone). Nothing has changed then.
     TensorError
         A process group that cannot be used.
 

@@ -102,7 +102,7 @@ def test_flags_momenta_and_the_rest_stay():
         assert net[1].running_mean.tolist() == [9, 10]  # no Dropout
         assert net[1].num_batches_tracked == 3
         assert unused.norm.running_mean.tolist() == [7, 7]
-        assert all(not part._forward_pre_hooks for part in net.modules())
+        assert all("forward" not in part.__dict__ for part in net.modules())
 
 
 def test_a_shared_module_has_the_statistics_of_all_its_calls():
@@ -135,6 +135,106 @@ def test_a_module_that_is_called_by_keyword(mode):
     net = Named()
     update_bn(net, torch.arange(20.0).reshape(10, 2).split(4), mode=mode)
     assert net.norm.running_mean.tolist() == [9, 10]
+
+
+class Routes(torch.nn.Module):
+    """Sends a batch of negative values another way than one of positive ones, and adds what is common behind both."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.minus, self.plus = (torch.nn.BatchNorm1d(1) for _ in range(3))
+
+    def forward(self, x):
+        return self.last((self.minus if (x < 0).all() else self.plus)(x) + x)
+
+
+def test_one_that_only_a_later_batch_reaches_comes_before_what_it_feeds():
+    x = torch.tensor([[1.0], [2.0], [3.0], [-1.0], [-5.0], [-3.0], [4.0]])
+    net = Routes()
+    update_bn(net, x.split(3))
+    plus, minus = (x[mask].numpy() for mask in (x[:, 0] > 0, x[:, 0] < 0))
+    for norm, values in ((net.plus, plus), (net.minus, minus)):
+        assert norm.running_mean.item() == pytest.approx(values.mean())
+        assert norm.running_var.item() == pytest.approx(values.var(ddof=1))
+    fed = np.concatenate([values + (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-5) for values in (plus, minus)])
+    assert net.last.running_mean.item() == pytest.approx(fed.mean(), rel=1e-5)
+    assert net.last.running_var.item() == pytest.approx(fed.var(ddof=1), rel=1e-5)
+
+
+def test_calls_in_both_orders_have_no_order():
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+
+        def forward(self, x):
+            return self.a(self.b(x)) if (x < 0).all() else self.b(self.a(x))
+
+    x = torch.tensor([[1.0], [2.0], [-1.0], [-5.0]])
+    with pytest.raises(
+        fastbn.ArgumentError, match="some batches call 'a' before 'b' and others the other way round; mode='one-pass' takes"
+    ):
+        update_bn(Both(), x.split(2))
+    update_bn(Both(), x.split(2), mode="one-pass")
+
+
+def test_one_that_is_called_more_often_in_some_batches():
+    class Often(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(1)
+
+        def forward(self, x):
+            for _ in range(len(x) - 1):
+                self.norm(x)
+            return x
+
+    net, x = Often(), torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
+    update_bn(net, x.split(3))
+    assert net.norm.running_mean.item() == pytest.approx((2 * (1 + 2 + 4) + 8 + 16) / 8)
+
+
+@pytest.mark.parametrize("mode", ["population", "one-pass"])
+def test_one_that_is_called_by_its_forward(mode):
+    class Direct(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm.forward(x)
+
+    net = Direct()
+    update_bn(net, torch.arange(20.0).reshape(10, 2).split(4), mode=mode)
+    assert net.norm.running_mean.tolist() == [9, 10]
+    assert "forward" not in net.norm.__dict__
+    net.compile(backend="eager")
+    net(torch.arange(20.0).reshape(10, 2))
+    update_bn(net, [torch.arange(20.0).reshape(10, 2) + 1], mode=mode)
+    assert net.norm.running_mean.tolist() == [10, 11]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit itself
+@pytest.mark.parametrize("mode", ["population", "one-pass"])
+def test_what_nobody_can_look_into_is_an_error(mode):
+    class Past(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return torch.nn.functional.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+
+    x = [torch.zeros(4, 2)]
+    with pytest.raises(fastbn.ArgumentError, match="Expected a model that calls its batch normalizations, got one that calls none of them"):
+        update_bn(Past(), x, mode=mode)
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    for compiled in (torch.jit.script(net), torch.nn.Sequential(torch.jit.trace(net.eval(), x[0]))):
+        with pytest.raises(
+            fastbn.ArgumentTypeError, match=r"Expected batch normalizations that run in Python, got some that torch\.jit has"
+        ):
+            update_bn(compiled, x, mode=mode)
+    update_bn(torch.jit.script(torch.nn.Linear(2, 2)), x, mode=mode)
 
 
 def test_loaders():
@@ -172,7 +272,7 @@ def test_what_fails_changes_nothing(call, error):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=f"^{error}$"):
         call(net)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert all(part.training and not part._forward_pre_hooks for part in net.modules())
+    assert all(part.training and "forward" not in part.__dict__ for part in net.modules())
 
 
 @pytest.mark.parametrize("size", [2, 3])
