@@ -154,7 +154,7 @@ MEETING = {"_types", "affine", "dtypes", "errors", "interrupts"}
 GRAPH_WING = ("graph.", "deployment.", "cluster.", "reestimation.", "zoo.")
 
 # A re-estimation takes statistics of arrays on their way through a graph.
-ALSO_MEETING = {"reestimation.": {"stats", "sync", "functional"}}
+ALSO_MEETING = {"reestimation.": {"stats", "sync", "functional", "memory"}}
 
 
 def imported(name, types=True):

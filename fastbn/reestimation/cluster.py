@@ -18,7 +18,7 @@ from fastbn.reestimation.inputs import Batches, rows_in
 from fastbn.reestimation.levels import DTypes
 from fastbn.reestimation.merging import FAN, MergeTree, Moments, merge
 from fastbn.reestimation.pieces import Piece
-from fastbn.reestimation.work import Parameters, Setting, State, advance, normalized, out_of_memory, statistics
+from fastbn.reestimation.work import Parameters, Setting, State, advance, held, normalized, out_of_memory, statistics
 from fastbn.stats import BatchStats
 
 __all__ = ["MOST_TASKS", "OnCluster", "Run", "width_of"]
@@ -67,9 +67,15 @@ def started(partitions: Sequence[Partition], run: Run) -> Kept:
 def advanced(
     before: Kept | Sequence[Partition], pieces: Sequence[Piece], models: Sequence[bytes], parameters: Parameters, run: Run
 ) -> Kept:
-    """Return the activations behind some pieces."""
+    """Return the activations behind some pieces, in memory that no session of onnxruntime holds."""
     if not isinstance(before, Kept):
         before = started(before, run)
+    behind = passed(before, pieces, models, parameters, run)
+    return Kept([held(*pair) for pair in zip(behind.states, before.states, strict=True)], before.labels, before.rows)
+
+
+def passed(before: Kept, pieces: Sequence[Piece], models: Sequence[bytes], parameters: Parameters, run: Run) -> Kept:
+    """Return the activations behind some pieces as onnxruntime makes them."""
     states = []
     for state, label in zip(before.states, before.labels, strict=True):
         for piece, model in zip(pieces, models, strict=True):
@@ -92,7 +98,7 @@ def measured_at_once(
     """Return the same from the data, one partition after the other; nothing is kept."""
     tree, rows = MergeTree(), 0
     for partition in partitions:
-        kept = advanced([partition], pieces, models, parameters, run)
+        kept = passed(started([partition], run), pieces, models, parameters, run)
         tree.add(statistics(pieces[-1], kept.states[0], partition.label))
         rows += kept.rows
     return [*tree.result(), _counted(rows)]
@@ -118,7 +124,7 @@ def probed(
     kept = started(partitions[:1], run)
     sizes = []
     for piece, model in zip(pieces, models, strict=True):
-        kept = advanced(kept, [piece], [model], parameters, run)
+        kept = passed(kept, [piece], [model], parameters, run)
         sizes.append(bytes_of(kept.states[0]))
         kept = Kept([without_targets(piece, kept.states[0])], kept.labels, kept.rows)
     return sizes

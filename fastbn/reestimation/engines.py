@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
+from fastbn import memory
 from fastbn.reestimation.files import UNPACKED
 from fastbn.reestimation.inputs import Batches, rows_in
 from fastbn.reestimation.levels import DTypes
 from fastbn.reestimation.merging import MergeTree, Moments
 from fastbn.reestimation.pieces import Piece
-from fastbn.reestimation.work import SESSIONS, Parameters, Setting, State, advance, normalized, statistics
-
-if TYPE_CHECKING:
-    pass
+from fastbn.reestimation.work import SESSIONS, Parameters, Setting, State, advance, held, normalized, statistics
 
 __all__ = ["Engine", "InProcess", "Partition", "Task", "Tell", "bytes_of", "without_targets"]
 
@@ -117,7 +115,8 @@ class InProcess:
         """Return the statistics of a level."""
         task, tree = self.task, MergeTree()
         for number, partition in enumerate(task.partitions):
-            at, state = self._take(number)
+            at, before = self._take(number)
+            state = before
             if level == 1:
                 self.samples += sum(map(rows_in, state))
             for piece, model in zip(task.pieces[at:level], task.models[at:level], strict=True):
@@ -125,7 +124,7 @@ class InProcess:
             piece = task.pieces[level - 1]
             tree.add(statistics(piece, state, partition.label))
             if level < task.depth:
-                self._keep(number, level, without_targets(piece, state))
+                self._keep(number, level, without_targets(piece, state), before)
             tell(number + 1, len(task.partitions))
         return tree.result()
 
@@ -136,10 +135,10 @@ class InProcess:
         self._bytes -= bytes_of(state)
         return level, state
 
-    def _keep(self, number: int, level: int, state: State) -> None:
+    def _keep(self, number: int, level: int, state: State, before: State) -> None:
         size = bytes_of(state)
         if self._bytes + size <= self.task.memory:
-            self._kept[number] = level, state
+            self._kept[number] = level, held(state, before)
             self._bytes += size
 
     def normalize(self, tell: Tell) -> list[Moments]:
@@ -158,4 +157,5 @@ class InProcess:
         """Close sessions and files."""
         self._kept.clear()
         SESSIONS.close()
+        memory.release()
         UNPACKED.close()

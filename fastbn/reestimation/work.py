@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from fastbn import memory
 from fastbn.errors import FastbnError, ModelError, expected
 from fastbn.functional import batch_stats
 from fastbn.graph.runtime import runtime_errors, said, session
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
 
-__all__ = ["SESSIONS", "Parameters", "Setting", "State", "advance", "as_parameters", "normalized", "out_of_memory", "statistics"]
+__all__ = ["SESSIONS", "Parameters", "Setting", "State", "advance", "as_parameters", "held", "normalized", "out_of_memory", "statistics"]
 
 # Sessions that a worker keeps open, those of pieces used last.
 MOST_SESSIONS = 256
@@ -118,6 +119,21 @@ def advance(piece: Piece, model: bytes, state: State, parameters: Parameters, se
         raise ModelError(f"Cannot run the model on {label}: {said(error)}") from error
 
 
+def held(state: State, before: State) -> State:
+    """Return a state that is to be kept: what onnxruntime has made is copied into memory that is used again, so that none of its sessions
+    holds any for the rest of the run; what was in the state before stays where it is."""
+    known = {id(values) for feed in before for values in feed.values()}
+    return [{name: values if id(values) in known else _copied(values) for name, values in feed.items()} for feed in state]
+
+
+def _copied(values: Array) -> Array:
+    if values.dtype.hasobject:
+        return values
+    copy = memory.lend(values.shape, values.dtype)
+    np.copyto(copy, values)
+    return copy
+
+
 def out_of_memory(label: str) -> FastbnError:
     """Return the error about a partition that takes more memory than a worker has."""
     remedy = "a smaller --batch, a smaller --memory for kept activations, or fewer workers on a machine may help"
@@ -137,10 +153,28 @@ def statistics(piece: Piece, state: State, label: str) -> list[BatchStats]:
     return [stats[name] for _, name, _ in piece.targets]
 
 
+class _Scratch(threading.local):
+    """Memory of a thread for values in float64, used again and again: new memory costs more time than the sums."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0)
+
+    def widened(self, array: Array) -> FloatArray:
+        """Return an array in float64, until the next call."""
+        if self._memory.size < array.size:
+            self._memory = np.empty(array.size)
+        wide = self._memory[: array.size].reshape(array.shape)
+        np.copyto(wide, array)
+        return wide
+
+
+_SCRATCH = _Scratch()
+
+
 def _moments(array: Array) -> BatchStats:
     """Return the statistics of one array, in float64 from the first addition on; float32 sums would lose 1e-8 of a variance."""
     rows = max(1, BLOCK // max(1, array[0].size)) if len(array) else 1
-    return merge_stats([batch_stats(array[first : first + rows].astype(np.float64)) for first in range(0, max(1, len(array)), rows)])
+    return merge_stats([batch_stats(_SCRATCH.widened(array[first : first + rows])) for first in range(0, max(1, len(array)), rows)])
 
 
 def _checked(array: Array, channels: int, name: str) -> Array:
