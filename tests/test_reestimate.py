@@ -348,8 +348,10 @@ def test_options_that_cannot_be_used(options, error):
     ({"z": np.zeros((4, 2), np.float32)}, r"Expected arrays named after the inputs \(x\), got 'z' - at `data`"),
     (np.zeros((4, 3), np.float32), r"Expected shape \[\?,2\] for 'x', got \[4,3\] - at `data`"),
     (np.zeros((4, 2), np.int64), "Expected float32 for 'x', got int64 - at `data`"),
-    (3, "Expected paths, URLs, arrays, an iterable of dicts, or a collection of dask, got int - at `data`"),
-    ([3], r"Expected paths or dicts of arrays, got int - at `data\[0\]`"),
+    (3, "Expected paths, URLs, arrays or tensors, a loader, an iterable of dicts, or a collection of dask, got int - at `data`"),
+    (b"x.npy", "Expected paths, URLs, arrays or tensors, a loader, an iterable of dicts, or a collection of dask, got bytes - at `data`"),
+    ([3], r"Expected a dict of arrays, an array or a tuple of them, got int - at `data\[0\]`"),
+    ([b"x.npy"], r"Expected a dict of arrays, an array or a tuple of them, got bytes - at `data\[0\]`"),
 ])  # fmt: skip
 def test_data_that_cannot_be_used(data, error):
     with pytest.raises((ValueError, TypeError), match=f"^{error}$"):

@@ -77,6 +77,25 @@ def test_one_input_as_it_is(tmp_path, wanted):
     assert reestimate(branches(), tmp_path / "test_data_set_3").samples == 8
 
 
+def test_what_loaders_yield(wanted):
+    torch = pytest.importorskip("torch")
+    x, labels = torch.from_numpy(X), torch.arange(len(X))
+    exactly(moments(x, batch=8), wanted)
+    exactly(moments({"x": x.requires_grad_()}, batch=8), wanted)
+    for size in (8, 5, 40):
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.detach(), labels), batch_size=size)
+        (exactly if 8 % size == 0 else same)(moments(loader, batch=8), wanted)
+    same(moments(({"x": each, "label": 3} for each in X), batch=8), wanted)  # single samples, and what is no input
+    same(moments(iter(X), batch=8), wanted)
+
+    def broken():
+        yield X[:3]
+        raise RuntimeError("disk\non fire")
+
+    with pytest.raises(fastbn.ArgumentError, match=r"^Cannot read samples: batch 1 of the data raises RuntimeError: disk$"):
+        reestimate(branches(), broken())
+
+
 def test_images_of_different_sizes(tmp_path):
     parts = [images(1, size, seed=size) for size in (8, 8, 8, 6, 6, 9, 8)]
     for number, part in enumerate(parts):

@@ -19,13 +19,30 @@ from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expect
 from fastbn.graph.model.files import file_path, os_error
 from fastbn.graph.reasons import first_few
 
-__all__ = ["ENDINGS", "Array", "Data", "Group", "groups", "only_name", "tensor_in"]
+__all__ = [
+    "ENDINGS",
+    "Array",
+    "Data",
+    "Group",
+    "Kind",
+    "as_array",
+    "batch_of",
+    "groups",
+    "is_iterable",
+    "is_tensor",
+    "items_of",
+    "only_name",
+    "tensor_in",
+]
 
 # An array of any type that a model may read.
 Array: TypeAlias = NDArray[Any]
 
 # What is read: a path, an array or a tensor of any framework, arrays by name, or an iterable of what batches of a loader may be.
 Data: TypeAlias = str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Any]
+
+# What axis 0 of the arrays of a group counts, as Group says.
+Kind: TypeAlias = Literal["samples", "input", "batch"]
 
 # What a folder of samples may hold; anything else in it is left alone.
 ENDINGS = (".npz", ".npy", ".pb")
@@ -52,7 +69,7 @@ class Group:
 
     where: str
     arrays: Mapping[str, ArrayLike]
-    kind: Literal["samples", "input", "batch"] = "samples"
+    kind: Kind = "samples"
     labels: Array | None = None
 
 
@@ -77,17 +94,17 @@ def groups(data: object, names: Sequence[str], labels: Sequence[str]) -> Iterato
                 raise
             raise os_error(error, os.fsdecode(data)) from error
     elif isinstance(data, Mapping):
-        yield Group("data", {name: _array(value) for name, value in data.items()})
+        yield Group("data", {name: as_array(value) for name, value in data.items()})
     elif isinstance(data, (list, tuple)) and all(isinstance(feed, Mapping) for feed in data):
         for number, feed in enumerate(data):
-            yield Group(f"data[{number}]", {name: _array(value) for name, value in feed.items()}, "input")
-    elif _is_tensor(data):
-        yield Group("data", {only_name("data", names): _array(data)})
-    elif isinstance(data, bytes) or not (hasattr(data, "__iter__") or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))):
+            yield Group(f"data[{number}]", {name: as_array(value) for name, value in feed.items()}, "input")
+    elif is_tensor(data):
+        yield Group("data", {only_name("data", names): as_array(data)})
+    elif not is_iterable(data):
         what = "a path, an array or tensor, a dict of arrays, or an iterable of dicts or batches"
         raise ArgumentTypeError(expected(what, type(data).__name__, "data"))
     else:
-        yield from _batches(data, names)
+        yield from (batch_of(where, item, names) for where, item in items_of(data))
 
 
 def only_name(where: str, names: Sequence[str]) -> str:
@@ -97,12 +114,18 @@ def only_name(where: str, names: Sequence[str]) -> str:
     return names[0]
 
 
-def _is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> bool:
     """Say whether a value is an array, or a tensor of a framework; a list of numbers is none, and a list of tensors are many."""
     return isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "__dlpack__") or hasattr(value, "__array__")
 
 
-def _array(value: object) -> Array:
+def is_iterable(data: object) -> bool:
+    """Say whether data can be gone through item by item; bytes are none: they would be numbers."""
+    can_be = hasattr(data, "__iter__") or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+    return can_be and not isinstance(data, (bytes, bytearray, memoryview, str))
+
+
+def as_array(value: object) -> Array:
     """Return a value as an array: a tensor of torch is detached and brought to the CPU, one of TensorFlow asked for its array."""
     if isinstance(value, np.ndarray):
         return value
@@ -116,41 +139,41 @@ def _array(value: object) -> Array:
         raise ArgumentTypeError(expected("an array or a tensor", f"{type(value).__name__}: {first}", "data")) from error
 
 
-def _batches(data: Any, names: Sequence[str]) -> Iterator[Group]:  # of types that need not be installed
-    """Yield the batches of a loader or of any other iterable."""
+def items_of(data: Any) -> Iterator[tuple[str, Any]]:  # of types that need not be installed
+    """Yield (where, item) of a loader or of any other iterable; raises ArgumentError where it raises anything itself."""
     number = -1
-    batches = iter(data)
+    items = iter(data)
     while True:
         number += 1
         try:
-            batch = next(batches)
+            item = next(items)
         except StopIteration:
             return
         except Exception as error:  # whatever the caller's data set raises
             first = (str(error).splitlines() or [""])[0]
             raise ArgumentError(f"Cannot read samples: batch {number} of the data raises {type(error).__name__}: {first}") from error
-        yield _batch(f"data[{number}]", batch, names)
+        yield f"data[{number}]", item
 
 
-def _batch(where: str, batch: object, names: Sequence[str]) -> Group:
+def batch_of(where: str, batch: object, names: Sequence[str]) -> Group:
     """Return the group of one batch: a dict, a tensor, or a tuple of inputs in order with labels behind them or none."""
     labels = None
     if isinstance(batch, (tuple, list)):
         parts = list(batch)
         if parts and isinstance(parts[0], Mapping) and len(parts) <= 2:
             batch = parts[0]
-            labels = _array(parts[1]) if len(parts) == 2 else None
+            labels = as_array(parts[1]) if len(parts) == 2 else None
         elif len(parts) in (len(names), len(names) + 1):
             batch = dict(zip(names, parts, strict=False))
-            labels = _array(parts[-1]) if len(parts) > len(names) else None
+            labels = as_array(parts[-1]) if len(parts) > len(names) else None
         else:
             what = f"{len(names)} inputs ({first_few(list(names))}), and labels or none, in a batch"
             raise ArgumentError(expected(what, str(len(parts)), where))
     elif not isinstance(batch, Mapping):
-        if not _is_tensor(batch):
+        if not is_tensor(batch):
             raise ArgumentTypeError(expected("a dict of arrays, an array or a tuple of them", type(batch).__name__, where))
         batch = {only_name(where, names): batch}
-    return Group(where, {name: _array(value) for name, value in batch.items()}, "batch", labels)
+    return Group(where, {name: as_array(value) for name, value in batch.items()}, "batch", labels)
 
 
 def _file(path: Path, names: Sequence[str]) -> Group:

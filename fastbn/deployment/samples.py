@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import ArrayLike
 
-from fastbn.deployment.groups import Array, Data, Group, groups, only_name
+from fastbn.deployment.groups import Array, Data, Group, Kind, groups, only_name
 from fastbn.deployment.labels import IMPLIED, as_labels
 from fastbn.errors import ArgumentError, expected
 from fastbn.graph.digests import Digest
@@ -236,9 +236,9 @@ class Inputs:
         """Return the name of the one input; an array without a name is for a model of one."""
         return only_name(where, self.names)
 
-    def split(self, where: str, arrays: Mapping[str, ArrayLike], whole: bool, rows: int = 1) -> list[tuple[str, Feed]]:
+    def split(self, where: str, arrays: Mapping[str, ArrayLike], kind: Kind, rows: int = 1) -> list[tuple[str, Feed]]:
         """Return (where, feed) of every feed in a group of arrays by name, of so many rows where the model leaves the batch open."""
-        pieces = self.pieces(Group(where, arrays, "input" if whole else "samples"), rows)
+        pieces = self.pieces(Group(where, arrays, kind), rows)
         return [(each.where, each.feed) for each in pieces]
 
     def pieces(self, group: Group, rows: int = 1) -> list[_Piece]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastbn.deployment.groups import as_array
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.reestimation.inputs import Batches
 from fastbn.reestimation.partitions import Part, Rows, Whole, rows_of_arrays
@@ -52,7 +53,7 @@ class Ready:
         for number, item in enumerate(self.items):
             if not isinstance(item, Mapping):
                 raise ArgumentTypeError(expected("dicts of arrays", type(item).__name__, f"item {number} of {self.label}"))
-            arrays = {name: np.asanyarray(array) for name, array in item.items()}
+            arrays = {name: as_array(array) for name, array in item.items()}
             pieces += [Whole(f"{self.label}[{number}]", arrays)] if self.whole else rows_of_arrays(self.label, arrays, inputs)
         return Part(tuple(pieces), self.batch).read(inputs)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastbn.deployment.groups import Kind
 from fastbn.deployment.samples import Inputs
 from fastbn.errors import ArgumentError, expected
 from fastbn.graph.reasons import first_few
@@ -68,9 +69,9 @@ class Batches(Inputs):
             raise ArgumentError(expected(f"shape [{shown}] for '{name}'", f"[{','.join(map(str, sizes))}]", where))
         return sizes[0] if sizes else 1
 
-    def feeds(self, where: str, arrays: Mapping[str, ArrayLike], whole: bool, batch: int) -> list[Feed]:
+    def feeds(self, where: str, arrays: Mapping[str, ArrayLike], kind: Kind, batch: int) -> list[Feed]:
         """Return the feeds of a group of arrays, of up to `batch` rows where the model leaves the batch open."""
-        return [self._filled(feed) for _, feed in self.split(where, arrays, whole, batch)]
+        return [self._filled(feed) for _, feed in self.split(where, arrays, kind, batch)]
 
     def _filled(self, feed: Feed) -> Feed:
         """Return a feed in which an input with one row has it for every row."""

@@ -67,17 +67,17 @@ def reestimate(
 ) -> Reestimation:
     """Estimate the running statistics of every inference batch normalization of a model again, from data.
 
-    Means and variances become those of what really flows into each of them: after weights were averaged, pruned or quantized, or for other
-    data. Moments are merged in float64 (Chan, Golub & LeVeque 1979) in an order that depends on the data and `batch` alone, so the result
-    has the same bits for any number of workers.
+    Means and variances become those of what really flows into each of them. Moments are merged in float64 (Chan, Golub & LeVeque 1979) in an
+    order that depends on the data and `batch` alone, so the result has the same bits for any number of workers.
 
     Parameters
     ----------
     model : str, os.PathLike, bytes or onnx.ModelProto
         The model; it is not changed.
-    data : path, URL, array, dict of name -> array, iterable of paths or of such dicts, dask.array or dict of them, dask.bag of dicts
-        .npz, .npy and .pb files, folders and globs of them, also behind fsspec URLs (s3://, gs://, memory://). Axis 0 of an array counts
-        samples; a .pb file and a dict in an iterable is one input as it is.
+    data : path, URL, array or tensor, dict of name -> array, iterable, dask.array or dict of them, dask.bag of dicts
+        .npz, .npy and .pb files, folders and globs of them, also behind fsspec URLs (s3://, gs://, memory://), or a list of such. Axis 0 of
+        an array counts samples; a .pb file and a dict in a list is one input as it is. Batches of another iterable (a DataLoader, a
+        generator) are as `deploy` reads them: dicts, tensors, tuples with labels behind or not; all are read before the work begins.
     workers : int
         Processes on this machine that share the work (extra [cluster]); 0: this one alone, without dask.
     scheduler, client : str, distributed.Client, optional

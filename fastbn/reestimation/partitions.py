@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn.cluster.locations import ending_of, is_folder, is_url, names_in, read_bytes
-from fastbn.deployment.groups import ENDINGS, tensor_in
+from fastbn.deployment.groups import ENDINGS, as_array, batch_of, is_iterable, is_tensor, items_of, tensor_in
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
 from fastbn.graph.reasons import first_few
 from fastbn.reestimation.files import ArrayFile, arrays_in, rows_of
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Data", "Part", "Rows", "Whole", "fixed_partitions", "rows_of_arrays"]
 
 # What `reestimate` reads, beside collections of dask.
-Data: TypeAlias = (
-    "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Array | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]]"
-)
+Data: TypeAlias = "str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Any]"
 
 # A folder of ONNX's own test data begins with this.
 TEST_FOLDER = "test_data_set_"
@@ -72,16 +70,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Whole:
-    """One input as it is: arrays, files of tensors by the name of the input, or a file of several arrays.
+    """One input as it is: arrays, files of tensors by the name of the input, or a file of several arrays; or a batch of a loader.
 
     Attributes
     ----------
     where : str
     arrays : dict of name -> array, ArrayFile or path
+    kind : str
+        "input" or "batch", as in `deployment.groups.Group`.
     """
 
     where: str
     arrays: Mapping[str, ArrayLike | ArrayFile | str]
+    kind: Literal["input", "batch"] = "input"
 
     def read(self) -> Mapping[str, ArrayLike]:
         """Return the arrays by name."""
@@ -134,12 +135,13 @@ class Part:
         state: State = []
         group: State = []
         for piece in self.pieces:
-            feeds = inputs.feeds(piece.where, piece.read(), isinstance(piece, Whole), self.batch)
+            kind = piece.kind if isinstance(piece, Whole) else "samples"
+            feeds = inputs.feeds(piece.where, piece.read(), kind, self.batch)
             row = 0
             for feed in feeds:
                 _check_finite(feed, piece, row)
                 row += rows_in(feed)
-            if isinstance(piece, Whole):  # one input as it is
+            if kind == "input":  # as it is
                 state += [*inputs.joined(group, self.batch), *feeds]
                 group = []
             else:
@@ -257,20 +259,22 @@ def _pieces(data: Data, inputs: Batches) -> Iterator[Rows | Whole]:
     """Yield the groups of arrays of some data, in order."""
     if isinstance(data, (str, os.PathLike)):
         yield from _files(os.fspath(data), inputs)
-    elif isinstance(data, np.ndarray):
-        yield from rows_of_arrays("data", {inputs.only("data"): data}, inputs)
     elif isinstance(data, Mapping):
-        yield from rows_of_arrays("data", {str(name): np.asanyarray(array) for name, array in data.items()}, inputs)
-    elif isinstance(data, Iterable):
-        for number, item in enumerate(data):
+        yield from rows_of_arrays("data", {str(name): as_array(array) for name, array in data.items()}, inputs)
+    elif is_tensor(data):
+        yield from rows_of_arrays("data", {inputs.only("data"): as_array(data)}, inputs)
+    elif is_iterable(data):
+        is_list = isinstance(data, (list, tuple))
+        for where, item in items_of(data):
             if isinstance(item, (str, os.PathLike)):
                 yield from _files(os.fspath(item), inputs)
-            elif isinstance(item, Mapping):
-                yield Whole(f"data[{number}]", {name: np.asanyarray(array) for name, array in item.items()})
+            elif is_list and isinstance(item, Mapping):
+                yield Whole(where, {name: as_array(array) for name, array in item.items()})
             else:
-                raise ArgumentTypeError(expected("paths or dicts of arrays", type(item).__name__, f"data[{number}]"))
+                arrays = batch_of(where, item, inputs.names).arrays
+                yield Whole(where, {name: arrays[name] for name in inputs.known(list(arrays), where)}, "batch")
     else:
-        what = "paths, URLs, arrays, an iterable of dicts, or a collection of dask"
+        what = "paths, URLs, arrays or tensors, a loader, an iterable of dicts, or a collection of dask"
         raise ArgumentTypeError(expected(what, type(data).__name__, "data"))
 
 
