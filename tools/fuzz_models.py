@@ -10,7 +10,8 @@ case: the model, the options of the fold, what is done with the result. A case e
     result, error     a FoldResult, or a FastbnError
     not-a-case        the faults cancelled each other: there is nothing that protobuf writes
     traceback         any other exception
-    signal, slow      the process ended, or took more than 10 s of CPU time in all threads together
+    signal, slow      the process ended, or took more than 10 s of CPU time in all threads together, beside runs of the model: a model
+                      is a program, and one of its runs may take 60 s
     fat               more than 2 GB of memory
     invalid           onnxruntime calls the result invalid, and not the model
     differs           the result fails the comparison with the model
@@ -38,9 +39,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 from byte_faults import Corpus, mutated
 from google.protobuf.message import EncodeError
 from model_faults import DATA_FILE, DATA_SIZE, hostile
@@ -55,9 +60,10 @@ FOLDERS = [ROOT / "tests" / "models", ROOT.parent / "shared"]
 
 GOOD = ("result", "error", "not-a-case")
 
-# Seconds of CPU time for a case, seconds of a clock after which a worker hangs, and bytes of memory. The system gives a worker no more than
-# these: a fold that asks for more has failed; a run of the model in onnxruntime that does is refused, as it is with --limits.
-CPU_SECONDS, CLOCK_SECONDS, MOST_MEMORY = 10, 300, 2 << 30
+# Seconds of CPU time for a case and for one run of its model, seconds of a clock after which a worker hangs, and bytes of memory. The
+# system gives a worker no more than these: a fold that asks for more has failed; a run of the model in onnxruntime that does is refused, as
+# it is with --limits.
+CPU_SECONDS, RUN_SECONDS, CLOCK_SECONDS, MOST_MEMORY = 10, 60, 300, 2 << 30
 
 # What onnxruntime says where it gets no memory.
 NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
@@ -117,12 +123,16 @@ def folded(choose: random.Random, data: bytes, folder: Path) -> str:
 
 
 def _by_command(choose: random.Random, path: Path, options: dict[str, Any]) -> str:
-    """Hand a model to the command: mostly to fold it, else to compare, time or deploy it."""
+    """Hand a model to the command: mostly to fold it, else to compare, time or deploy it, or to estimate its statistics again."""
     model, out, chosen = str(path), str(path.with_name("out.onnx")), choose.random()
-    if chosen < 0.7:
+    if chosen < 0.6:
         words = ["fold", model, out, "--force", "--json", str(path.with_name("out.json"))]
         words += ["--no-verify"] * (not options["verify"]) + ["--as-inference"] * options["as_inference"]
         words += choose.choice([[], ["--dry-run"], ["-q"], ["--strict"], ["--explain", "*"]])
+    elif chosen < 0.7:
+        samples = path.with_name("samples.npz")
+        np.savez(samples, **_samples(path))
+        words = ["reestimate", model, out, "--data", str(samples), "--workers=0", "--batch=2", "--force"]
     elif chosen < 0.85:
         words = ["verify", *choose.choice([(model, model), (model, str(SAMPLE)), (str(SAMPLE), model)])]
     elif chosen < 0.95:
@@ -137,6 +147,16 @@ def _by_command(choose: random.Random, path: Path, options: dict[str, Any]) -> s
     if any(not line.startswith("fastbn: ") for line in said.splitlines()) or (code in (2, 5) and not said.startswith("fastbn: ")):
         raise Wrong("noise", said)
     return "error" if code == 2 else "result"
+
+
+def _samples(path: Path) -> dict[str, np.ndarray]:
+    """Return four samples for each input of a model, in the sizes that it states as far as these are small."""
+    try:
+        inputs = onnx.load_model(path, load_external_data=False).graph.input
+    except Exception:  # of protobuf
+        return {"x": np.ones((4, 3, 8, 8), np.float32)}
+    sizes = {each.name: [max(1, min(axis.dim_value or 8, 64)) for axis in each.type.tensor_type.shape.dim][1:5] for each in inputs}
+    return {name: np.ones((4, *shape), np.float32) for name, shape in sizes.items() if isinstance(name, str) and name.isprintable()}
 
 
 def _check_validity(data: bytes, path: Path, result: fastbn.FoldResult) -> None:
@@ -176,6 +196,19 @@ def _place(error: BaseException) -> str:
 # ---- a worker ----
 
 
+def _on_time_of_its_own(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return onnxruntime's run of a model, which stops the clock of the case."""
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        left, _ = signal.setitimer(signal.ITIMER_PROF, RUN_SECONDS)
+        try:
+            return run(*arguments, **options)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, left or CPU_SECONDS)
+
+    return timed
+
+
 def _peak() -> int:
     """Return the most memory of this process since it was last asked, in bytes."""
     status = Path("/proc/self/status").read_text()
@@ -200,6 +233,7 @@ def work(kind: str, seeds: range, folders: list[Path]) -> None:
         (folder / DATA_FILE).write_bytes(bytes(DATA_SIZE))
         warnings.simplefilter("error")
         runtime.silence_log()
+        onnxruntime.InferenceSession.run = _on_time_of_its_own(onnxruntime.InferenceSession.run)
         for seed in seeds:
             print(f"{seed}", file=out)
             _peak()
