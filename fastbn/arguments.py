@@ -230,6 +230,7 @@ def _add_reestimate(each: argparse.ArgumentParser) -> None:
     each.add_argument("--json", metavar="FILE", help=JSON)
     each.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
     each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_limits(each)
 
 
 def _add_fold_all(each: argparse.ArgumentParser) -> None:

@@ -130,8 +130,10 @@ def _mentioned(delivery: Delivery) -> str:
 
 def _within_limits(arguments: Arguments, words: list[str], delivery: Delivery) -> int:
     """Run the command in a process of its own, and remove what that leaves where it is ended."""
-    given = arguments.input if arguments.command in ("fold", "deploy") else arguments.original
+    given = arguments.original if arguments.command in ("verify", "bench") else arguments.input
     limits = limits_in(arguments.limits or "")
+    if arguments.command == "reestimate" and arguments.scheduler is not None:
+        raise ArgumentError("Cannot limit time and memory: the workers of a --scheduler are processes of others")
     try:
         return confined(words, limits, delivery.closed, f"{arguments.command} '{given}'")
     except KeyboardInterrupt:

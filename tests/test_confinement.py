@@ -126,6 +126,36 @@ def test_a_model_that_runs_for_years(here, capfd):
     assert files(here) == ["in.onnx"]
 
 
+def test_a_model_that_runs_for_years_over_data(here, capfd):
+    """A batch normalization behind the loop: the model must run to show what flows in."""
+    text = """(float[2,4,8,8] x) => (float y) {
+        n = Loop (many, yes, x) <body = b (int64 i, bool g, float[2,4,8,8] a) => (bool h, float[2,4,8,8] e) {
+            h = Identity(g) e = Relu(a) } >
+        y = BatchNormalization(n, s, t, m, v)
+    }"""
+    (here / "in.onnx").write_bytes(model(text, many=np.int64(1 << 50), yes=np.bool_(True), **norm(4)).SerializeToString())
+    np.save("data.npy", normal(2, 4, 8, 8))
+    line = ["reestimate", "in.onnx", "out.onnx", "--data", "data.npy", "--workers=0", "--batch=2", "-q"]
+    assert main([*line, "--limits", "time=3"]) == 2
+    assert capfd.readouterr() == ("", "fastbn: Cannot reestimate 'in.onnx': it took more than 3 s\n")
+    assert files(here) == ["data.npy", "in.onnx"]
+
+
+def test_reestimate_within_limits(here, capfd):
+    (here / "in.onnx").write_bytes(conv_bn().SerializeToString())
+    np.save("data.npy", normal(4, 3, 8, 8))
+    line = ["reestimate", "in.onnx", "out.onnx", "--data", "data.npy", "--workers=0", "-q", "--limits", "memory=1G,time=100"]
+    assert main(line) == 0
+    assert files(here) == ["data.npy", "in.onnx", "out.onnx"]
+
+
+def test_workers_of_others_are_not_limited(here, capfd):
+    np.save("data.npy", normal(4, 3, 8, 8))
+    line = ["reestimate", "in.onnx", "--data", "data.npy", "--scheduler", "tcp://localhost:1", "--limits", "time=100"]
+    assert main(line) == 2
+    assert capfd.readouterr() == ("", "fastbn: Cannot limit time and memory: the workers of a --scheduler are processes of others\n")
+
+
 def test_a_model_that_asks_for_more_memory(here, capfd):
     (here / "in.onnx").write_bytes(greedy().SerializeToString())
     assert main(["fold", "in.onnx", "out.onnx", "-q", "--limits", "memory=1G,time=100"]) == 5

@@ -219,15 +219,21 @@ def test_processes_that_are_started_here(tmp_path, environment, wanted):
     onnx.save(branches(), tmp_path / "in.onnx")
     np.save(tmp_path / "x.npy", X)
     command = [sys.executable, "-m", "fastbn", "reestimate", "in.onnx", "out.onnx", "--data", "x.npy", "--batch", "4", "--workers", "2"]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**environment, "TMPDIR": str(temporary)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stderr.readline() for _ in range(2)]
         assert lines[-1].startswith("fastbn: 2/6 level 1 of 4"), lines
         children = psutil.Process(process.pid).children(recursive=True)
+        # Under this name a later run removes what a killed one leaves.
+        assert any(path.name.startswith(".fastbn-") for path in temporary.iterdir())
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert error.endswith("fastbn: interrupted, nothing written\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "x.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "tmp", "x.npy"]
+    assert not any(path.name.startswith(".fastbn-") for path in temporary.iterdir())
     assert len(children) >= 2
     assert psutil.wait_procs(children, timeout=20)[1] == []
 

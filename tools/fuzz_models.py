@@ -8,7 +8,7 @@ Mutations are of every .onnx file in the folders (`--models`), built models are 
 case: the model, the options of the fold, what is done with the result. A case ends as
 
     result, error     a FoldResult, or a FastbnError
-    not-a-case        the faults cancelled each other: there is nothing that protobuf writes
+    not-a-case        the faults cancelled each other, or nest too deep: there is nothing that protobuf writes
     traceback         any other exception
     signal, slow      the process ended, or took more than 10 s of CPU time in all threads together, beside runs of the model: a model
                       is a program, and one of its runs may take 60 s
@@ -175,7 +175,7 @@ def ending(corpus: Corpus | None, kind: str, seed: int, folder: Path) -> tuple[s
     """Return (class, text) of a case."""
     try:
         data = made(corpus, kind, seed)
-    except (EncodeError, UnicodeError, ValueError):
+    except (EncodeError, UnicodeError, ValueError, RecursionError):
         return "not-a-case", ""
     try:
         return folded(random.Random(seed + 1), data, folder), ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from fastbn.errors import ArgumentError, FastbnError, StorageError
 from fastbn.graph.ranges import whole_number
 from fastbn.graph.reasons import first_few
+from fastbn.graph.rewrite.workdir import Workdir
 from fastbn.graph.runtime import runtime_errors
 
 __all__ = ["Client", "Future", "connected", "default_workers", "finished", "killed", "large_graphs", "wait_for"]
@@ -122,7 +122,7 @@ def _local(distributed: Any, workers: int, kept: int) -> Iterator[Client]:
     limit = kept + OWN
     memory = {"target": max(kept, 1) / limit, "spill": False, "pause": False, "terminate": False}
     settings = {f"distributed.worker.memory.{name}": value for name, value in memory.items()}
-    with tempfile.TemporaryDirectory(prefix="fastbn-workers-", ignore_cleanup_errors=True) as folder, dask.config.set(settings):
+    with Workdir() as workdir, dask.config.set(settings):
         try:
             cluster = distributed.LocalCluster(
                 n_workers=workers,
@@ -131,7 +131,7 @@ def _local(distributed: Any, workers: int, kept: int) -> Iterator[Client]:
                 host="127.0.0.1",
                 scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
                 memory_limit=limit,
-                local_directory=folder,
+                local_directory=str(workdir.path),
                 silence_logs=logging.CRITICAL,
             )
         except (OSError, RuntimeError, TimeoutError) as error:
