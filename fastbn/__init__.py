@@ -12,7 +12,7 @@ try:
     with interrupts_deferred():  # of which NumPy makes an ImportError
         from fastbn import _native  # noqa: F401
 except ImportError as error:
-    reason = "it is not built in this source folder: start elsewhere, or run `python setup.py build_ext --inplace`"
+    reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"
     raise ImportError(f"Cannot load the compiled part of fastbn from '{__path__[0]}': {reason}") from error
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError

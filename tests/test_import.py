@@ -120,4 +120,5 @@ def test_a_source_folder_that_is_not_built_says_so(tmp_path, environment):
     environment = {**environment, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", "import fastbn"], env=environment, capture_output=True, text=True, timeout=120)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"ImportError: Cannot load the compiled part of fastbn from '{copied}': it is not built in this source folder")
+    reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"
+    assert last == f"ImportError: Cannot load the compiled part of fastbn from '{copied}': {reason}"

@@ -5,8 +5,8 @@
 
 For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
 (onnxruntime, its optimizer off on both sides; the part of the largest element of that output), seconds to read, optimize and write, and
-peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Tools that are not installed are left
-out; --peers names a Python that has them.
+peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Other tools that are not installed are
+left out, and named on stderr, unless --tool asks for them; --peers names a Python that has them.
 """
 
 import argparse
@@ -196,7 +196,25 @@ def environment():
 
 
 def installed(python, module):
-    return subprocess.run([python, "-c", f"import {module}"], capture_output=True, env=environment(), check=False).returncode == 0
+    """Say whether a Python has a module; the current folder, which may be the source tree, does not count."""
+    return subprocess.run([python, "-P", "-c", f"import {module}"], capture_output=True, env=environment(), check=False).returncode == 0
+
+
+def chosen(names, peers):
+    """Return name -> Python of the tools to run: all of those that are asked for, else those that are there, with fastbn."""
+    tools, missing = {}, []
+    for name in names or TOOLS:
+        module = TOOLS[name][0]
+        python = sys.executable if module == "fastbn" else peers
+        if installed(python, module):
+            tools[name] = python
+        elif names or module == "fastbn":
+            raise SystemExit(f"Cannot compare {name}: {python} does not import {module}")
+        else:
+            missing.append(name)
+    if missing:
+        print(f"left out, not installed: {', '.join(missing)}", file=sys.stderr)
+    return tools
 
 
 def measure(path, tools, folder, limit, with_latency):
@@ -277,8 +295,9 @@ def main():
     parser.add_argument("--peers", default=sys.executable)
     parser.add_argument("--latency", action="store_true")
     options = parser.parse_args()
-    pythons = {name: sys.executable if module == "fastbn" else options.peers for name, (module, _) in TOOLS.items()}
-    tools = {name: pythons[name] for name in options.tool or TOOLS if installed(pythons[name], TOOLS[name][0])}
+    tools = chosen(options.tool, options.peers)
+    if not options.folder.is_dir():
+        raise SystemExit(f"Cannot read '{options.folder}': it is no folder")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(options.folder.rglob("*.onnx")):

@@ -1,7 +1,7 @@
 """Time the array functions beside NumPy, PyTorch and ONNX Runtime, and beside what memory allows, in one run.
 
     python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
-    python tools/bench_kernels.py --shapes shapes.json             other shapes: a list of {"N", "C", "spatial"}
+    python tools/bench_kernels.py --shapes shapes.json             those of tools/shapes.json, or another list of {"N", "C", "spatial"}
     python tools/bench_kernels.py --json bench.json --chart bench.svg
     python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
 
@@ -292,6 +292,12 @@ def dtype_of(name):
     return np.dtype(name)
 
 
+def read_shapes(path):
+    """Return the shapes that a file lists, N, C and spatial each; a name that is not here may be that of a file beside this script."""
+    path = Path(path) if Path(path).exists() else Path(__file__).with_name(str(path))
+    return [(item["N"], item["C"], *item["spatial"]) for item in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", help="JSON list of shapes: N, C and spatial")
@@ -302,15 +308,12 @@ def main():
     parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
     parser.add_argument("--json", help="write every figure here")
     parser.add_argument("--chart", help="write an SVG here")
-    parser.add_argument("--markdown", action="store_true", help="print the float32 figures as the table of README.md at the end")
+    parser.add_argument("--markdown", action="store_true", help="print the float32 figures as the table of docs/benchmarks.md at the end")
     arguments = parser.parse_args()
     if arguments.accuracy:
         print_accuracy()
         return
-    shapes = SHAPES
-    if arguments.shapes:
-        listed = json.loads(Path(arguments.shapes).read_text())
-        shapes = [(item["N"], item["C"], *item["spatial"]) for item in listed]
+    shapes = read_shapes(arguments.shapes) if arguments.shapes else SHAPES
     shapes = [shape for shape in dict.fromkeys(shapes) if math.prod(shape) * 4 <= arguments.most_bytes]
     records = measure(shapes, [dtype_of(name) for name in arguments.dtype], arguments.threads, arguments.seconds)
     print("\n".join(summary(records)))

@@ -1,7 +1,7 @@
 """Time training with fastbn.torch beside torch's own batch normalization, in one process, call by call in turn.
 
     python tools/bench_layers.py                          a dozen layers in NCHW and a small residual network, one thread
-    python tools/bench_layers.py --shapes shapes.json     other layers: a list of {"N", "C", "spatial"}; batches are cut to 8 to 32
+    python tools/bench_layers.py --shapes shapes.json     the layers of tools/shapes.json, or of another list; batches are cut to 8 to 32
     python tools/bench_layers.py --channels-last --threads 2 --seconds 1 --json bench.json
     python tools/bench_layers.py --bound                  beside a step that only moves the tensors
 
@@ -175,9 +175,7 @@ def whole(channels_last, seconds):
 
 def shapes_of(path, most):
     """Shapes with batches of 8 to 32, each once, whose tensors have at most so many elements."""
-    shapes = bench_kernels.SHAPES
-    if path:
-        shapes = [(row["N"], row["C"], *row["spatial"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    shapes = bench_kernels.read_shapes(path) if path else bench_kernels.SHAPES
     shapes = dict.fromkeys((min(max(shape[0], BATCH[0]), BATCH[1]), *shape[1:]) for shape in shapes)
     return [shape for shape in shapes if math.prod(shape) <= most]
 

@@ -1,4 +1,4 @@
-"""The figures of bench_kernels as text: a line for each case, means over shapes, the table of README.md, a chart."""
+"""The figures of bench_kernels as text: a line for each case, means over shapes, the table of docs/benchmarks.md, a chart."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def print_case(records, case):
 
 
 def markdown(records):
-    """The table of README.md: float32, one thread, multiples of a copy, and what all threads bring."""
+    """The table of docs/benchmarks.md: float32, one thread, multiples of a copy, and what all threads bring."""
     most = max(record["threads"] for record in records)
     lines = [
         "| shape | layout | copy us | read | train: fastbn / torch | backward: fastbn | backward, new dx: fastbn / torch "
