@@ -1,7 +1,7 @@
 # The commands of a working day. PYTHON is any Python 3.11+ with the build requirements of pyproject.toml installed.
 PYTHON ?= python3
 
-.PHONY: build test sanitize races analyze coverage neon lint format clean
+.PHONY: build test docs sanitize races analyze coverage neon lint format clean
 
 # Kernels alone, for a target without Python, with their preconditions checked.
 KERNELS = src_c/*.c tests/check_bits.c
@@ -12,6 +12,10 @@ build:
 
 test: build
 	$(PYTHON) -m pytest
+
+# The pages, with the reference of every public name, in build/docs. Needs the group `docs` of pyproject.toml, and PyTorch.
+docs:
+	$(PYTHON) -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 # The test-suite, or TESTS of it, over a build with one sanitizer (address, undefined or thread) and with the preconditions of the kernels
 # checked. Python itself is not instrumented, so the library of the sanitizer is preloaded. -fno-wrapv undoes Python's own -fwrapv, which
@@ -81,4 +85,4 @@ format:
 	clang-format -i src_c/*.c src_c/*.h src_c/*.inc tests/*.c tests/*.h
 
 clean:
-	rm -rf build dist *.egg-info fastbn/_native.c fastbn/*.so
+	rm -rf build dist docs/generated *.egg-info fastbn/_native.c fastbn/*.so

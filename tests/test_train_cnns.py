@@ -14,7 +14,7 @@ import fastbn
 
 MODELS = Path(__file__).resolve().parent / "models"
 
-# net -> what takes the BatchNormalization in, how many of the held-out digits it recognizes, as README says
+# net -> what takes the BatchNormalization in, how many of the held-out digits it recognizes, as docs/benchmarks.md says
 NETS = {"torch": ("Conv", 352), "keras": ("MatMul+Add", 357)}
 
 

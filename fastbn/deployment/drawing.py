@@ -186,12 +186,12 @@ def _context(boxes: Mapping[Node, Box], source: Callable[[Value], Value], remove
     for node, box in boxes.items():
         for value in node.inputs:
             origin = None if value is None else source(value)
-            if origin is None or origin in above or origin.initializer is not None or index.constant(origin) is not None:
+            if origin is None or origin.initializer is not None or index.constant(origin) is not None:
                 continue
             producer = origin.producer
             if producer is None or producer not in boxes:
                 outer = Box("near", [short(origin.name)], origin.name, origin.name)
-                above[origin] = Box("near", [producer.op], _title(producer)) if producer else outer
+                above.setdefault(origin, Box("near", [producer.op], _title(producer)) if producer else outer)
                 edges.append((above[origin], box))
         for output in node.outputs:
             for reader in _readers(output, removed):

@@ -35,8 +35,8 @@ OPEN_FOLDS = 12
 STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
 
 
-def template() -> jinja2.Template:
-    """Return the template of the report; raises FastbnError without jinja2."""
+def template(name: str = "report.html.j2") -> jinja2.Template:
+    """Return a template of this folder, that of the report by default; raises FastbnError without jinja2."""
     try:
         import jinja2
     except ImportError as error:
@@ -46,7 +46,7 @@ def template() -> jinja2.Template:
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "percent": _percent, "beside": _beside, "plural": _plural, "size": size_text}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def render(deployment: Deployment) -> str:

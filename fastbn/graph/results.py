@@ -160,7 +160,7 @@ class Fold:
         Labels and operators of the absorbers, each joined by "+".
     channels : int
     error, bound : float or None
-        Of the element of the segment with the largest error as a part of its bound: |folded - original|, and what rounding theory allows.
+        Of the element of the segment with the largest error as a part of its bound: abs(folded - original), and what rounding allows.
         None where the segment was not run; note says why.
     note : str or None
 
@@ -351,7 +351,7 @@ class Parity:
     values : tuple of float
         (original, folded) of the worst element.
     error, allowed : float or None
-        Of the worst element: |folded - original|, and what is allowed there.
+        Of the worst element: abs(folded - original), and what is allowed there.
     reason : str or None
         Why the status is not "ok".
     notes : tuple of str

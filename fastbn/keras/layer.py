@@ -79,17 +79,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
     axis, momentum, epsilon, center, scale, synchronized, renorm, ... :
         Those of keras.layers.BatchNormalization. ``synchronized=True`` and ``renorm=True`` train on Keras's own path.
 
-    Call arguments
-    --------------
-    inputs : tensor of rank 2 or more
-        float32, float64, float16 or bfloat16, as the dtype policy makes it; integers become float32, as Keras makes them. The result has
-        the compute dtype of the layer. Half precision is computed in float32 and rounded once.
-    training : bool
-        True takes the statistics of the batch and updates the moving ones.
-    mask : boolean tensor of the shape of inputs without its last axis, or None
-        Training statistics are those of the rows where it holds (of the channels' axis being the last; otherwise Keras's own path runs).
-        Where it holds nowhere, as for a batch without elements, the moving statistics stay as they are.
-
     Raises
     ------
     ValueError
@@ -123,7 +112,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().build(input_shape)
 
     def call(self, inputs: _Tensor, training: bool | None = None, mask: _Tensor | None = None) -> _Tensor:
-        """Normalize inputs; see the class."""
+        """Normalize inputs.
+
+        Parameters
+        ----------
+        inputs : tensor of rank 2 or more
+            float32, float64, float16 or bfloat16, as the dtype policy makes it; integers become float32, as Keras makes them. The result
+            has the compute dtype of the layer. Half precision is computed in float32 and rounded once.
+        training : bool
+            True takes the statistics of the batch and updates the moving ones.
+        mask : boolean tensor of the shape of inputs without its last axis, or None
+            Training statistics are those of the rows where it holds (of the channels' axis being the last; otherwise Keras's own path
+            runs). Where it holds nowhere, as for a batch without elements, the moving statistics stay as they are.
+        """
         training = training and self.trainable
         rank = len(inputs.shape)
         if mask is not None and len(mask.shape) != rank - 1:
