@@ -137,3 +137,11 @@ def test_no_shift_is_left_to_an_add_of_integers():
     """The type of the data is wrong, and no Add of it could have the shift."""
     text = "(uint8[N,4] x) => (float[N,5] y) { e = BatchNormalization(x, s, t, m, v) y = MatMul(e, k) }"
     assert not fastbn.fold(model(text, k=normal(4, 5), **norm(4)), verify=False).folded
+
+
+def test_statistics_of_a_model_that_onnxruntime_refuses():
+    text = """(float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        c = Conv <kernel_shape = [3]> (x, w, b) r = Relu(c) y = BatchNormalization(r, s, t, m, v)
+    }"""
+    with pytest.raises(fastbn.ModelError, match=r"^Cannot load the model in onnxruntime: "):
+        fastbn.reestimate(conv_bn(text), np.ones((4, 3, 8, 8), np.float32))

@@ -16,7 +16,7 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import bodies, scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import Source, serialize
-from fastbn.graph.runtime import Runnable
+from fastbn.graph.runtime import Runnable, runtime_errors, said
 from fastbn.reestimation.levels import MEAN, VAR, Levels, Site
 
 __all__ = ["Piece", "cut", "parameter_names", "widened"]
@@ -151,7 +151,10 @@ class _Cutter:
         copy = ModelProto()
         copy.CopyFrom(self.index.proto)
         copy.graph.output.extend(ValueInfoProto(name=value.name) for value in unknown if not value.is_output)
-        session = Runnable.of(self.index.source).with_proto(copy).session()
+        try:
+            session = Runnable.of(self.index.source).with_proto(copy).session()
+        except runtime_errors() as error:
+            raise ModelError(f"Cannot load the model in onnxruntime: {said(error)}") from error
         types = {info.name: info.type for info in session.get_outputs()}
         self._kinds.update({value: _kind_of(types[value.name]) for value in unknown})
 
