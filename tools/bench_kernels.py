@@ -1,4 +1,4 @@
-"""Time the array functions beside NumPy, PyTorch and ONNX Runtime, and beside what memory allows, in one run.
+"""Time the array functions beside NumPy, PyTorch, ONNX Runtime, oneDNN, JAX and TensorFlow, and beside what memory allows, in one run.
 
     python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
     python tools/bench_kernels.py --shapes shapes.json             those of tools/shapes.json, or another list of {"N", "C", "spatial"}
@@ -7,10 +7,12 @@
 
 Every result is checked before it is timed. Each figure is the 10th percentile of its calls, in microseconds; every side writes into
 existing memory (out=), but for "backward new", where every side allocates: PyTorch's backward copies into its out=. The roofs: a copy
-(np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed are left out, with a line that says so.
+(np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed are left out, with a line that says so. oneDNN
+is taken plain and in blocks of 16 channels, whose rearranging is not timed. JAX and TensorFlow stand in runs with one --threads N only.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import json
@@ -24,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from kernel_peers import OneDNN, build_onednn, jax_calls, limit_threads, numpy_calls, onnx_calls, optional, tensorflow_calls, torch_calls
 from kernel_tables import chart, markdown, print_case, summary
 
 import fastbn
@@ -97,14 +100,6 @@ def build_roofs(folder):
     return functions
 
 
-def optional(name):
-    try:
-        return __import__(name)
-    except ImportError:
-        print(f"{name}: not installed, left out", file=sys.stderr)
-        return None
-
-
 class Case:
     """One shape, layout and dtype, with the arrays that every side reads and writes."""
 
@@ -158,112 +153,61 @@ def fastbn_calls(case):
     }
 
 
-def numpy_calls(case):
-    shape = [-1 if i == case.axis % case.x.ndim else 1 for i in range(case.x.ndim)]
-    axes = tuple(i for i in range(case.x.ndim) if i != case.axis % case.x.ndim)
-    weight, bias = case.weight.reshape(shape), case.bias.reshape(shape)
-
-    def train():
-        mean = case.x.mean(axes, keepdims=True)
-        centered = np.subtract(case.x, mean, out=case.out)
-        centered *= weight / np.sqrt(np.square(centered).mean(axes, keepdims=True) + 1e-5)
-        centered += bias
-        return centered
-
-    return {"train": train}
-
-
-def torch_calls(torch, case):
-    """PyTorch on the same memory; channels last is a transposed view, as PyTorch has it."""
-
-    def view(array):
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)
-        return tensor.movedim(-1, 1) if case.axis == -1 else tensor
-
-    x, dy, residual, out = (view(array) for array in (case.x, case.dy, case.residual, case.out))
-    dtype = torch.float64 if case.dtype == np.float64 else torch.float32
-    weight, bias, mean, var = (torch.from_numpy(values).to(dtype) for values in (case.weight, case.bias, case.mean, case.var))
-    back = (lambda t: t.movedim(1, -1)) if case.axis == -1 else (lambda t: t)
-    saved = torch.empty(case.shape[1], dtype=dtype), torch.empty(case.shape[1], dtype=dtype)
-    _, save_mean, save_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
-
-    def forward(training):
-        torch.native_batch_norm(x, weight, bias, mean, var, training, 0.0, 1e-5, out=(out, *saved))
-        return back(out)
-
-    def backward():
-        grads = torch.ops.aten.native_batch_norm_backward(dy, x, weight, mean, var, save_mean, save_std, True, 1e-5, [True, True, True])
-        return back(grads[0])
-
-    def fused():
-        y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, 1e-5, out=(out, *saved))[0]
-        return back(torch.relu_(y.add_(residual)))
-
-    return {"train": lambda: forward(True), "backward new": backward, "infer": lambda: forward(False), "fused": fused}
+def sides_of(case, threads, modules):
+    """Yield the name of each side and its calls."""
+    yield "fastbn", fastbn_calls(case)
+    if case.dtype in (np.float32, np.float64) and threads == 1:
+        yield "numpy", numpy_calls(case)
+    if modules["torch"] and case.dtype != np.float16:
+        modules["torch"].set_num_threads(threads)
+        yield "torch", torch_calls(modules["torch"], case)
+    if modules["onnxruntime"] and modules["onnx"]:
+        yield "onnxruntime", onnx_calls(modules["onnxruntime"], modules["onnx"], case, threads)
+    if modules["onednn"] and case.dtype.name in ("float32", "bfloat16"):
+        for name in ("onednn", "onednn blocked") if case.layout == "NCHW" else ("onednn",):
+            with contextlib.closing(OneDNN(modules["onednn"], case, threads, name != "onednn")) as peer:
+                yield name, peer.calls()
+    if modules.get("jax"):
+        yield "jax", jax_calls(modules["jax"], case)
+    if modules.get("tensorflow"):
+        yield "tensorflow", tensorflow_calls(modules["tensorflow"], case)
 
 
-def onnx_calls(onnxruntime, onnx, case, threads):
-    if case.layout != "NCHW" or case.dtype != np.float32:
-        return {}
-    helper, numpy_helper, FLOAT = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
-    node = helper.make_node("BatchNormalization", ["x", "w", "b", "m", "v"], ["y"])
-    values = zip("wbmv", (case.weight, case.bias, case.mean, case.var), strict=True)
-    ends = [helper.make_tensor_value_info(name, FLOAT, case.shape) for name in "xy"]
-    graph = helper.make_graph([node], "bn", ends[:1], ends[1:], [numpy_helper.from_array(array, name) for name, array in values])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    binding.bind_cpu_input("x", case.x)
-    binding.bind_output("y", "cpu", 0, np.float32, case.shape, case.out.ctypes.data)
-
-    def infer():
-        session.run_with_iobinding(binding)
-        return case.out
-
-    return {"infer": infer}
-
-
-def rows(case, threads, seconds, built, modules):
+def rows(case, threads, seconds, modules):
     """One record per operation and side."""
     fastbn.set_num_threads(threads)
     roofs = {"copy": lambda: np.copyto(case.out, case.x)}
     start = -case.out.ctypes.data % 64
     if case.out.nbytes > 1024:
         addresses = case.out.ctypes.data + start, case.x.ctypes.data + start, case.out.nbytes - 64
-        roofs |= {name: functools.partial(function, *addresses) for name, function in built.items()}
+        roofs |= {name: functools.partial(function, *addresses) for name, function in modules["roofs"].items()}
     common = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": threads, "bytes": case.x.nbytes}
     for who, call in roofs.items():
         yield {**common, "side": who, "operation": "roof", "us": percentile(call, seconds)}
-    sides = {"fastbn": fastbn_calls(case)}
-    if case.dtype in (np.float32, np.float64) and threads == 1:
-        sides["numpy"] = numpy_calls(case)
-    if modules["torch"] and case.dtype != np.float16:
-        modules["torch"].set_num_threads(threads)
-        sides["torch"] = torch_calls(modules["torch"], case)
-    if modules["onnxruntime"] and modules["onnx"]:
-        sides["onnxruntime"] = onnx_calls(modules["onnxruntime"], modules["onnx"], case, threads)
-    for who, calls in sides.items():
+    for who, calls in sides_of(case, threads, modules):
         for operation, call in calls.items():
             result = call()
+            if callable(result):
+                result = result()
             if who == "torch" and case.dtype.name == "bfloat16":
                 result = result.float()
             case.check(who, operation, result)
             yield {**common, "side": who, "operation": operation, "us": percentile(call, seconds)}
 
 
-def measure(shapes, dtypes, thread_counts, seconds):
+def measure(shapes, dtypes, layouts, thread_counts, seconds, onednn):
     modules = {name: optional(name) for name in ("torch", "onnxruntime", "onnx")}
+    if len(thread_counts) == 1:
+        modules |= limit_threads(thread_counts[0])
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        built = build_roofs(folder)
+        modules |= {"roofs": build_roofs(folder), "onednn": build_onednn(folder, onednn)}
         for shape in shapes:
             for dtype in dtypes:
-                for layout in ("NCHW", "NHWC") if math.prod(shape[2:]) > 1 else ("NCHW",):
+                for layout in layouts if math.prod(shape[2:]) > 1 else ("NCHW",):
                     case = Case(shape, layout, dtype)
                     for threads in thread_counts:
-                        records += rows(case, threads, seconds, built, modules)
+                        records += rows(case, threads, seconds, modules)
                     print_case(records, case)
     return records
 
@@ -305,6 +249,8 @@ def main():
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, fastbn.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=0.15, help="for each figure")
+    parser.add_argument("--layout", nargs="+", default=["NCHW", "NHWC"], choices=["NCHW", "NHWC"])
+    parser.add_argument("--onednn", default=sys.prefix, metavar="FOLDER", help="where include/ and lib/ of oneDNN are")
     parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
     parser.add_argument("--json", help="write every figure here")
     parser.add_argument("--chart", help="write an SVG here")
@@ -315,7 +261,8 @@ def main():
         return
     shapes = read_shapes(arguments.shapes) if arguments.shapes else SHAPES
     shapes = [shape for shape in dict.fromkeys(shapes) if math.prod(shape) * 4 <= arguments.most_bytes]
-    records = measure(shapes, [dtype_of(name) for name in arguments.dtype], arguments.threads, arguments.seconds)
+    dtypes = [dtype_of(name) for name in arguments.dtype]
+    records = measure(shapes, dtypes, arguments.layout, arguments.threads, arguments.seconds, arguments.onednn)
     print("\n".join(summary(records)))
     if arguments.json:
         about = {"config": fastbn.show_config(), "records": records}

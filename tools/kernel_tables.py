@@ -7,6 +7,18 @@ from pathlib import Path
 OPERATIONS = ("train", "backward", "backward new", "infer", "fused")
 
 
+LETTERS = {
+    "fastbn": "f",
+    "numpy": "n",
+    "torch": "t",
+    "onnxruntime": "o",
+    "onednn": "d",
+    "onednn blocked": "b",
+    "jax": "j",
+    "tensorflow": "k",
+}
+
+
 LARGE = 16 << 20  # bytes of a tensor above which the summary counts it as larger than the cache
 
 
@@ -31,8 +43,8 @@ def print_case(records, case):
             if us:
                 cells.append(f"{roof} {us / copy:.2f}")
         for operation in OPERATIONS:
-            times = {side: find(records, side, operation, **where) for side in ("fastbn", "numpy", "torch", "onnxruntime")}
-            cells.append(f"{operation} " + " ".join(f"{side[0]}{us / copy:.2f}" for side, us in times.items() if us))
+            times = {letter: find(records, side, operation, **where) for side, letter in LETTERS.items()}
+            cells.append(f"{operation} " + " ".join(f"{letter}{us / copy:.2f}" for letter, us in times.items() if us))
         print(" | ".join(cells), flush=True)
 
 
