@@ -19,6 +19,10 @@ LETTERS = {
 }
 
 
+# What fastbn and the best of the peers are compared at; a backward pass of a peer that allocates its result counts as one that does not.
+BEST_OF = ("train", "backward", "infer")
+
+
 LARGE = 16 << 20  # bytes of a tensor above which the summary counts it as larger than the cache
 
 
@@ -81,9 +85,46 @@ def markdown(records):
     return "\n".join(lines)
 
 
+def best_peer(records, record, any_layout):
+    """The least time of a peer at what a record of fastbn times, in its layout or in any; None where no peer has it."""
+    names = ("backward", "backward new") if record["operation"] == "backward" else (record["operation"],)
+    same = ("shape", "dtype", "threads") if any_layout else ("shape", "dtype", "threads", "layout")
+    times = [
+        other["us"]
+        for other in records
+        if other["side"] not in ("fastbn", *ROOFS)
+        and (any_layout or other["side"] != "onednn blocked")
+        and other["operation"] in names
+        and all(other[key] == record[key] for key in same)
+    ]
+    return min(times, default=None)
+
+
+def against_best(records):
+    """Per number of threads, how often a peer is faster, the geometric mean and the worst cases of best peer over fastbn."""
+    lines = []
+    for threads in sorted({record["threads"] for record in records}):
+        for any_layout in (False, True):
+            ratios = []
+            for record in records:
+                if record["side"] == "fastbn" and record["threads"] == threads and record["operation"] in BEST_OF:
+                    peer = best_peer(records, record, any_layout)
+                    if peer:
+                        ratios.append((peer / record["us"], record))
+            ratios.sort(key=lambda item: item[0])
+            if not ratios:
+                continue
+            mean = math.exp(sum(math.log(ratio) for ratio, _ in ratios) / len(ratios))
+            where = "any layout" if any_layout else "the same layout"
+            slower = [item for item in ratios if item[0] < 1]
+            lines.append(f"{threads} threads, best peer of {where}: {mean:.2f}x in the mean, {len(slower)} of {len(ratios)} cases slower")
+            lines += [f"  {ratio:.2f}x {case['shape']} {case['layout']} {case['dtype']} {case['operation']}" for ratio, case in slower]
+    return lines
+
+
 def summary(records):
     """The figures of the project's targets: geometric means over shapes against each peer."""
-    lines = []
+    lines = against_best(records)
     for operation, layout, large in itertools.product(OPERATIONS, ("NCHW", "NHWC"), (True, False)):
         multiples = []
         for record in records:
