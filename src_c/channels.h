@@ -12,7 +12,7 @@
 #include <stddef.h>
 
 /* The most channels of a block. docs/numerics.md: tiles and tasks. */
-enum { FBN_CHANNEL_BLOCK = 16 };
+enum { FBN_CHANNEL_BLOCK = 64 };
 
 /* Defines void name(context, first, channels): name_of, a FBN_BODY, for one block after another. */
 #define FBN_IN_BLOCKS(name, type, context)                                                                                                 \

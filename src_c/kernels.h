@@ -40,7 +40,8 @@ typedef struct {
     const void *dy, *x, *residual;
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
-    int64_t prefetch; /* elements from here to what is read next; 0 where that is not known. docs/numerics.md: prefetch */
+    const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
+    int64_t prefetch;           /* elements from here to what is read next; 0 where that is not known. docs/numerics.md: prefetch */
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
@@ -54,7 +55,7 @@ typedef void fbn_kernel(const fbn_piece *piece);
  *   activations  EACH (one loop compiled for each activation) or NONE (the activation does not matter)
  * The last two take two pieces of one size: they reduce the first and map the second. */
 #define FBN_EACH_OP(X)                                                                                                                     \
-    X(PIVOT, pivot, PLANES, NONE)                                                                                                          \
+    X(PIVOT, pivot, BOTH, NONE)                                                                                                            \
     X(STATS, stats, BOTH, NONE)                                                                                                            \
     X(APPLY, apply, BOTH, EACH)                                                                                                            \
     X(GRAD_REDUCE, grad_reduce, BOTH, EACH)                                                                                                \

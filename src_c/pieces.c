@@ -17,6 +17,7 @@ static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64
     piece->out = element(&job->out, bytes, n, c, s);
     piece->dresidual = element(&job->dresidual, bytes, n, c, s);
     piece->sum = piece->dot = NULL;
+    piece->row_offsets = NULL;
     piece->dy = element(&job->dy, bytes, n, c, s);
     piece->x = element(&job->x, bytes, n, c, s);
     piece->residual = element(&job->residual, bytes, n, c, s);
@@ -70,6 +71,17 @@ void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int6
     /* The next piece follows in memory, unless another thread takes it. */
     if (plan->stream && plan->threads == 1 && cols == job->S)
         piece->prefetch = channels * cols;
+}
+
+void fbn_piece_of_sample(fbn_piece *piece, const fbn_plan *plan, const fbn_pivot_sample *sample, int64_t c, int64_t channels) {
+    FBN_ASSERT(plan->job->x.c == 1 && c >= 0 && channels >= 1 && c + channels <= plan->job->C && sample->count > 0);
+    begin_piece(piece, plan, 0, c, 0, 1, 1);
+    set_constants(piece, plan, plan->scratch.constants, c);
+    piece->rows = sample->count;
+    piece->cols = channels;
+    piece->row_offsets = sample->offset;
+    piece->sum = plan->scratch.sums + c;
+    piece->dot = piece->sum + plan->job->C;
 }
 
 int64_t fbn_tile_samples(const fbn_plan *plan, int64_t tile, int64_t *count) {

@@ -180,18 +180,23 @@ static void map_task(void *context, int64_t index, int slot) {
 
 /* ---- the order of pieces ---- */
 
-/* The pivots of channels that are reduced together come from a kernel, which leaves them where the sums of the first tile will be. */
+/* The pivots come from a kernel where values of neighboring channels lie side by side; it leaves them where the sums of the first tile will
+ * be. */
 static void set_pivots(const fbn_run *run, int64_t first, int64_t channels) {
     const fbn_plan *plan = &run->plan;
+    const int by_columns = plan->job->x.c == 1, by_kernel = by_columns || plan->reduction.joined;
     double pivot[FBN_CHANNEL_BLOCK];
-    if (plan->reduction.joined) {
+    if (by_kernel) {
         fbn_piece piece;
-        fbn_piece_of_planes(&piece, plan, first, channels, 0);
-        call(run, FBN_PIVOT, FBN_NCS, &piece);
+        if (by_columns)
+            fbn_piece_of_sample(&piece, plan, &run->sample, first, channels);
+        else
+            fbn_piece_of_planes(&piece, plan, first, channels, 0);
+        call(run, FBN_PIVOT, by_columns ? FBN_NSC : FBN_NCS, &piece);
     }
     for (int64_t c = first; c < first + channels; c += FBN_CHANNEL_BLOCK) {
         const int64_t left = first + channels - c, count = left < FBN_CHANNEL_BLOCK ? left : FBN_CHANNEL_BLOCK;
-        if (plan->reduction.joined)
+        if (by_kernel)
             for (int64_t i = 0; i < count; i++)
                 pivot[i] = fbn_finite_pivot(plan->scratch.sums[c + i]);
         else
