@@ -176,8 +176,8 @@ def test_the_table_is_complete():
     for isa in ISAS:
         with fastbn.use_isa(isa):
             names = fastbn.kernels()
-        assert len(names) == len(set(names)) == (4 * 2 + 3) * 4
+        assert len(names) == len(set(names)) == (5 * 2 + 2) * 4
         assert all(name.startswith("fbn_") and name.endswith(f"_{isa}") for name in names)
-        for op in ("stats", "apply", "grad_reduce", "grad_input"):
+        for op in ("pivot", "stats", "apply", "grad_reduce", "grad_input"):
             assert f"fbn_{op}_nsc_bf16_{isa}" in names
         assert f"fbn_stats_apply_ncs_f16_{isa}" in names
