@@ -73,13 +73,13 @@ void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int6
         piece->prefetch = channels * cols;
 }
 
-void fbn_piece_of_sample(fbn_piece *piece, const fbn_plan *plan, const fbn_pivot_sample *sample, int64_t c, int64_t channels) {
-    FBN_ASSERT(plan->job->x.c == 1 && c >= 0 && channels >= 1 && c + channels <= plan->job->C && sample->count > 0);
+void fbn_piece_of_rows(fbn_piece *piece, const fbn_plan *plan, const int64_t *offsets, int64_t count, int64_t c, int64_t channels) {
+    FBN_ASSERT(plan->job->x.c == 1 && c >= 0 && channels >= 1 && c + channels <= plan->job->C && count >= 1);
     begin_piece(piece, plan, 0, c, 0, 1, 1);
     set_constants(piece, plan, plan->scratch.constants, c);
-    piece->rows = sample->count;
+    piece->rows = count;
     piece->cols = channels;
-    piece->row_offsets = sample->offset;
+    piece->row_offsets = offsets;
     piece->sum = plan->scratch.sums + c;
     piece->dot = piece->sum + plan->job->C;
 }

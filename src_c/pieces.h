@@ -2,14 +2,14 @@
 #ifndef FASTBN_PIECES_H
 #define FASTBN_PIECES_H
 
-#include "pivot.h"
 #include "plan.h"
 
 /* By planes: tile `tile` of channel c and, in a map, of the channels behind it that lie side by side. */
 void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int64_t channels, int64_t tile);
 
-/* The sample of channels that lie side by side, from channel c on; the pivots go where the sums of the first tile will be. */
-void fbn_piece_of_sample(fbn_piece *piece, const fbn_plan *plan, const fbn_pivot_sample *sample, int64_t c, int64_t channels);
+/* `count` rows, at offsets in elements, of channels that lie side by side, from channel c on; its sums go where those of the first tile
+ * will be. */
+void fbn_piece_of_rows(fbn_piece *piece, const fbn_plan *plan, const int64_t *offsets, int64_t count, int64_t c, int64_t channels);
 
 /* Reduction by columns: the first sample of a tile and, in *count, how many it has. */
 int64_t fbn_tile_samples(const fbn_plan *plan, int64_t tile, int64_t *count);

@@ -189,7 +189,7 @@ static void set_pivots(const fbn_run *run, int64_t first, int64_t channels) {
     if (by_kernel) {
         fbn_piece piece;
         if (by_columns)
-            fbn_piece_of_sample(&piece, plan, &run->sample, first, channels);
+            fbn_piece_of_rows(&piece, plan, run->sample.offset, run->sample.count, first, channels);
         else
             fbn_piece_of_planes(&piece, plan, first, channels, 0);
         call(run, FBN_PIVOT, by_columns ? FBN_NSC : FBN_NCS, &piece);
