@@ -226,9 +226,10 @@ def _add_reestimate(each: argparse.ArgumentParser) -> None:
     each.add_argument("--unbiased", action="store_true", help="divide by n - 1 instead of n for the variance")
     each.add_argument("--memory", default="1GiB", metavar="SIZE", help="activations that each worker keeps between levels (1GiB)")
     each.add_argument("--threads", type=int, default=1, metavar="N", help="threads of one operator in onnxruntime (1)")
-    each.add_argument("--dry-run", action="store_true", help="estimate and report, write nothing")
+    each.add_argument("--dry-run", action="store_true", help="estimate and report, write no model")
+    each.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
     each.add_argument("--json", metavar="FILE", help=JSON)
-    each.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
+    each.add_argument("--force", action="store_true", help="replace an existing --report, and an OUT that is no version of IN")
     each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     _add_limits(each)
 

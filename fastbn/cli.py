@@ -294,15 +294,17 @@ def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
     """Estimate the mean and variance of every inference BatchNormalization again, from what flows into it over a data set: after weights
     were averaged, pruned or quantized, or for data from another source. Say how far each one moved."""
     from fastbn.cluster.connection import default_workers
+    from fastbn.deployment.places import check_paths
     from fastbn.reestimation.job import reestimate
 
     name = input_name(arguments.input)
     target = None if arguments.dry_run else _beside(arguments, name, "reestimated")
     paths = [path for group in arguments.paths for path in group]
-    delivery.choose([name, *paths], target=target, json=arguments.json, quiet=arguments.quiet)
+    check_paths(name, target, arguments.report, arguments.force)
+    delivery.choose([name, *paths], target=target, json=arguments.json, page=arguments.report, quiet=arguments.quiet)
     source = source_of(name)
     check_version(source, target, arguments.force)
-    check_data_files([source], [delivery.json])
+    check_data_files([source], [delivery.json, arguments.report])
     steps = Steps(arguments.quiet)
     with steps:
         result = reestimate(
@@ -323,8 +325,10 @@ def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
         )
     lines = result.lines()
     if target is None:
-        lines.append("dry run: nothing written")
-    delivery.deliver(result.to_dict(), lines, result)
+        lines.append("dry run: no model written")
+    delivery.deliver(result.to_dict(), lines, result, (lambda _: result.page(arguments.line)) if arguments.report else None)
+    if arguments.report:
+        delivery.mention(f"report  {arguments.report}")
     return DONE
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from fastbn.deployment.result import Deployment
     from fastbn.graph.timing import Latency
 
-__all__ = ["render", "template"]
+__all__ = ["render", "style", "template"]
+
+HERE = Path(__file__).parent
 
 # Folds that are drawn one by one, and rows of a table; the JSON report has all of them.
 MOST_DRAWN, MOST_ROWS = 40, 400
@@ -35,13 +37,18 @@ OPEN_FOLDS = 12
 STAGE_WORDS = {"original": "as it came", "folded": "batch normalization folded", "quantized": "folded, then int8"}
 
 
-def template(name: str = "report.html.j2") -> jinja2.Template:
-    """Return a template of this folder, that of the report by default; raises FastbnError without jinja2."""
+def style() -> str:
+    """Return the style sheet of reports."""
+    return (HERE / "report.css").read_text(encoding="utf-8")
+
+
+def template(name: str = "report.html.j2", folder: Path = HERE) -> jinja2.Template:
+    """Return the template of a report; raises FastbnError without jinja2."""
     try:
         import jinja2
     except ImportError as error:
         raise FastbnError("Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')") from error
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.FileSystemLoader(folder)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -56,7 +63,7 @@ def render(deployment: Deployment) -> str:
     planning = planning_of(fold)
     pairs = zip(fold.folded, planning.folds, strict=True)
     drawn = [(each, *draw_fold(plan, planning)) for each, plan in list(pairs)[:MOST_DRAWN]]
-    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+    script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts = fold.to_dict()
     return page.render(
@@ -76,7 +83,7 @@ def render(deployment: Deployment) -> str:
         largest=max((stage.size for stage in deployment.stages), default=0) or 1,
         words=STAGE_WORDS,
         name=re.split(r"[\\/]", facts["model"])[-1],
-        style=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
+        style=style(),
         script=script,
         digest=digest,
         proofs=_proofs(fold.folded),

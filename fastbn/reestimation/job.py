@@ -67,8 +67,8 @@ def reestimate(
 ) -> Reestimation:
     """Estimate the running statistics of every inference batch normalization of a model again, from data.
 
-    Means and variances become those of what really flows into each of them. Moments are merged in float64 (Chan, Golub & LeVeque 1979) in an
-    order that depends on the data and `batch` alone, so the result has the same bits for any number of workers.
+    Means and variances become those of what really flows into each of them. Moments are merged in float64 (Chan, Golub & LeVeque 1979), in
+    an order that depends on the data and `batch` alone, so the result has the same bits for any number of workers.
 
     Parameters
     ----------

@@ -14,8 +14,10 @@ from onnx import ModelProto
 
 from fastbn.graph.report import size_text, table, wrapped
 from fastbn.graph.results import SCHEMA, JsonNumber, json_number
+from fastbn.graph.rewrite.replacement import atomic
 from fastbn.reestimation.levels import Left, Site
 from fastbn.reestimation.options import Mode
+from fastbn.reestimation.report import render
 
 if TYPE_CHECKING:
     from fastbn._types import FloatArray
@@ -216,7 +218,7 @@ class Reestimation:
         lines.append(
             f"{len(self.moved)} of {len(self.moved) + len(self.left)} BatchNormalization re-estimated ({self.mode}), {self._extent(who)}"
         )
-        lines.append(self._verdict())
+        lines.append(f"fit     {self.fit}")
         lines.append(f"verified  {self.verified}")
         return lines
 
@@ -224,15 +226,25 @@ class Reestimation:
         levels = f"{self.depth} level{'s' if self.depth > 1 else ''}"
         return f"{levels}, {self.samples} samples in {self.partitions} partitions {who}, {self.seconds:.1f} s"
 
-    def _verdict(self) -> str:
-        """Return what the worst one says about the data."""
+    @property
+    def fit(self) -> str:
+        """What the batch normalization that moved farthest says about the data, as a sentence."""
         worst = self.moved[0]
         if worst.distance <= FAR:
-            return f"fit     the data are like those behind the old statistics: no channel moved by more than {worst.distance:.2g} std"
+            return f"the data are like those behind the old statistics: no channel moved by more than {worst.distance:.2g} std"
         far = sum(each.distance > FAR for each in self.moved)
         first = min((each for each in self.moved if each.distance > FAR), key=lambda each: each.level)
         what = f"{far} of {len(self.moved)} moved by more than {FAR:g} std, on the way of the data first '{first.bn}'"
-        return f"fit     {what}: other weights, another domain or another preprocessing than before"
+        return f"{what}: other weights, another domain or another preprocessing than before"
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the HTML report, one file that needs no other; raises FastbnError without jinja2."""
+        with atomic(path, self.page()):
+            pass
+
+    def page(self, command: str = "") -> str:
+        """Return that report; command is the call that it names."""
+        return render(self, FAR, command)
 
     def __str__(self) -> str:
         return "\n".join(wrapped(self.lines()))
