@@ -66,6 +66,7 @@ def run() -> NoReturn:
     gc.set_threshold(PAUSE)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # or the end of the process would look for cycles in all that is left
     raise SystemExit(code)
 
 

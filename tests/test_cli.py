@@ -180,6 +180,12 @@ def cli_run(arguments, environment, **options):
     return subprocess.run([sys.executable, "-m", "fastbn", *arguments], env=environment, capture_output=True, timeout=120, **options)
 
 
+def test_the_end_of_the_process_looks_for_no_cycles(environment):
+    code = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); from fastbn.cli import run; run()"
+    done = subprocess.run([sys.executable, "-c", code, "show-config"], env=environment, capture_output=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == b"True", done
+
+
 def test_a_pipe(here, environment):
     data = (here / "in.onnx").read_bytes()
     done = cli_run(["fold", "-", "-"], environment, input=data)

@@ -200,6 +200,23 @@ def test_the_list_that_a_flatten_stands_for():
     assert OPERATORS["Flatten"].reshape_target(flatten[1], (), None) is None
 
 
+def test_the_sizes_that_an_expand_makes():
+    some = Dim(node_of(sketched("Relu(a)", zeros(ROW))).inputs[0], 0)
+    expand = node_of(sketched("Expand(a, b)", zeros(ROW, (3,))))
+    made = {
+        ((some, 1, 5), (4, 3, 1)): [4, 3, 5],
+        ((some, 1, 5), (1, some, None)): [some, some, 5],
+        ((some, 1), (some, None)): [some, None],
+        ((some, 4), (None, None)): [None, 4],
+        ((4,), (some, 1, 1)): [some, 1, 4],
+        ((1, 4), (2,)): [1, 4],
+    }
+    for (data, wanted), sizes in made.items():
+        assert operator_row(expand).reshape_target(expand, data, lambda value, wanted=wanted: [*wanted]) == sizes, (data, wanted)
+    for data, wanted in ((None, (1,)), ((4,), None), ((4,), (0,)), ((4,), (-1,)), ((0,), (1,))):
+        assert operator_row(expand).reshape_target(expand, data, lambda value, wanted=wanted: wanted) is None, (data, wanted)
+
+
 def test_the_size_that_a_weight_demands():
     sizes = {"Gemm(a, b)": 5, "Gemm <transB = 1> (a, b)": 7, "Gemm <transA = 1> (a, b)": None, "MatMul(a, b)": 5}
     for text, demanded in sizes.items():

@@ -1,11 +1,14 @@
 """Sizes that a graph computes from shapes: the known shape behind a Reshape to them, and batch normalizations that are folded across it."""
 
 import numpy as np
+import onnx
 import pytest
+from make_models import computed
 from sketch import folds, model, norm, normal, refuses
 
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
+from fastbn.graph.model.sizes import SizeInference
 
 
 def ints(*values):
@@ -323,3 +326,16 @@ def test_a_node_that_gives_nothing_is_passed_over():
     proto.graph.node.add(op_type="Reshape", domain="other", input=["x", "k"], output=[""])
     index = Index(storage.load(proto))
     assert index.shape(index.main.find("d")) == (None, 24)
+
+
+def test_inference_runs_twice_where_all_lists_are_short(monkeypatch):
+    runs = []
+
+    def noted(name, run):
+        return lambda *args, **kwargs: runs.append(name) or run(*args, **kwargs)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", noted("onnx's", onnx.shape_inference.infer_shapes))
+    monkeypatch.setattr(SizeInference, "infer", noted("ours", SizeInference.infer))
+    index = Index(storage.load(computed(3)))
+    assert index.shape(index.main.values["y"]) == (None, 4, 4, 4)
+    assert runs == ["onnx's", "ours", "onnx's"]

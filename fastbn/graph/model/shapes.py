@@ -130,41 +130,45 @@ class Inference:
         self._nodes = [node for scope in scopes_within(main) for node in scope.ordered]
         # Nodes as inference sees them, None: not at all.
         self._safe_protos = {node: self._safe_proto(node) for node in self._nodes}
+        # Nodes whose outputs are constant whatever is known of sizes.
+        self._constant_nodes = {node for node in self._nodes if self._gives_constants(node)}
         # Nodes of which inference may read lists.
-        own = [node for node in self._nodes if is_standard(node.domain)]
+        own = [node for node in self._nodes if is_standard(node.domain) and node not in self._constant_nodes]
         self._list_readers = [node for node in own if node.op in RANK_SLOTS or propagates(node.op, opset)]
         # The sizes that Dims tell to be equal, made when they are first asked for.
         self._sizes: SizeInference | None = None
         self._infer()
 
     def _infer(self) -> None:
-        """Run passes until none finds more; what one finds is known to the next."""
-        follows_lists = False
+        """Run passes until none finds more; what one finds is known to the next.
+
+        Lists are followed once all are known to be short, or no other pass finds more.
+        """
+        sizes: SizeInference | None = None
+        is_stuck = False
         for _ in range(INFERENCE_PASSES):
             before = dict(self.shapes)
-            left_out = {node for node in self._list_readers if self._may_be_endless(node, follows_lists)}
+            left_out = {node for node in self._list_readers if self._may_be_endless(node, True)}
+            follows_lists = is_stuck or not left_out
+            if not follows_lists:
+                left_out = {node for node in left_out if self._may_be_endless(node, False)}
             if not self._pass(left_out, follows_lists):
                 break
             is_changing = bool(left_out) and before != self.shapes
-            sizes = self._size_inference()
-            if not any(map(sizes.is_open, sizes.nodes)):
-                break
-            if not follows_lists and not is_changing:
-                follows_lists = True  # ranks first: they tell which lists are short enough to be followed
-                continue
-            shapes, lists = sizes.infer()
-            if not follows_lists:  # a chain of nodes that are left out, each waiting for the rank of the one before
-                self._computed_shapes.update(shapes)
-                continue
-            if not shapes and not is_changing and lists.keys() <= self._computed_lists.keys():
+            if sizes is not None and follows_lists and not is_changing and sizes.has_told(self.shapes, before):
                 self._sizes = sizes
                 break
-            self._computed_shapes.update(shapes)
+            sizes = SizeInference(self._nodes, self.shapes, self._constants)
+            if not any(map(sizes.is_open, sizes.nodes)):
+                break
+            shapes, lists = sizes.infer()
+            is_stuck = not shapes and not is_changing and lists.keys() <= self._computed_lists.keys()
+            if is_stuck and follows_lists:
+                self._sizes = sizes
+                break
             self._computed_lists.update(lists)
-            follows_lists = not left_out
-
-    def _size_inference(self) -> SizeInference:
-        return SizeInference(self._nodes, self.shapes, self._constants)
+            self._computed_shapes.update(shapes)
+            self.shapes.update(((value.scope.number, value.name), shape) for value, shape in shapes.items())
 
     def sizes(self, value: Value) -> Sizes | None:
         """Return the sizes of a value, a Dim for each one that only a run tells; None where not even the rank is known."""
@@ -176,7 +180,7 @@ class Inference:
 
     def _finished(self) -> SizeInference:
         if self._sizes is None:
-            self._sizes = self._size_inference()
+            self._sizes = SizeInference(self._nodes, self.shapes, self._constants)
             self._sizes.infer()
         return self._sizes
 
@@ -244,7 +248,8 @@ class Inference:
         shown: list[tuple[Node, NodeProto]] = []
         for node in scope.ordered:
             proto = self._safe_protos[node]
-            if proto is not None and node not in left_out and not self._gives_constants(node):
+            is_constant = node in self._constant_nodes or (bool(self._computed_lists) and self._gives_constants(node))
+            if proto is not None and node not in left_out and not is_constant:
                 shown.append((node, proto))
             if not shown or shown[-1][0] is not node or node in crops:
                 orphans.update(value for value in node.outputs if value is not None)
@@ -261,7 +266,7 @@ class Inference:
         return proto if is_inferable(proto, self._context) else None
 
     def _gives_constants(self, node: Node) -> bool:
-        """Say whether all that a node gives is constant, for these input sizes."""
+        """Say whether all that a node gives is constant, for what is known of sizes by now."""
         computed, outputs = self._computed_lists, [value for value in node.outputs if value is not None]
         return bool(outputs) and all(value in computed or self._constants.find(value, LARGEST_LIST) is not None for value in outputs)
 
@@ -367,6 +372,8 @@ class Inference:
         constant = self._constants.find(value, LARGEST_LIST)
         limits = {"i": LARGEST_LIST, "u": LARGEST_LIST, "f": LARGEST_FACTORS, "b": LARGEST_FACTORS}
         if constant is None or constant.size > limits.get(constant.dtype.kind, -1):
+            return None
+        if constant.dtype.kind == "f" and len(constant.shape) > 1:  # no factors, but a small weight
             return None
         try:
             return constant.array()

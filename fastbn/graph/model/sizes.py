@@ -72,9 +72,10 @@ class SizeInference:
                     self._lists[value] = self._list(node, value.slot)
             sizes = self._combine(node, output)
             known = self.known(output)
-            if sizes is not None and (known is None or (node in open_nodes and operator_row(node).reshape_target is not None)):
-                numbers = tuple(size if isinstance(size, int) else None for size in sizes)
-                if numbers != known:
+            is_reshaped = node in open_nodes and operator_row(node).reshape_target is not None
+            if sizes is not None and (known is None or is_reshaped or self._lists.get(output) is not None):
+                numbers = _shape_of(sizes)
+                if numbers is not None and numbers != known:
                     shapes[output] = numbers
         numeric = {value: _numbers(self._lists.get(value)) for value in targets if value in lists}
         return shapes, {value: array for value, array in numeric.items() if array is not None}
@@ -82,6 +83,11 @@ class SizeInference:
     def known(self, value: Value) -> Shape | None:
         """Return the shape of a value that is known already."""
         return self._shapes.get((value.scope.number, value.name))
+
+    def has_told(self, found: Mapping[tuple[int, str], Shape], before: Mapping[tuple[int, str], Shape]) -> bool:
+        """Say whether all that has been found since `before` is what this pass gave, so that another one would give no more."""
+        told = {(value.scope.number, value.name): sizes for value, sizes in self._sizes.items()}
+        return all(shape == before.get(key) or shape == _shape_of(told.get(key)) for key, shape in found.items())
 
     def sizes(self, value: Value) -> tuple[Size, ...] | None:
         """Return the sizes of a value, a Dim for each one that only a run tells; None where not even the rank is known."""
@@ -116,6 +122,8 @@ class SizeInference:
     def _combine(self, node: Node, value: Value) -> tuple[Size, ...] | None:
         """Return the sizes of a node's first output: those that inference knows, completed by those that follow from its inputs."""
         computed, known = self._from_inputs(node), self.known(value)
+        listed = self._lists.get(value)
+        known = known if listed is None else listed.shape
         sizes: Sequence[Size] | None = computed if known is None else known
         if known is not None and computed is not None and len(computed) == len(known):
             sizes = [other if size is None else size for size, other in zip(known, computed, strict=True)]
@@ -251,6 +259,10 @@ class SizeInference:
             return None
         moved: Array = _objects(elements)[result[slot].reshape(-1)].reshape(result[slot].shape)
         return moved
+
+
+def _shape_of(sizes: Sequence[Size] | None) -> Shape | None:
+    return None if sizes is None else tuple(size if isinstance(size, int) and size > 0 else None for size in sizes)
 
 
 def _listed(array: Array) -> Array:

@@ -86,5 +86,5 @@ IDENTITY = {
     "Identity": Row(*both_ways(_identity), takes_wide=True, sizes=same_sizes, list_elements=_same_elements),
     DROPOUT: Row(*both_ways(_dropout), sizes=same_sizes, result_size=_dropout_size),
     "Cast": Row(*both_ways(_cast), takes_wide=True, sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
-    "CastLike": Row(reads={1: "type"}, result_size=first_size),
+    "CastLike": Row(reads={1: "type"}, sizes=same_sizes, result_size=first_size),
 }

@@ -230,6 +230,21 @@ def _reverse_sequence(node: Node, affine: Affine, source: Value, target: Value, 
     return affine
 
 
+def _expand_target(node: Node, first: Sizes | None, elements: Callable[[Value | None], list[Size] | None]) -> list[Size] | None:
+    """The sizes of the data broadcast with the list: a size above 1 stands, whatever the other one is."""
+    wanted = elements(node.input(1))
+    if first is None or wanted is None or any(isinstance(size, int) and size < 1 for size in (*wanted, *first)):
+        return None
+    rank = max(len(first), len(wanted))
+    columns = zip([*[1] * (rank - len(first)), *first], [*[1] * (rank - len(wanted)), *wanted], strict=True)
+    return [_broadcast(*pair) for pair in columns]
+
+
+def _broadcast(own: Size, other: Size) -> Size:
+    large = [size for size in (own, other) if isinstance(size, int) and size > 1]
+    return large[0] if large else other if own == 1 else own if other in (1, own) else None
+
+
 def _expanded_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
     # Not by np.broadcast_shapes, which takes no sizes beyond the address space.
     data, sizes = arrays
@@ -257,7 +272,7 @@ LAYOUT = {
     "Unsqueeze": replace(_INSERTING, sized=False),
     "DepthToSpace": Row(*both_ways(_depth_to_space), sized=True, sizes=same_batch, work=each_once),
     "SpaceToDepth": Row(*both_ways(_space_to_depth), sized=True, sizes=same_batch, work=each_once),
-    "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size),
+    "Expand": Row(*both_ways(_expand), sized=True, size_slots=(1,), result_size=_expanded_size, reshape_target=_expand_target),
     "Tile": Row(*both_ways(_tile), sized=True, size_slots=(1, 2), result_size=_tiled_size),
     "ReverseSequence": Row(*both_ways(_reverse_sequence), sized=True, sizes=same_sizes, work=each_once),
     "CenterCropPad": Row(size_slots=(1,), work=each_once),
