@@ -68,6 +68,8 @@ class Operators:
         if self.chance(0.3):
             self.node("Mul", [x, self.factor(*self.one([(), (c, 1, 1), (1, c, 1, 1)]))], shape)
             branches[0] = self.latest
+        elif self.expressions.random() < 0.5:
+            branches[0] = self.multiple(x, shape)
         self.rng.shuffle(branches)
         self.node("Add", branches[:2], shape)
         if branches[2:]:
@@ -78,6 +80,12 @@ class Operators:
                 self.node("Concat", both, (shape[0], 2 * c, *shape[2:]), axis=1)
         self.batch_norm(self.latest)
 
+    def multiple(self, x, shape):
+        """The same value by another name, its negative, its double or a part of it."""
+        inputs = {"Identity": [x], "Neg": [x], "Add": [x, x], "Mul": [x, self.constant(np.float32(0.5))]}
+        op = list(inputs)[self.expressions.integers(len(inputs))]
+        return self.node(op, inputs[op], shape)
+
     # Affines.
     def ghost_norm(self, x):
         """The same norm in each part of the batch, or (seldom) another one in each."""
@@ -86,8 +94,11 @@ class Operators:
             return
         half, c = shape[0] // 2, shape[1]
         part = (half, *shape[1:])
-        self.by_opset(13, "Split", x, "split", [half, half], [part, part], axis=0, outputs=2)
-        name = self.nodes[-1].output
+        if self.expressions.random() < 0.3 and self.opset >= 10:
+            name = [self.node("Slice", [x, self.ints(at), self.ints(at + half), self.ints(0)], part) for at in (0, half)]
+        else:
+            self.by_opset(13, "Split", x, "split", [half, half], [part, part], axis=0, outputs=2)
+            name = self.nodes[-1].output
         parameters, normed, same = None, [], self.chance(0.8)
         for each in name:
             if parameters is None or not same:

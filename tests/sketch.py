@@ -35,9 +35,10 @@ def norm(channels, suffix="", *, seed=1, dtype=np.float32, positive=False):
     return {name + suffix: values.astype(dtype) for name, values in parameters.items()}
 
 
-def run(proto, feeds=None, seed=3):
+def run(proto, feeds=None, seed=3, reuses_memory=True):
     """Return the outputs of a model in onnxruntime, its optimizer off, on the feeds or on random ones."""
     options = onnxruntime.SessionOptions()
+    options.enable_mem_reuse = reuses_memory
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -15,6 +15,7 @@ WEIGHTS = {
     "half": normal(4, 2, 3, 3, seed=3),
     "b": normal(4, seed=4),
     "k": X,
+    "two": np.array(2, np.float32),
     **norm(4),
 }
 DW = "Conv <group = 4, pads = [1,1,1,1]> (x, dw)"
@@ -38,6 +39,18 @@ AROUND = {
     "auto_pad, even": 'c = Conv <group = 4, auto_pad = "SAME_UPPER"> (x, dw4) d = Add(c, x)',
     "auto_pad, before": 'c = Conv <group = 4, auto_pad = "SAME_LOWER"> (x, dw4) d = Add(c, x)',
     "auto_pad, none": 'c = Conv <group = 4, auto_pad = "VALID"> (x, dw1) d = Add(c, x)',
+    "the same value by another name": f"c = {DW} i = Identity(x) e = Dropout(i) d = Add(c, e)",
+    "its negative": f"c = {FULL} n = Neg(x) d = Add(n, c)",
+    "its negative taken away": f"c = {FULL} n = Neg(x) d = Sub(c, n)",
+    "from its negative": f"c = {FULL} n = Neg(x) d = Sub(n, c)",
+    "twice": f"c = {DW} e = Add(c, x) d = Add(e, x)",
+    "twice, once by another name": f"c = {DW} i = Identity(x) d = Sum(i, c, x)",
+    "more than once by the same other name": f"c = {DW} i = Identity(x) e = Add(c, i) d = Add(e, i)",
+    "its double": f"c = {DW} e = Add(x, x) d = Add(c, e)",
+    "half of it, which something else reads": f"c = {DW} e = Div(x, two) d = Add(c, e) h = Relu(e)",
+    "nothing of it": f"c = {DW} e = Sub(c, x) d = Add(e, x)",
+    "taken away on the way": f"c = {DW} e = {FULL} f = Sub(e, c) g = Add(f, x) d = Sub(g, x)",
+    "a convolution of the same by another name": "i = Identity(x) n = Neg(i) c = Conv <group = 4, pads = [1,1,1,1]> (n, dw) d = Add(c, x)",
 }
 
 
@@ -61,6 +74,13 @@ def test_a_scale_on_the_value_goes_into_the_convolution_first():
 def test_behind_a_concat():
     nodes = f"c = {DW} e = Add(c, x) f = {FULL} d = Concat <axis = 1> (e, f) y = BatchNormalization(d, s, t, m, v)"
     folds(around(nodes, **norm(8)), "Tanh Conv Add Conv Concat Relu")
+
+
+def test_a_sibling_may_read_the_same_value_by_another_name():
+    nodes = (
+        f"i = Identity(x) n = Neg(i) c = Conv <pads = [1,1,1,1]> (n, full, b) e = {NORM[4:].replace('(d', '(i')} d = Add(c, e) y = Tanh(d)"
+    )
+    folds(around(nodes), "Tanh Identity Neg Conv Tanh Relu")
 
 
 HALVED = "e = AveragePool <kernel_shape = [2,2], strides = [2,2]> (x)"
@@ -101,6 +121,31 @@ def test_the_norms_of_all_parts_leave_together():
     (fold,) = result.folded
     assert fold.bn == "n0+n1+n2"
     assert fold.ops == ("BatchNormalization",) * 3
+
+
+def sliced(parts, **changes):
+    """Return the same, its parts taken by Slices; the norm of the last one has the parameter s2."""
+    norms = " ".join(
+        f"p{at} = Slice(c, k{at}, k{at + 1}, k0) n{at} = BatchNormalization(p{at}, {'s2' if at == parts - 1 else 's'}, t, m, v)"
+        for at in range(parts)
+    )
+    text = f"c = Gemm(x, w, b) {norms} d = Concat <axis = 0> ({', '.join(f'n{at}' for at in range(parts))}) y = Tanh(d)"
+    ends = {f"k{at}": np.array([2 * at]) for at in range(parts + 1)}
+    constants = {"w": normal(5, 4), "b": normal(4, seed=5), **norm(4), "s2": norm(4)["s"], **ends, **changes}
+    return model(f"(float[{2 * parts},5] x) => (float y) {{ {text} }}", **constants)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_parts_that_are_sliced_leave_together_too(parts):
+    (fold,) = folds(sliced(parts), f"Gemm {'Slice ' * parts}Concat Tanh").folded
+    assert fold.bn == "+".join(f"n{at}" for at in range(parts))
+    assert fold.into == "c"
+
+
+def test_a_norm_that_does_not_quite_undo_stays():
+    result = fastbn.fold(sliced(3, s2=norm(4)["s"] * np.float32(1 + 2**-23)))
+    assert [fold.bn for fold in result.folded] == ["n0+n1"]
+    assert codes(result) == {"other-readers": 1}
 
 
 def test_along_the_data_flow_too():

@@ -40,10 +40,11 @@ FLOORS = [
     ["graph.model.quantized"],
     ["graph.ops.row", "graph.rewrite.replacement", "graph.rewrite.data_files"],
     ["graph.ops.placing", "graph.ops.weighted"],
+    ["graph.ops.identity"],
+    ["graph.ops.multiples"],
     [
         "graph.ops.activation",
         "graph.ops.convolution",
-        "graph.ops.identity",
         "graph.ops.layout",
         "graph.ops.matmul",
         "graph.ops.normalization",

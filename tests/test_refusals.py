@@ -376,7 +376,6 @@ REFUSED = {
     "Conv of other channels": refused(
         "backward", "other-branch", "does not see each", "Conv <pads = [1,1,1,1]> (x, w)", affine(5, 1), skip=A4S, w=normal(5, 4, 3, 3)
     ),
-    "Sub that would have to add": refused("backward", "other-branch", "would have to add 'x'", "Sub(z, x)", A4, z=(2, 4, 6, 6), skip=A4S),
     "DeformConv, shift": refused(
         "forward", "padding", "may sample beyond the border", "DeformConv(x, w, z)", A4, opset=19, z=(2, 18, 4, 4), w=W
     ),

@@ -192,6 +192,8 @@ BACKWARD |= {
     "Conv off its center adds its data": case("Conv <pads = [2,0,0,2], dilations = [1,1]> (x, w)", A4S, skip=R4, w=W),
     "Conv of spread taps adds its data": case("Conv <pads = [2,1,2,1], dilations = [2,1]> (x, w)", A4S, skip=R4, w=W),
     "Add of two that adds its data": case("Add(z, x)", A4, z=(2, 4, 6, 6), skip=R4),
+    "Sub of two that adds its data": case("Sub(z, x)", A4, z=(2, 4, 6, 6), skip=R4),
+    "Add of data with themselves that adds them": case("Add(z, x)", A4, z=(2, 4, 6, 6), skip=R4),
     "Add of two that adds its data, shift": case("Add(z, x)", A4T, z=(2, 4, 6, 6), skip=R4),
     "DeformConv": case("DeformConv(x, w, z, b)", A4, opset=19, z=(2, 18, 4, 4), w=W, b=normal(4)),
     "DeformConv without a bias": case("DeformConv <group = 2> (x, w, z)", A4, opset=19, z=(2, 18, 4, 4), w=normal(4, 2, 3, 3)),

@@ -11,6 +11,9 @@ __all__ = ["Affine", "FloatArray"]
 FloatArray: TypeAlias = NDArray[np.float64]
 
 
+# What a scale and its inverse make of 1, and a shift and its negative of 0, by some rounding errors each.
+NEUTRAL = 2.0**-48
+
 # Stands for abs_terms until they are made of the shift.
 NOT_GIVEN: FloatArray = np.empty(0)
 
@@ -56,6 +59,12 @@ class Affine:
         """Whether it adds anything."""
         return bool(np.count_nonzero(self.shift))
 
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it leaves every value as it is, but for rounding errors of float64."""
+        kept = (np.abs(self.scale - 1) <= NEUTRAL).all() and (np.abs(self.shift) <= NEUTRAL * self.abs_terms).all()
+        return bool(kept)
+
     def equals(self, other: "Affine") -> bool:
         """Say whether another affine has the same numbers along the same axis."""
         same = np.array_equal(self.scale, other.scale) and np.array_equal(self.shift, other.shift)
@@ -76,6 +85,10 @@ class Affine:
     def negated_shift(self) -> "Affine":
         """Return y = scale * x - shift."""
         return Affine(self.scale, -self.shift, self.axis, self.rank, self.abs_terms)
+
+    def times(self, number: float) -> "Affine":
+        """Return number * y."""
+        return Affine(number * self.scale, number * self.shift, self.axis, self.rank, abs(number) * self.abs_terms)
 
     def scale_only(self) -> "Affine":
         """Return the part that multiplies."""

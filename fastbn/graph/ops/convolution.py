@@ -14,6 +14,7 @@ from fastbn.graph.model.constant import Constant, Dense
 from fastbn.graph.model.node import Node
 from fastbn.graph.model.quantized import Dequantized, Requantized
 from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.multiples import multiple_of
 from fastbn.graph.ops.placing import axis_in, constant_slot, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, SiblingMerge, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Size, Sizes, same_batch
@@ -56,12 +57,13 @@ def _conv_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
     if skip is None:
         return transfer
     # S*(W x + b) + T + R x = (S*W + R at the center) x + (S*b + T), where the convolution reads the same x.
-    added = None
-    if node.inputs[0] is not None and graph.source(node.inputs[0]) is skip.source:
-        added = _added_to_center(node, skip.scale, transfer.constants.get(WEIGHT, weight))
+    added, data = None, multiple_of(node.required_input(0), graph)
+    if data.root is skip.source:
+        added = _added_to_center(node, skip.scale.times(1 / data.number), transfer.constants.get(WEIGHT, weight))
     if added is None:
         raise Refusal("other-branch", f"Conv '{node.label}' does not see each element of '{skip.source.name}' at its center")
     transfer.constants[WEIGHT] = added
+    transfer.beside = data.via
     return transfer
 
 
@@ -173,6 +175,7 @@ def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> 
     operand = node.inputs[traveler.slot]
     if node.op == "Sub" or len(node.inputs) != 2 or operand is None or operand.producer is not traveler.origin.node:
         return None
+    origin = multiple_of(traveler.origin.value, graph)
     pending: list[tuple[int, Node, list[Node]]] = [(1 - traveler.slot, node, [])]
     while pending:
         at, reader, via = pending.pop()
@@ -185,15 +188,17 @@ def merged_into_sibling(node: Node, traveler: Traveler, graph: PresentGraph) -> 
         graph.refuse_readers(other, reader, at)
         if sibling.is_op("Add") and constant_slot(sibling, graph) is None:
             pending.extend((slot, sibling, [*via, sibling]) for slot in range(len(sibling.inputs)))
-        elif sibling.is_op("Conv") and sibling.inputs[0] is not None and graph.source(sibling.inputs[0]) is traveler.origin.value:
+        elif sibling.is_op("Conv") and (data := multiple_of(sibling.required_input(0), graph)).root is origin.root:
             weight, _ = _weight(sibling, graph)
-            added = _added_to_center(sibling, traveler.affine, weight)
+            added = _added_to_center(sibling, traveler.affine.times(origin.number / data.number), weight)
             if added is not None:
                 channels = weight.shape[0]
                 bias = graph.bias(sibling, BIAS, (channels,), weight.dtype).affine(1.0, *traveler.affine.along(channels)[1:])
                 if isinstance(bias, Requantized):
                     return None
-                return Transfer(merge=SiblingMerge(sibling, {WEIGHT: added, BIAS: bias}, via, 1 - traveler.slot))
+                return Transfer(
+                    merge=SiblingMerge(sibling, {WEIGHT: added, BIAS: bias}, via, 1 - traveler.slot), beside=(*origin.via, *data.via)
+                )
     return None
 
 

@@ -23,16 +23,13 @@ from fastbn.graph.model.constant import Dense
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.convolution import merged_into_sibling
+from fastbn.graph.ops.multiples import around_multiples
 from fastbn.graph.ops.placing import FIRST_BROADCASTING_OPSET, axis_in, both_ways, constant_slot, is_wide, require_sign
 from fastbn.graph.ops.row import PresentGraph, Row, Skip, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import broadcast_size, broadcast_sizes, each_once, first_size, product_elements, same_sizes
 from fastbn.graph.reasons import Refusal
 
 __all__ = ["ELEMENTWISE"]
-
-
-# Of the scales with which an operand of a sum stays as it is.
-LEAST_SCALE_AROUND = 2.0**-10
 
 
 # ---- one operand is a constant ----
@@ -185,45 +182,23 @@ def _constant_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[i
 
 # Add, Sub, Sum of values that are no constants:  S (a + b) + T = (S a + T) + S b: the scale goes to each, the shift to one of them.
 # Forward a scale needs every operand to have it, a shift passes.  Where the other operand is a convolution of the same value, the affine
-# becomes the center of its kernel (RepVGG); otherwise the producers of the other operands are asked to make up for it.
+# becomes the center of its kernel (RepVGG); otherwise the producers of the other operands are asked to make up for it. Or an operand stays
+# as it is, where a convolution of the same value makes up for it (RepViT).
 def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Iterable[Transfer]:
-    affine = traveler.affine
+    affine, skip = traveler.affine, traveler.skip
     parts = [_narrowed(node, affine, traveler.value, value, graph) for value in node.inputs]
     scales = [part.scale_only() for part in parts]
-    takers = range(len(parts)) if affine.shifts or traveler.skip is not None else range(1)
-    if traveler.skip is not None and node.op == "Sub":
-        raise Refusal("other-branch", f"Sub '{node.label}' would have to add '{traveler.skip.source.name}'")
+    signs = [-1.0 if node.op == "Sub" and slot == 1 else 1.0 for slot in range(len(parts))]
+    takers = range(len(parts)) if affine.shifts or skip is not None else range(1)
     if node.op == "Sub":
         parts[1] = parts[1].negated_shift()
     for taker in takers:
         passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot == taker or affine.scales]
-        skip = None if traveler.skip is None else (taker, traveler.skip)
-        yield Transfer(passed_on=passed_on, skip=skip)
-    if affine.scales and traveler.skip is None:
-        yield from _around_operands(node, parts, scales, graph)
-
-
-def _around_operands(node: Node, parts: list[Affine], scales: list[Affine], graph: PresentGraph) -> Iterable[Transfer]:
-    """S (a + x) + T = (S a + T + (S - 1) x) + x: an operand x stays as it is where a convolution of x among the others makes up for it.
-    S (a - x) + T = (S a + T - (S - 1) x) - x, S (x - a) + T = x - (S a - T - (S - 1) x).
-
-    With a small S the two x nearly cancel, and what is left is their rounding errors, which are 1 / S as large beside it.
-    """
-    if any((np.abs(part.scale) < LEAST_SCALE_AROUND).any() for part in parts):
-        return
-    for stays, value in enumerate(node.inputs):
-        if value is None:
-            continue
-        skip = Skip(graph.source(value), _less_one(parts[stays], -1.0 if node.op == "Sub" else 1.0))
-        for taker in range(len(parts)):
-            if taker != stays:
-                passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot != stays]
-                yield Transfer(passed_on=passed_on, skip=(taker, skip))
-
-
-def _less_one(affine: Affine, sign: float) -> Affine:
-    zeros = np.zeros_like(affine.shift)
-    return Affine(sign * (affine.scale - 1), zeros, affine.axis, affine.rank, zeros)
+        asked = None if skip is None else (taker, Skip(skip.source, skip.scale.times(signs[taker])))
+        yield Transfer(passed_on=passed_on, skip=asked)
+    if affine.scales:
+        added = [None if skip is None else _narrowed(node, skip.scale, traveler.value, value, graph) for value in node.inputs]
+        yield from around_multiples(node, parts, signs, skip, added, graph)
 
 
 def _sum_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:

@@ -209,8 +209,8 @@ class Transfer:
     constants and attributes are those of the node that change, by slot and by name. passed_on holds what is asked further: (input slot,
     affine) backward, (output slot, affine) forward. required yields what a forward row asks of the node's other inputs, (input slot,
     affine). merge is there where the affine goes into a sibling instead. alike are other nodes with the same affine, which are lifted too.
-    skip is asked, backward, of the input at its slot. objection is what the node itself says against it, which counts once all that is
-    asked further would work out.
+    skip is asked, backward, of the input at its slot. beside are nodes that stay as they are, which the proof has to run too. objection is
+    what the node itself says against it, which counts once all that is asked further would work out.
     """
 
     constants: dict[int, Constant | Requantized] = field(default_factory=dict)
@@ -220,6 +220,7 @@ class Transfer:
     merge: SiblingMerge | None = None
     alike: Sequence[Node] = ()
     skip: tuple[int, Skip] | None = None
+    beside: Sequence[Node] = ()
     objection: Refusal | None = None
 
 

@@ -137,7 +137,7 @@ class _Segment:
         self.view = view
         self.index: Index = view.index
         self.lifted = set(plan.lifted)
-        self.before = self._sorted({*plan.path, *plan.leaving, *plan.bypassed} - set(plan.added))
+        self.before = self._sorted({*plan.path, *plan.beside, *plan.leaving, *plan.bypassed} - set(plan.added))
         self.inside = {value for node in self.before for value in node.outputs if value is not None}
         self.results = [value for node in self.before for value in node.outputs if value is not None and self._leaves(value)]
         self.dtype = self._data_type()

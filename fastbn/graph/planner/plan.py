@@ -40,6 +40,8 @@ class Plan:
         Those that absorb.
     crossed : dict of node -> None
         Removed nodes in whose place an affine passed.
+    beside : dict of node -> None
+        Nodes that stay as they are, by which one value is a multiple of another: the proof has to run them too.
     alike : dict of node -> None
         Nodes with the same affine that are lifted too.
     widened : dict of value -> shape
@@ -60,6 +62,7 @@ class Plan:
     path: dict[Node, None] = field(default_factory=dict)
     absorbers: dict[Node, None] = field(default_factory=dict)
     crossed: dict[Node, None] = field(default_factory=dict)
+    beside: dict[Node, None] = field(default_factory=dict)
     alike: dict[Node, None] = field(default_factory=dict)
     widened: dict[Value, Shape] = field(default_factory=dict)
     channels: int = 0
@@ -75,6 +78,7 @@ class Plan:
         self.path.update(other.path)
         self.absorbers.update(other.absorbers)
         self.crossed.update(other.crossed)
+        self.beside.update(other.beside)
         self.alike.update(other.alike)
         self.widened.update(other.widened)
         self.lifted.extend(other.lifted)
@@ -97,4 +101,5 @@ class Plan:
             self.constants.pop((node, slot), None)
         self.attributes.pop(node, None)
         self.path.pop(node, None)
+        self.beside.pop(node, None)
         self.absorbers.pop(node, None)

@@ -252,6 +252,8 @@ class _Planner:
             return None
         self._refuse_unselected(node)
         _refuse_widening(node, self.view)
+        if is_batch_norm(node) and affine.is_neutral and self.view.owned(node) is not None:  # it has undone what other nodes were
+            return Placement(Plan()), affine.channels
         return place(node, affine, self.view, strategy, self._record_of(node, strategy)), affine.channels
 
     def _defer(self, node: Node, placement: Placement) -> None:
@@ -299,13 +301,13 @@ class _Planner:
             view.remove(gone, operand)
         target.join(new)
         view.apply(new)
-        view.owner.update(dict.fromkeys([*new.path, *new.added, *leaving], target))
+        view.owner.update(dict.fromkeys([*new.path, *new.beside, *new.added, *leaving], target))
 
     def _joined_plan(self, node: Node, new: Plan, leaving: list[Node]) -> Plan:
         """Return the oldest plan that a new one touches, with all others that it touches joined to it, or a fresh one."""
         view = self.view
         before = view.data(node).producer
-        touched = [*new.path, *new.crossed, *leaving, *([before] if before is not None and before in view.removed else [])]
+        touched = [*new.path, *new.beside, *new.crossed, *leaving, *([before] if before is not None and before in view.removed else [])]
         owners = dict.fromkeys(owner for owner in map(view.owned, touched) if owner is not None)
         target = min(owners, key=lambda each: each.number, default=None) or Plan(number=len(view.owner))
         self.plans[target] = None

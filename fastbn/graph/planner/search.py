@@ -333,7 +333,7 @@ def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
 
 def _plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
-    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike))
+    plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike), beside=dict.fromkeys(transfer.beside))
     if transfer.constants:
         plan.absorbers[node] = None
     if transfer.attributes:
