@@ -145,3 +145,15 @@ def test_statistics_of_a_model_that_onnxruntime_refuses():
     }"""
     with pytest.raises(fastbn.ModelError, match=r"^Cannot load the model in onnxruntime: "):
         fastbn.reestimate(conv_bn(text), np.ones((4, 3, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("key", ["location", "offset", "length"])
+def test_a_place_of_external_data_that_is_no_text(key, tmp_path):
+    proto = conv_bn()
+    tensor = TensorProto(name="k", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for name, value in {"location": "k.data", "offset": "0", "length": "16", key: "PLACE"}.items():
+        tensor.external_data.add(key=name, value=value)
+    proto.graph.initializer.append(tensor)
+    (tmp_path / "in.onnx").write_bytes(proto.SerializeToString().replace(b"PLACE", b"\xff\xfe\xff\xfe\xff"))
+    with pytest.raises(fastbn.ModelError, match=rf"^Expected a {key} of external data in UTF-8, got b'.* - at `k`$"):
+        load(tmp_path / "in.onnx")

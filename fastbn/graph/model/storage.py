@@ -343,7 +343,10 @@ class Source:
         for key in PLACE:
             if sum(entry.key == key for entry in tensor.external_data) > 1:
                 raise ModelError(expected(f"one {key} of external data", "several", where))
-        fields = {entry.key: entry.value for entry in tensor.external_data}
+        fields = {entry.key: entry.value for entry in tensor.external_data if entry.key in PLACE}
+        for key, value in fields.items():
+            if not isinstance(value, str):  # what protobuf gives where it is none
+                raise ModelError(expected(f"a {key} of external data in UTF-8", repr(value), where))
         name = fields.get("location", "")
         # A link inside the folder may lead elsewhere (_checked_size says where to); the name itself may not leave it.
         is_outside = os.path.isabs(name) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
