@@ -6,10 +6,10 @@ first called.
 
 from typing import TYPE_CHECKING
 
-from fastbn.interrupts import interrupts_deferred
+from fastbn.interrupts import interrupts_deferred, interrupts_end_it, is_command
 
 try:
-    with interrupts_deferred():  # of which NumPy makes an ImportError
+    with interrupts_end_it() if is_command() else interrupts_deferred():  # of which NumPy makes an ImportError
         from fastbn import _native  # noqa: F401
 except ImportError as error:
     reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"

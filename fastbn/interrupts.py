@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["interrupts_deferred", "interrupts_ignored", "stoppable"]
+__all__ = ["interrupts_deferred", "interrupts_end_it", "interrupts_ignored", "is_command", "stoppable"]
 
 # Signals that end a process, and that the command takes for an interrupt.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -52,6 +54,25 @@ def interrupts_deferred() -> Iterator[None]:
             signal.signal(number, handler)
     for number, frame in deferred[:1]:
         waiting[number](number, frame)
+
+
+def is_command() -> bool:
+    """Say whether this process is the command: `fastbn`, or `python -m fastbn`."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name in ("fastbn", "fastbn.exe") or sys.orig_argv[1:3] == ["-m", "fastbn"]
+
+
+@contextlib.contextmanager
+def interrupts_end_it() -> Iterator[None]:
+    """Let Ctrl-C end the process without a word while the command is loaded, which has opened nothing yet."""
+    is_ours = _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -300,3 +300,16 @@ def test_onnxruntime_says_nothing_of_its_own_in_the_command(here, monkeypatch):
     levels.clear()
     runtime.session(conv_bn().SerializeToString())
     assert levels == [], "a program may want to read it"
+
+
+@pytest.mark.parametrize("module", ["numpy", "shlex"])
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_an_interrupt_while_the_command_is_loaded(module, how, tmp_path, environment):
+    """NumPy is loaded by the package, shlex by the command."""
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    script = tmp_path / "fastbn"
+    script.write_text("from fastbn.__main__ import run\nrun()\n")
+    path = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    command = [sys.executable, *(["-m", "fastbn"] if how == "module" else [str(script)]), "show-config"]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
