@@ -157,3 +157,12 @@ def test_a_place_of_external_data_that_is_no_text(key, tmp_path):
     (tmp_path / "in.onnx").write_bytes(proto.SerializeToString().replace(b"PLACE", b"\xff\xfe\xff\xfe\xff"))
     with pytest.raises(fastbn.ModelError, match=rf"^Expected a {key} of external data in UTF-8, got b'.* - at `k`$"):
         load(tmp_path / "in.onnx")
+
+
+def test_a_sequence_of_nothing():
+    text = """(float[N,3,8,8] x) => (float[N,4,6,6] y, int64 n) {
+        c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v)
+        q = SplitToSequence(e) n = SequenceLength(q)
+    }"""
+    proto = conv_bn(text, e=np.empty(0, np.float32))
+    assert ops(fastbn.fold(proto, verify=False).model) == "Conv SplitToSequence SequenceLength"

@@ -68,6 +68,8 @@ def _concat(node: Node, items: Items) -> Tensor:
 def _split(node: Node, data: Tensor, split: Tensor | None = None) -> Items:
     axis, array = node.attribute("axis", 0), data.array()
     size = array.shape[axis]
+    if not size:
+        _fail()
     if split is None:
         parts = np.split(array, size, axis)
         return tuple(_held(part if node.attribute("keepdims", 1) else part.squeeze(axis)) for part in parts)
