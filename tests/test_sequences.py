@@ -73,7 +73,42 @@ def test_what_is_given_is_constant(name):
     assert ops(result.model).split()[-1] == "Conv"
     assert_same(proto, result.model)
     if given.name == "w":
-        assert ops(result.model) in ("Conv", "If Conv", "Equal If Conv"), "an If stays, unread"
+        assert ops(result.model) == "Conv"
+        assert {tensor.name for tensor in result.model.graph.initializer} <= {"w", "b", "c.weight", "c.bias"}
+
+
+def chosen(then, *, given="yes"):
+    """Return an If of two branches, each a text of nodes that give u or o."""
+    return f"If ({given}) <then_branch = g () => (u) {{ {then} }}, else_branch = h () => (o) {{ o = Abs(w0 ) }}>"
+
+
+def test_an_if_leaves_and_another_stays():
+    nodes = (
+        f"w = {chosen('u = Neg(w0)')} z = If (k) <then_branch = p () => (i) {{ i = Relu(x) }}, else_branch = q () => (e) {{ e = Exp(x) }}>"
+    )
+    text = f"(float[N,3,8,8] x, bool k) => (float y, float z) {{ {nodes} c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }}"
+    proto = model(text, w0=W, yes=np.array(True), **norm(4))
+    result = fastbn.fold(proto)
+    assert ops(result.model) == "If Conv"
+    assert [node.op_type for node in result.model.graph.node[0].attribute[0].g.node] in (["Relu"], ["Exp"])
+    assert {tensor.name for tensor in result.model.graph.initializer} == {"c.weight", "c.bias"}
+    feeds = {"x": normal(2, 3, 8, 8), "k": np.array(True)}
+    assert_same(proto, result.model, feeds)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "left"),
+    [
+        (f"w = {chosen('r = Conv(x, w0) e = BatchNormalization(r, s, t, m, v) u = Neg(w0)')} c = Conv(x, w)", "If Conv"),
+        (f"w = {chosen('u = Neg(w0)')} d = Conv(x, w) e = Relu(d) c = Conv(x, w)", "If Conv Relu Conv"),
+        (f"k = Neg(w0) w = {chosen('u = Neg(k)')} c = Conv(x, w)", "Conv"),
+    ],
+)
+def test_an_if_stays_where_something_reads_it_or_a_norm_stands_in_it(nodes, left):
+    text = f"(float[N,3,8,8] x) => (float y{', float e' if 'Relu' in nodes else ''}) {{ {nodes} y = BatchNormalization(c, s, t, m, v) }}"
+    result = fastbn.fold(model(text, w0=W, yes=np.array(True), **norm(4)))
+    assert ops(result.model) == left
+    assert result.parity.ok
 
 
 NOT_GIVEN = {
@@ -113,6 +148,15 @@ LOOP = "w = Loop (two, yes, w0) <body = g (int64 i, bool k, float[4,3,3,3] u) =>
 def test_the_reason_is_what_computes_it(nodes, imports, part):
     result = fastbn.fold(weighted(nodes, imports=imports), verify=False)
     assert part in result.kept[0].reason
+
+
+def test_a_sparse_tensor_is_said_to_be_one():
+    proto = weighted("w = Identity(w0)")
+    del proto.graph.node[0]
+    places = onnx.numpy_helper.from_array(np.arange(4, dtype=np.int64), "w_places")
+    proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(onnx.numpy_helper.from_array(normal(4), "w"), places, W.shape))
+    (kept,) = fastbn.fold(proto, verify=False).kept
+    assert (kept.code, "is a sparse tensor" in kept.reason) == ("dynamic-weight", True)
 
 
 FUNCTIONS = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>

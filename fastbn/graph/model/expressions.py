@@ -170,6 +170,8 @@ class Constants:
             return f"comes from {producer.op} '{producer.label}', {what} not evaluated here"
         if self._is_overridable(value):
             return f"is computed from '{value.name}', a graph input too, which a caller may override: --freeze-inputs makes it a constant"
+        if value.producer is None and value.initializer is None and not value.is_input:
+            return "is a sparse tensor, which is not read here: store it as a dense one"
         return "is a graph input" if value.is_input and value.scope.parent is None else "is computed when the model runs"
 
     def evaluate(self, node: Node, arrays: Inputs, largest: int) -> dict[int, Array] | None:

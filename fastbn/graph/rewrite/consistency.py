@@ -12,6 +12,7 @@ from typing import NoReturn, TypeAlias
 from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from fastbn.errors import ModelError
+from fastbn.graph.model.cropping import scopes_within
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import is_standard, scopes_of
 from fastbn.graph.model.node import Node, Scope, Use, Value
@@ -48,9 +49,9 @@ def check_written(index: Index, view: GraphView, plans: Sequence[Plan], unwritte
     """
     check = _Check(index, view, plans, unwritten, proto)
     check.count()
-    for number in range(len(check.graphs)):
+    for number in check.graphs:
         check.define(number)
-    for number in range(len(check.graphs)):
+    for number in check.graphs:
         check.compare(number)
     check.finish()
 
@@ -63,29 +64,32 @@ class _Check:
         self.view = view
         self.plans = plans
         self.unwritten = unwritten
-        self.graphs = scopes_of(proto.graph)
-        self.nodes = [
-            [present for node in scope.nodes if node in view.replaced or node not in unwritten for present in view.present(node)]
-            for scope in index.scopes
-        ]
-        self.positions = {node: position for nodes in self.nodes for position, node in enumerate(nodes)}
-        self.tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in self.graphs]
+        # By the number of the scope, without those of nodes that are not written.
+        gone = {scope for node in unwritten for body in node.scopes for scope in scopes_within(body)}
+        scopes = [scope for scope in index.scopes if scope not in gone]
+        self.graphs = {scope.number: graph for scope, graph in zip(scopes, scopes_of(proto.graph), strict=True)}
+        self.nodes = {
+            scope.number: [new for node in scope.nodes if node in view.replaced or node not in unwritten for new in view.present(node)]
+            for scope in scopes
+        }
+        self.positions = {node: position for nodes in self.nodes.values() for position, node in enumerate(nodes)}
+        self.tensors = {number: {tensor.name: tensor for tensor in graph.initializer} for number, graph in self.graphs.items()}
         self.constants = {use: constant for plan in plans for use, constant in plan.constants.items() if use[0] not in unwritten}
         self.attributes = {node: attributes for plan in plans for node, attributes in plan.attributes.items()}
         self.added = {node for plan in plans for node in plan.added}
-        self.meanings: list[dict[str, Meaning]] = []
+        self.meanings: dict[int, dict[str, Meaning]] = {}
         self.reads: Counter[Meaning | None] = Counter()
         self.constants_met: dict[Use, Meaning | None] = {}
 
     def count(self) -> None:
         """Compare the numbers of nodes and of batch normalizations."""
-        written = sum(node.op_type == BATCH_NORM and is_standard(node.domain) for graph in self.graphs for node in graph.node)
+        written = sum(node.op_type == BATCH_NORM and is_standard(node.domain) for graph in self.graphs.values() for node in graph.node)
         leaving = {node for plan in self.plans for node in plan.leaving}
         leaving.update(node for node in self.unwritten if self.index.constant(node.required_output()) is not None)
         planned = sum(is_batch_norm(node) and node not in leaving for node in self.index.order)
         if written != planned:
             _fail(f"it has {written} BatchNormalization, planned are {planned}")
-        for nodes, graph in zip(self.nodes, self.graphs, strict=True):
+        for nodes, graph in zip(self.nodes.values(), self.graphs.values(), strict=True):
             if len(nodes) != len(graph.node):
                 _fail(f"graph '{graph.name}' has {len(graph.node)} nodes, planned are {len(nodes)}")
 
@@ -103,7 +107,7 @@ class _Check:
                     _fail(f"the value '{name}' has two sources")
                 if name:
                     meanings[name] = number, position, slot
-        self.meanings.append(meanings)
+        self.meanings[number] = meanings
 
     def compare(self, number: int) -> None:
         """Compare the nodes and the outputs of a written graph with the present graph."""

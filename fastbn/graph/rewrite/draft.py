@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from fastbn.graph.model.constant import Constant, Scaled
+from fastbn.graph.model.cropping import scopes_within
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Use, Value
-from fastbn.graph.ops.normalization import node_counts
+from fastbn.graph.ops.normalization import is_batch_norm, node_counts
 from fastbn.graph.ops.registry import ignores_elements, operator_row
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.reasons import first_few
@@ -81,7 +82,7 @@ class Draft:
         self.counts = node_counts(((node.domain, node.op) for node in nodes), index.proto.functions)
 
     def _find_unused(self) -> None:
-        """Note the constants that only removed nodes and changed slots read, and the nodes that compute them."""
+        """Note the constants that only removed nodes and changed slots read, and the nodes that compute them, bodies included."""
         reads = self._reads()
         pending = [value for node in self.unwritten for value in node.inputs if value is not None]
         freed = [node.input(slot) for node, slot in self._freed if node not in self.added]
@@ -93,15 +94,16 @@ class Draft:
             node = value.producer
             if value.initializer is not None:
                 self._free[value.scope.number].add(value.name)
-            elif node is not None and not node.scopes and self.index.is_constant(value):
+            elif node is not None and self.index.is_constant(value):
                 outputs = [output for output in node.outputs if output is not None]
-                if any(reads[output] for output in outputs):
+                inner = [each for body in node.scopes for scope in scopes_within(body) for each in scope.ordered]
+                if any(reads[output] for output in outputs) or any(is_batch_norm(each) or self.view.owned(each) for each in inner):
                     continue
-                self.unwritten.add(node)
+                self.unwritten.update([node, *inner])
                 self.unused_values[node.scope.number].update(output.name for output in outputs)
-                inputs = [(slot, value) for slot, value in enumerate(node.inputs) if value is not None]
-                reads.subtract(self.view.source(value) for slot, value in inputs if (node, slot) not in self._freed)
-                pending.extend(value for _, value in inputs)
+                inputs = [(each, slot, value) for each in (node, *inner) for slot, value in enumerate(each.inputs) if value is not None]
+                reads.subtract(self.view.source(value) for each, slot, value in inputs if (each, slot) not in self._freed)
+                pending.extend(value for _, _, value in inputs if value.scope.depth <= node.scope.depth)
 
     def _reads(self) -> Counter[Value]:
         """Return value -> how often the written graph reads it; a removed node's output counts as its input."""
