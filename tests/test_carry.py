@@ -61,6 +61,8 @@ SWAP, REVERSED = "Transpose <perm = [0,2,1,3]>", "ReverseSequence <time_axis = 1
 
 # name -> model whose norm goes.
 PASSES = {
+    "Dropout whose mask something reads": backward("d, e = Dropout(c) z = Cast <to = 1> (e)"),
+    "Dropout whose mask something reads, forward": forward("d, e = Dropout(n) z = Cast <to = 1> (e)", w=W4),
     "Identity": backward("d = Identity(c)"),
     "Cast to the same type": backward("d = Cast<to = 1>(c)"),
     "Cast to the same type forward": forward("d = Cast<to = 1>(n)", w=W4),

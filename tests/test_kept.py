@@ -129,10 +129,15 @@ def test_a_convolution_without_a_weight():
 
 
 @pytest.mark.parametrize(
-    ("outputs", "behind", "is_folded"), [("", "", True), (", float[4] p", "", False), (", float[4] z", "z = Tanh(p)", False)]
+    ("outputs", "behind", "used"),
+    [
+        ("", "", None),
+        (", float[4] p", "", "its statistics 'p' are a graph output"),
+        (", float[4] z", "z = Tanh(p)", "Tanh 'z' reads its statistics 'p'"),
+    ],
 )
-def test_running_statistics_that_it_hands_out_stay_where_something_takes_them(outputs, behind, is_folded):
+def test_running_statistics_that_it_hands_out_stay_where_something_takes_them(outputs, behind, used):
     text = f"(float[2,4,3,3] x) => (float[2,4,3,3] y{outputs}) {{ r = Conv(x, w) y, p, q = BatchNormalization(r, s, t, m, v) {behind} }}"
     result = fastbn.fold(model(text, w=normal(4, 4, 1, 1), **norm(4)), verify=False)
-    assert [kept.reason for kept in result.kept] == ([] if is_folded else ["it hands out running statistics"])
-    assert len(result.folded) == is_folded
+    assert [kept.reason for kept in result.kept] == ([] if used is None else [f"it hands out running statistics: {used}"])
+    assert len(result.folded) == (used is None)

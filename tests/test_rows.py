@@ -249,6 +249,7 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
     assert having(lambda row: row.reshape_target is not None) == {"Expand", "Reshape", "Flatten"}
     assert having(lambda row: row.list_elements is not None) == {"Shape", "Identity", "Cast", "Mul", "ReduceProd"}
     assert having(lambda row: row.parts) == {"Split"}
+    assert having(lambda row: row.apart) == {"Dropout"}
     assert having(lambda row: row.takes_skip) == {"Conv", "Add", "Sub", "Sum"}
     weighted = {"Gemm", "MatMul", "Conv", "ConvTranspose", "DeformConv", "LSTM", "GRU", "RNN", "BatchNormalization"}
     assert having(lambda row: row.demanded_size is not None) == weighted

@@ -20,6 +20,9 @@ DROPOUT: Final = "Dropout"
 # The input slot by which a Dropout is told to drop, from opset 12 on.
 TRAINING_MODE = 2
 
+# The output slot of what a Dropout keeps: in inference, everything.
+MASK = 1
+
 # A Cast to one of these types leaves a size as it is.
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 
@@ -84,7 +87,7 @@ def _dropout_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | None:
 
 IDENTITY = {
     "Identity": Row(*both_ways(_identity), takes_wide=True, sizes=same_sizes, list_elements=_same_elements),
-    DROPOUT: Row(*both_ways(_dropout), sizes=same_sizes, result_size=_dropout_size),
+    DROPOUT: Row(*both_ways(_dropout), apart=(MASK,), sizes=same_sizes, result_size=_dropout_size),
     "Cast": Row(*both_ways(_cast), takes_wide=True, sizes=same_sizes, result_size=first_size, list_elements=_cast_elements),
     "CastLike": Row(reads={1: "type"}, sizes=same_sizes, result_size=first_size),
 }

@@ -21,7 +21,17 @@ from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
-__all__ = ["BATCH_NORM", "BIAS", "EPSILON", "NORMALIZATION", "SCALE", "batch_norm_training", "is_batch_norm", "node_counts"]
+__all__ = [
+    "BATCH_NORM",
+    "BIAS",
+    "EPSILON",
+    "NORMALIZATION",
+    "SCALE",
+    "batch_norm_training",
+    "is_batch_norm",
+    "node_counts",
+    "used_statistics",
+]
 
 BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
@@ -118,12 +128,22 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> Constan
 
 
 def _refuse_training(node: Node, opset: int) -> None:
-    training = batch_norm_training(node, opset)
+    training, used = batch_norm_training(node, opset), used_statistics(node)
     if training is not None:
-        raise Refusal("training", f"{training}; --as-inference makes it use the running ones")
-    # In inference these outputs are not defined; where nothing reads them, they leave with the node.
-    if any(value is not None and (value.readers or value.is_output) for value in node.outputs[1:]):
-        raise Refusal("training", "it hands out running statistics")
+        raise Refusal("training", f"{training}{f', and {used}' if used else '; --as-inference makes it use the running ones'}")
+    if used is not None:  # in inference these outputs are not defined; where nothing reads them, they leave with the node
+        raise Refusal("training", f"it hands out running statistics: {used}")
+
+
+def used_statistics(node: Node) -> str | None:
+    """Return who uses the statistics that a batch normalization hands out, None where nobody does."""
+    for value in node.outputs[1:]:
+        if value is not None and value.is_output:
+            return f"its statistics '{value.name}' are a graph output"
+        if value is not None and value.readers:
+            reader = value.readers[0][0]
+            return f"{reader.op} '{reader.label}' reads its statistics '{value.name}'"
+    return None
 
 
 def batch_norm_training(node: Node, opset: int) -> str | None:

@@ -283,6 +283,8 @@ class Row:
         Its backward rule knows of an affine of more channels than its output, which has one element, has: the output becomes wider.
     parts : bool
         It hands out parts of its input, and one of its outputs may change alone.
+    apart : tuple of int
+        The slots of outputs that no affine of its data changes.
     reads : mapping of int -> "shape" or "type"
         The input slots of which it reads the shape or the type alone: an affine there changes nothing.
 
@@ -351,6 +353,7 @@ class Row:
     takes_skip: bool = False
     takes_wide: bool = False
     parts: bool = False
+    apart: tuple[int, ...] = ()
     reads: Mapping[int, Literal["shape", "type"]] = field(default_factory=dict)
 
     channel_axis: int | None = None

@@ -11,7 +11,7 @@ from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.model.storage import InferenceForm, Source
 from fastbn.graph.ops.identity import DROPOUT, TRAINING_MODE, dropout_training
-from fastbn.graph.ops.normalization import BATCH_NORM, batch_norm_training, is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM, batch_norm_training, is_batch_norm, used_statistics
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import first_few
 
@@ -81,12 +81,9 @@ class _Conversion:
 
     def _batch_norm(self, node: Node) -> str | None:
         """Make a batch normalization an inference one; return why that is not possible, or None."""
-        for value in node.outputs[1:]:
-            if value is not None and value.is_output:
-                return f"its statistics '{value.name}' are a graph output"
-            if value is not None and value.readers:
-                reader = value.readers[0][0]
-                return f"{reader.op} '{reader.label}' reads its statistics '{value.name}'"
+        used = used_statistics(node)
+        if used is not None:
+            return used
         proto = self._proto(node)
         del proto.output[1:]
         self.dropped.update({value: 0 for value in node.outputs[1:] if value is not None})
