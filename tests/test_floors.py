@@ -86,7 +86,7 @@ FLOORS = [
     ["graph.timing"],
     ["graph.bench"],
     ["graph.__init__"],
-    ["deployment.recipe", "deployment.synthetic", "deployment.bn_statistics", "deployment.trade_off"],
+    ["deployment.recipe", "deployment.equalization", "deployment.synthetic", "deployment.bn_statistics", "deployment.trade_off"],
     ["cluster.__init__"],
     ["cluster.connection", "cluster.locations"],
     [

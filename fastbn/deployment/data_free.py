@@ -10,23 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.deployment.bn_statistics import Moments, Remembered
+from fastbn.deployment.equalization import equalized, rescaled
 from fastbn.deployment.synthetic import KINDS, synthetic
 from fastbn.graph.runtime import runtime_errors, said
 
 if TYPE_CHECKING:
     import onnx
 
+    from fastbn.graph import FoldResult
     from fastbn.graph.model.index import Index
+    from fastbn.graph.model.storage import ModelLike, Source
     from fastbn.graph.ops.affine import FloatArray
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["DataFree", "data_free", "feeds_wanted"]
+__all__ = ["DataFree", "calibrated_models", "data_free", "feeds_wanted"]
 
 # Feeds to calibrate on: as many as hold these elements together, within limits.
 ELEMENTS, FEWEST_FEEDS, MOST_FEEDS = 1 << 21, 12, 96
@@ -83,6 +87,53 @@ def data_free(index: Index, like: Sequence[Feed], seed: int) -> DataFree:
         return DataFree(fitted, restated, notes)
     except runtime_errors() as error:
         return DataFree([*like], [], (f"its batch normalizations cannot be asked, so calibrated on random numbers: {said(error)}",))
+
+
+def calibrated_models(
+    folded: Path,
+    free: DataFree,
+    source: Source,
+    fold: Callable[[ModelLike, bool], FoldResult],
+    per_channel: bool,
+    tell: Callable[[str], None],
+) -> tuple[Path, list[tuple[Path, list[int]]], tuple[str, ...]]:
+    """Write the models that are quantized and calibrated without data, beside the folded one.
+
+    Parameters
+    ----------
+    folded : Path
+        The folded model.
+    free : DataFree
+    source : storage.Source
+        The model that was folded.
+    fold : callable
+        (model, whether it is verified) -> FoldResult, as that model was folded.
+    per_channel : bool
+        Whether weights will have a scale for each output channel.
+    tell : callable of str
+
+    Returns
+    -------
+    path : Path
+        The model to quantize: the folded one, its layers equalized where that is possible.
+    restated : list of (Path, list of int)
+        The same of the models whose batch normalizations remember the feeds of these numbers.
+    notes : tuple of str
+    """
+    restated = []
+    for number, (proto, numbers) in enumerate(free.restated):
+        tell(f"batch normalizations on synthetic inputs, {number + 1} of {len(free.restated)}")
+        path = folded.with_name(f"restated-{number}.onnx")
+        fold(source.derived(proto, edited=True), False).save(path)
+        restated.append((path, numbers))
+    tell("equalizing layers")
+    target = folded.with_name("equalized.onnx")
+    scales = equalized(folded, target, free.feeds, per_channel)
+    others = [(path.with_name(f"equalized-{path.name}"), numbers) for path, numbers in restated]
+    if not scales or not all(rescaled(path, other, scales) for (path, _), (other, _) in zip(restated, others, strict=True)):
+        return folded, restated, ()
+    count = f"{len(scales)} layers" if len(scales) > 1 else "1 layer"
+    return target, others, (f"channels of {count} equalized with the layers behind",)
 
 
 @dataclass(frozen=True)

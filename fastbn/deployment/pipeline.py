@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastbn.deployment.compare import Metric
-from fastbn.deployment.data_free import DataFree, data_free, feeds_wanted
+from fastbn.deployment.data_free import DataFree, calibrated_models, data_free, feeds_wanted
 from fastbn.deployment.evidence import Comparison, Goal, comparisons
 from fastbn.deployment.float_search import FloatSearch
 from fastbn.deployment.groups import Data
@@ -362,10 +362,13 @@ class _Pipeline:
         with Quantizer(self.workdir, feeds, self.options.quantize_timeout) as quantizer:
             try:
                 began = time.monotonic()
-                restated = [] if free is None else self._restated(free, index.source)
-                make = partial(quantizer.quantize, files["folded"], recipe=recipe, restated=restated)
+                path, restated, more = files["folded"], [], ()
+                if free is not None:
+                    per_channel = not self.options.per_tensor
+                    path, restated, more = calibrated_models(path, free, index.source, self._folded, per_channel, self._tell)
+                make = partial(quantizer.quantize, path, recipe=recipe, restated=restated)
                 made = make(target, progress=self._tell)
-                notes += made.notes
+                notes += (*more, *made.notes)
                 spent = time.monotonic() - began
                 session(str(target), optimize=True)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)
@@ -384,16 +387,6 @@ class _Pipeline:
                 **self._count_unfolded(quantizer, files["original"], samples, limit),
             }
         return Quantization(str(recipe), notes, float_kernels=counts, trade_off=curve)
-
-    def _restated(self, free: DataFree, source: storage.Source) -> list[tuple[Path, list[int]]]:
-        """Return (path, numbers of feeds) of the folded models whose batch normalizations remember the feeds."""
-        restated = []
-        for number, (proto, numbers) in enumerate(free.restated):
-            self._tell(f"batch normalizations on synthetic inputs, {number + 1} of {len(free.restated)}")
-            path = self.workdir / f"restated-{number}.onnx"
-            self._folded(source.derived(proto, edited=True), False).save(path)
-            restated.append((path, numbers))
-        return restated
 
     def _searched(
         self,
