@@ -19,8 +19,10 @@ enum {
     MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns */
     LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
     FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
-    CHUNK = 65536,                /* elements of a task of a map */
-    ONE_THREAD = 32768            /* elements below which one thread does all */
+    LEAST_CHUNK = 8192,           /* elements of a task of a map, */
+    MOST_CHUNK = 65536,           /* and as many on one thread, */
+    TASKS_OF_THREAD = 4,          /* or so many tasks for each thread */
+    SHARE = 65536                 /* elements that each thread has at least */
 };
 
 #define BYTES(DTYPE, name, type) [FBN_##DTYPE] = (int64_t)sizeof(type),
@@ -142,16 +144,18 @@ static void plan_map(fbn_plan *plan) {
     const fbn_memory_order *memory = &plan->memory;
     fbn_map_plan *map = &plan->map;
     const int64_t C = plan->job->C, channel = memory->span, sample = C * channel;
+    const int64_t share = plan->job->N * C * plan->job->S / (TASKS_OF_THREAD * plan->threads);
+    const int64_t chunk = plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(LEAST_CHUNK, share));
     map->chunk_samples = 1;
     map->chunk_channels = 1;
     map->chunk_cols = channel;
-    if (map->layout == FBN_NSC || (memory->adjacent && sample <= CHUNK)) {
-        map->chunk_samples = larger(1, CHUNK / sample);
+    if (map->layout == FBN_NSC || (memory->adjacent && sample <= chunk)) {
+        map->chunk_samples = larger(1, chunk / sample);
         map->chunk_channels = C;
-    } else if (memory->adjacent && channel <= CHUNK)
-        map->chunk_channels = CHUNK / channel;
+    } else if (memory->adjacent && channel <= chunk)
+        map->chunk_channels = chunk / channel;
     else
-        map->chunk_cols = smaller(CHUNK, channel);
+        map->chunk_cols = smaller(chunk, channel);
     map->chunks = memory->outer * ceil_div(memory->samples, map->chunk_samples) * ceil_div(C, map->chunk_channels) *
                   ceil_div(channel, map->chunk_cols);
     if (map->layout == FBN_NSC)
@@ -208,7 +212,7 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     FBN_ASSERT(elements == 0 || job->x.data != NULL);
     plan->element_bytes = element_bytes[job->dtype];
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
-    plan->threads = elements < ONE_THREAD ? 1 : job->threads;
+    plan->threads = (int)smaller(job->threads, larger(1, elements / SHARE));
     const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);

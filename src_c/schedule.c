@@ -161,15 +161,12 @@ static void map_samples(const fbn_run *run, int64_t sample, int64_t count) {
             map_block(run, sample, count, c, 1, 0, job->S);
 }
 
-/* Chunk `index`. After a reduction the chunks run backwards, from what it left in the cache. */
 static void map_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
     const fbn_map_plan *map = &plan->map;
     const int64_t C = plan->job->C, span = plan->memory.span, samples = plan->memory.samples;
     (void)slot;
-    if (run->reduces)
-        index = map->chunks - 1 - index;
     const int64_t along_s = (span + map->chunk_cols - 1) / map->chunk_cols, along_c = (C + map->chunk_channels - 1) / map->chunk_channels;
     const int64_t s = index % along_s * map->chunk_cols, c = index / along_s % along_c * map->chunk_channels;
     const int64_t block = index / along_s / along_c, blocks = map->chunks / along_s / along_c / plan->memory.outer;
@@ -302,35 +299,49 @@ static void execute_empty(const fbn_run *run) {
     }
 }
 
-void fbn_execute(fbn_run *run) {
+static void tables_task(void *context, int64_t index, int slot) {
+    (void)index, (void)slot;
+    fill_tables(context);
+}
+
+/* The phases of a job that has values; returns how many. */
+static int list_phases(fbn_phase *phases, const fbn_run *run) {
     const fbn_plan *plan = &run->plan;
     const fbn_reduction_plan *reduction = &plan->reduction;
     const int64_t C = plan->job->C;
-    FBN_ASSERT(!run->reduces || run->finish != NULL);
-    FBN_ASSERT(!run->maps || plan->job->out.data != NULL || plan->job->N * C * plan->job->S == 0);
-    if (plan->job->N * C * plan->job->S == 0) {
-        execute_empty(run);
-        return;
-    }
-    if (run->reduces && run->reduce_op == FBN_STATS)
-        run->sample = fbn_choose_sample(plan->job);
+    int count = 0;
     if (run->reduces && reduction->fused) {
-        fbn_parallel(groups_task, run, (C + reduction->task_channels - 1) / reduction->task_channels, plan->threads);
-        return;
+        phases[count++] = (fbn_phase){groups_task, (C + reduction->task_channels - 1) / reduction->task_channels, 0};
+        return count;
     }
     const int together = run->maps && run->independent && reduction->layout == FBN_NSC && reduction->tiles >= plan->threads;
     if (run->reduces) {
         if (run->reduce_op == FBN_STATS)
-            fbn_parallel(sample_task, run, (C + SAMPLED_CHANNELS - 1) / SAMPLED_CHANNELS, plan->threads);
+            phases[count++] = (fbn_phase){sample_task, (C + SAMPLED_CHANNELS - 1) / SAMPLED_CHANNELS, 0};
         if (together) {
-            fill_tables(run);
-            fbn_parallel(tile_task, run, reduction->tiles, plan->threads);
+            phases[count++] = (fbn_phase){tables_task, 1, 0};
+            phases[count++] = (fbn_phase){tile_task, reduction->tiles, 0};
         } else
-            fbn_parallel(reduce_task, run, reduction->tiles * reduction->groups, plan->threads);
-        fbn_parallel(finish_task, run, (C + FBN_CHANNEL_BLOCK - 1) / FBN_CHANNEL_BLOCK, plan->threads);
+            phases[count++] = (fbn_phase){reduce_task, reduction->tiles * reduction->groups, 0};
+        phases[count++] = (fbn_phase){finish_task, (C + FBN_CHANNEL_BLOCK - 1) / FBN_CHANNEL_BLOCK, 0};
     }
     if (!run->maps || (run->reduces && together))
+        return count;
+    phases[count++] = (fbn_phase){tables_task, 1, 0};
+    phases[count++] = (fbn_phase){map_task, plan->map.chunks, run->reduces};
+    return count;
+}
+
+void fbn_execute(fbn_run *run) {
+    const fbn_job *job = run->plan.job;
+    fbn_phase phases[FBN_MOST_PHASES];
+    FBN_ASSERT(!run->reduces || run->finish != NULL);
+    FBN_ASSERT(!run->maps || job->out.data != NULL || job->N * job->C * job->S == 0);
+    if (job->N * job->C * job->S == 0) {
+        execute_empty(run);
         return;
-    fill_tables(run);
-    fbn_parallel(map_task, run, plan->map.chunks, plan->threads);
+    }
+    if (run->reduces && run->reduce_op == FBN_STATS)
+        run->sample = fbn_choose_sample(job);
+    fbn_parallel(phases, list_phases(phases, run), run, run->plan.threads);
 }

@@ -179,7 +179,7 @@ static uint64_t hard_results(shape it, fbn_dtype dtype, int threads) {
     return sum;
 }
 
-static uint64_t scaled_weight(shape it, fbn_dtype dtype) {
+static __attribute__((unused)) uint64_t scaled_weight(shape it, fbn_dtype dtype) {
     const int64_t count = it.N * it.C * it.S, size = dtype == FBN_FLOAT64 ? 8 : dtype == FBN_FLOAT32 ? 4 : 2;
     char *weight = room(count * size), *out = room(count * size);
     double *scale = room(it.C * 8);

@@ -92,6 +92,16 @@ def test_the_environment_chooses(asked):
     assert asked("fastbn.show_config()['isa']", FASTBN_ISA="no such") == fastbn.show_config()["isa_available"][0]
 
 
+@pytest.mark.parametrize("spin", ["0", "-5", "none", "99999999999999999999", "200"])
+def test_any_time_of_looking_for_work_gives_the_same_bits(asked, spin):
+    code = (
+        "[fastbn.set_num_threads(n) or [fastbn.batch_norm_train(__import__('numpy').arange(2 << 18, dtype='f4').reshape(4, 8, -1))[1].m2"
+        " for _ in range(3)][-1].tobytes() for n in (1, 2, 5)]"
+    )
+    results = eval(asked(code, FASTBN_SPIN_MICROSECONDS=spin))
+    assert results[0] == results[1] == results[2]
+
+
 def test_a_setting_before_the_first_call_stays(asked):
     work = "fastbn.batch_stats(__import__('numpy').ones((64, 64, 64)))"
     assert asked(f"fastbn.set_num_threads(3) or {work} and fastbn.get_num_threads()") == "3"
