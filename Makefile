@@ -1,7 +1,7 @@
 # The commands of a working day. PYTHON is any Python 3.11+ with the build requirements of pyproject.toml installed.
 PYTHON ?= python3
 
-.PHONY: build test docs sanitize races analyze coverage neon lint format clean
+.PHONY: build test print-array-tests docs sanitize races analyze coverage neon lint format clean
 
 # Kernels alone, for a target without Python, with their preconditions checked.
 KERNELS = src_c/*.c tests/check_bits.c
@@ -12,6 +12,12 @@ build:
 
 test: build
 	$(PYTHON) -m pytest
+
+# Tests of the arrays, which need neither onnx nor onnxruntime.
+ARRAY_TESTS = $(patsubst %,tests/test_%.py,addresses affine batch_norm check config exchange functional kernel_numerics kernels layers \
+  memory random_calls stats stress threads wide)
+print-array-tests:
+	@echo $(ARRAY_TESTS)
 
 # The pages, with the reference of every public name, in build/docs. Needs the group `docs` of pyproject.toml, and PyTorch.
 docs:

@@ -1,13 +1,17 @@
 """Build of the one extension: the Cython boundary plus every C file of src_c/. Everything else stands in pyproject.toml."""
 
 import os
+import shutil
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 
 class BuildExt(build_ext):
@@ -22,7 +26,19 @@ class BuildExt(build_ext):
                 return [name for names in objects for name in names]
 
         self.compiler.compile = compile_side_by_side
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except CCompilerError:
+            raise SystemExit(f"fastbn: Cannot build: {self.obstacle()}") from None
+
+    def obstacle(self):
+        """Say in one line, the last of what may be a long output, why the compiler failed."""
+        compiler = self.compiler.compiler_so[0]
+        if shutil.which(compiler) is None:
+            return f"the C compiler {compiler!r} is not installed, install gcc or clang or name another one in CC"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return "the headers of this Python are not installed, install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+        return f"the C compiler {compiler!r} failed, its messages stand above"
 
 
 # FASTBN_CFLAGS adds flags, as -DFASTBN_DEBUG and those of a sanitizer; no -march: one build runs on every CPU of its family.

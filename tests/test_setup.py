@@ -1,0 +1,56 @@
+"""setup.py and what it packs: a build that fails ends with a line that says why, and nothing of the package is left out."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [
+    ("no-such-compiler", "the C compiler 'no-such-compiler' is not installed, install gcc or clang or name another one in CC"),
+    ("false", "the C compiler 'false' failed, its messages stand above"),
+])  # fmt: skip
+def test_a_build_that_fails_says_why(compiler, reason, tmp_path):
+    pytest.importorskip("Cython", reason="a build needs Cython")
+    pytest.importorskip("setuptools", reason="a build needs setuptools")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src_c", tmp_path / "src_c")
+    (tmp_path / "fastbn").mkdir()
+    (tmp_path / "fastbn" / "__init__.py").write_text("__version__ = '0'\n", encoding="utf-8")
+    (tmp_path / "fastbn" / "_native.pyx").write_text("", encoding="utf-8")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built"]
+    environment = {**os.environ, "CC": compiler}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"fastbn: Cannot build: {reason}"
+
+
+def test_every_folder_of_the_package_is_packed():
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "fastbn").rglob("*.py")}
+    assert sorted(folders) == sorted(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_every_file_of_the_package_is_packed():
+    """But for the sources of the extension, which no wheel needs."""
+    packed = PYPROJECT["tool"]["setuptools"]["package-data"]
+    tracked = (path for path in (ROOT / "fastbn").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for path in tracked:
+        package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        known = path.suffix == ".py" or path.name.startswith("_native.") or path.suffix in (".pxi", ".so")
+        assert known or any(path.match(pattern) for pattern in packed.get(package, ())), path
+
+
+def test_no_address_is_made_up():
+    """Until the project has one, its addresses are of the domain that nobody can have, and the workflow does not publish."""
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8")
+    assert re.search(r"! grep .*example.* pyproject\.toml", workflow)
+    assert all(".example" in url for url in PYPROJECT["project"]["urls"].values())
