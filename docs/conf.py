@@ -25,6 +25,9 @@ html_copy_source = False
 highlight_language = "text"
 myst_heading_anchors = 4
 
+# An option has two hyphens.
+smartquotes = False
+
 autodoc_typehints = "none"
 autosummary_generate = True
 numpydoc_show_inherited_class_members = False
