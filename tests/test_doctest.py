@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
+
+import fastbn
 
 # Modules with examples; those of the graph wing need onnxruntime. The Keras wing runs its own, once for each backend.
 MODULES = ["fastbn.config", "fastbn.folding", "fastbn.functional", "fastbn.layers", "fastbn.memory", "fastbn.stats", "fastbn.torch"]
@@ -17,3 +20,10 @@ def test_the_examples_of_a_module_hold(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted > 0, "no examples"
     assert results.failed == 0
+
+
+def test_no_example_is_left_out():
+    package = Path(fastbn.__file__).parent
+    having = {path for path in package.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")}
+    names = {".".join(path.relative_to(package.parent).with_suffix("").parts) for path in having}
+    assert {name for name in names if not name.startswith("fastbn.keras.")} == set(MODULES)

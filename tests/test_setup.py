@@ -14,24 +14,43 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(name="source")
+def _source(tmp_path):
+    """A source folder whose extension is empty, so that Cython takes no time."""
+    pytest.importorskip("Cython", reason="a build needs Cython")
+    pytest.importorskip("setuptools", reason="a build needs setuptools")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("src_c", "fastbn"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (tmp_path / "fastbn" / "_native.pyx").write_text("", encoding="utf-8")
+
+    def build(command, compiler="gcc"):
+        arguments = [sys.executable, "setup.py", command, "--build-lib", "built"]
+        environment = {**os.environ, "CC": compiler}
+        return subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return tmp_path, build
+
+
 @pytest.mark.parametrize(("compiler", "reason"), [
     ("no-such-compiler", "the C compiler 'no-such-compiler' is not installed, install gcc or clang or name another one in CC"),
     ("false", "the C compiler 'false' failed, its messages stand above"),
 ])  # fmt: skip
-def test_a_build_that_fails_says_why(compiler, reason, tmp_path):
-    pytest.importorskip("Cython", reason="a build needs Cython")
-    pytest.importorskip("setuptools", reason="a build needs setuptools")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "src_c", tmp_path / "src_c")
-    (tmp_path / "fastbn").mkdir()
-    (tmp_path / "fastbn" / "__init__.py").write_text("__version__ = '0'\n", encoding="utf-8")
-    (tmp_path / "fastbn" / "_native.pyx").write_text("", encoding="utf-8")
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built"]
-    environment = {**os.environ, "CC": compiler}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def test_a_build_that_fails_says_why(compiler, reason, source):
+    _, build = source
+    done = build("build_ext", compiler)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"fastbn: Cannot build: {reason}"
+
+
+def test_a_wheel_has_no_sources_of_the_extension(source):
+    folder, build = source
+    done = build("build_py")
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(folder / "built").as_posix() for path in (folder / "built").rglob("*") if path.is_file()}
+    assert {"fastbn/py.typed", "fastbn/_native.pyi", "fastbn/deployment/report.html.j2", "fastbn/deployment/drawing.svg.j2"} <= built
+    assert {Path(name).suffix for name in built} == {".py", ".pyi", ".typed", ".j2", ".css", ".js"}
 
 
 def test_every_folder_of_the_package_is_packed():

@@ -1,0 +1,77 @@
+"""docs/: the Python of the pages runs as it stands, and the reference has every public name."""
+
+import ast
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, MODELS = ROOT / "docs", ROOT / "tests" / "models"
+BLOCKS = {
+    path.stem: re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for path in DOCS.glob("*.md")
+}
+
+ONES = np.ones(4, np.float32)
+
+# Page -> the model that its blocks read, and the names that they expect.
+GIVEN = {
+    "start": ("model.onnx", lambda: {}),
+    "fold": (
+        "resnet.onnx",
+        lambda: {
+            **dict.fromkeys(("conv_bias", "linear_bias", "mean", "var", "gamma", "beta"), ONES),
+            **{"conv_weight": np.ones((4, 4, 1, 1), np.float32), "linear_weight": np.ones((4, 4), np.float32)},
+        },
+    ),
+    "arrays": (
+        None,
+        lambda: {"dy": np.ones((32, 64, 56, 56), np.float32), "torch_module": pytest.importorskip("torch").nn.BatchNorm2d(64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("page", sorted(name for name, blocks in BLOCKS.items() if blocks))
+def test_blocks_are_python(page):
+    for block in BLOCKS[page]:
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("page", GIVEN)
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, names = GIVEN[page]
+    if model:
+        shutil.copy(MODELS / "small_cnn.onnx", model)
+    scope = {"__name__": page, **names()}
+    assert BLOCKS[page]
+    for block in BLOCKS[page]:
+        exec(compile(block, f"docs/{page}.md", "exec"), scope)
+
+
+@pytest.mark.parametrize("module", ["fastbn", "fastbn.torch", "fastbn.keras"])
+def test_the_reference_has_every_public_name(module):
+    if module != "fastbn":
+        pytest.importorskip(module.removeprefix("fastbn."))
+    parts = re.split(r"^\.\. currentmodule:: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    listed = [
+        name
+        for where, text in zip(parts[::2], parts[1::2], strict=True)
+        if where == module
+        for name in re.findall(r"^   (\w+)$", text, re.MULTILINE)
+    ]
+    assert sorted(listed) == sorted(set(importlib.import_module(module).__all__) - {"__version__"})
+
+
+def test_every_page_is_in_a_section():
+    listed = {
+        name
+        for path in DOCS.glob("*.md")
+        for block in re.findall(r"```{toctree}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for name in re.findall(r"^(\w+)$", block, re.MULTILINE)
+    }
+    assert listed | {"index"} == {path.stem for path in DOCS.glob("*.md")}
