@@ -53,6 +53,15 @@ def test_the_shipped_digits_fit_both_shipped_classifiers_from_the_command_line(n
     assert report["data"]["notes"][0].startswith("'image' was given an axis of size 1")
 
 
+def test_whole_numbers_may_be_floats():
+    for values in (np.float32([0, 2, -1]), np.float64([[0], [2], [-1]]), np.float16([0, 2, -1])):
+        labels = as_labels(values, "here")
+        assert (labels.dtype, labels.tolist()) == (np.int64, [0, 2, -1])
+    for bad in ([0, np.nan], [0, np.inf], [1e19, 0], [0.5, 1]):
+        with pytest.raises(ArgumentError, match="labels that are whole numbers"):
+            as_labels(np.float64(bad), "here")
+
+
 def test_accuracy_becomes_the_metric(here, capsys):
     labels = decided()
     labels[:4] = (labels[:4] + 1) % 5

@@ -173,3 +173,10 @@ def test_where_no_stage_loads_nothing_is_shipped(here, capsys, monkeypatch):
     assert found["decision"] == "folded: onnxruntime cannot load it: the optimizer broke"
     assert found["latency"] == []
     assert "Traceback" not in err
+
+
+def test_outputs_without_elements_prove_nothing(here):
+    proto = model("(float[N,3] x) => (float[N,0] y) { y = MatMul(x, w) }", w=np.zeros((3, 0), np.float32))
+    made = fastbn.deploy(proto, data=normal(9, 3), runs=1)
+    assert (made.shipped, made.status) == ("folded", "unverified")
+    assert made.decision == "no output can be compared by error, so nothing says what it loses, for every output is empty"

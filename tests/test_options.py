@@ -21,7 +21,7 @@ RANGES = {
 KINDS = {
     **{name: [2.5, float("nan"), "3", None, True, [1]] for name in ["most_samples", "min_samples", "seed"]},
     "runs": [2.5, float("nan"), "3", True, [1]],  # None: as many as it takes
-    **{name: ["no", 1, None] for name in ("quantize", "ignore_unknown", "per_tensor")},
+    **{name: ["no", 1, None] for name in ("quantize", "ignore_unknown", "per_tensor", "data_free", "reestimate")},
     "max_drop": ["0.1", True, [0.1], 1j],
     "quantize_timeout": ["9", None, True],
 }
@@ -42,11 +42,36 @@ def test_values_of_another_type(option):
 
 
 def test_the_ends_of_the_ranges_are_good():
-    for options in ({"max_drop": 0}, {"max_drop": 1}, {"seed": 0}, {"seed": 2**32 - 1}, {"runs": 1}, {"quantize_timeout": 1e6}):
+    for options in (
+        {"max_drop": 0},
+        {"max_drop": 1},
+        {"seed": 0},
+        {"seed": 2**32 - 1},
+        {"runs": 1},
+        {"quantize_timeout": 1e6, "quantize": True},
+    ):
         assert Options(**options)
 
 
 def test_numbers_of_numpy_become_python_s():
-    options = Options(runs=np.int32(3), max_drop=np.float32(0.5), seed=np.uint8(7), quantize_timeout=np.int64(9))
+    options = Options(runs=np.int32(3), max_drop=np.float32(0.5), seed=np.uint8(7), quantize=True, quantize_timeout=np.int64(9))
     kinds = [type(getattr(options, name)) for name in ("runs", "max_drop", "seed", "quantize_timeout")]
     assert kinds == [int, float, int, float]
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("min_samples", 1),
+    ("quantize_timeout", 9),
+    ("calibration", "entropy"),
+    ("exclude_nodes", "*"),
+    ("weight_type", "int8"),
+    ("per_tensor", True),
+    ("data_free", True),
+    ("float_nodes", 0),
+])  # fmt: skip
+def test_options_of_the_quantizer_want_one(option, value):
+    with pytest.raises(
+        ArgumentError, match=f"^Cannot use {option} .--{option.replace('_', '-')}.: nothing is quantized without quantize=True"
+    ):
+        fastbn.deploy("no such file, which nobody reads", **{option: value})
+    assert Options(quantize=True, **{option: value})

@@ -95,7 +95,8 @@ class Accuracy:
 
 
 def as_labels(values: object, where: str) -> NDArray[np.int64]:
-    """Return labels as whole numbers: such an array, with one axis of size 1 at the end or none; or rows with one 1 and else 0 as places.
+    """Return labels as whole numbers: such an array, of floats too, with one axis of size 1 at the end or none; or rows with one 1 and
+    else 0 as places.
 
     Raises
     ------
@@ -107,11 +108,18 @@ def as_labels(values: object, where: str) -> NDArray[np.int64]:
         return np.asarray(array.argmax(axis=-1), dtype=np.int64)
     if array.ndim > 1 and array.shape[-1] == 1:
         array = array[..., 0]
+    if array.dtype.kind == "f" and _are_whole(array):
+        return np.asarray(array, dtype=np.int64)
     if array.dtype.kind not in "iub":
         raise ArgumentError(expected("labels that are whole numbers, or rows with one 1 and else 0", str(array.dtype), where))
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise ArgumentError(expected("labels below 2**63", str(array.max()), where))
     return np.asarray(array, dtype=np.int64)
+
+
+def _are_whole(array: Array) -> bool:
+    wide = array.astype(np.float64)
+    return bool(((np.abs(wide) < 2.0**63) & (wide == np.rint(wide))).all())
 
 
 def _is_one_hot(array: Array) -> bool:

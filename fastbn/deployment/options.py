@@ -1,6 +1,6 @@
 """What a deployment is asked for; what cannot be done is an error before any work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastbn.deployment.compare import METRICS, Metric
@@ -23,6 +23,12 @@ MOST_SLOWDOWN = 1e6
 
 # Nodes that may stay in float where int8 loses too much.
 FLOAT_NODES = 8
+
+# Options that only the quantizer reads.
+QUANTIZER = (
+    *("min_samples", "quantize_timeout", "calibration", "exclude_nodes", "weight_type"),
+    *("per_tensor", "data_free", "float_nodes"),
+)
 
 # No limit is longer than this many seconds: eleven days.
 LONGEST_SECONDS = 1e6
@@ -146,6 +152,16 @@ class Options:
         checked_choice(self.calibration, [*CALIBRATIONS], "calibration")
         checked_choice(self.weight_type, WEIGHT_TYPES, "weight_type")
         self._set("exclude_nodes", checked_globs(self.exclude_nodes, "exclude_nodes"))
+
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """Refuse what only the quantizer would read where nothing is quantized."""
+        usual = {each.name: each.default for each in fields(self)}
+        for name in QUANTIZER if not self.quantize else ():
+            if getattr(self, name) != usual[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise ArgumentError(f"Cannot use {name} ({option}): nothing is quantized without quantize=True (--quantize)")
 
     def recipe(self) -> Recipe:
         """Return what the quantizer is asked for."""

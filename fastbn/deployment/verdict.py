@@ -133,6 +133,9 @@ class Judge:
             return Verdict(best, "partial", "; ".join(["no stage is better than the original", *reasons])), made
         words = "; ".join(filter(None, [rest, self._loss(by_name[best])]))
         status: Status = "done" if best == wanted else "partial"
+        compared = by_name[best].agreements
+        if compared and not any(each.elements for each in compared):
+            status, words = ("unverified" if status == "done" else status), f"{words}, for every output is empty"
         return Verdict(best, status, "; ".join([*reasons, f"{best}: {words}" if reasons else words])), made
 
     def _unfit(self, name: StageName, best: StageName | None, found: Sequence[Comparison]) -> str:
