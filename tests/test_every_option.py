@@ -42,7 +42,7 @@ READ, WRITTEN = {"IN", "A", "B", "PATH"}, {"OUT", "FILE"}
 LEAST = {
     "fold": ["-q", "--no-verify"],
     "deploy": ["-q", "--runs", "1", "--force"],
-    "reestimate": ["-q", "--workers=0", "--data=data.npz"],
+    "reestimate": ["-q", "--workers=0", "--data=data.npz", "--force"],
     "fold-all": ["-q", "--workers=1", "--out=out"],
     "verify": ["-q"],
     "bench": ["--runs", "1"],
