@@ -17,6 +17,8 @@ version = release = fastbn.__version__
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 html_theme = "pydata_sphinx_theme"
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "show_toc_level": 2}
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"fastbn {version}"
 html_show_copyright = False
 html_copy_source = False
