@@ -109,7 +109,15 @@ class Blocks:
         shape = self.shapes[x]
         out = self.one([2, 4, shape[-1]])
         kind = self.one(["right", "right", "right", "left", "vector", "left vector", "batch"])
-        if kind == "right":
+        if kind == "right" and self.opset >= 12 and self.expressions.random() < 0.4:
+            weight = self.weight(out, shape[-1], fan_in=shape[-1])
+            first = self.expressions.random() < 0.5
+            equation = "oi,...i->...o" if first else "...i,oi->...o"
+            self.node("Einsum", [weight, x] if first else [x, weight], (*shape[:-1], out), equation=equation)
+        elif kind == "right" and self.opset >= 12 and len(shape) > 2 and self.expressions.random() < 0.4:
+            weight = self.weight(out, shape[1], fan_in=shape[1])
+            self.node("Einsum", [x, weight], (shape[0], out, *shape[2:]), equation="bc...,oc->bo...")
+        elif kind == "right":
             self.node("MatMul", [x, self.weight(shape[-1], out, fan_in=shape[-1])], (*shape[:-1], out))
         elif kind == "vector" and len(shape) > 1:
             self.node("MatMul", [x, self.weight(shape[-1], fan_in=shape[-1])], shape[:-1])

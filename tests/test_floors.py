@@ -45,6 +45,7 @@ FLOORS = [
     [
         "graph.ops.activation",
         "graph.ops.convolution",
+        "graph.ops.einsum",
         "graph.ops.layout",
         "graph.ops.matmul",
         "graph.ops.normalization",

@@ -69,6 +69,10 @@ MORE = {
     "Mean forward": model(
         "(float[2,4,6,6] x) => (float y) { r = Tanh(x) f = Add(r, k) d = Mean(f, x) y = Conv(d, w) }", w=W4, k=normal(4, 1, 1)
     ),
+    "Einsum": backward('d = Einsum <equation = "nchw,oc->nohw"> (c, k)', shift=False, k=normal(4, 4)),
+    "Einsum of another axis": backward('d = Einsum <equation = "nchw,hg->ncgw"> (c, k)', shift=False, k=normal(6, 5)),
+    "Einsum forward": forward('d = Einsum <equation = "nchw,oc->nohw"> (n, k)', w=W4, k=normal(4, 4)),
+    "Einsum of each channel, forward": forward('d = Einsum <equation = "nc...,c->nc..."> (n, k)', w=W4, k=normal(4)),
     "LSTM": recurrent("LSTM", 4),
     "GRU": recurrent("GRU", 3),
     "RNN": recurrent("RNN", 1),

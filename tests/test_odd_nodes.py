@@ -34,7 +34,7 @@ ATTRIBUTES = {
     "Transpose": {"perm": [0, 2, 3, 1]}, "Concat": {"axis": 1}, "Split": {"axis": 1, "split": [2, 2]},
     "Reshape": {"shape": [2, -1], "allowzero": 0}, "Flatten": {"axis": 1}, "Squeeze": {"axes": [2, 3]}, "Unsqueeze": {"axes": [2]},
     "Slice": {"starts": [1], "ends": [3], "axes": [1]}, "Gather": {"axis": 1}, "DepthToSpace": {"blocksize": 2, "mode": "DCR"},
-    "SpaceToDepth": {"blocksize": 2},
+    "SpaceToDepth": {"blocksize": 2}, "Einsum": {"equation": "nc...,oc->no..."},
     "Pad": {"pads": [0, 0, 1, 1] * 2, "paddings": [0, 0, 1, 1] * 2, "mode": "constant", "value": 0.0},
     "Dropout": {"ratio": 0.5, "is_test": 1}, "Cast": {"to": 1}, "LeakyRelu": {"alpha": 0.1}, "Resize": {"mode": "nearest", "axes": [2, 3]},
     "Upsample": {"mode": "nearest", "scales": [1.0, 1.0, 2.0, 2.0]}, "ReduceMean": {"axes": [2, 3], "keepdims": 1},
@@ -128,6 +128,7 @@ class Case:
             "Unsqueeze": lambda: [ints(2)],
             "PRelu": lambda: [self.weight(4, 1, 1)],
             "Dropout": lambda: [self.constant(np.float32(0.5)), self.constant(np.bool_(False))],
+            "Einsum": lambda: [self.weight(*self.one([(4, 4), (4,), (6, 4)]))],
             "MatMul": lambda: [self.weight(*self.one([(6, 4), (4, 4), (4,), (2, 4, 4), ()]))],
             "Concat": lambda: [self.one(["h", "x", self.weight(2, 4, 6, 6)])],
             "Div": lambda: [self.one(["x", self.weight(*self.one([(4, 1, 1), (), (1, 4), (4,), (1, 4, 1, 1)]))])],
@@ -166,6 +167,10 @@ class Case:
         if isinstance(value, list):
             whole = [type(value[0])(number) for number in self.rng.integers(-6, 7, self.rng.integers(0, 7))]
             return self.one([whole, value[:1], value[::-1], [*value, value[0]], [0 * size for size in value], [-size for size in value]])
+        if "->" in str(value):
+            return self.one(
+                ["...c,oc->...o", "nchw,c->nchw", "nchw,wo", "nchw->nc", "ij,jk->z", "nc..,c->n", "nn...,n->n...", "a...,...b", ","]
+            )
         if isinstance(value, str):
             return self.one(["", "linear", "SAME_UPPER", "VALID", "edge", "CRD", "bidirectional", "cubic", "reflect"])
         return type(value)(self.one([0, 1, -1, 2, 3, 4, -5, 100]))

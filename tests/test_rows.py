@@ -259,7 +259,7 @@ def test_the_bias_of_an_operator():
     assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "DeformConv", "Gemm"}
     assert {slot for op in ("Conv", "ConvTranspose") for slot in slots_named(op, "B")} == {OPERATORS["Conv"].bias_slot}
     assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
-    assert having(lambda row: row.has_no_place_for_shift) == {"MatMul"}
+    assert having(lambda row: row.has_no_place_for_shift) == {"MatMul", "Einsum"}
     gemm, _, _ = seen(text("Gemm <beta = 3.0> (x, w)", "9,5"), w=normal(5, 7))
     plain, _, _ = seen(text("Gemm(x, w)", "9,5"), w=normal(5, 7))
     assert [OPERATORS["Gemm"].bias_factor(node) for node in (gemm, plain)] == [3, 1]

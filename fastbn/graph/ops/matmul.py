@@ -25,9 +25,6 @@ __all__ = ["MATMUL"]
 # Products of matrices that take one step.
 AT_ONCE = 8
 
-# The most elements of a product of two operands of an Einsum of more.
-MOST_HELD = 1 << 24
-
 # Where Gemm reads its matrix B and its C.
 MATRIX, BIAS = 1, 2
 
@@ -387,20 +384,6 @@ def _gemm_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -
     return size * first.shape[0 if node.attribute("transA", 0) else -1] / AT_ONCE if first.ndim else size
 
 
-def _einsum_work(node: Node, arrays: Sequence[NDArray[Any] | None], size: float) -> float:
-    """Return the product of the sizes of all letters; infinite where a product of two of several operands may be too large to be held."""
-    sizes: dict[str | int, int] = {}
-    terms = node.attribute("equation", b"").decode("latin-1").replace(" ", "").partition("->")[0].split(",")
-    for term, array in zip(terms, arrays, strict=False):
-        before, _, behind = term.partition("...")
-        shape = () if array is None else array.shape
-        middle = len(shape) - len(before) - len(behind)
-        for letter, length in zip((*before, *range(-middle, 0), *behind), shape, strict=False):
-            sizes[letter] = max(sizes.get(letter, 1), length)
-    steps = math.prod(sizes.values())
-    return math.inf if len(arrays) > 2 and steps > MOST_HELD else steps
-
-
 MATMUL = {
     "Gemm": Row(
         _gemm_backward,
@@ -428,5 +411,4 @@ MATMUL = {
         work=_gemm_work,
     ),
     **dict.fromkeys(("MatMulInteger", "QLinearMatMul"), Row(work=_gemm_work)),
-    "Einsum": Row(work=_einsum_work),
 }

@@ -4,6 +4,7 @@ from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.activation import ACTIVATION
 from fastbn.graph.ops.convolution import CONVOLUTION
+from fastbn.graph.ops.einsum import EINSUM
 from fastbn.graph.ops.elementwise import ELEMENTWISE
 from fastbn.graph.ops.identity import IDENTITY
 from fastbn.graph.ops.layout import LAYOUT
@@ -23,6 +24,7 @@ __all__ = ["OPERATORS", "can_be_affine", "ignores_elements", "operator_row", "ro
 OPERATORS: dict[str, Row] = {
     **ACTIVATION,
     **CONVOLUTION,
+    **EINSUM,
     **ELEMENTWISE,
     **IDENTITY,
     **LAYOUT,
