@@ -32,7 +32,9 @@ class Operators:
         inputs = [x, self.factor(*size)]
         if op in ("InstanceNormalization", "GroupNormalization") or (op == "LayerNormalization" and self.chance(0.7)):
             inputs.append(self.weight(*size))
-        self.node(op, inputs, shape, **attributes)
+        together = shape[attributes["axis"] :] if "axis" in attributes else (shape[1] // attributes.get("num_groups", shape[1]), *shape[2:])
+        if op == "RMSNormalization" or np.prod(together) > 1:  # of one element, rounding errors are what is left
+            self.node(op, inputs, shape, **attributes)
 
     def deform_conv(self, x):
         shape = self.shapes[x]
