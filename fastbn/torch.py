@@ -20,7 +20,9 @@ from fastbn._torch.kernels import forward_ad, mode_count, transforms_active
 from fastbn.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+    from fastbn.exported.result import ModelFold
 
     ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
     # What torch.distributed takes as a group, or the whole world.
@@ -29,7 +31,18 @@ if TYPE_CHECKING:
 # Looked up once: for a small batch a look-up costs as much as the call.
 _Tensor, _Parameter, _is_compiling, _is_tracing = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling, torch._C._is_tracing
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "NormEntry", "SyncBatchNorm", "batch_norm", "batch_norms", "convert", "update_bn"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "NormEntry",
+    "SyncBatchNorm",
+    "batch_norm",
+    "batch_norms",
+    "convert",
+    "fold",
+    "update_bn",
+]
 
 
 def batch_norm(
@@ -247,13 +260,13 @@ class SyncBatchNorm(_Module, torch.nn.SyncBatchNorm):
         return self.process_group or ("world" if distributed.is_available() and distributed.is_initialized() else None)
 
 
-_FASTBN_CLASSES: dict[type, type] = {
+FASTBN_CLASSES: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
-_TORCH_CLASSES = {new: old for old, new in _FASTBN_CLASSES.items()}
+TORCH_CLASSES = {new: old for old, new in FASTBN_CLASSES.items()}
 
 
 def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup | None = None) -> ModuleT:
@@ -296,14 +309,14 @@ def convert(module: ModuleT, *, back: bool = False, process_group: ProcessGroup 
     """
     if back and process_group is not None:
         raise ArgumentError("Cannot convert back with a process group: only fastbn's modules share their batches")
-    classes = _TORCH_CLASSES if back else _FASTBN_CLASSES
-    entries = inventory.entries_of(inventory.module_of(module, "module"), _TORCH_CLASSES, _FASTBN_CLASSES)
+    classes = TORCH_CLASSES if back else FASTBN_CLASSES
+    entries = inventory.entries_of(inventory.module_of(module, "module"), TORCH_CLASSES, FASTBN_CLASSES)
     inventory.warn_skipped([entry for entry in entries if entry.reason and (not back or isinstance(entry.module, _Module))], 2)
     for part in (entry.module for entry in entries if not entry.reason):
         part.__class__ = classes.get(type(part), type(part))
-        if back and type(part) in _FASTBN_CLASSES and type(part) is not torch.nn.SyncBatchNorm:
+        if back and type(part) in FASTBN_CLASSES and type(part) is not torch.nn.SyncBatchNorm:
             part.__dict__.pop("process_group", None)
-        elif process_group is not None and type(part) in _TORCH_CLASSES:
+        elif process_group is not None and type(part) in TORCH_CLASSES:
             part.process_group = process_group
     return module
 
@@ -332,7 +345,59 @@ def batch_norms(model: torch.nn.Module) -> list[NormEntry]:
     >>> [(entry.name, entry.kind) for entry in batch_norms(model)]
     [('1', 'fastbn')]
     """
-    return inventory.entries_of(inventory.module_of(model, "model"), _TORCH_CLASSES, _FASTBN_CLASSES)
+    return inventory.entries_of(inventory.module_of(model, "model"), TORCH_CLASSES, FASTBN_CLASSES)
+
+
+def fold(
+    model: torch.nn.Module, example_inputs: Any, *, verify: bool = True, seed: int = 0, progress: Callable[[str], object] | None = None
+) -> ModelFold[torch.nn.Module]:
+    """Fold every batch normalization of a model that can be folded exactly into its neighbors' weights, and return a copy without them.
+
+    The graph of the model is exported and planned as `fastbn.fold` plans; the new weights go into the parameters of the same names, and a
+    batch normalization becomes `torch.nn.Identity`. docs/pytorch.md says what else may change, and why some stay.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In evaluation mode, on any device; it is not changed.
+    example_inputs : Tensor, tuple or list of arguments, or dict of named arguments
+        What the model is called with: it is run on them and traced. What its Python decides for these inputs is taken to hold for others.
+    verify : bool
+        Run every fold in onnxruntime, and the folded model beside the original in torch, on the example and on random numbers, in the
+        model's type and in float64.
+    seed, progress : int, callable of str, optional
+        Seed of random inputs; what is called with a line of text before each step.
+
+    Returns
+    -------
+    ModelFold
+        model, folded, kept, parity, to_dict(); str() is the report.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        What is no module, or one in training mode, lazy, compiled or that cannot be copied; a model that does not run on its example.
+    ModelError
+        torch cannot export the model.
+    ParityError
+        The folded model differs from the original whatever is left out.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2, bias=False)).eval()
+    >>> result = fold(model, torch.randn(3, 4))
+    >>> result
+    <ModelFold of torch: 1 of 1 BatchNormalization folded, parity ok>
+    >>> result.model
+    Sequential(
+      (0): Identity()
+      (1): Linear(in_features=4, out_features=2, bias=False)
+    )
+    """
+    from fastbn.exported import torch_fold  # which loads onnx
+
+    return torch_fold.fold(model, example_inputs, verify, seed, progress)
 
 
 def update_bn(

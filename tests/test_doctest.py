@@ -10,13 +10,22 @@ import fastbn
 
 # Modules with examples; those of the graph wing need onnxruntime. The Keras wing runs its own, once for each backend.
 MODULES = ["fastbn.config", "fastbn.folding", "fastbn.functional", "fastbn.layers", "fastbn.memory", "fastbn.stats", "fastbn.torch"]
-MODULES += ["fastbn.deployment.result", "fastbn.graph.fold_result", "fastbn.graph.job", "fastbn.graph.results", "fastbn.reestimation.job"]
+MODULES += [
+    "fastbn.graph.passes",
+    "fastbn.deployment.result",
+    "fastbn.graph.fold_result",
+    "fastbn.graph.job",
+    "fastbn.graph.results",
+    "fastbn.reestimation.job",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_hold(name):
     if name == "fastbn.torch":
         pytest.importorskip("torch")
+    if name == "fastbn.graph.passes":
+        pytest.importorskip("onnx_ir")
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted > 0, "no examples"
     assert results.failed == 0

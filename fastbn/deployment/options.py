@@ -8,7 +8,7 @@ from fastbn.deployment.evidence import Goal
 from fastbn.deployment.groups import Data
 from fastbn.deployment.recipe import CALIBRATIONS, WEIGHT_TYPES, Calibration, Recipe, WeightType, checked_choice
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
-from fastbn.graph.job import Globs, InputShapes, checked_globs
+from fastbn.graph.options import Globs, InputShapes, checked_globs
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.ranges import LARGEST_SEED, number_between, whole_number
 

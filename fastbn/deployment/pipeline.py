@@ -32,10 +32,10 @@ from fastbn.errors import ArgumentError, expected
 from fastbn.graph import job
 from fastbn.graph.digests import Digest
 from fastbn.graph.fold_result import FoldResult, planning_of
-from fastbn.graph.job import Globs, InputShapes
 from fastbn.graph.model import storage
 from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.index import Index
+from fastbn.graph.options import Globs, InputShapes, check_named, checked_shapes
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.rewrite.output import Output, Written
@@ -178,8 +178,8 @@ class _Pipeline:
         given = storage.load(self.model)
         provenance = now_and_here(given)
         self.model = source = self._source(given)
-        index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
-        job.check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
+        index = Index(source, self.options.freeze_inputs, checked_shapes(self.options.input_shapes))
+        check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
         samples = self._read(index)
         judge = Judge.of(self.options, index, samples is not None and samples.labels is not None)
         index, samples, tried = self._new_statistics(index, samples, judge)
@@ -215,7 +215,7 @@ class _Pipeline:
     def _source(self, source: storage.Source) -> storage.Source:
         """Return the model that is folded, compared and measured: the one that was given, or its inference form."""
         options = self.options
-        shapes = job.checked_shapes(options.input_shapes)
+        shapes = checked_shapes(options.input_shapes)
         return job.inference_form(source, options.freeze_inputs, shapes) if options.as_inference else source
 
     def _read(self, index: Index) -> Samples | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
-from fastbn.graph.job import InputShapes, checked_shapes, fold
+from fastbn.graph.job import fold
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.storage import ModelLike
+from fastbn.graph.options import InputShapes, checked_shapes
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.reference import feeds_for
 from fastbn.graph.ranges import whole_number

@@ -4,12 +4,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from onnx.inliner import inline_selected_functions
 
-from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.errors import ArgumentError, expected
 from fastbn.graph.fold_result import FoldResult
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
@@ -17,13 +16,15 @@ from fastbn.graph.model.nesting import LARGEST_INLINED, expanded_size, is_standa
 from fastbn.graph.model.node import Node
 from fastbn.graph.model.storage import ModelLike, Source
 from fastbn.graph.ops.identity import DROPOUT
-from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
+from fastbn.graph.ops.normalization import BATCH_NORM
+from fastbn.graph.options import Globs, InputShapes, check_named, checked_globs, checked_shapes
 from fastbn.graph.parity.fold_parity import FoldParity, check_fold
 from fastbn.graph.parity.model_parity import Comparison
 from fastbn.graph.parity.reach import unreached
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.planner import planning as planner
 from fastbn.graph.planner.advice import advised
+from fastbn.graph.planner.guard import Guard
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import NodeKey, Planning, key_of
 from fastbn.graph.planner.substitute import REWRITE_FORMS, RewriteForm
@@ -38,13 +39,10 @@ from fastbn.graph.runtime import Runnable
 # Folds that are excluded one by one because the whole model fails with them: docs/numerics.md, "Limits of effort".
 MOST_EXCLUDED = 8
 
-Globs: TypeAlias = str | list[str] | tuple[str, ...]
-InputShapes: TypeAlias = Mapping[str, list[int] | tuple[int, ...]]
-
 # The nodes that a plan lifts, or those that it rewrites.
 PlanKey: TypeAlias = tuple[NodeKey, ...]
 
-__all__ = ["Globs", "InputShapes", "check_named", "checked_globs", "checked_shapes", "fold", "inlined_functions", "verify"]
+__all__ = ["Job", "Options", "fold", "fold_of", "inference_form", "inlined_functions", "verify"]
 
 
 def fold(
@@ -66,7 +64,7 @@ def fold(
 
     Parameters
     ----------
-    model : str, os.PathLike, bytes or onnx.ModelProto
+    model : str, os.PathLike, bytes, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram
         The model; it is not changed.
     only, skip, explain : str or sequence of str, optional
         Globs over node names: fold only these; never those; tell the whole search for a place for these in `FoldResult.explanations`.
@@ -105,7 +103,7 @@ def fold(
     """
     globs = checked_globs(only, "only"), checked_globs(skip, "skip"), checked_globs(explain, "explain")
     source, shapes = storage.load(model), checked_shapes(input_shapes)
-    options = _Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
+    options = Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
 
 
@@ -115,7 +113,7 @@ def inference_form(source: Source, freeze_inputs: bool, input_shapes: Mapping[st
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """The arguments of `fold` beside the model, checked."""
 
     only: list[str] | None
@@ -128,32 +126,33 @@ class _Options:
     seed: int
     progress: Progress
     workdir: str | os.PathLike[str] | None
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         if self.rewrite_left not in (None, *REWRITE_FORMS):
             raise ArgumentError(expected(" or ".join(REWRITE_FORMS), repr(self.rewrite_left), "rewrite_left"))
 
 
-def _folded(source: Source, options: _Options) -> FoldResult:
+def _folded(source: Source, options: Options) -> FoldResult:
     inlined = inlined_functions(source, (BATCH_NORM,))
-    job = _Job(source, source if inlined is None else inlined, options)
+    job = Job(source, source if inlined is None else inlined, options)
     planning = job.plan()
     whole = inlined_functions(source) if source.proto.functions and planning.batch_norms_left else None
     if whole is not None:  # what stands beside a batch normalization may be a call of a function
-        other = _Job(source, whole, options)
+        other = Job(source, whole, options)
         planned = other.plan()
         if planned.batch_norms_left < planning.batch_norms_left:
             job, planning, inlined = other, planned, whole
     if inlined is not None and not planning.plans:
-        job = _Job(source, source, options)
+        job = Job(source, source, options)
         planning = job.plan()
     return job.result(planning)
 
 
-class _Job:
+class Job:
     """One call of `fold` on one form of the model: the original, or the original with functions inlined."""
 
-    def __init__(self, original: Source, form: Source, options: _Options) -> None:
+    def __init__(self, original: Source, form: Source, options: Options) -> None:
         self.original = original
         self.options = options
         self.index = Index(form, options.freeze_inputs, options.input_shapes)
@@ -178,7 +177,9 @@ class _Job:
 
     def _planned(self, without: Mapping[NodeKey, str]) -> Planning:
         options, excluded, unrewritten = self.options, {**self.excluded, **without}, {**self.unrewritten, **without}
-        return planner.plan(self.index, options.only, options.skip, excluded, options.explain, options.rewrite_left, unrewritten)
+        return planner.plan(
+            self.index, options.only, options.skip, excluded, options.explain, options.rewrite_left, unrewritten, options.guard
+        )
 
     def _supposed(self, shapes: Mapping[str, tuple[int, ...]]) -> Planning:
         """Return the planning of the same model with these sizes and with its inputs frozen."""
@@ -192,6 +193,10 @@ class _Job:
             self.options.progress(f"verifying fold {number} of {len(planning.plans)}: {plan.leaving[0].label}")
             self.checks[key] = check_fold(plan, planning.view, self.options.seed)
         return self.checks[key]
+
+    def check_of(self, plan: Plan) -> FoldParity | None:
+        """Return what the verification of a plan gave, None where there was none."""
+        return self.checks.get((_key(plan.lifted), _key(plan.rewritten)))
 
     def _exclude(self, plan: Plan, planning: Planning) -> None:
         """Exclude the one node without which a failed plan holds, or all nodes of the plan."""
@@ -229,8 +234,8 @@ class _Job:
                 names = first_few([plan.leaving[0].label for plan in missed])
                 reason = f"no output that could be compared depends on the fold of {names}"
                 parity = replace(parity, status="inconclusive", reason=reason)
-        checks = {plan: self.checks.get((_key(plan.lifted), _key(plan.rewritten))) for plan in planning.plans}
-        folded = [_fold_of(plan, checks[plan], draft, plan in missed) for plan in planning.folds]
+        checks = {plan: self.check_of(plan) for plan in planning.plans}
+        folded = [fold_of(plan, checks[plan], draft, plan in missed) for plan in planning.folds]
         plans = {node: plan for plan in planning.plans for node in plan.rewritten}
         rewritten = [
             _rewritten_of(node, refusal, plans[node], checks[plans[node]], draft, plans[node] in missed)
@@ -335,7 +340,7 @@ def verify(
 
     Parameters
     ----------
-    original, folded : str, os.PathLike, bytes or onnx.ModelProto
+    original, folded : str, os.PathLike, bytes, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram
     input_shapes, seed
         As in `fold`.
     progress : callable of str, optional
@@ -398,7 +403,7 @@ def _rewritten_of(node: Node, refusal: Refusal, plan: Plan, check: FoldParity | 
     )
 
 
-def _fold_of(plan: Plan, check: FoldParity | None, draft: Draft, is_missed: bool) -> Fold:
+def fold_of(plan: Plan, check: FoldParity | None, draft: Draft, is_missed: bool) -> Fold:
     """Return a plan as the result reports it."""
     keeps_shift = any(node in plan.replaced for node in plan.lifted)
     return Fold(
@@ -411,37 +416,3 @@ def _fold_of(plan: Plan, check: FoldParity | None, draft: Draft, is_missed: bool
         bound=check.bound if check else None,
         note=_notes_of((node for node, _ in plan.constants), keeps_shift, check, draft, is_missed),
     )
-
-
-def checked_globs(value: Globs | None, where: str) -> list[str] | None:
-    """Return globs as a list; raises ArgumentTypeError where they are something else."""
-    if value is None:
-        return None
-    globs = [value] if isinstance(value, str) else value
-    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
-        raise ArgumentTypeError(expected("a glob or a list of globs", type(value).__name__, where))
-    return list(globs)
-
-
-def check_named(index: Index, globs: Iterable[str], where: str) -> None:
-    """Raise ArgumentError where a glob names no node of a model."""
-    labels = [node.label for node in index.order]
-    for glob in globs:
-        if not any(fnmatchcase(label, glob) for label in labels):
-            some = first_few([node.label for node in index.order if is_batch_norm(node)])
-            raise ArgumentError(expected(f"a glob that names a node (BatchNormalization: {some or 'none'})", repr(glob), where))
-
-
-def checked_shapes(input_shapes: InputShapes | None) -> dict[str, tuple[int, ...]]:
-    """Return input_shapes as a dict of name -> tuple of int; raises ArgumentError or ArgumentTypeError where it is not that."""
-    shapes = {}
-    if input_shapes is not None and not isinstance(input_shapes, Mapping):
-        raise ArgumentTypeError(expected("a dict of name -> sizes", type(input_shapes).__name__, "input_shapes"))
-    for name, sizes in (input_shapes or {}).items():
-        good = isinstance(sizes, (list, tuple)) and all(
-            isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 63 for size in sizes
-        )
-        if not good:
-            raise ArgumentError(expected("positive sizes", repr(sizes), f"input_shapes[{name!r}]"))
-        shapes[name] = tuple(sizes)
-    return shapes

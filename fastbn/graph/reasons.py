@@ -46,6 +46,7 @@ ReasonCode: TypeAlias = Literal[
     "overflow",
     "flush-to-zero",
     "parity",
+    "no-module",
 ]
 
 # Code -> what it means.
@@ -89,6 +90,7 @@ REASONS: dict[ReasonCode, str] = {
     "overflow": "a folded constant would be Inf or NaN in the model's type",
     "flush-to-zero": "a folded weight would become zero in the model's type, beside nothing that hides it",
     "parity": "the fold was tried and differs from the original by more than rounding explains",
+    "no-module": "the model in its framework has no module or parameter of its own in which that could change",
 }
 
 

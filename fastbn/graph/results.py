@@ -336,7 +336,7 @@ class Explanation:
 
 @dataclass(frozen=True, repr=False)
 class Parity:
-    """Two models compared on the same inputs, onnxruntime's optimizer off on both sides.
+    """Two models compared on the same inputs: in onnxruntime, its optimizer off on both sides, or in their framework.
 
     Attributes
     ----------
@@ -360,6 +360,8 @@ class Parity:
         Names of the outputs, and of values inside the model, that were compared within a bound that proves something.
     missed : tuple of str
         Choices of branches in which nothing was compared.
+    where : str
+        Where both were run, as the text says it.
 
     Examples
     --------
@@ -381,6 +383,7 @@ class Parity:
     notes: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
+    where: str = "optimizer off on both sides"
 
     @property
     def ok(self) -> bool:
@@ -398,10 +401,7 @@ class Parity:
         if self.error is None:
             return f"failed: {self.reason}" if self.reason else self.status
         before, after = (f"{value:.5g}" for value in self.values)
-        text = (
-            f"{self.inputs} inputs, optimizer off on both sides: worst {self._worst()}"
-            f" ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
-        )
+        text = f"{self.inputs} inputs, {self.where}: worst {self._worst()} ({before} / {after}), allowed {self.allowed:.2g}   {self.status}"
         return text + (f": {self.reason}" if self.reason else "")
 
     def __repr__(self) -> str:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fastbn.errors import ArgumentError, ModelError, expected
-from fastbn.graph.job import Globs, check_named, inlined_functions
+from fastbn.graph.job import inlined_functions
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import ModelLike, Source
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
+from fastbn.graph.options import Globs, check_named
 from fastbn.graph.parity.comparable import is_random
 from fastbn.graph.ranges import whole_number
 from fastbn.graph.rewrite.output import Output
@@ -72,7 +73,7 @@ def reestimate(
 
     Parameters
     ----------
-    model : str, os.PathLike, bytes or onnx.ModelProto
+    model : str, os.PathLike, bytes, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram
         The model; it is not changed.
     data : path, URL, array or tensor, dict of name -> array, iterable, dask.array or dict of them, dask.bag of dicts
         .npz, .npy and .pb files, folders and globs of them, also behind fsspec URLs (s3://, gs://, memory://), or a list of such. Axis 0 of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
-from fastbn.graph.job import Globs, checked_globs
+from fastbn.graph.options import Globs, checked_globs
 from fastbn.graph.ranges import number_between, whole_number
 
 __all__ = ["BATCH", "MEMORY", "MODES", "Mode", "Options", "bytes_in"]

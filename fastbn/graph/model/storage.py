@@ -19,11 +19,13 @@ from fastbn.errors import ArgumentTypeError, ModelError, StorageError, expected
 from fastbn.graph.model.element_types import bits_of, dtype_of
 from fastbn.graph.model.external import external_tensors, is_external
 from fastbn.graph.model.files import Signature, file_path, opened, os_error, signature_of
+from fastbn.graph.model.objects import proto_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fastbn._types import Array
+    from fastbn.graph.model.objects import Program, TensorGraph
 
 __all__ = [
     "PROTOBUF_LIMIT",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 # What a model may be given as: a path, bytes, an object, or what load() has made of one of these.
-ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | ModelProto | Source"
+ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | ModelProto | TensorGraph | Program | Source"
 
 # The largest message that protobuf writes or reads, in bytes.
 PROTOBUF_LIMIT = 2**31 - 1
@@ -67,7 +69,7 @@ def load(model: ModelLike) -> Source:
 
     Parameters
     ----------
-    model : str, os.PathLike, bytes-like, onnx.ModelProto or Source
+    model : str, os.PathLike, bytes-like, onnx.ModelProto, onnx_ir.Model, torch.onnx.ONNXProgram or Source
         A Source is returned as it is.
 
     Raises
@@ -89,8 +91,10 @@ def load(model: ModelLike) -> Source:
         source = Source(_parse(data, "model"), None, "model", data)
     elif isinstance(model, (str, os.PathLike)):
         source = _load_file(file_path(model, "a model file"))
+    elif (proto := proto_of(model)) is not None:
+        source = Source(proto, None, "model")
     else:
-        raise ArgumentTypeError(expected("a path, bytes or onnx.ModelProto", type(model).__name__, "model"))
+        raise ArgumentTypeError(expected("a path, bytes, onnx.ModelProto or onnx_ir.Model", type(model).__name__, "model"))
     source.check_places()
     return source
 

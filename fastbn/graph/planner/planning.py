@@ -17,6 +17,7 @@ from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
+from fastbn.graph.planner.guard import Guard
 from fastbn.graph.planner.kept import decomposed, kept_nodes
 from fastbn.graph.planner.placement import Placement, composed, place, place_constant
 from fastbn.graph.planner.plan import Plan
@@ -84,6 +85,7 @@ def plan(
     explain: Sequence[str] | None = None,
     rewrite_left: RewriteForm | None = None,
     unrewritten: Mapping[NodeKey, str] | None = None,
+    guard: Guard | None = None,
 ) -> Planning:
     """Plan every fold of a model.
 
@@ -100,12 +102,14 @@ def plan(
         What batch normalizations become that would stay: "conv" or "affine".
     unrewritten : mapping of (scope number, position) -> str
         As excluded, of those that are not to be rewritten.
+    guard : Guard, optional
+        What plans must not do.
 
     Returns
     -------
     Planning
     """
-    planner = _Planner(index, only, skip, excluded or {}, explain)
+    planner = _Planner(index, only, skip, excluded or {}, explain, guard)
     return planner.run(rewrite_left, unrewritten or {})
 
 
@@ -119,12 +123,13 @@ class _Planner:
         skip: Sequence[str] | None,
         excluded: Mapping[NodeKey, str],
         explain: Sequence[str] | None,
+        guard: Guard | None,
     ) -> None:
         self.index = index
         self.explain = explain
         self.records: dict[Node, Record] = {}
         self.only, self.skip, self.excluded = only, skip, excluded
-        self.view = GraphView(index)
+        self.view = GraphView(index, guard)
         self.plans: dict[Plan, None] = {}
         # Head of a batch normalization that was decomposed -> its nodes; where they are searched for as one.
         self.chains: dict[Node, list[Node]] = {}
@@ -191,6 +196,8 @@ class _Planner:
                     self._refuse_unselected(other)
                 self._defer(node, placement)
                 refuse_unrepresentable(placement.plan, self.view)
+                if self.view.guard is not None:
+                    self.view.guard.refuse_changes(placement.plan, self.index)
                 self._record(node, channels, placement)
                 placed.update([node, *placement.plan.alike, *self.chains.get(node, ())])
             except Refusal as refusal:
@@ -270,6 +277,8 @@ class _Planner:
             raise Refusal("not-selected", "--only does not name it")
         if self.skip and any(fnmatchcase(node.label, glob) for glob in self.skip):
             raise Refusal("not-selected", "--skip names it")
+        if self.view.guard is not None:
+            self.view.guard.refuse_leaving(node)
 
     def _record(self, node: Node, channels: int, placement: Placement) -> None:
         """Make a placement part of the plans and of the present graph."""

@@ -197,7 +197,10 @@ class Search:
             )
         if affine.axis is not None and (not -rank <= affine.axis < rank or constant.shape[affine.axis] != affine.channels):
             raise Refusal("axis", f"the constant at {node.op} '{node.label}' has no axis of {affine.channels} channels")
-        return Plan(constants={(node, slot): constant.affine(*affine.shaped(rank))})
+        plan = Plan(constants={(node, slot): constant.affine(*affine.shaped(rank))})
+        if self.view.guard is not None:
+            self.view.guard.refuse_changes(plan, self.view.index)
+        return plan
 
     # ---- along the data flow ----
 
@@ -318,6 +321,8 @@ class Search:
     def _followed(self, transfer: Transfer, node: Node, follow: _Follow, depth: int) -> Plan:
         """Return the plan of a transfer and of everything that it asks further."""
         plan = _plan_of(transfer, node)
+        if self.view.guard is not None:
+            self.view.guard.refuse_changes(plan, self.view.index)
         for at, affine in transfer.passed_on:
             skip = transfer.skip[1] if transfer.skip is not None and transfer.skip[0] == at else None
             _add_branch(plan, follow(at, affine, skip))

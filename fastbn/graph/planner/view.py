@@ -21,6 +21,7 @@ from fastbn.graph.ops.quantization import dequantized, is_quantized
 from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
 from fastbn.graph.ops.row import Attribute, Strategy
 from fastbn.graph.ops.shape_rules import Size, Sizes
+from fastbn.graph.planner.guard import Guard
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.reasons import Refusal
 
@@ -58,10 +59,13 @@ class GraphView:
         Nodes in whose place others stand: the Add that keeps a shift, or what a batch normalization is rewritten as.
     owner : dict of node -> Plan
         The plan that first changed a node or let an affine pass it; `owned` follows it to the present one.
+    guard : Guard or None
+        What plans must not do beside what is wrong.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, guard: Guard | None = None) -> None:
         self.index = index
+        self.guard = guard
         self.constants: dict[tuple[Node, int], Constant] = {}
         self.removed: dict[Node, Value] = {}
         self.forwarded: set[Node] = set()
@@ -366,7 +370,7 @@ class GraphView:
     def keeps_shifts(self) -> bool:
         """Say whether a node of the model takes a scale and has no place for a shift, which may then stay behind in an Add."""
         if self._keeps_shifts is None:
-            self._keeps_shifts = any(
+            self._keeps_shifts = (self.guard is None or self.guard.may_keep_shifts) and any(
                 operator_row(node).has_no_place_for_shift or self._is_product_with_one(node) for node in self.index.order
             )
         return self._keeps_shifts
