@@ -349,7 +349,7 @@ def batch_norms(model: torch.nn.Module) -> list[NormEntry]:
 
 
 def fold(
-    model: torch.nn.Module, example_inputs: Any, *, verify: bool = True, seed: int = 0, progress: Callable[[str], object] | None = None
+    model: torch.nn.Module, example_inputs: Any, *, verify: bool = True, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> ModelFold[torch.nn.Module]:
     """Fold every batch normalization of a model that can be folded exactly into its neighbors' weights, and return a copy without them.
 
