@@ -351,7 +351,7 @@ def batch_norms(model: torch.nn.Module) -> list[NormEntry]:
 def fold(
     model: torch.nn.Module, example_inputs: Any, *, verify: bool = True, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> ModelFold[torch.nn.Module]:
-    """Fold every batch normalization of a model that can be folded exactly into its neighbors' weights, and return a copy without them.
+    """Fold every batch normalization of a model that can be folded exactly into its neighbors' weights; return a copy without them.
 
     The graph of the model is exported and planned as `fastbn.fold` plans; the new weights go into the parameters of the same names, and a
     batch normalization becomes `torch.nn.Identity`. docs/pytorch.md says what else may change, and why some stay.
@@ -361,10 +361,9 @@ def fold(
     model : torch.nn.Module
         In evaluation mode, on any device; it is not changed.
     example_inputs : Tensor, tuple or list of arguments, or dict of named arguments
-        What the model is called with: it is run on them and traced. What its Python decides for these inputs is taken to hold for others.
+        What the model is called with, and traced: what its Python decides for these inputs is taken to hold for others.
     verify : bool
-        Run every fold in onnxruntime, and the folded model beside the original in torch, on the example and on random numbers, in the
-        model's type and in float64.
+        Run every fold in onnxruntime, and the model beside the original in torch, on the example and on random numbers, also in float64.
     seed, progress : int, callable of str, optional
         Seed of random inputs; what is called with a line of text before each step.
 

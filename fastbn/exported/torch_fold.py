@@ -85,9 +85,9 @@ def _device(model: torch.nn.Module) -> torch.device:
 def _round_eps(model: torch.nn.Module) -> None:
     """Move what float32, the type of ONNX's attributes, has no place for in eps into variances of float64."""
     for module in model.modules():
-        is_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_var is not None
-        if is_norm and module.running_var.dtype == torch.float64:
-            module.running_var += module.eps - float(np.float32(module.eps))
+        var = module.running_var if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) else None
+        if var is not None and var.dtype == torch.float64:
+            var += module.eps - float(np.float32(module.eps))
 
 
 class _Job(Job):
