@@ -5,7 +5,8 @@ import onnx
 import pytest
 from sketch import model, normal
 
-from fastbn.deployment.compare import Agreement, compare, drop_of
+from fastbn.deployment import compare as compare_module
+from fastbn.deployment.compare import Agreement, Original, compare, drop_of
 from fastbn.graph.runtime import session
 
 
@@ -24,7 +25,7 @@ class Session:
 
 def compared(before, after, scores=()):
     feeds = [{"row": row} for row in range(len(before))]
-    return compare(Session(before), {"stage": Session(after)}, feeds, scores)["stage"][0]
+    return compare(Original(Session(before)), {"stage": Session(after)}, feeds, scores)["stage"][0]
 
 
 def test_the_figures_of_a_comparison():
@@ -121,11 +122,34 @@ def sessions(text, **constants):
 def test_random_outputs_are_not_compared():
     text = "(float[N,4] x) => (float[N,4] y, float[N,4] z) { r = RandomNormalLike(x) z = Add(x, r) y = Mul(x, k) }"
     reference, stage = sessions(text, k=np.float32(2))
-    found = compare(reference, {"stage": stage}, [{"x": normal(3, 4, seed=seed)} for seed in (0, 1)], ())["stage"]
+    found = compare(Original(reference), {"stage": stage}, [{"x": normal(3, 4, seed=seed)} for seed in (0, 1)], ())["stage"]
     assert [(each.relative, each.note) for each in found] == [
         (0, None),
         (None, "random: it differs between two runs of the original"),
     ]
+
+
+def test_stages_share_the_outputs_of_the_original(monkeypatch):
+    class Counted(Session):
+        runs = 0
+
+        def run(self, names, feed):
+            self.runs += 1
+            return super().run(names, feed)
+
+    feeds, seen = [{"row": row} for row in range(5)], []
+    values = np.arange(10.0).reshape(5, 2)
+    for kept, runs in ((1 << 20, 6), (3 * 16, 8)):  # one more tells which outputs are random; those that are not kept are run again
+        monkeypatch.setattr(compare_module, "KEPT", kept)
+        counted = Counted(values)
+        original = Original(counted)
+        found = [
+            compare(original, {name: Session(values + name)}, feeds, (), None, lambda *what: seen.append(what[:2]))[name] for name in (1, 2)
+        ]
+        assert [each[0].max_error for each in found] == [1, 2]
+        assert counted.runs == runs
+    assert seen[:5] == [("reference", 0), (1, 0), ("reference", 1), (1, 1), ("reference", 2)]
+    assert seen[10:20] == [(2, number) for number in range(5)] + seen[:5]
 
 
 def test_a_zipmap_is_compared():
@@ -137,5 +161,5 @@ def test_a_zipmap_is_compared():
     map_type.key_type = onnx.TensorProto.STRING
     map_type.value_type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     run = session(proto.SerializeToString())
-    found = compare(run, {"stage": run}, [{"x": normal(3, 2)}], ())["stage"]
+    found = compare(Original(run), {"stage": run}, [{"x": normal(3, 2)}], ())["stage"]
     assert [(each.output, each.elements, each.relative, each.note) for each in found] == [("y", 6, 0, None), ("z", 6, 0, None)]

@@ -413,3 +413,13 @@ def test_the_size_of_a_model_is_that_of_its_file_or_of_what_it_has_become(tmp_pa
     source.proto.doc_string = "edited"
     source.inference = storage.InferenceForm(["a"], [])
     assert source.size() == source.proto.ByteSize()
+
+
+def test_pages_that_are_given_back_are_read_again(tmp_path):
+    proto = conv_bn()
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    source = storage.load(tmp_path / "in.onnx")
+    before = [source.external(tensor).copy() for tensor in source.external_tensors]
+    source.give_pages_back()
+    assert before
+    assert all((source.external(tensor) == values).all() for tensor, values in zip(source.external_tensors, before, strict=True))

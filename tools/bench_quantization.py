@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 import fastbn
-from fastbn.deployment.compare import compare
+from fastbn.deployment.compare import Original, compare
 from fastbn.deployment.samples import read_samples
 from fastbn.deployment.scores import score_outputs
 from fastbn.graph.model import storage
@@ -44,7 +44,7 @@ def measured(model, data, samples, freeze_inputs):
                 path = Path(folder) / f"{way}.onnx"
                 path.write_bytes(made.quantized)
                 stages[way] = session(str(path), optimize=True)
-        compared = compare(Runnable.of(index.source).session(), stages, feeds, score_outputs(index))
+        compared = compare(Original(Runnable.of(index.source).session()), stages, feeds, score_outputs(index))
     for way, agreements in compared.items():
         errors = [each.relative for each in agreements if each.relative is not None]
         decisions = [each.top1 for each in agreements if each.top1 is not None]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
     from fastbn.graph.runtime import Session
 
-__all__ = ["METRICS", "REFERENCE", "Agreement", "AgreementFields", "Metric", "compare", "drop_of"]
+__all__ = ["METRICS", "REFERENCE", "Agreement", "AgreementFields", "Metric", "Original", "compare", "drop_of"]
 
 NameT = TypeVar("NameT", bound=str)
 
@@ -32,6 +32,9 @@ METRICS: dict[Metric, float] = {"top-1": 0.01, "error": 0.1, "accuracy": 0.01}
 
 # What the original with the optimizer off is called.
 REFERENCE = "reference"
+
+# Bytes of outputs of the original that are kept to be compared with the next stage.
+KEPT = 1 << 26
 
 RANDOM = "random: it differs between two runs of the original"
 
@@ -91,8 +94,55 @@ class Agreement:
         }
 
 
+class Original:
+    """The original, which several calls of `compare` share: so its outputs are computed once, as far as they take little memory.
+
+    Parameters
+    ----------
+    session : onnxruntime session
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.names = [entry.name for entry in session.get_outputs()]
+        # Outputs that differ between two runs, once that is known.
+        self.random: list[bool] | None = None
+        # Numbers of feeds that `seen` has been told of.
+        self.told: set[int] = set()
+        self._kept: dict[int, list[object]] = {}
+        self._bytes = 0
+
+    def outputs(self, number: int, feed: Feed) -> list[object]:
+        """Return the outputs for the feed of a number; raises ArgumentError where the original does not take it."""
+        if number in self._kept:
+            return self._kept[number]
+        outputs = self.run(feed)
+        if self.random is None:
+            self.random = [not _same(one, other) for one, other in zip(outputs, self.run(feed), strict=True)]
+        size = sum(output.nbytes if isinstance(output, np.ndarray) else KEPT for output in outputs)
+        if self._bytes + size <= KEPT:
+            self._bytes += size
+            self._kept[number] = outputs
+        return outputs
+
+    def keep(self, feeds: Sequence[Feed], progress: Callable[[str], None]) -> None:
+        """Run it on as many feeds as it takes to fill the memory for its outputs, or on all."""
+        for number, feed in enumerate(feeds):
+            progress(f"the original on feed {number + 1} of {len(feeds)}")
+            self.outputs(number, feed)
+            if number not in self._kept:
+                return
+
+    def run(self, feed: Feed) -> list[object]:
+        """Run it once more."""
+        try:
+            return self.session.run(None, feed)
+        except runtime_errors() as error:
+            raise ArgumentError(f"Cannot run the model on the data: {said(error)}") from error
+
+
 def compare(
-    reference: Session,
+    original: Original,
     stages: Mapping[NameT, Session],
     feeds: Sequence[Feed],
     scores: Collection[str],
@@ -103,7 +153,7 @@ def compare(
 
     Parameters
     ----------
-    reference : onnxruntime session
+    original : Original
     stages : dict of name -> onnxruntime session
     feeds : list of dict of name -> array
     scores : collection of str
@@ -123,18 +173,16 @@ def compare(
     ArgumentError
         The original does not take a feed.
     """
-    names = [entry.name for entry in reference.get_outputs()]
+    names = original.names
     totals = {stage: [_Total(name, name in scores) for name in names] for stage in stages}
     failed: dict[NameT, str] = {}
-    random: list[bool] = []
     for number, feed in enumerate(feeds):
         if progress:
             progress(f"feed {number + 1} of {len(feeds)}")
-        before = _run(reference, feed)
-        if seen:
+        before = original.outputs(number, feed)
+        if seen and number not in original.told:
+            original.told.add(number)
             seen(REFERENCE, number, before)
-        if number == 0:
-            random = [not _same(one, other) for one, other in zip(before, _run(reference, feed), strict=True)]
         for stage, session in stages.items():
             if stage in failed:
                 continue
@@ -145,19 +193,12 @@ def compare(
                 continue
             if seen:
                 seen(stage, number, after)
-            for total, is_random, one, other in zip(totals[stage], random, before, after, strict=True):
+            for total, is_random, one, other in zip(totals[stage], original.random or (), before, after, strict=True):
                 if is_random:
                     total.skip(RANDOM)
                 else:
                     total.add(one, other)
     return {stage: failed.get(stage) or [total.agreement() for total in totals[stage]] for stage in stages}
-
-
-def _run(reference: Session, feed: Feed) -> list[object]:
-    try:
-        return reference.run(None, feed)
-    except runtime_errors() as error:
-        raise ArgumentError(f"Cannot run the model on the data: {said(error)}") from error
 
 
 @dataclass(frozen=True)

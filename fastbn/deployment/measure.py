@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from fastbn.graph.runtime import runtime_errors, session
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["Kernels", "kernels_of", "load_times", "quick_ms", "resident_mb", "size_of"]
+__all__ = ["Kernels", "kernels_of", "load_times", "quick_ms", "resident_mb", "size_of", "trim"]
 
 NameT = TypeVar("NameT", bound=str)
 
@@ -131,6 +133,12 @@ def resident_mb(paths: Mapping[NameT, Path]) -> dict[NameT, list[float]]:
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return found
+
+
+def trim() -> None:
+    """Let the C library give freed memory back to the system: glibc keeps what closed sessions have taken."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quick_ms(path: Path, feed: Feed) -> float | None:

@@ -40,11 +40,10 @@ from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
-from fastbn.graph.runtime import Runnable, runtime_errors, said, session
+from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn.graph.model.storage import ModelLike
-    from fastbn.graph.runtime import Session
     from fastbn.graph.timing import Timings
 
 __all__ = ["STEPS", "WRITING", "Progress", "check_paths", "deploy"]
@@ -280,13 +279,14 @@ class _Pipeline:
             return trial, Verdict("folded", "partial", f"not compared, timed or quantized, for {reason}")
         return self._measured(fold, reference, index, (samples, free), judge, warnings)
 
-    def _reference(self, index: Index, given: Samples | None) -> tuple[Session, Samples, DataFree | None]:
+    def _reference(self, index: Index, given: Samples | None) -> tuple[Runner, Samples, DataFree | None]:
         """Return a session of the original with the optimizer off, the samples, random ones where none are given, and what is calibrated
         on instead of them; raises ModelNotRun where onnxruntime does not load the original or does not run it on random numbers."""
         options = self.options
         is_free = options.quantize and options.data_free
         try:
-            reference = Runnable.of(index.source).session()
+            reference = Runner(Runnable.of(index.source))
+            reference.session()
             if given is not None and not is_free:
                 return reference, given, None
             rows = RANDOM_ROWS_TO_CALIBRATE if options.quantize else RANDOM_ROWS
@@ -304,7 +304,7 @@ class _Pipeline:
     def _measured(
         self,
         fold: FoldResult,
-        reference: Session,
+        reference: Runner,
         index: Index,
         inputs: tuple[Samples, DataFree | None],
         judge: Judge,
@@ -322,7 +322,9 @@ class _Pipeline:
         allowed = (compared_alone, judge.max_drop)
         quantization = self._quantize(files, samples, index, free, allowed) if self.options.quantize else None
         self._start("comparing outputs")
+        index.source.give_pages_back()
         compared = compared_stages(files, reference, samples, judge, marks, self._tell)
+        reference.close()
         stages, timings, memory = self._measure(compared, files, samples)
         sizes: dict[str, int] = {stage.name: stage.size for stage in stages if stage.size}
         found = comparisons(timings, sizes, memory)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from fastbn.deployment.compare import REFERENCE, compare
+from fastbn.deployment.compare import REFERENCE, Original, compare
 from fastbn.deployment.labels import Accuracy, AccuracyFields
 from fastbn.deployment.stages import marks_for
 from fastbn.errors import ArgumentError, expected
@@ -157,7 +157,7 @@ def reestimated(
         raise ModelNotRun(f"onnxruntime cannot load the original: {said(error)}") from error
     marks = marks_for(before, index, held, judge)
     assert marks is not None, "halves demands labels"
-    compare(before, {NEW: after}, held.feeds, judge.scores, tell, marks.note)
+    compare(Original(before), {NEW: after}, held.feeds, judge.scores, tell, marks.note)
     old, new = marks.accuracy(REFERENCE, REFERENCE), marks.accuracy(NEW, REFERENCE)
     is_better = old is not None and new is not None and new.right >= old.right
     worst = made.moved[0]

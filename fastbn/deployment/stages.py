@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fastbn.deployment.compare import REFERENCE, compare, drop_of
+from fastbn.deployment.compare import REFERENCE, Agreement, Original, compare, drop_of
 from fastbn.deployment.labels import Marks, Rule
-from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of
+from fastbn.deployment.measure import kernels_of, load_times, resident_mb, size_of, trim
 from fastbn.deployment.result import Stage, StageName
 from fastbn.errors import ArgumentError
 from fastbn.graph.runtime import runtime_errors, said, session
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastbn.deployment.verdict import Judge
     from fastbn.graph.model.index import Index
     from fastbn.graph.parity.feeds import Feed
-    from fastbn.graph.runtime import Session
+    from fastbn.graph.runtime import Runner, Session
 
 __all__ = ["compared_stages", "marks_for", "measured_stages", "timed"]
 
@@ -49,22 +49,27 @@ def marks_for(reference: Session, index: Index, samples: Samples, judge: Judge) 
 
 
 def compared_stages(
-    files: Mapping[StageName, Path], reference: Session, samples: Samples, judge: Judge, marks: Marks | None, tell: Tell
+    files: Mapping[StageName, Path], reference: Runner, samples: Samples, judge: Judge, marks: Marks | None, tell: Tell
 ) -> list[Stage]:
     """Return the stages, their outputs compared with the original's."""
-    sessions: dict[StageName, Session] = {}
-    refused: dict[StageName, str] = {}
-    for name, path in files.items():
+    original = Original(reference)
+    original.keep(samples.feeds, tell)
+    reference.close()  # it is opened again where it is needed again
+    compared: dict[StageName, list[Agreement] | str] = {}
+    for name, path in files.items():  # one after the other: all in memory at once would be most of what a deployment takes
         try:
-            sessions[name] = session(str(path), optimize=True)
+            stage = {name: session(str(path), optimize=True)}
         except runtime_errors() as error:  # its optimizer may fail where the plain model loads
-            refused[name] = f"onnxruntime cannot load it: {said(error)}"
-    compared = compare(reference, sessions, samples.feeds, judge.scores, tell, None if marks is None else marks.note)
+            compared[name] = f"onnxruntime cannot load it: {said(error)}"
+            continue
+        compared |= compare(original, stage, samples.feeds, judge.scores, tell, None if marks is None else marks.note)
+        stage.clear()
+        trim()
     # What onnxruntime's own optimizer changes in the original, or a random operator does, is no loss of a stage.
     usual: float | None = None
     stages = []
     for name in files:
-        agreements = refused.get(name) or compared[name]
+        agreements = compared[name]
         if isinstance(agreements, str):
             stages.append(Stage(name, refused=agreements))
             continue

@@ -87,6 +87,10 @@ class Session(Protocol):
         """Return what is known of the graph outputs."""
         ...
 
+
+class OpenSession(Session, Protocol):
+    """The same of a session that is open."""
+
     def end_profiling(self) -> str:
         """Return the path of the file with the profile."""
         ...
@@ -170,7 +174,7 @@ def session(
     threads: int = 0,
     optimize: bool = False,
     profile: str | os.PathLike[str] | None = None,
-) -> Session:
+) -> OpenSession:
     """Return an onnxruntime session of a model.
 
     Parameters
@@ -210,7 +214,7 @@ def session(
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
     # Without its fallback, which prints before it tries the same provider once more.
-    made: Session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    made: OpenSession = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     return made
 
 
@@ -270,6 +274,10 @@ class Runner:
     def get_inputs(self) -> Sequence[ValueInfo]:
         """Return what onnxruntime says of the graph inputs."""
         return self.session().get_inputs()
+
+    def get_outputs(self) -> Sequence[ValueInfo]:
+        """Return what onnxruntime says of the graph outputs."""
+        return self.session().get_outputs()
 
     def run(self, outputs: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
         """Return the outputs, all of them for None."""

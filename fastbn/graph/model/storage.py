@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import re
 import stat
@@ -376,6 +377,13 @@ class Source:
         data = self._files[path][offset : offset + length]
         _check_length(data, offset, length, path)
         return data
+
+    def give_pages_back(self) -> None:
+        """Let the system use the memory that holds pages of data files: it reads them again where they are looked at again."""
+        for data in self._files.values():
+            mapped = getattr(data, "_mmap", None)  # an empty file has none
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def read(self, tensor: TensorProto) -> bytes:
         """Return the bytes of an external tensor, and leave no file open: there may be more of them than a process may open."""
