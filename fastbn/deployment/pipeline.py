@@ -236,7 +236,7 @@ class _Pipeline:
         source, tried = reestimated(index, estimated, held, judge, lambda text: self._tell(f"estimating statistics: {text}"))
         if source is not None:
             self.model = source
-            index = Index(source, self.options.freeze_inputs, job.checked_shapes(self.options.input_shapes))
+            index = Index(source, self.options.freeze_inputs, checked_shapes(self.options.input_shapes))
         return index, held, tried
 
     def _fold(self) -> FoldResult:
@@ -364,13 +364,14 @@ class _Pipeline:
         with Quantizer(self.workdir, feeds, self.options.quantize_timeout) as quantizer:
             try:
                 began = time.monotonic()
-                path, restated, more = files["folded"], [], ()
+                path, restated = files["folded"], list[tuple[Path, list[int]]]()
                 if free is not None:
                     per_channel = not self.options.per_tensor
                     path, restated, more = calibrated_models(path, free, index.source, self._folded, per_channel, self._tell)
+                    notes += more
                 make = partial(quantizer.quantize, path, recipe=recipe, restated=restated)
                 made = make(target, progress=self._tell)
-                notes += (*more, *made.notes)
+                notes += made.notes
                 spent = time.monotonic() - began
                 session(str(target), optimize=True)
                 kernels = kernels_of(target, samples.feeds[0], self.workdir)

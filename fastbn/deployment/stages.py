@@ -62,7 +62,8 @@ def compared_stages(
         except runtime_errors() as error:  # its optimizer may fail where the plain model loads
             compared[name] = f"onnxruntime cannot load it: {said(error)}"
             continue
-        compared |= compare(original, stage, samples.feeds, judge.scores, tell, None if marks is None else marks.note)
+        found = compare(original, stage, samples.feeds, judge.scores, tell, None if marks is None else marks.note)
+        compared[name] = found[name]
         stage.clear()
         trim()
     # What onnxruntime's own optimizer changes in the original, or a random operator does, is no loss of a stage.
