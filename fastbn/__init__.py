@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds
     from fastbn.deployment import Deployment, deploy
     from fastbn.graph import Fold, FoldResult, Kept, Parity
     from fastbn.graph.job import fold, verify
+    from fastbn.kernel_bench import bench_kernels, kernel_schedule
     from fastbn.reestimation import Reestimation, reestimate
     from fastbn.zoo import Zoo, fold_all
 
@@ -35,6 +36,7 @@ _LATER = {
     **dict.fromkeys(("Fold", "FoldResult", "Kept", "Parity", "fold", "verify"), "fastbn.graph"),
     **dict.fromkeys(("Deployment", "deploy"), "fastbn.deployment"),
     **dict.fromkeys(("Reestimation", "reestimate"), "fastbn.reestimation"),
+    **dict.fromkeys(("bench_kernels", "kernel_schedule"), "fastbn.kernel_bench"),
     **dict.fromkeys(("Zoo", "fold_all"), "fastbn.zoo"),
 }
 
@@ -61,12 +63,14 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_train",
     "batch_stats",
+    "bench_kernels",
     "deploy",
     "fold",
     "fold_all",
     "fold_conv",
     "fold_linear",
     "get_num_threads",
+    "kernel_schedule",
     "kernels",
     "merge_stats",
     "reestimate",

@@ -154,6 +154,18 @@ cdef class Job:
         self.set_statistics(batch_mean, batch_m2, 0)
         self.run_train()
 
+    def describe(self, *, strides, bint has_dy, bint has_stats):
+        """Say how a job is run on tensors of these strides, in elements, without memory: the fields of fbn_description."""
+        cdef fbn_description description
+        cdef double stats
+        self.set_tensor(&self.c.x, (64, strides, None), "x")
+        self.set_tensor(&self.c.out, (128, strides, None), "out")
+        self.set_tensor(&self.c.dy, (192, strides, None) if has_dy else None, "dy")
+        self.c.batch_mean = self.c.batch_m2 = &stats if has_stats else NULL
+        fbn_describe(&description, &self.c)
+        self.c.batch_mean = self.c.batch_m2 = NULL
+        return description
+
     def stats(self, *, x, batch_mean, batch_m2):
         """Write statistics into batch_mean and batch_m2."""
         self.set_tensor(&self.c.x, x, "x")

@@ -56,6 +56,11 @@ cdef extern from "fastbn.h" nogil:
                           int64_t S, fbn_dtype dtype)
     int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps)
     int64_t fbn_work_bytes(const fbn_job *job)
+    ctypedef struct fbn_description:
+        int threads, streams, reduces_by_columns, maps_by_columns, fused
+        int64_t bytes, most_bytes, core_cache, last_cache
+
+    void fbn_describe(fbn_description *description, const fbn_job *job)
     void fbn_infer(const fbn_job *job, void *work)
     void fbn_train(const fbn_job *job, double momentum, int unbiased, void *work)
     void fbn_stats(const fbn_job *job, void *work)
@@ -68,6 +73,7 @@ cdef extern from "fastbn.h" nogil:
     int fbn_kernel_name(int index, char *name, int size)
     int fbn_num_threads()
     void fbn_set_num_threads(int threads)
+    int fbn_spin_microseconds()
 
 
 def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, int64_t M, int64_t C, int64_t S, int dtype):
@@ -244,6 +250,11 @@ def kernel_names():
 def num_threads():
     """The most threads that a call uses."""
     return fbn_num_threads()
+
+
+def spin_microseconds():
+    """How long threads look for the next call before they sleep."""
+    return fbn_spin_microseconds()
 
 
 def set_num_threads(int threads):

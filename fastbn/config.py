@@ -22,6 +22,7 @@ class Config(TypedDict):
     isa: str
     isa_available: list[str]
     threads: int
+    spin_microseconds: int
     python: str
     platform: str
     machine: str
@@ -158,8 +159,9 @@ def show_config() -> Config:
     Returns
     -------
     dict
-        version, isa (in use), isa_available (names, the best first), threads (the most that a call uses), python, platform, machine,
-        cpus (those this process may use), numpy, onnx and onnxruntime (None where not installed).
+        version, isa (in use), isa_available (names, the best first), threads (the most that a call uses), spin_microseconds (how long
+        they look for the next call before they sleep), python, platform, machine, cpus (those this process may use), numpy, onnx and
+        onnxruntime (None where not installed).
 
     Examples
     --------
@@ -184,6 +186,7 @@ def show_config() -> Config:
         "isa": _native.isa(),
         "isa_available": _native.isas(),
         "threads": get_num_threads(),
+        "spin_microseconds": _native.spin_microseconds(),
         "python": platform.python_version(),
         "platform": sys.platform,
         "machine": platform.machine(),

@@ -67,6 +67,19 @@ int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps);
 /* Bytes of scratch that the functions below need for this job; they allocate nothing themselves. */
 int64_t fbn_work_bytes(const fbn_job *job);
 
+/* How a job is run here: what no result depends on. */
+typedef struct {
+    int threads;            /* that work on it */
+    int streams;            /* its map stores past the cache */
+    int reduces_by_columns; /* sums of columns side by side, instead of channel by channel */
+    int maps_by_columns;
+    int fused;                      /* some channels are mapped as soon as they are reduced, in the core's cache */
+    int64_t bytes;                  /* of all tensors that it reads or writes, */
+    int64_t most_bytes;             /* above which it streams */
+    int64_t core_cache, last_cache; /* bytes, read from the system or guessed */
+} fbn_description;
+void fbn_describe(fbn_description *description, const fbn_job *job);
+
 /* Inference: reads mean and var. */
 void fbn_infer(const fbn_job *job, void *work);
 /* Training forward: writes the batch statistics; mean and var, where given, are the running ones and move by momentum. */
@@ -92,5 +105,8 @@ int fbn_kernel_name(int index, char *name, int size);
 /* The most threads a call uses; at least 1. The first call reads FASTBN_NUM_THREADS, the affinity mask and the cgroup quota. */
 int fbn_num_threads(void);
 void fbn_set_num_threads(int threads);
+
+/* Microseconds for which threads look for the next call before they sleep. */
+int fbn_spin_microseconds(void);
 
 #endif

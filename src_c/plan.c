@@ -76,6 +76,12 @@ static int64_t traffic(const fbn_plan *plan) {
     return count * job->N * job->C * job->S * plan->element_bytes;
 }
 
+/* Bytes of a job that stay in the last cache. What a reduction reads leaves less room for what its map writes. docs/numerics.md: streaming
+ * stores. */
+static int64_t most_cached(const fbn_plan *plan) {
+    return fbn_last_cache() / (plan->map_only ? 2 : 3);
+}
+
 static void find_memory_order(fbn_memory_order *memory, const fbn_job *job, int channels_last) {
     memory->adjacent = !channels_last && all_strides(job, c_stride, job->S, one_element);
     memory->span = channels_last ? 1 : job->S;
@@ -216,9 +222,22 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
-    /* What a reduction reads leaves less room in the cache for what its map writes. docs/numerics.md: streaming stores. */
-    plan->stream = !in_place && traffic(plan) > fbn_last_cache() / (plan->map_only ? 2 : 3);
+    plan->stream = !in_place && traffic(plan) > most_cached(plan);
     if (elements > 0)
         cut(plan);
     return lay_out(plan, work);
+}
+
+void fbn_describe(fbn_description *description, const fbn_job *job) {
+    fbn_plan plan;
+    fbn_plan_job(&plan, job, NULL);
+    *description = (fbn_description){.threads = plan.threads,
+                                     .streams = plan.stream,
+                                     .reduces_by_columns = plan.reduction.layout == FBN_NSC,
+                                     .maps_by_columns = plan.map.layout == FBN_NSC,
+                                     .fused = plan.reduction.fused,
+                                     .bytes = traffic(&plan),
+                                     .most_bytes = most_cached(&plan),
+                                     .core_cache = fbn_core_cache(),
+                                     .last_cache = fbn_last_cache()};
 }

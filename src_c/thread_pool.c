@@ -197,6 +197,11 @@ int fbn_num_threads(void) {
     return atomic_load(&num_threads);
 }
 
+int fbn_spin_microseconds(void) {
+    pthread_once(&once, initialize);
+    return atomic_load(&spin_microseconds);
+}
+
 static void run_alone(const fbn_phase *phases, int count, void *context) {
     for (int i = 0; i < count; i++)
         for (int64_t index = 0; index < phases[i].tasks; index++)

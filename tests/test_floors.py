@@ -19,7 +19,7 @@ FLOORS = [
     ["affine", "_check", "sync"],
     ["reference", "config", "folding", "conversion"],
     ["functional", "backward_halves"],
-    ["layers", "_torch.__init__"],
+    ["kernel_bench", "layers", "_torch.__init__"],
     ["_torch.kernels"],
     ["_torch.distributed"],
     ["_torch.operators", "_torch.population", "_torch.inventory"],
@@ -271,8 +271,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 C_FLOORS = re.search(r"^    src_c: (.+(?:\n    .+)*)", CONTRIBUTING, re.MULTILINE)[1].split("<")
 C_FLOOR = {name: number for number, floor in enumerate(C_FLOORS) for name in re.findall(r"\w+", floor)}
 C_FILES = {path.name: path for path in sorted((ROOT / "src_c").iterdir())}
-C_SYSTEM = {"time", "pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
-C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string"}
+C_SYSTEM = {"pthread", "sched", "signal", "unistd", "immintrin", "emmintrin", "arm_neon"}  # beside C11's own
+C_STANDARD = {"math", "stdatomic", "stddef", "stdint", "stdio", "stdlib", "string", "time"}
 
 
 def c_unit(file):

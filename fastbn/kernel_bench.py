@@ -1,0 +1,231 @@
+"""Which way the kernels take for a shape on this machine, why, and how long it takes: what a user with another CPU can see and report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+
+from fastbn import _check, _native
+from fastbn.config import Config, get_num_threads, set_num_threads, show_config
+from fastbn.dtypes import dtype_code, dtype_name
+from fastbn.errors import ArgumentError
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
+from fastbn.geometry import find_layout
+from fastbn.stats import BatchStats
+
+__all__ = ["KernelBench", "Schedule", "Timing", "bench_kernels", "kernel_schedule"]
+
+Operation: TypeAlias = Literal["inference", "training", "backward"]
+Way: TypeAlias = Literal["by planes", "by columns"]
+
+OPERATIONS: tuple[Operation, ...] = ("inference", "training", "backward")
+
+# Elements that each thread has at least: SHARE of src_c/plan.c.
+SHARE = 65536
+
+# Calls that are timed at most.
+MOST_CALLS = 2000
+
+
+class Schedule(TypedDict):
+    """How one operation visits tensors of a shape; results do not depend on it. `reduction` is None where nothing is added up, `fused`
+    says whether channels are mapped as soon as they are reduced, and `why` gives the reasons, a sentence each."""
+
+    operation: Operation
+    reduction: Way | None
+    map: Way
+    fused: bool
+    store: Literal["streaming", "ordinary"]
+    threads: int
+    why: list[str]
+
+
+class Timing(Schedule):
+    """A schedule and its time: the 10th percentile of its calls in microseconds, and as a multiple of np.copyto of the same array."""
+
+    us: float
+    copies: float
+
+
+class KernelBench(TypedDict):
+    """What `bench_kernels` returns."""
+
+    shape: list[int]
+    axis: int
+    dtype: str
+    bytes: int
+    copy_us: float
+    timings: list[Timing]
+    config: Config
+
+
+def _sizes(shape: Sequence[int], axis: int, dtype: Any) -> tuple[tuple[int, ...], int, np.dtype[Any], int]:
+    """Return the checked shape, the axis from 0 on, the dtype and its number."""
+    sizes = tuple(_check.positive_int(size, "shape") for size in shape)
+    if not sizes or math.prod(sizes) >= 1 << 40:
+        raise ArgumentError(f"Expected 1 to 2**40 elements, got {sizes} - at `shape`")
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(sizes) <= axis < len(sizes):
+        raise ArgumentError(f"Expected an axis of {len(sizes)} dimensions, got {axis!r} - at `axis`")
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentError(f"Expected a dtype, got {dtype!r} - at `dtype`") from error
+    code = dtype_code(resolved)
+    if code is None:
+        raise ArgumentError(f"Expected float32, float64, float16 or bfloat16, got {dtype_name(resolved)} - at `dtype`")
+    return sizes, axis % len(sizes), resolved, code
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MB"
+
+
+def _schedule(operation: Operation, sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any], code: int) -> Schedule:
+    strides = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    layout = find_layout(sizes, axis, 1, strides)
+    assert layout is not None  # C-contiguous memory always has one
+    plan = _native.Job(layout, code).describe(strides=strides, has_dy=operation == "backward", has_stats=operation != "inference")
+    elements, threads = math.prod(sizes), plan["threads"]
+    if threads == get_num_threads():
+        why = [f"{threads} thread{'s' * (threads > 1)}: all that may be used"]
+    else:
+        why = [f"{threads} thread{'s' * (threads > 1)}: each has at least {SHARE} of {elements} elements"]
+    most, cache = _megabytes(plan["most_bytes"]), _megabytes(plan["last_cache"])
+    relation = "more" if plan["streams"] else "no more"
+    store: Literal["streaming", "ordinary"] = "streaming" if plan["streams"] else "ordinary"
+    why.append(f"{store} stores: the tensors have {_megabytes(plan['bytes'])}, {relation} than {most} of a last cache of {cache}")
+    if operation != "inference" and plan["reduces_by_columns"]:
+        why.append("sums by columns: channels lie side by side, or planes are short and samples many")
+    elif operation != "inference":
+        why.append("sums by planes: the values of a channel lie side by side")
+    if plan["fused"] and operation != "inference":
+        why.append(f"fused: channels are mapped while a core's cache of {_megabytes(plan['core_cache'])} has them")
+    return {
+        "operation": operation,
+        "reduction": None if operation == "inference" else "by columns" if plan["reduces_by_columns"] else "by planes",
+        "map": "by columns" if plan["maps_by_columns"] else "by planes",
+        "fused": bool(plan["fused"]) and operation != "inference",
+        "store": store,
+        "threads": threads,
+        "why": why,
+    }
+
+
+def kernel_schedule(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32") -> list[Schedule]:
+    """Return how inference, training and the backward pass visit C-contiguous tensors of a shape on this machine, and why.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Sizes of at least 1; no memory of that size is taken.
+    axis : int
+        The channel axis.
+    dtype : dtype
+        float32, float64, float16 or ml_dtypes.bfloat16.
+
+    Returns
+    -------
+    list of dict
+        One `Schedule` for each operation, for the number of threads in use. docs/numerics.md says where each limit comes from.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A size, the axis or the dtype cannot be used.
+
+    Examples
+    --------
+    >>> [row["reduction"] for row in kernel_schedule((32, 64, 56, 56))]
+    [None, 'by planes', 'by planes']
+    >>> kernel_schedule((32, 56, 56, 64), axis=-1)[1]["reduction"]
+    'by columns'
+    """
+    return [_schedule(operation, *_sizes(shape, axis, dtype)) for operation in OPERATIONS]
+
+
+def _time(call: Callable[[], object], seconds: float) -> float:
+    """Return the 10th percentile of the time of a call, in microseconds."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < MOST_CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 10] * 1e6
+
+
+def _calls(sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> tuple[Callable[[], object], dict[Operation, Callable[[], object]]]:
+    """Return a copy and the operations, over arrays of their own."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(sizes, dtype=np.float32).astype(dtype) for _ in range(2))
+    out, channels = np.zeros_like(x), sizes[axis]
+    values = np.ones(channels, np.float32)
+    stats = BatchStats(x.size // channels, np.zeros(channels), np.full(channels, float(x.size // channels)))
+    return lambda: np.copyto(out, x), {
+        "inference": lambda: batch_norm(x, values, values, values, values, axis=axis, out=out),
+        "training": lambda: batch_norm_train(x, values, values, axis=axis, out=out),
+        "backward": lambda: batch_norm_backward(dy, x, stats, values, values, axis=axis, out=out),
+    }
+
+
+def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32", seconds: float = 0.2) -> KernelBench:
+    """Measure inference, training and the backward pass of a shape on this machine, on one thread and on all, beside a copy.
+
+    Parameters
+    ----------
+    shape, axis, dtype
+        As in `kernel_schedule`; four arrays of this size are allocated.
+    seconds : float
+        For each figure.
+
+    Returns
+    -------
+    dict
+        A `KernelBench`: times in microseconds and in copies, each with its schedule and the reasons for it. A copy of the same array
+        (np.copyto, one thread) is what memory or the cache allow; tools/bench_kernels.py has more roofs and other libraries.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        As `kernel_schedule`; `seconds` is not a positive number.
+    MemoryError
+        The arrays do not fit.
+
+    Examples
+    --------
+    >>> bench = bench_kernels((2, 3, 8, 8), seconds=0.001)
+    >>> [row["operation"] for row in bench["timings"] if row["threads"] == 1][:3]
+    ['inference', 'training', 'backward']
+    """
+    sizes, axis, resolved, code = _sizes(shape, axis, dtype)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 3600:
+        raise ArgumentError(f"Expected a number of seconds above 0, got {seconds!r} - at `seconds`")
+    copy, calls = _calls(sizes, axis, resolved)
+    copy_us = _time(copy, seconds)
+    most = get_num_threads()
+    timings: list[Timing] = []
+    try:
+        for threads in sorted({1, most}):
+            set_num_threads(threads)
+            for operation, call in calls.items():
+                schedule = _schedule(operation, sizes, axis, resolved, code)
+                if threads > 1 and schedule["threads"] == 1:
+                    continue
+                us = _time(call, seconds)
+                timings.append({**schedule, "us": us, "copies": us / copy_us})
+    finally:
+        set_num_threads(most)
+    return {
+        "shape": list(sizes),
+        "axis": axis,
+        "dtype": dtype_name(resolved),
+        "bytes": math.prod(sizes) * resolved.itemsize,
+        "copy_us": copy_us,
+        "timings": timings,
+        "config": show_config(),
+    }

@@ -1,0 +1,97 @@
+"""What kernel_schedule says is what the kernels do, and bench_kernels measures it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import bench_kernels, kernel_schedule
+from fastbn.kernel_bench import SHARE
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = fastbn.get_num_threads()
+    yield
+    fastbn.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "reduction", "mapped", "fused"),
+    [
+        ((32, 64, 56, 56), 1, "by planes", "by planes", True),
+        ((32, 56, 56, 64), -1, "by columns", "by columns", False),
+        ((32, 64, 7, 7), 1, "by columns", "by planes", False),
+        ((64, 512), 1, "by columns", "by columns", False),
+        ((5000,), 0, "by columns", "by columns", False),
+    ],
+)
+def test_the_way(shape, axis, reduction, mapped, fused):
+    fastbn.set_num_threads(1)
+    inference, training, backward = kernel_schedule(shape, axis=axis)
+    assert inference["reduction"] is None
+    assert not inference["fused"]
+    for row in (training, backward):
+        assert (row["reduction"], row["fused"]) == (reduction, fused)
+    assert {row["map"] for row in (inference, training, backward)} == {mapped}
+
+
+def test_threads_follow_from_the_size():
+    fastbn.set_num_threads(4)
+    for elements, threads in ((SHARE, 1), (2 * SHARE - 1, 1), (2 * SHARE, 2), (3 * SHARE, 3), (100 * SHARE, 4)):
+        row = kernel_schedule((1, 1, elements))[1]
+        assert row["threads"] == threads
+        limit = f"at least {SHARE} of {elements} elements" if threads < 4 else "all that may be used"
+        assert row["why"][0] == f"{threads} thread{'s' * (threads > 1)}: " + (f"each has {limit}" if threads < 4 else limit)
+
+
+def test_the_store_follows_from_bytes_and_cache():
+    for operation in range(3):
+        small, large = (kernel_schedule((n, 64, 16, 16))[operation] for n in (1, 1 << 20))
+        assert (small["store"], large["store"]) == ("ordinary", "streaming")
+        assert "no more than" in small["why"][1]
+        assert ", more than" in large["why"][1]
+    halves = kernel_schedule((3, 64, 16, 16), dtype=np.float16)[0]["why"][1]
+    assert "the tensors have 0.188 MB" in halves
+
+
+def test_measured():
+    bench = bench_kernels((4, 8, 128, 128), seconds=0.01)
+    assert json.loads(json.dumps(bench)) == bench
+    assert (bench["shape"], bench["axis"], bench["dtype"], bench["bytes"]) == ([4, 8, 128, 128], 1, "float32", 4 * 8 * 128 * 128 * 4)
+    for row in bench["timings"]:
+        assert row["us"] > 0
+        assert row["copies"] == row["us"] / bench["copy_us"]
+    assert [row["operation"] for row in bench["timings"]][:3] == ["inference", "training", "backward"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": (2, 0)}, r"Expected an integer >= 1, got 0 - at `shape`"),
+        ({"shape": ()}, r"Expected 1 to 2\*\*40 elements, got \(\) - at `shape`"),
+        ({"shape": (1 << 20, 1 << 20)}, r"Expected 1 to 2\*\*40 elements, got .* - at `shape`"),
+        ({"shape": (2, 3), "axis": 2}, r"Expected an axis of 2 dimensions, got 2 - at `axis`"),
+        ({"shape": (2, 3), "dtype": "int8"}, r"Expected float32, float64, float16 or bfloat16, got int8 - at `dtype`"),
+        ({"shape": (2, 3), "dtype": "no"}, r"Expected a dtype, got 'no' - at `dtype`"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(fastbn.ArgumentError, match=message):
+        kernel_schedule(**arguments)
+    with pytest.raises(fastbn.ArgumentError, match=message):
+        bench_kernels(**arguments)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, True, "1", float("nan")])
+def test_refused_seconds(seconds):
+    with pytest.raises(fastbn.ArgumentError, match=r"Expected a number of seconds above 0, got .* - at `seconds`"):
+        bench_kernels((2, 3), seconds=seconds)
+    assert fastbn.get_num_threads() >= 1
+
+
+def test_threads_are_as_before_whatever_happens():
+    fastbn.set_num_threads(3)
+    bench_kernels((2, 3), seconds=0.001)
+    assert fastbn.get_num_threads() == 3
