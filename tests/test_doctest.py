@@ -9,7 +9,16 @@ import pytest
 import fastbn
 
 # Modules with examples; those of the graph wing need onnxruntime. The Keras wing runs its own, once for each backend.
-MODULES = ["fastbn.config", "fastbn.folding", "fastbn.functional", "fastbn.layers", "fastbn.memory", "fastbn.stats", "fastbn.torch"]
+MODULES = [
+    "fastbn.config",
+    "fastbn.folding",
+    "fastbn.functional",
+    "fastbn.kernel_bench",
+    "fastbn.layers",
+    "fastbn.memory",
+    "fastbn.stats",
+    "fastbn.torch",
+]
 MODULES += [
     "fastbn.graph.passes",
     "fastbn.deployment.result",
