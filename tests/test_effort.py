@@ -10,6 +10,7 @@ from onnx import helper, numpy_helper
 
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
+from fastbn.graph.parity import reach
 from fastbn.graph.planner.planning import plan
 from fastbn.graph.planner.search import Search
 from fastbn.graph.planner.view import GraphView
@@ -110,3 +111,18 @@ def test_the_effort_grows_as_the_model(kind, monkeypatch):
     assert small > 60
     assert large < 5 * small
     assert large < 256 * 160
+
+
+def test_the_effort_of_asking_which_folds_the_comparison_reaches(monkeypatch):
+    def asked(count):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(reach, "ignores_elements", lambda node, slot: seen.append(1) or False)
+            index = Index(storage.load(Model("chain", count).proto))
+            planning = plan(index)
+            assert (len(planning.plans), reach.unreached(index, planning, ["y"])) == (count, [])
+        return len(seen)
+
+    small, large = asked(16), asked(64)
+    assert small > 16
+    assert large < 5 * small

@@ -30,12 +30,18 @@ def unreached(index: Index, planning: Planning, outputs: Iterable[str], missed: 
     missed : sequence of str
         The choices of branches in which nothing was compared (comparable.with_branches).
     """
-    names, owners = set(outputs), _owners(index)
-    ends = {info.name for info in index.proto.graph.output}
+    owners = _owners(index)
+    reads = _reads(index, owners)
+    of_outputs = _sources(index, reads, {info.name for info in index.proto.graph.output})
+    of_compared = _sources(index, reads, set(outputs))
+
+    def changes(plan: Plan, sources: set[Value]) -> bool:
+        return any(value in sources for node in plan.leaving for value in node.outputs if value is not None)
+
     return [
         plan
         for plan in planning.plans
-        if _reaches(plan, index, owners, ends) and (_is_missed(plan, owners, missed) or not _reaches(plan, index, owners, names))
+        if changes(plan, of_outputs) and (_is_missed(plan, owners, missed) or not changes(plan, of_compared))
     ]
 
 
@@ -66,18 +72,25 @@ def _is_missed(plan: Plan, owners: Owners, missed: Sequence[str]) -> bool:
     return may_not_run and bool(taken) and len(taken) == 2 ** max(len(taken[0]) - len(path), 0)
 
 
-def _reaches(plan: Plan, index: Index, owners: Owners, names: set[str]) -> bool:
-    """Say whether one of these values of the main graph depends on the elements of what a plan changes."""
-    pending: list[Value] = [value for node in plan.leaving for value in node.outputs if value is not None]
-    seen = set(pending)
-    while pending:
-        value = pending.pop()
-        if value.scope is index.main and value.name in names:
-            return True
+def _reads(index: Index, owners: Owners) -> dict[Node, list[Value]]:
+    """Return node -> the values on whose elements it depends: those that it reads, and the outputs of its bodies."""
+    found: dict[Node, list[Value]] = {}
+    for value in (value for scope in index.scopes for value in scope.values.values()):
         following = [node for node, slot in value.readers if not ignores_elements(node, slot)]
         if value.is_output and value.scope.number in owners:
             following.append(owners[value.scope.number][0])
-        fresh = {output for node in following for output in node.outputs if output is not None} - seen
+        for node in following:
+            found.setdefault(node, []).append(value)
+    return found
+
+
+def _sources(index: Index, reads: dict[Node, list[Value]], names: set[str]) -> set[Value]:
+    """Return the values on whose elements one of these values of the main graph depends."""
+    pending = [value for name, value in index.main.values.items() if name in names]
+    seen = set(pending)
+    while pending:
+        producer = pending.pop().producer
+        fresh = set() if producer is None else set(reads.get(producer, ())) - seen
         seen |= fresh
         pending.extend(fresh)
-    return False
+    return seen
