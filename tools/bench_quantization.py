@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What int8 loses on real data: calibrated on random numbers, without data (--data-free), and on the data themselves.
+"""What int8 loses: calibrated on random numbers, without data (--data-free) before and after its layers are equalized, and on real data.
 
-    python tools/bench_quantization.py MODEL=DATA ... [--samples N] [--freeze-inputs] [--json FILE]
+    python tools/bench_quantization.py MODEL[=DATA] ... [--samples N] [--per-tensor] [--json FILE]
 
-Every model is quantized three times by `fastbn deploy`, each time whatever it loses, and then run on the data beside the original with
-onnxruntime's optimizer off. The cells are the relative error of the worst output, its SQNR in dB and the decisions that agree; the last
-rows are geometric means of the errors, as parts of what random calibration loses.
+Every model is quantized in each of these ways by `fastbn deploy`, whatever it loses, and run beside the original with onnxruntime's
+optimizer off: on the data, or, where there are none, on synthetic inputs of another seed, which say less. The cells are the relative error
+of the worst output, its SQNR in dB, the decisions that agree and, with labels, the accuracy. The last column is what `deploy` ships without
+being forced, and the latency of int8 beside the original on one thread, with its 99 % interval. Then come geometric means of the errors, as
+parts of what random calibration loses.
 """
 
 import argparse
@@ -19,64 +21,111 @@ import numpy as np
 import onnxruntime
 
 import fastbn
-from fastbn.deployment.compare import Original, compare
-from fastbn.deployment.samples import read_samples
-from fastbn.deployment.scores import score_outputs
+from fastbn.deployment import data_free
+from fastbn.deployment.compare import REFERENCE, Original, compare
+from fastbn.deployment.options import Options
+from fastbn.deployment.samples import random_samples, read_samples
+from fastbn.deployment.stages import marks_for
+from fastbn.deployment.verdict import Judge
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.runtime import Runnable, session
 
-WAYS = ("random", "data-free", "data")
+WAYS = ("random", "data-free", "equalized", "data")
 
 
-def measured(model, data, samples, freeze_inputs):
-    """Return {way: (relative error, decisions that agree or None)} of a model; a way that int8 refuses is missing."""
-    index = Index(storage.load(model), freeze_inputs)
-    feeds = read_samples(data, index, samples).feeds
-    options = {"quantize": True, "max_drop": 1, "float_nodes": 0, "runs": 1, "freeze_inputs": freeze_inputs}
-    found = {}
+def inputs(index, reference, data, samples):
+    """Return what a model is compared on: its data, or synthetic inputs that are not those of the calibration."""
+    if data:
+        return read_samples(data, index, samples, ignore_unknown=True)
+    like = random_samples(reference, index, {}, 1, 1)
+    like = random_samples(reference, index, {}, 1, data_free.feeds_wanted(like.feeds[0]))
+    like.feeds[:] = data_free.data_free(index, like.feeds, 1).feeds
+    return like
+
+
+def quantized(model, data, way, options):
+    """Return the bytes of the model that is calibrated in one way, None where int8 refuses it."""
+    usual, more = data_free.equalized, {"data": data, "ignore_unknown": True} if way == "data" else {}
+    if way == "data-free":
+        data_free.equalized = lambda *_: {}
+    try:
+        free = way in ("data-free", "equalized")
+        return fastbn.deploy(model, quantize=True, max_drop=1, float_nodes=0, runs=1, data_free=free, **options, **more).quantized
+    finally:
+        data_free.equalized = usual
+
+
+def measured(model, data, samples, per_tensor):
+    """Return {way: (relative error, decisions that agree or None, accuracy or None)} of a model, and what is shipped."""
+    index = Index(storage.load(model), True)
+    reference = Runnable.of(index.source).session()
+    given = inputs(index, reference, data, samples)
+    options = {"freeze_inputs": True, "per_tensor": per_tensor, "most_samples": samples}
+    judge = Judge.of(Options(), index, given.labels is not None)
+    marks = marks_for(reference, index, given, judge)
     with tempfile.TemporaryDirectory() as folder:
         stages = {}
-        for way in WAYS:
-            more = {"data": data, "most_samples": samples} if way == "data" else {"data_free": way == "data-free"}
-            made = fastbn.deploy(model, **options, **more)
-            if made.quantized is not None:
+        for way in WAYS if data else WAYS[:-1]:
+            made = quantized(model, data, way, options)
+            if made is not None:
                 path = Path(folder) / f"{way}.onnx"
-                path.write_bytes(made.quantized)
+                path.write_bytes(made)
                 stages[way] = session(str(path), optimize=True)
-        compared = compare(Original(Runnable.of(index.source).session()), stages, feeds, score_outputs(index))
+        compared = compare(Original(reference), stages, given.feeds, judge.scores, None, None if marks is None else marks.note)
+    found = {}
     for way, agreements in compared.items():
         errors = [each.relative for each in agreements if each.relative is not None]
         decisions = [each.top1 for each in agreements if each.top1 is not None]
-        found[way] = max(errors), min(decisions, default=None)
-    return found
+        accuracy = None if marks is None else marks.accuracy(way, REFERENCE).part
+        found[way] = max(errors), min(decisions, default=None), accuracy
+    more = {"data": data, "ignore_unknown": True} if data else {"data_free": True}
+    return found, shipped(fastbn.deploy(model, quantize=True, **options, **more))
+
+
+def shipped(made):
+    """Return what is shipped, and the latency of int8."""
+    rows = [row for row in made.latency if row["model"] == "quantized" and row["threads"] == 1]
+    times = [f"int8 {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in rows if row["low"] is not None]
+    refused = made.quantization.refused or next((stage.refused for stage in made.stages if stage.name == "quantized"), "")
+    reason = "" if made.shipped == "quantized" else "too large a loss" if refused and "beside" not in refused else "no faster"
+    return "; ".join(filter(None, [made.shipped, *times, reason]))
 
 
 def cell(found):
     if found is None:
-        return "refused"
-    relative, decisions = found
-    return f"{relative:.2g}, {-20 * math.log10(relative):.0f} dB" + ("" if decisions is None else f", {decisions:.1%}")
+        return "-"
+    relative, decisions, accuracy = found
+    text = f"{relative:.2g}, {-20 * math.log10(relative):.0f} dB" + ("" if decisions is None else f", {decisions:.1%}")
+    return text + ("" if accuracy is None else f", accuracy {accuracy:.1%}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", metavar="MODEL=DATA", nargs="+")
+    parser.add_argument("models", metavar="MODEL[=DATA]", nargs="+")
     parser.add_argument("--samples", type=int, default=360)
-    parser.add_argument("--freeze-inputs", action="store_true")
+    parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = {}
     print(f"onnxruntime {onnxruntime.__version__}, {platform.machine()}\n")
-    print(f"| | {' | '.join(WAYS)} |", "|---" * 4 + "|", sep="\n")
+    print(f"| | {' | '.join(WAYS)} | shipped |", "|---" * 6 + "|", sep="\n")
     for text in options.models:
         model, _, data = text.partition("=")
-        found = rows[Path(model).stem] = measured(model, data, options.samples, options.freeze_inputs)
-        print(f"| {Path(model).stem} | {' | '.join(cell(found.get(way)) for way in WAYS)} |", flush=True)
-    whole = [found for found in rows.values() if len(found) == len(WAYS)]
+        name = f"{Path(model).stem}{'' if data else ' (synthetic)'}"
+        try:
+            rows[name], what = measured(model, data or None, options.samples, options.per_tensor)
+        except fastbn.FastbnError as error:
+            print(f"| {name} | {error} |", flush=True)
+            continue
+        print(f"| {name} | {' | '.join(cell(rows[name].get(way)) for way in WAYS)} | {what} |", flush=True)
     for way in WAYS[1:]:
-        logs = [math.log(found[way][0] / found["random"][0]) for found in whole]
-        print(f"\n{way} loses {np.exp(np.mean(logs)):.2f} of what random calibration loses, in the geometric mean of {len(logs)}")
+        whole = [found for found in rows.values() if way in found and "random" in found and ("data" in found or way != "data")]
+        real = [found for found in whole if "data" in found]
+        for kind, some in (("all", whole), ("those with real data", real)):
+            logs = [math.log(found[way][0] / found["random"][0]) for found in some]
+            if logs:
+                print(f"\n{way} loses {np.exp(np.mean(logs)):.2f} of what random calibration loses, geometric mean of {len(logs)} ({kind})")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
