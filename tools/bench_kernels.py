@@ -1,6 +1,7 @@
 """Time the array functions beside NumPy, PyTorch, ONNX Runtime, oneDNN, JAX and TensorFlow, and beside what memory allows, in one run.
 
-    python tools/bench_kernels.py                                  a dozen shapes, float32, one thread and all
+    python tools/bench_kernels.py                                  twenty shapes, float32, one thread and all
+    python tools/bench_kernels.py --threads 1 2 4 8 16             the same on a machine with 16 cores, some minutes
     python tools/bench_kernels.py --shapes shapes.json             those of tools/shapes.json, or another list of {"N", "C", "spatial"}
     python tools/bench_kernels.py --json bench.json --chart bench.svg
     python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
@@ -33,6 +34,14 @@ import fastbn
 from fastbn import reference
 
 SHAPES = [
+    (64, 512),
+    (128, 2048),
+    (3136, 256),
+    (4096, 256),
+    (1, 2048, 7, 7),
+    (8, 19, 33, 33),
+    (32, 160, 7, 7),
+    (16, 24, 28, 28),
     (1, 64, 56, 56),
     (1, 64, 112, 112),
     (2, 256, 28, 28),
@@ -40,9 +49,8 @@ SHAPES = [
     (1, 3, 224, 224),
     (50, 512, 7, 7),
     (32, 2048, 7, 7),
-    (128, 2048),
-    (3136, 256),
     (96, 192, 17, 17),
+    (32, 1024, 14, 14),
     (32, 512, 28, 28),
     (32, 256, 56, 56),
     (32, 64, 112, 112),

@@ -52,52 +52,52 @@ def print_case(records, case):
         print(" | ".join(cells), flush=True)
 
 
-def markdown(records):
-    """The table of docs/benchmarks.md: float32, one thread, multiples of a copy, and what all threads bring."""
-    most = max(record["threads"] for record in records)
-    lines = [
-        "| shape | layout | copy us | read | train: fastbn / torch | backward: fastbn | backward, new dx: fastbn / torch "
-        f"| infer: fastbn / torch / ORT | infer+residual+relu: fastbn / torch | train, {most} threads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for shape, layout in dict.fromkeys((record["shape"], record["layout"]) for record in records):
-        where = {"shape": shape, "layout": layout, "dtype": "float32", "threads": 1}
-        copy = find(records, "copy", "roof", **where)
-
-        def multiples(operation, *sides, where=where, copy=copy):
-            times = [find(records, side, operation, **where) for side in sides]
-            return " / ".join(f"{us / copy:.2f}" if us else "-" for us in times)
-
-        gain = find(records, "fastbn", "train", **where) / find(records, "fastbn", "train", **{**where, "threads": most})
-        cells = [
-            "x".join(map(str, shape)),
-            layout if len(shape) > 2 else "NC",
-            f"{copy:.0f}",
-            multiples("roof", "read"),
-            multiples("train", "fastbn", "torch"),
-            multiples("backward", "fastbn"),
-            multiples("backward new", "fastbn", "torch"),
-            multiples("infer", "fastbn", "torch", "onnxruntime"),
-            multiples("fused", "fastbn", "torch"),
-            f"{gain:.2f} times as fast",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def best_peer(records, record, any_layout):
-    """The least time of a peer at what a record of fastbn times, in its layout or in any; None where no peer has it."""
+    """The least time of a peer at what a record of fastbn times, in its layout or in any, and its name; None where no peer has it."""
     names = ("backward", "backward new") if record["operation"] == "backward" else (record["operation"],)
     same = ("shape", "dtype", "threads") if any_layout else ("shape", "dtype", "threads", "layout")
     times = [
-        other["us"]
+        (other["us"], other["side"])
         for other in records
         if other["side"] not in ("fastbn", *ROOFS)
         and (any_layout or other["side"] != "onednn blocked")
         and other["operation"] in names
         and all(other[key] == record[key] for key in same)
     ]
-    return min(times, default=None)
+    return min(times, default=(None, None))
+
+
+def markdown(records):
+    """The table of docs/benchmarks.md: float32, fastbn and the best peers as multiples of a copy, a row for each number of threads."""
+    lines = [
+        "| shape | layout | threads | copy us | train: fastbn / same layout / any | backward: fastbn / same layout / any "
+        "| infer: fastbn / same layout / any | infer+residual+relu: fastbn / torch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cases = dict.fromkeys((record["shape"], record["layout"], record["threads"]) for record in records if record["dtype"] == "float32")
+    for shape, layout, threads in cases:
+        where = {"shape": shape, "layout": layout, "dtype": "float32", "threads": threads}
+        copy = find(records, "copy", "roof", **where)
+
+        def multiples(operation, where=where, copy=copy):
+            own = {**where, "operation": operation, "us": find(records, "fastbn", operation, **where)}
+            peers = [best_peer(records, own, any_layout) for any_layout in (False, True)]
+            cells = [f"{own['us'] / copy:.2f}", *(f"{us / copy:.2f} {LETTERS[side]}" if us else "-" for us, side in peers)]
+            return " / ".join(cells)
+
+        fused = [find(records, side, "fused", **where) for side in ("fastbn", "torch")]
+        cells = [
+            "x".join(map(str, shape)),
+            layout if len(shape) > 2 else "NC",
+            str(threads),
+            f"{copy:.0f}" if copy > 20 else f"{copy:.1f}",
+            *(multiples(operation) for operation in BEST_OF),
+            " / ".join(f"{us / copy:.2f}" if us else "-" for us in fused),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append("Best peers: " + ", ".join(f"{letter} {side}" for side, letter in LETTERS.items() if side != "fastbn") + ".")
+    return "\n".join(lines)
 
 
 def against_best(records):
@@ -108,7 +108,7 @@ def against_best(records):
             ratios = []
             for record in records:
                 if record["side"] == "fastbn" and record["threads"] == threads and record["operation"] in BEST_OF:
-                    peer = best_peer(records, record, any_layout)
+                    peer, _ = best_peer(records, record, any_layout)
                     if peer:
                         ratios.append((peer / record["us"], record))
             ratios.sort(key=lambda item: item[0])
