@@ -232,7 +232,7 @@ def test_a_data_file_that_changes_meanwhile(command, change, here, capfd, monkey
         return made
 
     changes = []
-    for module in ("graph.runtime", "graph.timing", "deployment.pipeline", "deployment.stages"):
+    for module in ("graph.runtime", "graph.timing", "deployment.stages", "deployment.quantized_stage"):
         monkeypatch.setattr(f"fastbn.{module}.session", changing)
     monkeypatch.setattr("fastbn.deployment.stages.resident_mb", lambda paths: {})
     onnx.save(conv_bn(), "other.onnx")

@@ -112,6 +112,7 @@ FLOORS = [
     ["deployment.report"],
     ["deployment.result"],
     ["deployment.float_search", "deployment.places", "deployment.stages", "deployment.verdict"],
+    ["deployment.quantized_stage"],
     [
         "reestimation.files",
         "reestimation.inputs",

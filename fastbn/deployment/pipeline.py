@@ -6,27 +6,22 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastbn.deployment.compare import Metric
-from fastbn.deployment.data_free import DataFree, calibrated_models, data_free, feeds_wanted
+from fastbn.deployment.data_free import DataFree, data_free, feeds_wanted
 from fastbn.deployment.evidence import Comparison, Goal, comparisons
-from fastbn.deployment.float_search import FloatSearch
 from fastbn.deployment.groups import Data
-from fastbn.deployment.measure import kernels_of, quick_ms, size_of
 from fastbn.deployment.options import FEWEST_ROWS, FLOAT_NODES, MOST_FEEDS, QUANTIZE_SECONDS, Options
 from fastbn.deployment.places import Location, call_text, check_paths
 from fastbn.deployment.provenance import now_and_here
-from fastbn.deployment.quantize import Made, QuantizerRefused, quantized_already
-from fastbn.deployment.quantizer import Quantizer
+from fastbn.deployment.quantized_stage import QuantizedStage
 from fastbn.deployment.recipe import Calibration, WeightType
 from fastbn.deployment.reestimated import NewStatistics, halves, reestimated
 from fastbn.deployment.result import Deployment, Quantization, Stage, StageName
 from fastbn.deployment.samples import Samples, random_samples, read_samples
 from fastbn.deployment.stages import compared_stages, marks_for, measured_stages, timed
-from fastbn.deployment.trade_off import TradeOff
 from fastbn.deployment.verdict import Judge, Verdict, unverified_warning, warnings_about
 from fastbn.errors import ArgumentError, expected
 from fastbn.graph import job
@@ -40,7 +35,6 @@ from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
 from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
-from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, session
 
 if TYPE_CHECKING:
     from fastbn.graph.model.storage import ModelLike
@@ -53,9 +47,6 @@ Progress: TypeAlias = Callable[[int, int, str, str], None]
 
 # Rows of random input where there is no data: to compare on, and to calibrate on.
 RANDOM_ROWS, RANDOM_ROWS_TO_CALIBRATE = 4, 32
-
-# The unfolded model is quantized only to count its kernels: that may take these seconds, and so many times as long as the folded one did.
-COUNTING_SECONDS, COUNTING = 30, 5
 
 STEPS = ("reading", "folding and verifying", "quantizing", "comparing outputs", "measuring latency", "measuring loading", "writing")
 
@@ -320,7 +311,11 @@ class _Pipeline:
             return compared_stages(both, reference, samples, judge, marks_for(reference, index, samples, judge), lambda text: None)[-1]
 
         allowed = (compared_alone, judge.max_drop)
-        quantization = self._quantize(files, samples, index, free, allowed) if self.options.quantize else None
+        quantization = None
+        if self.options.quantize:
+            self._start("quantizing")
+            maker = QuantizedStage(self.options, self.workdir, self._folded, self._tell)
+            quantization = maker.run(files, samples, index, free, allowed)
         self._start("comparing outputs")
         index.source.give_pages_back()
         compared = compared_stages(files, reference, samples, judge, marks, self._tell)
@@ -343,93 +338,6 @@ class _Pipeline:
         folded = self.workdir / "folded.onnx"
         fold.save(folded)
         return {"original": original, "folded": folded}
-
-    def _quantize(
-        self,
-        files: dict[StageName, Path],
-        samples: Samples,
-        index: Index,
-        free: DataFree | None,
-        allowed: tuple[Callable[[Path], Stage], float],
-    ) -> Quantization:
-        """Return what came of the quantization; a quantized model joins `files`. allowed is what compares one, and how much it may lose."""
-        self._start("quantizing")
-        recipe = self.options.recipe()
-        nodes = quantized_already(index.source.proto)
-        if nodes:
-            return Quantization(str(recipe), refused=f"the model is quantized already: it has {nodes}")
-        target = self.workdir / "quantized.onnx"
-        notes: tuple[str, ...] = () if free is None else free.notes
-        feeds = samples.feeds if free is None else free.feeds
-        with Quantizer(self.workdir, feeds, self.options.quantize_timeout) as quantizer:
-            try:
-                began = time.monotonic()
-                path, restated = files["folded"], list[tuple[Path, list[int]]]()
-                if free is not None:
-                    per_channel = not self.options.per_tensor
-                    path, restated, more = calibrated_models(path, free, index.source, self._folded, per_channel, self._tell)
-                    notes += more
-                make = partial(quantizer.quantize, path, recipe=recipe, restated=restated)
-                made = make(target, progress=self._tell)
-                notes += made.notes
-                spent = time.monotonic() - began
-                session(str(target), optimize=True)
-                kernels = kernels_of(target, samples.feeds[0], self.workdir)
-                if kernels is not None and not kernels.other:
-                    raise QuantizerRefused("onnxruntime's quantizer refuses the model: none of what it made runs in integers")
-                files["quantized"], curve = self._searched(make, target, made.nodes, samples, allowed, spent)
-            except QuantizerRefused as reason:
-                return Quantization(str(recipe), notes, str(reason))
-            except runtime_errors() as error:
-                return Quantization(str(recipe), notes, f"onnxruntime cannot load what its quantizer made: {said(error)}")
-            if len(curve) > 1:
-                kernels = kernels_of(files["quantized"], samples.feeds[0], self.workdir)
-            limit = min(self.options.quantize_timeout, COUNTING_SECONDS + COUNTING * spent)
-            counts = {
-                "folded": None if kernels is None else kernels.float,
-                **self._count_unfolded(quantizer, files["original"], samples, limit),
-            }
-        return Quantization(str(recipe), notes, float_kernels=counts, trade_off=curve)
-
-    def _searched(
-        self,
-        make: Callable[..., Made],
-        target: Path,
-        nodes: Sequence[str],
-        samples: Samples,
-        allowed: tuple[Callable[[Path], Stage], float],
-        spent: float,
-    ) -> tuple[Path, tuple[TradeOff, ...]]:
-        """Return the quantized model with as few nodes in float as it takes to lose no more than it may, and the curve on the way;
-        `target`, and no curve, where that loses no more, or no search is wanted."""
-        compared, max_drop = allowed
-        drop = compared(target).drop if self.options.float_nodes else None
-        if drop is None or drop <= max_drop:
-            return target, ()
-        limit = self.options.quantize_timeout - spent
-
-        def quantize(path: Path, only: Sequence[str], left: Sequence[str]) -> Made:
-            return make(path, only=only, left=left, seconds=max(limit, 1.0))
-
-        def cost(path: Path) -> tuple[int, float | None]:
-            return size_of(path), quick_ms(path, samples.feeds[0])
-
-        return FloatSearch(quantize, compared, cost, self.workdir, limit, self._tell).run(target, nodes, self.options.float_nodes, max_drop)
-
-    def _count_unfolded(self, quantizer: Quantizer, original: Path, samples: Samples, limit: float) -> dict[str, int | None]:
-        """Return how many kernels are left in float without the fold, with onnxruntime's own pre-processing and without it."""
-        counts: dict[str, int | None] = {}
-        for key, optimize in (("unfolded", True), ("unfolded_raw", False)):
-            self._tell("the unfolded model, for comparison")
-            target = self.workdir / f"{key}.onnx"
-            try:
-                # What is quantized does not depend on the ranges, so one feed will do.
-                quantizer.quantize(original, target, recipe=self.options.recipe(), most_feeds=1, optimize=optimize, seconds=limit)
-                kernels = kernels_of(target, samples.feeds[0], self.workdir)
-            except QuantizerRefused:
-                kernels = None
-            counts[key] = None if kernels is None else kernels.float
-        return counts
 
     def _measure(
         self, stages: list[Stage], files: Mapping[StageName, Path], samples: Samples
