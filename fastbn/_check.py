@@ -13,6 +13,7 @@ import numpy as np
 from fastbn import _native
 from fastbn.dtypes import DTYPES, dtype_code, dtype_name
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.masks import unmasked
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def converted(read: Callable[[ValueT], ResultT], value: ValueT, what: str, where
 
 
 def _array(value: npt.ArrayLike, where: str) -> Array:
-    array = converted(_detached, value, "an array", where)
+    array = converted(_detached, unmasked(value, where), "an array", where)
     if dtype_name(array.dtype) not in DTYPES:
         got = type(value).__name__ if array.dtype == object else str(array.dtype)
         raise ArgumentTypeError(expected(f"an array of {', '.join(DTYPES)}", got, where))
@@ -125,6 +126,8 @@ def _number(value: SupportsFloat, where: str) -> float:
 
 
 def _float(value: SupportsFloat) -> float:
+    if isinstance(value, (str, bytes, bytearray)):  # float() would read a text
+        raise TypeError
     try:
         return float(value)
     except OverflowError:  # an integer that no float holds
@@ -161,7 +164,7 @@ def isa_of(value: str) -> str:
 def _ndarray(value: TensorLike | None, where: str) -> Array:
     """View an object with a buffer, a CPU DLPack or an array interface as an ndarray."""
     if isinstance(value, np.ndarray):
-        return np.asarray(value)
+        return np.asarray(unmasked(value, where))
     if getattr(value, "requires_grad", False) is True:
         got = "a tensor that requires grad, and no gradient comes back: give its detach(), or call fastbn.torch"
         raise ArgumentTypeError(expected("an array in CPU memory", got, where))

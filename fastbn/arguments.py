@@ -2,12 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
-from typing import Literal, NoReturn
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
+from fastbn.command_line import Parser, read
 from fastbn.errors import ArgumentError, expected
 
-__all__ = ["Arguments", "input_shapes", "names", "parser"]
+__all__ = ["Arguments", "input_shapes", "names", "parsed", "parsers", "with_options"]
 
 # Digits of the largest size that a file can hold; int() refuses thousands of them.
 MOST_DIGITS = 19
@@ -24,12 +26,15 @@ WEIGHT_TYPES = ("auto", "int8", "uint8", "int7")
 
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
+# The end of an error: the argument of Python's function that it is about.
+ABOUT = re.compile(r" - at `(\w+)(?:\[.*\])?`$")
+
 
 class Arguments(argparse.Namespace):
     """What the command line says: its words, the name of the command, and the attributes that its function `_add_...` adds, no others."""
 
     line: str
-    command: str
+    command: str = ""
     debug: bool = False
     limits: str | None = None
     quiet: bool = False
@@ -39,7 +44,7 @@ class Arguments(argparse.Namespace):
     original: str
     folded: str
     other: str | None
-    input_shape: list[str]
+    input_shapes: list[str]
     freeze_inputs: bool
     as_inference: bool
     rewrite_left: Literal["conv", "affine"] | None
@@ -47,10 +52,9 @@ class Arguments(argparse.Namespace):
     skip: list[str] | None
 
     # What is written.
-    output: str
-    chosen_output: str | None
+    output: str | None
+    named_output: str | None
     json: str | None
-    as_json: bool
     report: str | None
     force: bool
     in_place: bool
@@ -68,9 +72,8 @@ class Arguments(argparse.Namespace):
     labels: str | None
     ignore_unknown: bool
     quantize_timeout: float
-    runs: int
-    timed_runs: int | None
-    samples: int
+    runs: int | None
+    most_samples: int
     min_samples: int
     seed: int
     calibration: Literal["minmax", "entropy", "percentile"]
@@ -83,7 +86,7 @@ class Arguments(argparse.Namespace):
 
     # Options of many folds.
     sources: list[str]
-    folder: str
+    out: str
     jobs: int | None
     timeout: float
     again: bool
@@ -92,7 +95,7 @@ class Arguments(argparse.Namespace):
     paths: list[str]
     mode: Literal["population", "one-pass"]
     batch: int
-    most_samples: int | None
+    samples: int | None
     scheduler: str | None
     workers: int | None
     momentum: float | None
@@ -101,24 +104,58 @@ class Arguments(argparse.Namespace):
     threads: int
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors in one line."""
+def parsers(commands: Mapping[str, Callable[..., int]]) -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command line, and name -> that of each command.
 
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"Cannot read the arguments: {message} ({self.prog} --help shows them)")
+    commands is name -> the function that runs the command, whose docstring describes it.
+    """
+    from fastbn import __version__
 
-
-def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
-    """Return the parser of the command line; commands is name -> the function that runs the command, whose docstring describes it."""
-    top = _Parser(prog="fastbn", description="Batch normalization on CPUs: fold it out of ONNX models, verify, measure.")
+    top = Parser(prog="fastbn", description="Batch normalization on CPUs: fold it out of ONNX models, verify, measure.")
+    top.add_argument("--version", action="version", version=f"fastbn {__version__}")
     _add_debug(top)
-    below = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    below = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    made = {}
     for name, (add, summary) in COMMANDS.items():
-        each = below.add_parser(name, help=summary, description=commands[name].__doc__)
+        made[name] = each = below.add_parser(name, help=summary, description=commands[name].__doc__)
         add(each)
         _add_debug(each)
         each.set_defaults(command=name)
-    return top
+    return top, made
+
+
+def parsed(commands: Mapping[str, Callable[..., int]], words: Sequence[str]) -> Arguments:
+    """Return what a command line says; its command is "" where it names none.
+
+    Raises
+    ------
+    ArgumentError
+        A word is wrong, or one is missing.
+    SystemExit
+        The help or the version is printed.
+    """
+    top, below = parsers(commands)
+    arguments = Arguments()
+    parser = read(top, below, words, arguments)
+    named = getattr(arguments, "named_output", None)
+    if named is not None:
+        if arguments.output is not None:
+            parser.error(f"OUT is given twice, as {arguments.output} and with --output")
+        arguments.output = named
+    if arguments.command == "deploy" and arguments.output is None:
+        parser.error("the following arguments are required: OUT")
+    return arguments
+
+
+def with_options(message: str, command: str, commands: Mapping[str, Callable[..., int]]) -> str:
+    """Return an error about an argument of a Python function as one about the option of a command that gives it."""
+    about = ABOUT.search(message)
+    each = parsers(commands)[1].get(command) if about else None
+    for action in each._actions if each and about else ():
+        option = action.option_strings[-1] if action.option_strings else str(action.metavar)
+        if about and about[1] in (action.dest, option.lstrip("-").replace("-", "_")):
+            return f"{message[: about.start()]} - at `{option}`"
+    return message
 
 
 def _add_debug(each: argparse.ArgumentParser) -> None:
@@ -131,29 +168,42 @@ def _add_limits(each: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_output(each: argparse.ArgumentParser, what: str) -> None:
+    each.add_argument("output", metavar="OUT", nargs="?", help=f"{what}; - writes it to stdout")
+    each.add_argument("-o", "--output", dest="named_output", metavar="OUT", help="OUT, wherever it stands")
+
+
+def _add_json(each: argparse.ArgumentParser) -> None:
+    each.add_argument("--json", metavar="FILE", help=JSON)
+
+
+def _add_quiet(each: argparse.ArgumentParser) -> None:
+    each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
 def _add_fold(fold: argparse.ArgumentParser) -> None:
     fold.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
-    fold.add_argument("chosen_output", metavar="OUT", nargs="?", help="the folded model (IN with .folded.onnx); - writes it to stdout")
+    _add_output(fold, "the folded model (IN with .folded.onnx)")
     fold.add_argument("--dry-run", action="store_true", help="plan and report, verify and write nothing")
-    fold.add_argument("--json", metavar="FILE", help=JSON)
+    _add_json(fold)
     _add_selection(fold)
     fold.add_argument("--explain", metavar="GLOB", action="append", help="tell the whole search for nodes of these names (repeatable)")
     fold.add_argument("--no-verify", action="store_true", help="do not run the fold and the model in onnxruntime")
     fold.add_argument("--strict", action="store_true", help="exit with 3 when a batch normalization is left, neither folded nor rewritten")
     fold.add_argument("--in-place", action="store_true", help="replace IN")
     fold.add_argument("--force", action="store_true", help="replace an OUT that is no version of IN")
-    fold.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_quiet(fold)
     _add_input_shape(fold)
     _add_limits(fold)
 
 
 def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     deploy.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
-    deploy.add_argument("output", metavar="OUT", help="where the best stage that is good enough goes; - writes it to stdout")
+    _add_output(deploy, "where the best stage that is good enough goes")
     deploy.add_argument("--data", metavar="PATH", help="samples: .npz, .npy, .pb, or a folder of them; without it, random numbers")
     deploy.add_argument("--quantize", action="store_true", help="try static int8 quantization, calibrated on the data")
     deploy.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
-    deploy.add_argument("--json", metavar="FILE", help=JSON)
+    _add_json(deploy)
     deploy.add_argument("--force", action="store_true", help="replace an existing --report, and an OUT that is no version of IN")
     deploy.add_argument(
         "--max-drop", type=float, metavar="X", help="the most a stage may lose: 0.01 is 1 %% of the decisions, or of the outputs' size"
@@ -169,15 +219,16 @@ def _add_deploy(deploy: argparse.ArgumentParser) -> None:
     _add_verdict(deploy)
     deploy.add_argument(
         "--runs",
-        dest="timed_runs",
         type=int,
         metavar="N",
         help="timed runs of each stage (until their ratios are precise, for at most 3 s)",
     )
-    deploy.add_argument("--samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)")
+    deploy.add_argument(
+        "--samples", dest="most_samples", type=int, default=256, metavar="N", help="feeds of the data that are used at most (256)"
+    )
     deploy.add_argument("--min-samples", type=int, default=8, metavar="N", help="samples that --quantize asks for at least (8)")
     deploy.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (0)")
-    deploy.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_quiet(deploy)
     _add_selection(deploy)
     _add_input_shape(deploy)
     _add_limits(deploy)
@@ -202,9 +253,7 @@ def _add_recipe(deploy: argparse.ArgumentParser) -> None:
 
 def _add_reestimate(each: argparse.ArgumentParser) -> None:
     each.add_argument("input", metavar="IN", help="the model; - reads it from stdin")
-    each.add_argument(
-        "chosen_output", metavar="OUT", nargs="?", help="the model with new statistics (IN with .reestimated.onnx); - writes it to stdout"
-    )
+    _add_output(each, "the model with new statistics (IN with .reestimated.onnx)")
     each.add_argument(
         "--data",
         dest="paths",
@@ -215,7 +264,7 @@ def _add_reestimate(each: argparse.ArgumentParser) -> None:
         help="samples: .npz, .npy, .pb, folders, globs, fsspec URLs",
     )
     each.add_argument("--batch", type=int, default=32, metavar="N", help="samples that are run together (32)")
-    each.add_argument("--samples", dest="most_samples", type=int, metavar="N", help="samples that are used at most, evenly spaced (all)")
+    each.add_argument("--samples", type=int, metavar="N", help="samples that are used at most, evenly spaced (all)")
     each.add_argument("--mode", default="population", choices=["population", "one-pass"], help="what is estimated (population)")
     where = each.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do it: tcp://host:8786")
@@ -228,18 +277,20 @@ def _add_reestimate(each: argparse.ArgumentParser) -> None:
     each.add_argument("--threads", type=int, default=1, metavar="N", help="threads of one operator in onnxruntime (1)")
     each.add_argument("--dry-run", action="store_true", help="estimate and report, write no model")
     each.add_argument("--report", metavar="FILE", help="write the report as one HTML file (needs jinja2)")
-    each.add_argument("--json", metavar="FILE", help=JSON)
+    _add_json(each)
     each.add_argument("--force", action="store_true", help="replace an existing --report, and an OUT that is no version of IN")
-    each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_quiet(each)
     _add_limits(each)
 
 
 def _add_fold_all(each: argparse.ArgumentParser) -> None:
     each.add_argument("sources", metavar="SOURCE", nargs="+", help="models: folders (and what lies below), globs, files, fsspec URLs")
-    each.add_argument("--out", dest="folder", metavar="DIR", required=True, help="the folder of the folded models, or its fsspec URL")
+    each.add_argument(
+        *("-o", "--output", "--out"), dest="out", metavar="DIR", required=True, help="the folder of the folded models, or its fsspec URL"
+    )
     where = each.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do it: tcp://host:8786")
-    where.add_argument("--workers", type=int, metavar="N", help="models at once on this machine (as many as it has cores)")
+    where.add_argument("--workers", type=int, metavar="N", help="models at once on this machine (as many as it has cores); 0: one")
     each.add_argument("--jobs", type=int, metavar="N", help="models at once on a cluster (as many as its workers have threads)")
     each.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="what one model may take (600)")
     each.add_argument("--memory", default="8GiB", metavar="SIZE", help="what one model may take; 0: all there is (8GiB)")
@@ -250,7 +301,7 @@ def _add_fold_all(each: argparse.ArgumentParser) -> None:
     each.add_argument("--force", action="store_true", help="replace what stands in DIR and is no version of a model")
     each.add_argument("--again", action="store_true", help="fold what an earlier run has folded, too")
     each.add_argument("--json", metavar="LINES", help="write JSON Lines, one for each model; - writes them to stdout instead of the table")
-    each.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_quiet(each)
 
 
 def _add_verdict(deploy: argparse.ArgumentParser) -> None:
@@ -272,25 +323,26 @@ def _add_verdict(deploy: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:
-    verify.add_argument("original", metavar="A")
-    verify.add_argument("folded", metavar="B")
-    verify.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the line")
-    verify.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    verify.add_argument("original", metavar="A", help="a model; - reads it from stdin")
+    verify.add_argument("folded", metavar="B", help="the model that is to be the same; - reads it from stdin")
+    _add_json(verify)
+    _add_quiet(verify)
     _add_input_shape(verify)
     _add_limits(verify)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("original", metavar="A")
-    bench.add_argument("other", metavar="B", nargs="?", help="without it, A folded in memory")
+    bench.add_argument("original", metavar="A", help="a model; - reads it from stdin")
+    bench.add_argument("other", metavar="B", nargs="?", help="another; without it, A folded in memory")
     bench.add_argument("--runs", type=int, default=50, metavar="N", help="timed runs of each model (50)")
-    bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - writes it to stdout instead of the table")
+    _add_json(bench)
+    _add_quiet(bench)
     _add_input_shape(bench)
     _add_limits(bench)
 
 
 def _add_show_config(config: argparse.ArgumentParser) -> None:
-    config.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
+    _add_json(config)
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
@@ -317,7 +369,14 @@ def _add_selection(each: argparse.ArgumentParser) -> None:
 
 
 def _add_input_shape(each: argparse.ArgumentParser) -> None:
-    each.add_argument("--input-shape", metavar="NAME=D,D,...", action="append", default=[], help="sizes of a graph input (repeatable)")
+    each.add_argument(
+        "--input-shape",
+        dest="input_shapes",
+        metavar="NAME=D,D,...",
+        action="append",
+        default=[],
+        help="sizes of a graph input (repeatable)",
+    )
 
 
 def names(texts: list[str] | None) -> list[str] | None:
@@ -339,7 +398,7 @@ def _is_size(text: str) -> bool:
 def input_shapes(arguments: Arguments) -> dict[str, tuple[int, ...]]:
     """Return --input-shape as name -> sizes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for text in map(_utf8, arguments.input_shape):
+    for text in map(_utf8, arguments.input_shapes):
         name, equals, sizes = text.rpartition("=")
         numbers = sizes.split(",") if sizes else []
         if not (name and equals) or not all(map(_is_size, numbers)):

@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from fastbn.arguments import Arguments, input_shapes, names, parser
+from fastbn.arguments import Arguments, input_shapes, names, parsed, parsers, with_options
 from fastbn.confinement import Ended, confined, is_confined, limits_in
 from fastbn.delivery import (
     STREAM,
     Delivery,
     check_data_files,
     check_version,
+    in_place,
     input_name,
     model_place,
     place_beside,
@@ -36,9 +37,9 @@ from fastbn.delivery import (
     source_of,
     workdir_of,
 )
-from fastbn.errors import ArgumentError, FastbnError
+from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError
 from fastbn.interrupts import interrupts_deferred, interrupts_ignored, stoppable
-from fastbn.terminal import Progress, Steps, complain, emit, flush
+from fastbn.terminal import Progress, Steps, Tally, complain, emit, flush
 
 if TYPE_CHECKING:
     from fastbn.deployment.options import Options
@@ -71,15 +72,22 @@ def run() -> NoReturn:
 
 
 def _run(words: list[str], delivery: Delivery) -> int:
+    command = ""
     try:
         arguments = _parsed(words)
         arguments.line = shlex.join(["fastbn", *words])
+        command = arguments.command
+        if not command:
+            parsers(COMMANDS)[0].print_help(sys.stderr)
+            return UNUSABLE
         if arguments.limits is not None and not is_confined():
             return _within_limits(arguments, words, delivery)
         _load(arguments.command)
         code = COMMANDS[arguments.command](arguments, delivery)
         flush(sys.stdout)
         return code
+    except (ArgumentError, ArgumentTypeError) as error:
+        return _stop(f"{with_options(str(error), command, COMMANDS)}{_mentioned(delivery)}", UNUSABLE)
     except FastbnError as error:
         return _stop(f"{error}{_mentioned(delivery)}", UNUSABLE)
     except OSError as error:
@@ -109,8 +117,8 @@ def _load(command: str) -> None:
 
 def _parsed(argv: list[str]) -> Arguments:
     try:
-        return parser(COMMANDS).parse_args(argv, Arguments())
-    except SystemExit:  # the help is printed
+        return parsed(COMMANDS, argv)
+    except SystemExit:  # the help or the version is printed
         flush(sys.stdout)
         raise
 
@@ -149,7 +157,7 @@ def _remove_leftovers(arguments: Arguments) -> None:
     """Remove the hidden folders of a killed process where the command reads and writes."""
     from fastbn.graph.rewrite.workdir import remove_leftovers
 
-    named = (getattr(arguments, name, None) for name in ("input", "output", "chosen_output", "json", "report"))
+    named = (getattr(arguments, name, None) for name in ("input", "output", "json", "report"))
     for folder in {os.path.dirname(os.path.abspath(name)) for name in named if isinstance(name, str)} | {tempfile.gettempdir()}:
         remove_leftovers(Path(folder))
 
@@ -157,6 +165,13 @@ def _remove_leftovers(arguments: Arguments) -> None:
 def _stop(reason: str, code: int) -> int:
     complain(f"fastbn: {reason}")
     return code
+
+
+def _end(delivery: Delivery, what: str, reason: object, code: int) -> int:
+    """Say, for another exit code than 0, how it ended; and why, unless the report that is printed says so."""
+    if code == DONE:
+        return code
+    return _stop(f"{what} (exit code {code})" if delivery.is_shown else f"{what}: {reason}", code)
 
 
 def _fold(arguments: Arguments, delivery: Delivery) -> int:
@@ -167,7 +182,7 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
     name = input_name(arguments.input)
     target = None
     if not arguments.dry_run:
-        target = _in_place(arguments, name) if arguments.in_place else _beside(arguments, name, "folded")
+        target = in_place(name, arguments.output) if arguments.in_place else place_beside(name, arguments.output, "folded")
     delivery.choose([name], target=target, json=arguments.json, quiet=arguments.quiet)
     source = source_of(name)
     check_version(source, target, arguments.force or arguments.in_place)
@@ -197,27 +212,10 @@ def _fold(arguments: Arguments, delivery: Delivery) -> int:
     if arguments.in_place and delivery.has_left_data(source):
         delivery.mention("note    the data files that the model had before are still there; it reads them no more")
     if failed:
-        complain(f"fastbn: Cannot write the folded model: it differs from the original: {result.parity}; nothing written")
-        return FAILED
+        return _end(delivery, "Cannot write the folded model: it differs from the original", result.parity, FAILED)
     if result.parity is not None and result.parity.is_unverified:
-        complain(f"fastbn: done, not verified: {result.parity.reason or result.parity}")
-        return UNVERIFIED
+        return _end(delivery, "done, not verified", result.parity.reason or result.parity, UNVERIFIED)
     return LEFT if arguments.strict and result.kept else DONE
-
-
-def _in_place(arguments: Arguments, name: str) -> Path | str:
-    """Return where the result goes with --in-place."""
-    if arguments.chosen_output is not None:
-        raise ArgumentError(f"Cannot write '{arguments.chosen_output}': --in-place writes IN and no OUT")
-    if not os.path.isfile(name):
-        raise ArgumentError(f"Cannot replace '{name}': --in-place needs a file")
-    return model_place(name, None)
-
-
-def _beside(arguments: Arguments, name: str, what: str) -> Path | str:
-    """Return OUT, by default a name beside IN."""
-    hint = "; --in-place replaces it" if what == "folded" else ""
-    return place_beside(name, what) if arguments.chosen_output is None else model_place(arguments.chosen_output, name, hint)
 
 
 def _options(arguments: Arguments) -> Options:
@@ -240,8 +238,8 @@ def _options(arguments: Arguments) -> Options:
         as_inference=arguments.as_inference,
         rewrite_left=arguments.rewrite_left,
         seed=arguments.seed,
-        runs=arguments.timed_runs,
-        most_samples=arguments.samples,
+        runs=arguments.runs,
+        most_samples=arguments.most_samples,
         min_samples=arguments.min_samples,
         quantize_timeout=arguments.quantize_timeout,
         calibration=arguments.calibration,
@@ -263,8 +261,9 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
 
     options = _options(arguments)
     name = input_name(arguments.input)
-    check_paths(name, arguments.output, arguments.report, arguments.force)
-    target = model_place(arguments.output, name)
+    output = arguments.output or ""  # the parser demands it
+    check_paths(name, output, arguments.report, arguments.force, "--force")
+    target = model_place(output, name)
     delivery.choose([name, arguments.data], target=target, json=arguments.json, page=arguments.report, quiet=arguments.quiet)
     source = source_of(name)
     check_version(source, target, arguments.force)
@@ -286,9 +285,8 @@ def _deploy(arguments: Arguments, delivery: Delivery) -> int:
     delivery.deliver(report, deployment.lines(), deployment, page if arguments.report else None)
     if arguments.report:
         delivery.mention(f"report  {arguments.report}")
-    if deployment.status != "done":
-        complain(f"fastbn: {deployment.shipped or 'nothing'} shipped: {deployment.decision}")
-    return {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": UNVERIFIED}[deployment.status]
+    code = {"done": DONE, "partial": PARTIAL, "refused": FAILED, "unverified": UNVERIFIED}[deployment.status]
+    return _end(delivery, f"{deployment.shipped or 'nothing'} shipped", deployment.decision, code)
 
 
 def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
@@ -299,9 +297,9 @@ def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
     from fastbn.reestimation.job import reestimate
 
     name = input_name(arguments.input)
-    target = None if arguments.dry_run else _beside(arguments, name, "reestimated")
+    target = None if arguments.dry_run else place_beside(name, arguments.output, "reestimated")
     paths = [path for group in arguments.paths for path in group]
-    check_paths(name, target, arguments.report, arguments.force)
+    check_paths(name, target, arguments.report, arguments.force, "--force")
     delivery.choose([name, *paths], target=target, json=arguments.json, page=arguments.report, quiet=arguments.quiet)
     source = source_of(name)
     check_version(source, target, arguments.force)
@@ -315,7 +313,7 @@ def _reestimate(arguments: Arguments, delivery: Delivery) -> int:
             scheduler=arguments.scheduler,
             mode=arguments.mode,
             batch=arguments.batch,
-            samples=arguments.most_samples,
+            samples=arguments.samples,
             only=names(arguments.only),
             skip=names(arguments.skip),
             momentum=arguments.momentum,
@@ -337,26 +335,25 @@ def _fold_all(arguments: Arguments, delivery: Delivery) -> int:
     """Fold and verify many models, each in a process of its own with limits of time and memory; skip what an earlier run has done. Exit
     code 1 when a model failed its parity, else 4 when one could not be folded, else 5 when one is not verified."""
     from fastbn.graph.rewrite.replacement import atomic
-    from fastbn.reestimation.options import bytes_in
     from fastbn.zoo.job import fold_all
 
     flags = ("freeze_inputs", "as_inference", "no_verify", "force")
     options = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
     options += [f"--rewrite-left={arguments.rewrite_left}"] if arguments.rewrite_left else []
     delivery.choose([], json=arguments.json, quiet=arguments.quiet)
-    steps = Steps(arguments.quiet)
-    with steps:
+    tally = Tally(arguments.quiet)
+    with tally:
         zoo = fold_all(
             arguments.sources,
-            arguments.folder,
+            arguments.out,
             workers=arguments.workers,
             scheduler=arguments.scheduler,
             jobs=arguments.jobs,
             timeout=arguments.timeout,
-            memory=bytes_in(arguments.memory, "memory"),
+            memory=arguments.memory,
             options=options,
             again=arguments.again,
-            progress=lambda done, count, last: steps(done + 1, count + 1, last.source if last else "folding", last.status if last else ""),
+            progress=lambda done, count, last: tally(done, count, f"{last.source}: {last.status}" if last else "folding"),
         )
     rows = [json.dumps(each.to_dict()) for each in zoo.outcomes]
     if delivery.json == STREAM:
@@ -376,16 +373,14 @@ def _fold_all(arguments: Arguments, delivery: Delivery) -> int:
         if zoo.count("unverified")
         else DONE
     )
-    if code != DONE:
-        complain(f"fastbn: done, but not all is well: {zoo.lines()[-1]}")
-    return code
+    return _end(delivery, "not every model is folded and verified", zoo.lines()[-1], code)
 
 
 def _verify(arguments: Arguments, delivery: Delivery) -> int:
     """Compare two models on the same inputs, onnxruntime's optimizer off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared, 5 when what was compared proves nothing."""
     from fastbn.graph.job import verify
-    from fastbn.graph.results import SCHEMA
+    from fastbn.graph.results import SCHEMA, VerifyReport
 
     sources = [source_of(input_name(name)) for name in (arguments.original, arguments.folded)]
     delivery.choose([arguments.original, arguments.folded], json=arguments.json, quiet=arguments.quiet)
@@ -397,31 +392,26 @@ def _verify(arguments: Arguments, delivery: Delivery) -> int:
         # No element differs: the second model cannot be run, or has other outputs.
         parity = dataclasses.replace(parity, status="not-run")
     lines = [f"parity  {parity}", *(f"        {note}" for note in parity.notes)]
-    delivery.deliver({"schema": SCHEMA, "parity": parity.to_dict()}, lines)
+    report: VerifyReport = {"schema": SCHEMA, "parity": parity.to_dict()}
+    delivery.deliver(report, [] if parity.status == "not-run" else lines)
     if parity.status == "not-run":
-        complain(f"fastbn: Cannot compare the models: {parity.reason or parity}")
-    elif parity.status == "inconclusive":
-        complain(f"fastbn: not verified: {parity.reason or parity}")
-    return {"ok": DONE, "failed": FAILED, "not-run": UNUSABLE, "inconclusive": UNVERIFIED}[parity.status]
+        return _stop(f"Cannot compare the models: {parity.reason or parity}", UNUSABLE)
+    if parity.status == "inconclusive":
+        return _end(delivery, "not verified", parity.reason or parity, UNVERIFIED)
+    return DONE if parity.ok else FAILED
 
 
 def _bench(arguments: Arguments, delivery: Delivery) -> int:
     """Time two models in onnxruntime with its default options, run by run in turn, on one thread and on all: median and 90th percentile."""
-    from fastbn.graph.bench import bench
-    from fastbn.graph.report import table
+    from fastbn.graph.bench import BenchReport, bench, latency_table
     from fastbn.graph.results import SCHEMA
-    from fastbn.graph.timing import WORDS
 
     sources = [source_of(input_name(name)) for name in (arguments.original, arguments.other) if name is not None]
-    delivery.choose([arguments.original, arguments.other], json=arguments.json)
+    delivery.choose([arguments.original, arguments.other], json=arguments.json, quiet=arguments.quiet)
     check_data_files(sources, [delivery.json])
-    rows = bench(*sources, runs=arguments.runs, input_shapes=input_shapes(arguments))
-    cells = [["threads", "model", "median ms", "p90 ms", "of the original's time", "99 % interval", ""]]
-    for row in rows:
-        times = [f"{row[key]:.3f}" for key in ("median_ms", "p90_ms", "ratio")]
-        interval = "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        cells.append([str(row["threads"]), row["model"], *times, interval, WORDS[row["difference"]]])
-    delivery.deliver({"schema": SCHEMA, "bench": rows}, table(cells))
+    rows = bench(*sources, runs=arguments.runs or 0, input_shapes=input_shapes(arguments))
+    report: BenchReport = {"schema": SCHEMA, "bench": rows}
+    delivery.deliver(report, latency_table(rows))
     return DONE
 
 
@@ -430,12 +420,16 @@ def _show_config(arguments: Arguments, delivery: Delivery) -> int:
     from fastbn.config import show_config
 
     config = show_config()
-    if arguments.as_json:
+    width = max(map(len, config))
+    lines = [f"{key:<{width}}  {', '.join(value) if isinstance(value, list) else value}" for key, value in config.items()]
+    if arguments.json == STREAM:
         print_json(config)
-    else:
-        width = max(map(len, config))
-        for key, value in config.items():
-            emit(f"{key:<{width}}  {', '.join(value) if isinstance(value, list) else value}", sys.stdout)
+    elif arguments.json is not None:
+        delivery.choose([], json=arguments.json)
+        delivery.deliver(config, lines)
+    else:  # without the ONNX wing, which may not be installed
+        for line in lines:
+            emit(line, sys.stdout)
     return DONE
 
 

@@ -20,17 +20,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from fastbn.errors import ArgumentError, FastbnError, expected
+from fastbn.sizes import LEAST_MEMORY, bytes_in
 
-__all__ = ["LEAST_MEMORY", "Ended", "Limits", "confine", "confined", "is_confined", "limits_in", "may_deliver"]
-
-# What Python, NumPy, onnx and onnxruntime take before any model is read, and some more, in bytes.
-LEAST_MEMORY = 256 << 20
+__all__ = ["Ended", "Limits", "confine", "confined", "is_confined", "limits_in", "may_deliver"]
 
 # The most seconds, and the most bytes.
 MOST_SECONDS, MOST_MEMORY = 1e6, 1 << 50
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-MEMORY = re.compile(r"([0-9]{1,16})([KMGT]?)")
 SECONDS = re.compile(r"[0-9]{1,7}(\.[0-9]{1,6})?")
 
 # Seconds after which the process is ended that an interrupt has not ended, and ends itself where nobody else has ended it.
@@ -87,12 +83,13 @@ def limits_in(text: str) -> Limits:
         if name in given and name in ("memory", "time"):
             raise ArgumentError(expected(f"one {name}", "two", "--limits"))
         given[name] = value
-    memory, seconds = MEMORY.fullmatch(given.pop("memory", "0")), SECONDS.fullmatch(given.pop("time", "0"))
-    if given or memory is None or seconds is None:
+    seconds = SECONDS.fullmatch(given.pop("time", "0"))
+    size = given.pop("memory", None)
+    if given or seconds is None or "=" not in text:
         raise ArgumentError(expected("memory=SIZE,time=SECONDS, as memory=2G,time=60", repr(text[:200]), "--limits"))
-    found = Limits(int(memory[1]) * UNITS[memory[2]] if "memory=" in text else None, float(seconds[0]) if "time=" in text else None)
+    found = Limits(None if size is None else bytes_in(size, "--limits"), float(seconds[0]) if "time=" in text else None)
     if found.memory is not None and not LEAST_MEMORY <= found.memory <= MOST_MEMORY:
-        raise ArgumentError(expected(f"a memory of {LEAST_MEMORY >> 20}M or more, up to {MOST_MEMORY >> 40}T", memory[0], "--limits"))
+        raise ArgumentError(expected(f"a memory of {LEAST_MEMORY >> 20}M or more, up to {MOST_MEMORY >> 40}T", str(size), "--limits"))
     if found.seconds is not None and not 0 < found.seconds <= MOST_SECONDS:
         raise ArgumentError(expected(f"a time above 0 s and up to {MOST_SECONDS:.0f} s", f"{seconds[0]} s", "--limits"))
     return found

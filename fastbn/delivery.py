@@ -15,18 +15,16 @@ from fastbn.errors import ArgumentError, StorageError, expected
 from fastbn.terminal import complain, emit, flush, give_up, open_streams, width_of
 
 if TYPE_CHECKING:
-    from fastbn.deployment import Deployment
-    from fastbn.graph import FoldResult
     from fastbn.graph.digests import Digest
     from fastbn.graph.model.storage import Source
-    from fastbn.graph.rewrite.output import Prepared
-    from fastbn.reestimation import Reestimation
+    from fastbn.graph.rewrite.output import ModelResult, Prepared
 
 __all__ = [
     "STREAM",
     "Delivery",
     "check_data_files",
     "check_version",
+    "in_place",
     "input_name",
     "model_place",
     "place_beside",
@@ -53,10 +51,21 @@ def source_of(name: str) -> Source:
     return storage.load(storage.read_pipe(sys.stdin.buffer) if name == STREAM else name)
 
 
-def place_beside(name: str, what: str = "folded") -> Path | str:
-    """Return where what is made of IN goes by default: beside it, or to stdout where it comes from stdin."""
+def in_place(name: str, output: str | None) -> Path | str:
+    """Return where the result goes that replaces IN; raises ArgumentError where an OUT is given, or IN is no file."""
+    if output is not None:
+        raise ArgumentError(f"Cannot write '{output}': --in-place writes IN and no OUT")
+    if not os.path.isfile(name):
+        raise ArgumentError(f"Cannot replace '{name}': --in-place needs a file")
+    return model_place(name, None)
+
+
+def place_beside(name: str, output: str | None, what: str) -> Path | str:
+    """Return OUT; where none is given, a name beside IN that says what it is, or stdout where IN comes from stdin."""
     from fastbn.graph.model.files import file_path
 
+    if output is not None:
+        return model_place(output, name, "; --in-place replaces it" if what == "folded" else "")
     if name == STREAM:
         return STREAM
     if os.path.isdir(name):
@@ -159,6 +168,11 @@ class Delivery:
         return self.prepared is not None and self.prepared.committed
 
     @property
+    def is_shown(self) -> bool:
+        """Whether the report is printed as text."""
+        return not self.quiet and self.json != STREAM
+
+    @property
     def stream(self) -> TextIO:
         """Where the table goes: when the model or the page goes to stdout, to stderr."""
         return sys.stderr if self.target == STREAM or self._page_is_on_stdout() else sys.stdout
@@ -238,7 +252,7 @@ class Delivery:
         self,
         report: Mapping[str, object] | Callable[[Sequence[Digest]], Mapping[str, object]],
         lines: list[str],
-        model: FoldResult | Deployment | Reestimation | None = None,
+        model: ModelResult | None = None,
         page: Callable[[Sequence[Digest]], str] | None = None,
     ) -> None:
         """Write the model and the reports, and say so.
@@ -252,11 +266,12 @@ class Delivery:
             The JSON report; where there is a model, "written" becomes the paths of its files. A function is given their SHA-256.
         lines : list of str
             The report as text.
-        model : FoldResult, Deployment or Reestimation, optional
+        model : ModelResult, optional
             Whose model goes to `target`.
         page : function of list of Digest, optional
             Returns the HTML report.
         """
+        from fastbn.graph.reasons import first_few
         from fastbn.graph.report import size_text
         from fastbn.graph.rewrite.destination import is_stream
         from fastbn.graph.rewrite.replacement import atomic
@@ -280,12 +295,13 @@ class Delivery:
                 print_json(report)
             if data is not None:
                 _write_stdout(data)
-            if not self.quiet and self.json != STREAM:
+            if self.is_shown:
                 self._print(lines)
             flush(self.stream)
             may_deliver()
         if self.prepared is not None:
-            self.mention(f"wrote   {self.prepared.path}   {size_text(self.prepared.size)}")
+            names = first_few([path.name for path in self.prepared.data.values()])
+            self.mention(f"wrote   {self.prepared.path}{' with ' if names else ''}{names}   {size_text(self.prepared.size)}")
 
     def _digests(self, data: bytes | None) -> list[Digest]:
         """Return the SHA-256 of what is about to be delivered, as far as it is files or the bytes for stdout."""
@@ -297,7 +313,7 @@ class Delivery:
 
     def mention(self, line: str) -> None:
         """Print a line about what has been done: where that is not possible, it has been done all the same."""
-        if self.quiet or self.json == STREAM:
+        if not self.is_shown:
             return
         try:
             self._print([line])

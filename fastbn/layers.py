@@ -9,6 +9,7 @@ import numpy as np
 
 from fastbn import _check, backward_halves, conversion, functional, sync
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.masks import unmasked
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
@@ -437,7 +438,7 @@ _ARRAYS: tuple[StateName, ...] = ("weight", "bias", "running_mean", "running_var
 
 
 def _vector(value: ArrayLike, where: str, channels: int) -> Array:
-    array = _check.converted(np.asarray, value, "an array", where)
+    array = _check.converted(np.asarray, unmasked(value, where), "an array", where)
     if array.dtype.kind not in "fiu" or array.shape != (channels,):
         raise ArgumentError(expected(f"numbers of shape ({channels},)", f"{array.dtype} of shape {array.shape}", where))
     return array

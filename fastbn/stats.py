@@ -11,6 +11,7 @@ import numpy as np
 
 from fastbn import _native
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
+from fastbn.masks import unmasked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -172,7 +173,7 @@ class BatchStats:
 
 
 def _values(value: npt.ArrayLike, where: str) -> FloatArray:
-    value = np.asarray(value)
+    value = np.asarray(unmasked(value, where))
     if value.dtype.kind != "f" or value.ndim != 1:
         raise ArgumentTypeError(expected("a floating array of shape (C,)", f"{value.dtype} of shape {value.shape}", where))
     return np.require(value, dtype=np.float64, requirements=["C", "A"])

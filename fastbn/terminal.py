@@ -2,21 +2,21 @@
 
 import contextlib
 import os
-import shutil
 import sys
+import unicodedata
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self, TextIO
 
 from fastbn.errors import StorageError
 
-__all__ = ["Progress", "Steps", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
+__all__ = ["Progress", "Steps", "Tally", "complain", "emit", "flush", "give_up", "open_streams", "printable", "width_of"]
 
 # Characters of a progress bar.
 BAR = 20
 
-# The fewest columns that a line is folded to.
-NARROWEST = 40
+# The fewest columns that a line is folded to, and the columns of a terminal that does not say how many it has.
+NARROWEST, USUAL = 40, 80
 
 # Characters that a complaint shows of its beginning and of its end: names and values may have thousands.
 BEGINNING, END = 600, 200
@@ -39,8 +39,34 @@ def open_streams() -> set[str]:
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Return the columns of a terminal, None for another stream."""
-    return max(NARROWEST, shutil.get_terminal_size().columns) if stream.isatty() else None
+    """Return the columns that lines are folded to: those of a terminal, None for another stream."""
+    return max(NARROWEST, _columns(stream)) if stream.isatty() else None
+
+
+def _columns(stream: TextIO) -> int:
+    """Return the columns of a terminal."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdecimal() and int(given):
+        return int(given)
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
+        return os.get_terminal_size(stream.fileno()).columns or USUAL
+    return USUAL
+
+
+def _is_plain(stream: TextIO) -> bool:
+    """Say whether a stream takes lines alone: it is no terminal, or one that cannot do more."""
+    return not stream.isatty() or os.environ.get("TERM") == "dumb"
+
+
+def _cut(text: str, columns: int) -> tuple[str, int]:
+    """Return as much of a text as so many columns of a terminal hold, and how many it takes there."""
+    taken = 0
+    for place, char in enumerate(text):
+        wide = 0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if taken + wide > columns:
+            return text[:place], taken
+        taken += wide
+    return text, taken
 
 
 def printable(text: str, stream: TextIO) -> str:
@@ -92,7 +118,7 @@ def give_up(stream: TextIO) -> None:
 
 
 def _colored(line: str, stream: TextIO) -> str:
-    if os.environ.get("NO_COLOR") or not stream.isatty():
+    if os.environ.get("NO_COLOR") or _is_plain(stream):
         return line
     for word, color in (("  folded", 32), ("  kept", 33), ("parity", 36), ("WARNING", 33), ("shipped", 36)):
         if line.startswith(word):
@@ -104,16 +130,15 @@ class _StatusLine:
     """One line on stderr that is overwritten, when stderr is a terminal; it is cleared when the block ends."""
 
     def __init__(self, quiet: bool) -> None:
-        self.shown = not quiet and sys.stderr.isatty()
+        self.shown = not quiet and not _is_plain(sys.stderr)
         self._length = 0
 
     def show(self, text: str) -> None:
         """Replace the line."""
         if self.shown:
-            width = width_of(sys.stderr)
-            text = printable(text, sys.stderr)[: width and width - 1]
-            self._print(f"\r{text:<{self._length}}")
-            self._length = len(text)
+            text, length = _cut(printable(text, sys.stderr), _columns(sys.stderr) - 1)
+            self._print(f"\r{text}{' ' * (self._length - length)}")
+            self._length = length
 
     def __enter__(self) -> Self:
         return self
@@ -134,17 +159,40 @@ class Progress(_StatusLine):
         self.show(text)
 
 
+def _bar(done: int, total: int) -> str:
+    return f"[{'#' * round(BAR * done / max(total, 1)):-<{BAR}}]"
+
+
 class Steps(_StatusLine):
-    """The step of a deployment: a bar and what is being done, as the status line; where stderr is no terminal, a line for each step."""
+    """The step of some work: a bar and what is being done, as the status line; where stderr takes lines alone, one for each step.
+
+    The line of the first step waits for the second: the first is where what is asked for turns out to be wrong.
+    """
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(quiet)
         self._logs = not quiet and not self.shown
         self._number = 0
+        self._held = ""
 
     def __call__(self, number: int, total: int, step: str, detail: str = "") -> None:
         if self._logs and number != self._number:
-            complain(f"fastbn: {number}/{total} {step}")
+            line = f"fastbn: {number}/{total} {step}"
+            for each in filter(None, (self._held, line if number > 1 else "")):
+                complain(each)
+            self._held = line if number == 1 else ""
         self._number = number
-        bar = "#" * round(BAR * (number - 1) / total)
-        self.show(f"[{bar:-<{BAR}}] {number}/{total} {step}{': ' if detail else ''}{detail}")
+        self.show(f"{_bar(number - 1, total)} {number}/{total} {step}{': ' if detail else ''}{detail}")
+
+
+class Tally(_StatusLine):
+    """How many of some things are done, as the status line; where stderr takes lines alone, one for each thing."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(quiet)
+        self._logs = not quiet and not self.shown
+
+    def __call__(self, done: int, total: int, last: str) -> None:
+        if self._logs and done:
+            complain(f"fastbn: {done}/{total} {last}")
+        self.show(f"{_bar(done, total)} {done}/{total} {last}")

@@ -165,7 +165,7 @@ def _is_eager(input: Tensor) -> bool:
 # ---- the modules ----
 
 
-class _Module(torch.nn.modules.batchnorm._BatchNorm):
+class _Module(inventory.Named, torch.nn.modules.batchnorm._BatchNorm):
     """What the modules share; in their order of bases it comes before torch's modules of one rank."""
 
     process_group: ProcessGroup | None = None

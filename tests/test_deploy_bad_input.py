@@ -1,7 +1,6 @@
 """What bad input and interrupts do to a deployment: one line, and nothing is written."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -37,12 +36,12 @@ BAD = {
     "NaN": (["in.onnx", "out.onnx", "--data", "nan.npz"], "finite values, got NaN in 1 of 16 samples of 'x' - at `nan.npz`"),
     "other shape": (["in.onnx", "out.onnx", "--data", "shape.npz"], "shape [?,3,8,8] for 'x', got [16,8,8,3] - at `shape.npz`"),
     "other name": (["in.onnx", "out.onnx", "--data", "name.npz"], "arrays named after the inputs (x), got 'img' - at `name.npz`"),
-    "no runs": (["in.onnx", "out.onnx", "--runs", "0"], "at least 1, got 0 - at `runs`"),
-    "negative drop": (["in.onnx", "out.onnx", "--max-drop", "-1"], "a part from 0 to 1, got -1.0 - at `max_drop`"),
-    "NaN drop": (["in.onnx", "out.onnx", "--max-drop", "nan"], "a part from 0 to 1, got nan - at `max_drop`"),
-    "500 %": (["in.onnx", "out.onnx", "--max-drop", "5"], "a part from 0 to 1, got 5.0 - at `max_drop`"),
-    "a negative seed": (["in.onnx", "out.onnx", "--seed", "-1"], "a whole number from 0 to 4294967295, got -1 - at `seed`"),
-    "no decisions": (["images.onnx", "out.onnx", "--metric", "top-1"], "an output of scores [N, C] for --metric top-1, got none"),
+    "no runs": (["in.onnx", "out.onnx", "--runs", "0"], "at least 1, got 0 - at `--runs`"),
+    "negative drop": (["in.onnx", "out.onnx", "--max-drop", "-1"], "a part from 0 to 1, got -1.0 - at `--max-drop`"),
+    "NaN drop": (["in.onnx", "out.onnx", "--max-drop", "nan"], "a part from 0 to 1, got nan - at `--max-drop`"),
+    "500 %": (["in.onnx", "out.onnx", "--max-drop", "5"], "a part from 0 to 1, got 5.0 - at `--max-drop`"),
+    "a negative seed": (["in.onnx", "out.onnx", "--seed", "-1"], "a whole number from 0 to 4294967295, got -1 - at `--seed`"),
+    "no decisions": (["images.onnx", "out.onnx", "--metric", "top-1"], "an output of scores [N, C] for the metric 'top-1', got none"),
     "no OUT": (["in.onnx"], "Cannot read the arguments: the following arguments are required: OUT (fastbn deploy --help shows them)"),
     "JSON over IN": (
         ["in.onnx", "out.onnx", "--json", "in.onnx"],
@@ -58,7 +57,7 @@ BAD = {
     ),
     "labels without data": (
         ["in.onnx", "out.onnx", "--labels", "y"],
-        "Cannot use labels: there are no data that could hold them (data=, --data)",
+        "data that hold the labels, got none - at `--data`",
     ),
     "JSON over the data": (
         ["in.onnx", "out.onnx", "--data", "data.npz", "--json", "data.npz"],
@@ -82,8 +81,8 @@ def test_bad_input_is_one_line_and_writes_nothing(case, here, capsys):
     arguments, message = BAD[case]
     assert main(["deploy", *arguments]) == 2
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if not re.match(r"fastbn: \d/7 ", line)]
-    assert len(lines) == 1
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, "and no step before it"
     assert lines[0].startswith(f"fastbn: {message}" if message.startswith("Cannot ") else f"fastbn: Expected {message}")
     assert captured.out == ""
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before

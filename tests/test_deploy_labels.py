@@ -128,11 +128,11 @@ BAD = {
     "another shape": (
         {"labels": np.zeros((16, 3), int)},
         [],
-        "an output with classes for labels of shape [1,3], got 'y' [1,5] - at `labels`",
+        "an output with classes for labels of shape [1,3], got 'y' [1,5] - at `--data`",
     ),
     "no such array": ({}, ["--labels", "digit"], "labels 'digit', got 'x' - at `data.npz`"),
-    "none for the metric": ({}, ["--metric", "accuracy"], "labels in the data for --metric accuracy, got none - at `metric`"),
-    "a negative slowdown": ({}, ["--max-slowdown", "-1"], "a part, 0 or more, got -1.0 - at `max_slowdown`"),
+    "none for the metric": ({}, ["--metric", "accuracy"], "labels in the data for the metric 'accuracy', got none - at `--metric`"),
+    "a negative slowdown": ({}, ["--max-slowdown", "-1"], "a part, 0 or more, got -1.0 - at `--max-slowdown`"),
 }
 
 
@@ -152,7 +152,7 @@ def test_labels_of_a_model_without_classes(here, capsys):
     (here / "in.onnx").write_bytes(conv_bn().SerializeToString())
     save(labels=np.arange(16))
     deploy("--data", "data.npz", "-q", code=2)
-    message = "Expected an output with classes for labels of shape [1], got 'y' [1,4,6,6] - at `labels`"
+    message = "Expected an output with classes for labels of shape [1], got 'y' [1,4,6,6] - at `--data`"
     assert capsys.readouterr().err == f"fastbn: {message}\n"
 
 

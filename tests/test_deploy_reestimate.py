@@ -82,10 +82,12 @@ def test_a_model_without_any_is_deployed_as_it_is(here):
 
 
 def test_what_cannot_be_judged_is_refused(here, capsys):
-    assert "Cannot estimate statistics: there are no data" in fails(capsys, "deploy", "in.onnx", "out.onnx", "--reestimate")
+    assert "Expected data to estimate statistics from, got none - at `--data`" in fails(
+        capsys, "deploy", "in.onnx", "out.onnx", "--reestimate"
+    )
     np.savez("data.npz", x=X)
     line = fails(capsys, "deploy", "in.onnx", "out.onnx", "--reestimate", "--data", "data.npz", "-q")
-    assert "Expected labels in the data, which tell whether new statistics are better, got none - at `reestimate`" in line
+    assert "Expected labels in the data, which tell whether new statistics are better, got none - at `--reestimate`" in line
     np.savez("data.npz", x=X[:1], labels=[0])
     line = fails(capsys, "deploy", "in.onnx", "out.onnx", "--reestimate", "--data", "data.npz", "-q")
     assert "Expected at least two feeds, one to estimate on and one to compare on, got 1" in line

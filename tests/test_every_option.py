@@ -91,8 +91,7 @@ if importlib.util.find_spec("distributed"):
 @functools.cache
 def commands():
     """Return command -> its parser."""
-    (below,) = (action for action in arguments.parser(COMMANDS)._actions if isinstance(action, argparse._SubParsersAction))
-    return below.choices
+    return arguments.parsers(COMMANDS)[1]
 
 
 def name_of(action):
@@ -119,8 +118,10 @@ def named(found):
 def line_of(command, action=None, *values):
     """Return the arguments of a command on good files, one of them replaced; an option without values stands at the end."""
     places = []
+    is_named = action is not None and action.dest == "named_output"
     for each in commands()[command]._actions:
-        if not each.option_strings and (each is action or each.nargs != "?") and (each is not action or values):
+        needed = each.nargs != "?" or (command == "deploy" and each.dest == "output" and not is_named)
+        if not each.option_strings and (each is action or needed) and (each is not action or values):
             places.append(values[0] if each is action else "in.onnx" if each.metavar in READ else "out.onnx")
     words = [command, *LEAST[command]]
     if action is None or not action.option_strings:

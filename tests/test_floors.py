@@ -15,6 +15,7 @@ PACKAGE = Path(fastbn.__file__).resolve().parent
 FLOORS = [
     ["_types"],
     ["_native", "errors", "interrupts", "memory"],
+    ["masks", "sizes"],
     ["dtypes", "geometry", "stats"],
     ["affine", "_check", "sync"],
     ["reference", "config", "folding", "conversion"],
@@ -73,7 +74,9 @@ FLOORS = [
     ["graph.planner.substitute"],
     ["graph.planner.placement"],
     ["graph.planner.planning"],
-    ["graph.planner.advice"],
+    ["graph.planner.advice", "graph.captions"],
+    ["graph.drawing"],
+    ["graph.notebook"],
     ["graph.rewrite.consistency", "graph.rewrite.draft", "graph.rewrite.inference"],
     ["graph.rewrite.output"],
     ["graph.rewrite.writer"],
@@ -98,7 +101,6 @@ FLOORS = [
     ["cluster.connection", "cluster.locations"],
     [
         "deployment.data_free",
-        "deployment.captions",
         "deployment.groups",
         "deployment.labels",
         "deployment.quantize",
@@ -108,7 +110,7 @@ FLOORS = [
         "deployment.measure",
         "deployment.provenance",
     ],
-    ["deployment.drawing", "deployment.samples", "deployment.quantizer", "deployment.options"],
+    ["deployment.samples", "deployment.quantizer", "deployment.options"],
     ["deployment.report"],
     ["deployment.result"],
     ["deployment.float_search", "deployment.places", "deployment.stages", "deployment.verdict"],
@@ -134,7 +136,8 @@ FLOORS = [
     ["zoo.job"],
     ["zoo.__init__"],
     ["__init__"],
-    ["terminal", "arguments", "confinement"],
+    ["terminal", "command_line", "confinement"],
+    ["arguments"],
     ["delivery"],
     ["cli"],
     ["__main__"],
@@ -173,7 +176,7 @@ OPTIONAL = {
 }
 
 # Where the wings meet: what the graph wing may import of the rest, and who may import the graph wing.
-MEETING = {"_types", "affine", "dtypes", "errors", "interrupts"}
+MEETING = {"_types", "affine", "dtypes", "errors", "interrupts", "masks", "sizes"}
 GRAPH_WING = ("graph.", "deployment.", "cluster.", "reestimation.", "zoo.", "exported.")
 
 # A re-estimation takes statistics of arrays on their way through a graph; a model of a framework may hold layers of ours.

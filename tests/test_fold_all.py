@@ -1,11 +1,13 @@
 """fold-all: each model in a process of its own; what fails costs only itself, and what is done is not done again."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from sketch import classifier, model, norm, normal
 import fastbn
 from fastbn import fold_all
 from fastbn.cli import main
-from fastbn.zoo import task
+from fastbn.zoo import job, task
 from fastbn.zoo.names import entries
 
 
@@ -105,11 +107,55 @@ def test_what_fails_costs_only_itself(zoo, tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory that holds")
 def test_a_limit_of_memory(tmp_path, monkeypatch):
     onnx.save(good(), tmp_path / "a.onnx")
-    (outcome,) = fold_all(tmp_path / "a.onnx", tmp_path / "out", memory=60 << 20).outcomes
+    monkeypatch.setattr(job, "LEAST_MEMORY", 1)
+    (outcome,) = fold_all(tmp_path / "a.onnx", tmp_path / "out", memory="60M").outcomes
     assert outcome.status in ("failed", "crashed")
     assert outcome.reason
     monkeypatch.setattr(task, "PROGRAM", "import sys; sys.exit(1)")
     assert fold_all(tmp_path / "a.onnx", tmp_path / "out").outcomes[0].status == "failed", "1 without a report is no parity"
+
+
+@pytest.mark.parametrize("memory", [1, "1", "255M", 255 << 20])
+def test_memory_in_which_no_model_folds_is_one_error(memory, tmp_path):
+    with pytest.raises(fastbn.ArgumentError, match=r"^Expected 256M or more, or 0 for all there is, got \w+ - at `memory`$"):
+        fold_all(tmp_path / "a.onnx", tmp_path / "out", memory=memory)
+
+
+def test_what_is_missing_is_said_before_any_model_is_folded(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "fold_one", None)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert main(["fold-all", str(zoo), "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:1"]) == 2
+    reason = "Cannot use a cluster: distributed is not installed (pip install dask distributed); --workers 0 works without it"
+    assert capsys.readouterr().err == f"fastbn: {reason}\n"
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    assert main(["fold-all", str(zoo), "--out", "s3://bucket/out"]) == 2
+    assert capsys.readouterr().err == "fastbn: Cannot use a URL: fsspec is not installed (pip install fsspec)\n"
+    monkeypatch.undo()
+    if importlib.util.find_spec("fsspec"):
+        assert main(["fold-all", str(zoo), "--out", "nothing://bucket/out"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_workers_is_one_after_the_other(tmp_path, monkeypatch):
+    pools = []
+    monkeypatch.setattr(job, "ThreadPoolExecutor", lambda workers: pools.append(workers) or ThreadPoolExecutor(workers))
+    onnx.save(good(), tmp_path / "a.onnx")
+    assert fold_all(tmp_path / "a.onnx", tmp_path / "out", workers=0).outcomes[0].status == "ok"
+    assert pools == [1]
+
+
+def test_the_summary_is_printed_once(zoo, tmp_path, capsys):
+    line = ["fold-all", str(zoo), "--out", str(tmp_path / "out")]
+    assert main([*line, "--workers", "2"]) == 4
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("3 models: 2 ok, 1 failed; ")
+    *steps, last = err.splitlines()
+    assert [step.split()[1] for step in steps] == ["1/3", "2/3", "3/3"]
+    assert last == "fastbn: not every model is folded and verified (exit code 4)"
+    assert main([*line, "-q"]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastbn: not every model is folded and verified: 3 models: 1 failed, 2 there; ")
 
 
 def test_names_that_collide_are_found_first(zoo, tmp_path):
@@ -148,7 +194,7 @@ def test_folders_that_lead_back_are_not_entered(zoo, tmp_path):
 def test_the_command(zoo, tmp_path, capsys):
     assert main(["fold-all", str(zoo), "--out", str(tmp_path / "out"), "--workers", "2", "--json", str(tmp_path / "rows.jsonl")]) == 4
     out, err = capsys.readouterr()
-    assert err.splitlines()[-1].startswith("fastbn: done, but not all is well: 3 models: 2 ok, 1 failed; ")
+    assert err.endswith("\nfastbn: not every model is folded and verified (exit code 4)\n")
     assert "3 models: 2 ok, 1 failed; BatchNormalization 2 -> 0" in out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["ok", "ok", "failed"]

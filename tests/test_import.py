@@ -58,13 +58,23 @@ def test_array_functions_and_configuration_work_without_onnx(environment):
     assert python(code, environment) == [[2, 3], 2]
 
 
+def test_hints_name_no_package_that_anybody_could_claim():
+    """fastbn is not on the index: what is installed by name is what the extras name."""
+    folder = Path(fastbn.__file__).parent
+    hints = [hint for path in folder.rglob("*.py") for hint in re.findall(r"\(pip install ([^)]*)\)", path.read_text(encoding="utf-8"))]
+    assert {name for hint in hints for name in hint.split()} == {"onnx", "onnxruntime", "jinja2", "dask", "distributed", "fsspec"}
+    root = Path(__file__).resolve().parents[1]
+    texts = [path for path in [*root.glob("*.md"), *root.glob("docs/*")] if path.suffix in (".md", ".yml")]
+    assert [path.name for path in texts if re.search(r"pip install [^\n]*[ \"']fastbn\b", path.read_text(encoding="utf-8"))] == []
+
+
 def test_without_onnx_the_graph_wing_says_what_to_install(environment):
     code = (
         "import sys, json; sys.modules['onnx'] = None; import fastbn\n"
         "try: fastbn.fold\n"
         "except fastbn.FastbnError as error: print(json.dumps(str(error)))"
     )
-    assert python(code, environment).startswith("Cannot read models: onnx is not installed (pip install 'fastbn[onnx]')")
+    assert python(code, environment).startswith("Cannot read models: onnx is not installed (pip install onnx onnxruntime)")
 
 
 def test_a_dry_run_loads_no_onnxruntime(environment, small_cnn):

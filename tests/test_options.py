@@ -41,6 +41,18 @@ def test_values_of_another_type(option):
             fastbn.deploy("no such file, which nobody reads", **{option: value})
 
 
+def test_progress_is_called():
+    for call in (
+        lambda: fastbn.fold("nothing", progress=5),
+        lambda: fastbn.verify("nothing", "nothing", progress=5),
+        lambda: fastbn.deploy("nothing", progress=5),
+        lambda: fastbn.reestimate("nothing", "nothing", progress=5),
+        lambda: fastbn.fold_all("nothing", "nowhere", progress=5),
+    ):
+        with pytest.raises(ArgumentTypeError, match=r"^Expected something that can be called, or None, got int - at `progress`$"):
+            call()
+
+
 def test_the_ends_of_the_ranges_are_good():
     for options in (
         {"max_drop": 0},

@@ -121,13 +121,13 @@ def test_nodes_without_names_or_with_the_same_can_be_told_apart(tmp_path):
 def test_where_everything_is_excluded_the_folded_model_is_shipped(here, capsys):
     deploy("--data", "data.npz", "--quantize", "--exclude-nodes", "*", code=4)
     reason = "onnxruntime's quantizer refuses the model: every node that has an integer form stays in float"
-    assert reason in " ".join(capsys.readouterr().err.split())
+    assert reason in " ".join(capsys.readouterr().out.split())
     assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
 
 
 def test_a_node_that_does_not_exist(here, capsys):
     error = fails(capsys, "deploy", "in.onnx", "out.onnx", "--quantize", "--exclude-nodes", "no such", "-q")
-    assert error == "fastbn: Expected a glob that names a node (BatchNormalization: n), got 'no such' - at `exclude_nodes`\n"
+    assert error == "fastbn: Expected a glob that names a node (BatchNormalization: n), got 'no such' - at `--exclude-nodes`\n"
 
 
 def test_calibration_that_collapses(here, capsys):
@@ -138,7 +138,7 @@ def test_calibration_that_collapses(here, capsys):
     Path("in.onnx").write_bytes(proto.SerializeToString())
     np.savez("data.npz", x=np.zeros((16, 3, 8, 8), np.float32))
     deploy("--data", "data.npz", "--quantize", code=4)
-    assert "calibration collapses: every output is 0 on all samples" in " ".join(capsys.readouterr().err.split())
+    assert "calibration collapses: every output is 0 on all samples" in " ".join(capsys.readouterr().out.split())
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
 

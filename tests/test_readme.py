@@ -137,6 +137,17 @@ def test_the_page_of_deploy_knows_every_option(capsys):
     assert set(re.findall(r"--[a-z-]+", usage)) == options
 
 
+@pytest.mark.parametrize("command", [command for command in cli.COMMANDS if command != "deploy"])
+def test_a_page_knows_every_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--quiet", "--debug", "--output", "--out"}
+    assert options
+    text = page({"reestimate": "reestimate", "fold-all": "cluster"}.get(command, "command"))
+    usages = re.findall(rf"^ {{4}}fastbn {command} .*(?:\n {{8,}}.*)*", text, re.MULTILINE)
+    assert options == set(re.findall(r"--[a-z-]+", usages[-1])) - {"--output"}
+
+
 def test_the_page_of_json_knows_every_field(tmp_path, capsys, monkeypatch):
     classifier_folder(tmp_path, monkeypatch)
     report = as_json(capsys, "--data", "data.npz", "--quantize", "--max-drop", "1")

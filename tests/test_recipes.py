@@ -119,4 +119,4 @@ def test_the_workflow(here, environment):
     execute(gate(text))
     codes = dict(re.findall(r"^#   (\d+)  (.*)$", text, re.MULTILINE))
     assert set(codes) == {"0", "1", "2", "4", "5"}
-    assert "fastbn[report]" in text
+    assert 'pip install "./fastbn[report]"' in text, "of a clone, not of the index"

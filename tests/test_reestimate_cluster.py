@@ -23,6 +23,7 @@ from statistics_truth import branches, images  # noqa: E402
 import fastbn  # noqa: E402
 from fastbn import reestimate  # noqa: E402
 from fastbn.cli import main  # noqa: E402
+from fastbn.cluster import connection  # noqa: E402
 from fastbn.reestimation import cluster as tasks  # noqa: E402
 
 X = images(60)
@@ -52,6 +53,39 @@ def _client():
 def scaled(client, count):
     client.cluster.scale(count)
     wait_until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == count)
+
+
+def test_an_interrupt_ends_workers_before_their_cluster_is_closed(monkeypatch):
+    """Closing waits for what they do; here that is nothing that ever ends."""
+    ended = []
+    close = distributed.LocalCluster.close
+
+    def closing(cluster, *arguments, **options):
+        wait_until(lambda: not any(map(is_running, pids)))
+        ended.append(True)
+        return close(cluster, *arguments, **options)
+
+    monkeypatch.setattr(distributed.LocalCluster, "close", closing)
+    pids = []
+
+    def interrupted():
+        with connection.connected(1, None, None) as own:
+            pids.extend(own.run(os.getpid).values())
+            own.submit(time.sleep, 10**6, pure=False)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(pids) == len(ended) == 1
+
+
+def is_running(pid):
+    """Say whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_any_number_of_workers_gives_the_same_bits(client, wanted):

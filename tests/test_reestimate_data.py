@@ -172,6 +172,22 @@ def test_the_recipe_of_the_docs():
         np.testing.assert_allclose(stats.var, whole.var, rtol=1e-13)
 
 
+def test_an_axis_of_size_1_that_is_lacking_is_given(tmp_path):
+    """As a deployment does: images [N, 28, 28] for an input [N, 1, 28, 28]."""
+    proto = model("(float[N,1,5,6] x) => (float[N,1,5,6] y) { y = BatchNormalization (x, s, t, m, v) }", **norm(1))
+    images = normal(9, 5, 6)
+    wanted = reestimate(proto, images[:, None])
+    np.save(tmp_path / "x.npy", images)
+    for data in (images, {"x": images}, str(tmp_path / "x.npy")):
+        result = reestimate(proto, data, batch=4)
+        assert (result.samples, result.partitions) == (9, 3)
+        assert result.notes == ("'x' was given an axis of size 1, its axis 1",)
+        assert result.statistics["y"].mean.tobytes() == reestimate(proto, images[:, None], batch=4).statistics["y"].mean.tobytes()
+    assert wanted.notes == ()
+    with pytest.raises(fastbn.ArgumentError, match=r"Expected shape \[\?,1,5,6\] for 'x', got \[9,6,5\]"):
+        reestimate(proto, images.transpose(0, 2, 1))
+
+
 def test_some_samples_are_evenly_spaced():
     x = np.arange(200, dtype=np.float32).reshape(100, 2)
     proto = model("(float[N, 2] x) => (float[N, 2] y) { y = BatchNormalization (x, s, t, m, v) }", **norm(2))

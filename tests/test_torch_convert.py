@@ -153,3 +153,17 @@ def test_fusions_that_know_torchs_classes_alone():
         tracer.trace(model)
     assert len(torch.fx.symbolic_trace(model).graph.nodes) == 4
     assert "batch_norm" not in str(fuse(convert(model, back=True)).graph)
+
+
+def test_a_converted_model_does_not_look_like_torch_s():
+    model = convert(nn.Sequential(nn.BatchNorm2d(4), nn.Linear(2, 2)))
+    assert "(0): fastbn.BatchNorm2d(4, eps=1e-05, momentum=0.1" in repr(model)
+    assert "fastbn" not in repr(convert(model, back=True))
+
+
+def test_one_tensor_for_both_running_statistics():
+    both = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"^Expected a tensor of its own, got running_mean - at `running_var`$"):
+        fastbn.torch.batch_norm(torch.ones(2, 3), both, both, training=True)
+    with pytest.raises(fastbn.errors.ArgumentTypeError, match=r"^Expected a number, got str - at `eps`$"):
+        fastbn.torch.batch_norm(torch.ones(2, 3), None, None, training=True, eps="1e-5")

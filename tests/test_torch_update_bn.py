@@ -292,3 +292,10 @@ def test_processes_that_have_the_data_between_them(size, tmp_path, environment):
             mean, var = errors(net, wanted)
             assert mean < 3e-5
             assert var < 1e-5
+
+
+@pytest.mark.parametrize("device", ["nope", "cpu:x", 3.5, "hpu"])
+def test_a_device_that_is_none(device):
+    with pytest.raises((fastbn.ArgumentError, fastbn.errors.ArgumentTypeError), match=r"^Expected a device of torch .* - at `device`$"):
+        update_bn(torch.nn.BatchNorm1d(3), [torch.ones(4, 3)], device=device)
+    update_bn(torch.nn.BatchNorm1d(3), [torch.ones(4, 3), torch.zeros(4, 3)], device="cpu")

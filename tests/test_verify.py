@@ -300,7 +300,7 @@ def test_unknown_sizes_are_tried_and_given_sizes_used():
     assert fastbn.fold(proto).parity.status == "not-run"
     result = fastbn.fold(proto, input_shapes={"x": (1, 3, 38, 38)})
     assert result.parity.status == "ok"
-    with pytest.raises(fastbn.ModelError, match="Expected the name of a graph input"):
+    with pytest.raises(fastbn.ArgumentError, match="Expected the name of a graph input"):
         fastbn.fold(proto, input_shapes={"nowhere": (1,)})
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx
 
 import fastbn
-from fastbn.deployment.drawing import draw_fold
 from fastbn.deployment.report import template
+from fastbn.graph.drawing import draw_fold
 from fastbn.graph.fold_result import planning_of
 
 ROOT = Path(__file__).resolve().parents[1]

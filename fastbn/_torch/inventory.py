@@ -14,10 +14,17 @@ from fastbn.errors import ArgumentTypeError, TensorError, expected
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-__all__ = ["NormEntry", "entries_of", "module_of", "refuse_fusion", "warn_skipped"]
+__all__ = ["Named", "NormEntry", "entries_of", "module_of", "refuse_fusion", "warn_skipped"]
 
 # Those that a warning names.
 MOST_NAMED = 4
+
+
+class Named:
+    """A module that torch prints by the name of its package: a converted model must not look like one of torch's."""
+
+    def _get_name(self) -> str:
+        return f"fastbn.{type(self).__name__}"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def update(model: torch.nn.Module, loader: Iterable[Any], mode: Mode, process_gr
         raise ArgumentTypeError(expected("an iterable of batches", type(loader).__name__, "loader"))
     if mode == "population" and iter(loader) is loader:
         raise ArgumentTypeError(expected("a loader that can be gone through again, or mode='one-pass'", type(loader).__name__, "loader"))
+    _check_device(device)
     model = _unwrapped(model)
     _check_scripted(model)
     norms = [part for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.running_mean is not None]
@@ -58,6 +59,15 @@ def update(model: torch.nn.Module, loader: Iterable[Any], mode: Mode, process_gr
     job = _Job(model, loader, norms, exchange, device)
     with torch.no_grad(), _restored(model, norms), _in_eager_mode():
         job.in_one_pass() if mode == "one-pass" else job.one_by_one()
+
+
+def _check_device(device: Any) -> None:
+    """Refuse what names no device of this machine."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises many kinds: for a wrong name, a wrong type, a device that it is not built for
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ArgumentError(expected("a device of torch on this machine", f"{device!r} ({reason})", "device")) from error
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:

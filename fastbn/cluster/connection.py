@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
@@ -45,8 +47,9 @@ def _distributed() -> Any:  # a module without types that hold without it
     try:
         import distributed
     except ImportError as error:
+        name = (error.name or "distributed").partition(".")[0]
         raise FastbnError(
-            "Cannot use a cluster: dask is not installed (pip install 'fastbn[cluster]'); --workers 0 works without it"
+            f"Cannot use a cluster: {name} is not installed (pip install dask distributed); --workers 0 works without it"
         ) from error
     return distributed
 
@@ -138,7 +141,21 @@ def _local(distributed: Any, workers: int, kept: int) -> Iterator[Client]:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FastbnError(f"Cannot start {workers} workers on this machine: {reason[:200]}") from error
         with contextlib.closing(cluster), contextlib.closing(distributed.Client(cluster, set_as_default=False)) as client:
-            yield client
+            try:
+                yield client
+            except BaseException:
+                _end_workers(cluster)
+                raise
+
+
+def _end_workers(cluster: Any) -> None:
+    """End the processes of a cluster of this machine at once: closing it would wait for what they do, whose results nobody wants."""
+    for nanny in list(cluster.workers.values()):
+        nanny.auto_restart = False
+        number = getattr(nanny.process, "pid", None)
+        if number is not None:
+            with contextlib.suppress(OSError):
+                os.kill(number, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def _versions() -> tuple[str, str]:
@@ -171,7 +188,7 @@ def _check_workers(client: Client, where: str) -> None:
             raise FastbnError(f"Cannot use the worker at {address}: it has fastbn {version}, and this process {__version__}")
         if not runtime:
             raise FastbnError(
-                f"Cannot use the worker at {address}: onnx or onnxruntime is not installed there (pip install 'fastbn[onnx]')"
+                f"Cannot use the worker at {address}: onnx or onnxruntime is not installed there (pip install onnx onnxruntime)"
             )
         runtimes.setdefault(runtime, address)
     if len(runtimes) > 1:

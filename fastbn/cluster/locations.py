@@ -13,7 +13,7 @@ from typing import IO, Any
 from fastbn.errors import FastbnError, StorageError, expected
 from fastbn.graph.model.files import os_error
 
-__all__ = ["ending_of", "is_folder", "is_url", "joined", "names_in", "opened", "read_bytes", "write_bytes"]
+__all__ = ["check_protocol", "ending_of", "is_folder", "is_url", "joined", "names_in", "opened", "read_bytes", "write_bytes"]
 
 # How an fsspec URL begins; a drive of Windows has one letter.
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+(::|://)")
@@ -24,11 +24,18 @@ def is_url(name: str) -> bool:
     return URL.match(name) is not None
 
 
+def check_protocol(name: str) -> None:
+    """Raise FastbnError where a name is a URL that nothing here can read or write: fsspec, or what it needs for it, is not installed."""
+    if is_url(name):
+        with _errors(name):
+            _fsspec().core.url_to_fs(name)
+
+
 def _fsspec() -> Any:  # its file systems have no types
     try:
         import fsspec
     except ImportError as error:
-        raise FastbnError("Cannot read a URL: fsspec is not installed (pip install 'fastbn[cluster]')") from error
+        raise FastbnError("Cannot use a URL: fsspec is not installed (pip install fsspec)") from error
     return fsspec
 
 

@@ -95,13 +95,11 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        """Return what is so of the stage beside the other, as a sentence goes on."""
+        """Return what the stage is beside the other, as a sentence goes on: faster, smaller."""
         if self.measure == "latency":
             where = f"on {self.threads} thread{'s' if self.threads != 1 else ''}"
-            if self.difference == "unknown":
-                return f"too few runs to say whether it is faster {where}"
-            word = {"less": "faster", "more": "slower"}.get(self.difference, "no difference in latency")
-            return f"{word} {where} ({self._interval()} of its time)"
+            word = {"less": "faster", "more": "slower", "none": "as fast"}.get(self.difference, "not known to be faster")
+            return f"{word} {where} ({self._interval()})"
         if self.measure == "size":
             if not self.is_less and not self.is_more:
                 return "as large on disk"
@@ -111,14 +109,17 @@ class Comparison:
                 f"{part:.0%}" if part >= 0.1 else f"{part:.1%}" if part >= 0.001 else f"{abs(int(self.values[0] - self.values[1]))} bytes"
             )
             return f"{much} {'smaller' if self.is_less else 'larger'} on disk ({sizes[0]}, not {sizes[1]})"
-        word = {"less": "less memory", "more": "more memory"}.get(self.difference, "no difference in memory")
-        return f"{word} ({self.values[0]:.1f} MB, not {self.values[1]:.1f} MB)" if word[0] != "n" else word
+        if self.difference not in ("less", "more"):
+            return "as large in memory" if self.difference == "none" else f"not known to be smaller in memory ({self.ratio.doubt})"
+        sizes = size_texts([round(1e6 * value) for value in self.values])
+        return f"{'smaller' if self.difference == 'less' else 'larger'} in memory ({sizes[0]}, not {sizes[1]})"
 
     def _interval(self) -> str:
-        """Return the ratio and the ends of its interval, with as many digits as tell them apart from nothing."""
+        """Return the ratio and the ends of its interval, with as many digits as tell them apart from nothing, and what is in doubt."""
         ends = [end for end in (self.ratio.low, self.ratio.high) if end is not None]
         digits = 3 if ends and min(ends) < 0.1 else 2
-        return f"{self.ratio.ratio:.{digits}f}" + (f", {ends[0]:.{digits}f} to {ends[1]:.{digits}f}" if len(ends) == 2 else "")
+        text = f"{self.ratio.ratio:.{digits}f} of its time" + (f", {ends[0]:.{digits}f} to {ends[1]:.{digits}f}" if len(ends) == 2 else "")
+        return f"{text}: {self.ratio.doubt}" if self.difference == "unknown" else text
 
 
 def comparisons(timings: Sequence[Timings], sizes: Mapping[str, int], memory: Mapping[str, Sequence[float]]) -> tuple[Comparison, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.errors import ArgumentError, expected
+from fastbn.masks import unmasked
 
 if TYPE_CHECKING:
     from fastbn.graph.model.index import Index
@@ -103,7 +104,7 @@ def as_labels(values: object, where: str) -> NDArray[np.int64]:
     ArgumentError
         They are of another type.
     """
-    array = np.asarray(values)
+    array = np.asarray(unmasked(values, where))
     if array.ndim >= 2 and array.shape[-1] > 1 and _is_one_hot(array):
         return np.asarray(array.argmax(axis=-1), dtype=np.int64)
     if array.ndim > 1 and array.shape[-1] == 1:
@@ -173,7 +174,7 @@ class Rule:
                     kind = "probability"
                 return cls(names[place], place, kind, axis, classes)
         shapes = ", ".join(f"'{name}' {_shown(getattr(output, 'shape', ()))}" for name, output in zip(names, outputs, strict=True))
-        raise ArgumentError(expected(f"an output with classes for labels of shape {_shown(labels.shape)}", shapes, "labels"))
+        raise ArgumentError(expected(f"an output with classes for labels of shape {_shown(labels.shape)}", shapes, "data"))
 
     def check(self, labels: Sequence[Array], where: str) -> None:
         """Refuse labels that this output has no class for; raises ArgumentError."""

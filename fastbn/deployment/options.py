@@ -133,9 +133,9 @@ class Options:
         if self.labels is not None and not isinstance(self.labels, str):
             raise ArgumentTypeError(expected("the name of an array", type(self.labels).__name__, "labels"))
         if self.labels is not None and self.data is None:
-            raise ArgumentError("Cannot use labels: there are no data that could hold them (data=, --data)")
+            raise ArgumentError(expected("data that hold the labels", "none", "data"))
         if self.reestimate and self.data is None:
-            raise ArgumentError("Cannot estimate statistics: there are no data (data=, --data)")
+            raise ArgumentError(expected("data to estimate statistics from", "none", "data"))
         if self.max_slowdown is not None:
             self._set("max_slowdown", number_between(self.max_slowdown, "max_slowdown", 0, MOST_SLOWDOWN, "a part, 0 or more"))
         if self.max_drop is not None:

@@ -30,11 +30,13 @@ from fastbn.graph.fold_result import FoldResult, planning_of
 from fastbn.graph.model import storage
 from fastbn.graph.model.files import utf8_path
 from fastbn.graph.model.index import Index
-from fastbn.graph.options import Globs, InputShapes, check_named, checked_shapes
+from fastbn.graph.options import Globs, InputShapes, check_named, checked_globs, checked_shapes
 from fastbn.graph.parity.feeds import ModelNotRun
 from fastbn.graph.planner.substitute import RewriteForm
+from fastbn.graph.ranges import optional_callable
 from fastbn.graph.rewrite.output import Output, Written
 from fastbn.graph.rewrite.workdir import runtime_workdir
+from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said
 
 if TYPE_CHECKING:
     from fastbn.graph.model.storage import ModelLike
@@ -110,7 +112,7 @@ def deploy(
         *(data_free, float_nodes, reestimate),
     )
     check_paths(model, output, report, force)
-    pipeline = _Pipeline(model, options, call_text(model, output, report, options), progress or (lambda *_: None))
+    pipeline = _Pipeline(model, options, call_text(model, output, report, options), progress)
     with runtime_workdir(workdir if output is None or workdir is not None else Path(output).parent) as room:
         made = pipeline.run(room.path)
     return _written(made, output, report, pipeline.progress)
@@ -145,12 +147,12 @@ class _Trial:
 class _Pipeline:
     """One model on its way through the steps; each returns what it found, and `run` makes a Deployment of that."""
 
-    def __init__(self, model: ModelLike, options: Options, command: str, progress: Progress) -> None:
+    def __init__(self, model: ModelLike, options: Options, command: str, progress: Progress | None) -> None:
         self.model = model
         self.options = options
         self.command = command
         self.workdir = Path()
-        self.progress = progress
+        self.progress = optional_callable(progress, "progress") or (lambda *_: None)
         self.step = STEPS[0]
 
     def _start(self, step: str) -> None:
@@ -169,7 +171,8 @@ class _Pipeline:
         provenance = now_and_here(given)
         self.model = source = self._source(given)
         index = Index(source, self.options.freeze_inputs, checked_shapes(self.options.input_shapes))
-        check_named(index, self.options.exclude_nodes or (), "exclude_nodes")
+        for where in ("exclude_nodes", *(() if source.proto.functions else ("only", "skip"))):  # a function's nodes are found by the fold
+            check_named(index, checked_globs(getattr(self.options, where), where) or (), where)
         samples = self._read(index)
         judge = Judge.of(self.options, index, samples is not None and samples.labels is not None)
         index, samples, tried = self._new_statistics(index, samples, judge)

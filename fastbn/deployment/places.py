@@ -34,8 +34,11 @@ def call_text(model: ModelLike, output: Location | None, report: Location | None
     return f"fastbn.deploy({', '.join(words)})"
 
 
-def check_paths(model: ModelLike, output: Location | None, report: Location | None, force: bool) -> None:
-    """Refuse, before any work is done, an output or a report that could not be made or would replace what it must not."""
+def check_paths(model: ModelLike, output: Location | None, report: Location | None, force: bool, how: str = "force=True") -> None:
+    """Refuse, before any work is done, an output or a report that could not be made or would replace what it must not.
+
+    how is what replaces a report that exists, as the caller has to say it.
+    """
     given, written = (_real_path(place) for place in (model, output))
     if written is not None and written == given:
         raise ArgumentError(f"Cannot write '{output}': it is the input")
@@ -48,7 +51,7 @@ def check_paths(model: ModelLike, output: Location | None, report: Location | No
         raise ArgumentError(f"Cannot write the report to '{report}': that is the input or the output")
     check_destination(report)
     if os.path.lexists(report) and not force:
-        raise StorageError(f"Cannot write the report to '{report}': it exists; --force (force=True) replaces it")
+        raise StorageError(f"Cannot write the report to '{report}': it exists; {how} replaces it")
 
 
 def _real_path(place: object) -> str | None:

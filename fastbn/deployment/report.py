@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastbn.deployment.drawing import draw_fold, draw_model
 from fastbn.deployment.evidence import between
 from fastbn.errors import FastbnError
+from fastbn.graph.drawing import draw_fold, draw_model
 from fastbn.graph.fold_result import planning_of
 from fastbn.graph.reasons import FORWARDS, REASONS
 from fastbn.graph.report import size_text, size_texts
 from fastbn.graph.results import Fold
-from fastbn.graph.timing import WORDS
+from fastbn.graph.timing import word_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -47,7 +47,7 @@ def template(name: str = "report.html.j2", folder: Path = HERE) -> jinja2.Templa
     try:
         import jinja2
     except ImportError as error:
-        raise FastbnError("Cannot make a report: jinja2 is not installed (pip install 'fastbn[report]')") from error
+        raise FastbnError("Cannot make a report: jinja2 is not installed (pip install jinja2)") from error
     loader = jinja2.FileSystemLoader(folder)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -136,7 +136,7 @@ def _beside(row: Latency) -> str:
     text = f"{row['ratio']:.2f} of the original's time"
     if row["low"] is None or row["high"] is None:
         return text
-    return f"{text} ({row['low']:.2f} to {row['high']:.2f}): {WORDS[row['difference']]}"
+    return f"{text} ({row['low']:.2f} to {row['high']:.2f}): {word_of(row)}"
 
 
 def _plural(count: int, word: str) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict
 
 from fastbn.deployment.compare import Agreement, AgreementFields, Metric
@@ -16,10 +14,11 @@ from fastbn.deployment.provenance import Provenance, ProvenanceFields, Versions,
 from fastbn.deployment.report import render
 from fastbn.deployment.trade_off import TradeOff, TradeOffFields, trade_off_lines
 from fastbn.errors import ParityError
-from fastbn.graph.fold_result import planning_of
+from fastbn.graph.fold_result import output_of, planning_of
+from fastbn.graph.notebook import result_html
 from fastbn.graph.report import size_text, size_texts, table
 from fastbn.graph.results import FoldReport, json_number
-from fastbn.graph.rewrite.output import Output, Written, prepared_bytes
+from fastbn.graph.rewrite.output import ModelResult, Output, Written
 from fastbn.graph.rewrite.replacement import atomic
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from fastbn.deployment.samples import Samples, SamplesFields
     from fastbn.graph import FoldResult
     from fastbn.graph.digests import Digest
-    from fastbn.graph.rewrite.output import Prepared
     from fastbn.graph.timing import Latency
 
 __all__ = ["SCHEMA", "STATUS", "Deployment", "Quantization", "Stage", "StageName", "Status"]
@@ -210,7 +208,7 @@ class DeploymentFields(TypedDict):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Deployment:
+class Deployment(ModelResult):
     """What a deployment made of a model.
 
     Attributes
@@ -300,42 +298,16 @@ class Deployment:
         """Return the Stage of a name, or None."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the shipped model, all or nothing; return the paths of its files, the model's first.
-
-        Raises
-        ------
-        ParityError
-            No stage is good enough to be shipped.
-        StorageError
-            A file cannot be written.
-        """
-        with self.prepared(path) as prepared:
-            pass
-        return prepared.paths
-
-    def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
-        """Return a context in which the files of `save` are written under other names; they take their places when it ends well."""
-        if self.shipped is None:
-            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
-        if self.shipped == "folded":
-            return self.fold.prepared(path)
-        if self.shipped == "original":
-            return self._original().prepared(path)
-        return prepared_bytes(path, self.to_bytes(), planning_of(self.fold).view.index.source)
-
-    def to_bytes(self) -> bytes:
-        """Return the shipped model as bytes, all tensors inside; raises ParityError as `save` does."""
-        if self.shipped == "quantized" and self.quantized is not None:
-            return self.quantized
-        if self.shipped is None:
-            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
-        return self._original().to_bytes() if self.shipped == "original" else self.fold.to_bytes()
-
-    def _original(self) -> Output:
-        """Return the original as an output: byte for byte as it was given, but for the names of its data files."""
+    def _made(self) -> Output:
+        """Return the shipped model; raises ParityError where none is."""
         source = planning_of(self.fold).view.index.source
-        return Output(source, source.is_edited, lambda: Written(source.proto, []))
+        if self.shipped is None:
+            raise ParityError(f"Cannot save a model: nothing is shipped: {self.decision}")
+        if self.shipped == "quantized" and self.quantized is not None:
+            return Output.of_bytes(self.quantized, source)
+        if self.shipped == "folded":
+            return output_of(self.fold)
+        return Output(source, source.is_edited, lambda: Written(source.proto, []))  # byte for byte, but for the names of its data files
 
     def written_as(self, output: Sequence[Digest]) -> Self:
         """Return the same deployment, which says that these files are its output."""
@@ -410,6 +382,9 @@ class Deployment:
                 ]
             )
         return table(rows)
+
+    def _repr_html_(self) -> str:
+        return result_html(self.lines(), planning_of(self.fold))
 
     def __repr__(self) -> str:
         verified = "not verified" if self.fold.parity is None else f"parity {self.fold.parity.status}"

@@ -21,6 +21,7 @@ from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.parity.feeds import random_feeds
 from fastbn.graph.reasons import first_few
 from fastbn.graph.runtime import runtime_errors
+from fastbn.masks import unmasked
 
 if TYPE_CHECKING:
     from fastbn.graph.model.index import Index
@@ -254,7 +255,8 @@ class Inputs:
         if unknown:
             self.notes.append(f"ignored, for no input has the name: {first_few([repr(name) for name in unknown])}")
         parts = {
-            name: self._parts(where, name, self._typed(where, name, np.asanyarray(arrays[name])), group.kind, rows) for name in self.infos
+            name: self._parts(where, name, self._typed(where, name, _plain(arrays[name], name, where)), group.kind, rows)
+            for name in self.infos
         }
         count = max(map(len, parts.values()), default=0)
         for name, each in parts.items():
@@ -350,11 +352,20 @@ class Inputs:
             return array
         if kind == "batch" and _fits(array.shape, shape[1:]):
             return array[None]
+        place = self.lacking(name, array.shape, shape)
+        return array if place is None else np.expand_dims(array, place)
+
+    def lacking(self, name: str, sizes: Sequence[int], shape: Sequence[int | None]) -> int | None:
+        """Return the axis of size 1 that an array of samples lacks, and note it; None where that is not all it lacks."""
         for place in range(1, len(shape)):
-            if shape[place] == 1 and _fits(array.shape[1:], (*shape[1:place], *shape[place + 1 :])):
+            if shape[place] == 1 and _fits(sizes[1:], (*shape[1:place], *shape[place + 1 :])):
                 self.notes.append(f"'{name}' was given an axis of size 1, its axis {place}")
-                return np.expand_dims(array, place)
-        return array
+                return place
+        return None
+
+
+def _plain(value: ArrayLike, name: str, where: str) -> Array:
+    return np.asarray(unmasked(value, f"'{name}' of {where}"))
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:

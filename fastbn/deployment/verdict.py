@@ -76,11 +76,11 @@ class Judge:
         scores = score_outputs(index)
         metric = options.metric
         if metric == "accuracy" and not has_labels:
-            raise ArgumentError(expected("labels in the data for --metric accuracy", "none", "metric"))
+            raise ArgumentError(expected("labels in the data for the metric 'accuracy'", "none", "metric"))
         if metric == "top-1":
             scores = scores or row_outputs(index)
             if not scores:
-                raise ArgumentError(expected("an output of scores [N, C] for --metric top-1", "none that looks like one", "metric"))
+                raise ArgumentError(expected("an output of scores [N, C] for the metric 'top-1'", "none that looks like one", "metric"))
         usual: Metric = "accuracy" if has_labels else "top-1" if scores else "error"
         chosen: Metric = usual if metric == "auto" else metric
         max_drop = METRICS[chosen] if options.max_drop is None else options.max_drop
@@ -125,7 +125,7 @@ class Judge:
                 rest = _said(best, between(found, name, best)) if best and is_changed else ""
                 best = name
         reasons = [quantization.refused] if quantization and quantization.refused else []
-        reasons += [f"{stage.name}: {stage.refused}" for stage in list(by_name.values())[:0:-1] if stage.refused]
+        reasons += [f"{stage.name} is refused: {stage.refused}" for stage in list(by_name.values())[:0:-1] if stage.refused]
         made = tuple(by_name.values())
         if best is None or not {"folded", "quantized"} & set(good):
             return Verdict(None, "refused", "; ".join(reasons)), made
@@ -136,7 +136,7 @@ class Judge:
         compared = by_name[best].agreements
         if compared and not any(each.elements for each in compared):
             status, words = ("unverified" if status == "done" else status), f"{words}, for every output is empty"
-        return Verdict(best, status, "; ".join([*reasons, f"{best}: {words}" if reasons else words])), made
+        return Verdict(best, status, "; ".join([*reasons, f"{best} is taken: {words}" if reasons else words])), made
 
     def _unfit(self, name: StageName, best: StageName | None, found: Sequence[Comparison]) -> str:
         """Return why a stage is no better than the best so far, or slower than it may be; "" where it is fit."""
@@ -171,7 +171,8 @@ class Judge:
             return f"{stage.accuracy}, {100 * self.max_drop:.4g} may be lost"
         if self.metric == "top-1" and stage.top1 is not None:
             rows = max(each.rows for each in stage.agreements)
-            return f"{round(stage.drop * rows)} of {rows} decisions differ from the original's ({stage.drop:.1%}), {self.max_drop:.1%} may"
+            differ = f"{round(stage.drop * rows)} of {rows} decisions differ from the original's"
+            return f"{differ} ({stage.drop:.1%}, at most {self.max_drop:.1%} may)"
         return f"a relative error of {stage.drop:.2g} in the outputs, {self.max_drop:.2g} is allowed"
 
     def _too_much(self, stage: Stage, index: Index) -> str:
@@ -186,14 +187,18 @@ class Judge:
 
 
 def _said(other: StageName, found: Sequence[Comparison], aim: Comparison | None = None) -> str:
-    """Return what a stage is beside another: what decides first, then what speaks for it and against it, as a sentence goes on."""
-    rest = [each for each in found if each is not aim]
-    sides = {"for it": [e for e in rest if e.is_less], "against it": [e for e in rest if e.is_more]}
-    parts = [str(aim)] if aim else []
-    parts += [f"{side}: {', '.join(map(str, each))}" for side, each in sides.items() if each]
-    same = [each for each in rest if not each.is_less and not each.is_more]
-    parts += [", ".join(map(str, same))] if same else []
-    return f"beside {other}, {'; '.join(parts)}" if parts else ""
+    """Return what a stage is beside another, as a sentence: what decides and is alike first, then what speaks on the other side."""
+    ordered = sorted(found, key=lambda each: each is not aim)
+    sides = {
+        "better": [each for each in ordered if each.is_less],
+        "worse": [each for each in ordered if each.is_more],
+        "even": [each for each in ordered if not each.is_less and not each.is_more],
+    }
+    first = next((side for side, each in sides.items() if aim in each), next((side for side, each in sides.items() if each), ""))
+    if not first:
+        return ""
+    text = f"beside {other} it is {', '.join(map(str, sides.pop(first)))}"
+    return text + "".join(f", {'and' if side == 'even' else 'but'} {', '.join(map(str, each))}" for side, each in sides.items() if each)
 
 
 def unverified_warning(parity: Parity | None) -> Iterator[str]:

@@ -5,7 +5,7 @@ from fastbn.errors import FastbnError
 try:
     import onnx  # noqa: F401
 except ImportError as error:
-    raise FastbnError("Cannot read models: onnx is not installed (pip install 'fastbn[onnx]')") from error
+    raise FastbnError("Cannot read models: onnx is not installed (pip install onnx onnxruntime)") from error
 
 from fastbn.graph.fold_result import FoldResult
 from fastbn.graph.job import fold, verify

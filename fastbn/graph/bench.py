@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from fastbn.errors import ArgumentError, FastbnError, ModelError, expected
 from fastbn.graph.job import fold
 from fastbn.graph.model import storage
@@ -12,13 +14,21 @@ from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.reference import feeds_for
 from fastbn.graph.ranges import whole_number
 from fastbn.graph.reasons import first_few
+from fastbn.graph.report import table
 from fastbn.graph.runtime import Runnable, runtime_errors, said
-from fastbn.graph.timing import Latency, time_runs
+from fastbn.graph.timing import Latency, time_runs, word_of
 
-__all__ = ["bench"]
+__all__ = ["BenchReport", "bench", "latency_table"]
 
 # The most timed runs of each model that may be asked for.
 MOST_RUNS = 1_000_000
+
+
+class BenchReport(TypedDict):
+    """The JSON report of a comparison of latencies."""
+
+    schema: int
+    bench: list[Latency]
 
 
 def bench(
@@ -39,8 +49,8 @@ def bench(
     -------
     list of dict
         threads, model ("original" or "folded"), runs, median_ms, p90_ms, ratio (how many times as long as the original it takes), low and
-        high (its 99 % interval, by a bootstrap over paired runs; None with fewer than 8) and difference ("less" or "more" where the whole
-        interval says so by more than 2 %, else "none"; "unknown" without an interval).
+        high (its 99 % interval, by a bootstrap over paired runs; None with fewer than 8, and for the original) and difference ("less" or
+        "more" where the whole interval says so by more than 2 %, "unknown" without an interval and with a wide one, else "none").
 
     Raises
     ------
@@ -66,6 +76,24 @@ def bench(
     for each in (source, other):
         each.check_unchanged()
     return [row for each in timings for row in each.rows()]
+
+
+def latency_table(rows: list[Latency]) -> list[str]:
+    """Return what `bench` gives as lines of text."""
+    cells = [["threads", "model", "median", "p90", "times the original's", "99 % interval", "difference"]]
+    for row in rows:
+        beside = ["", "", ""]
+        if row["model"] != "original":
+            interval = "-" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
+            beside = [f"{row['ratio']:.2f}", interval, word_of(row)]
+        cells.append([str(row["threads"]), row["model"], _time_text(row["median_ms"]), _time_text(row["p90_ms"]), *beside])
+    return table(cells)
+
+
+def _time_text(milliseconds: float) -> str:
+    """Return a time with three digits and its unit."""
+    value, unit = (milliseconds, "ms") if milliseconds < 999.5 else (milliseconds / 1e3, "s")
+    return f"{value:#.3g} {unit}".replace(". ", " ")
 
 
 def _check_runs(model: Runnable, where: str, feed: Feed) -> None:

@@ -5,23 +5,22 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
-from onnx import ModelProto
-
 from fastbn.errors import ParityError
 from fastbn.graph import report
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import Source
+from fastbn.graph.notebook import result_html
 from fastbn.graph.ops.normalization import BATCH_NORM, node_counts
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.results import SCHEMA, Explanation, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
-from fastbn.graph.rewrite.output import Output, Prepared
+from fastbn.graph.rewrite.output import ModelResult, Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
 
-__all__ = ["FoldResult", "planning_of"]
+__all__ = ["FoldResult", "output_of", "planning_of"]
 
 
-class FoldResult:
+class FoldResult(ModelResult):
     """What `fold` returns: the folded model, and what was folded, what stayed and what was verified.
 
     Attributes
@@ -89,34 +88,12 @@ class FoldResult:
             return node_counts(((node.domain, node.op) for node in self._index.order), proto.functions)
         return node_counts(((node.domain, node.op_type) for graph in scopes_of(proto.graph) for node in graph.node), proto.functions)
 
-    @property
-    def model(self) -> ModelProto:
-        """The folded onnx.ModelProto with all tensors inside; above 2 GB use save."""
-        return self._output.to_proto()
-
-    def to_bytes(self) -> bytes:
-        """Return the folded model as bytes with all tensors inside; a model in which nothing changed comes back byte for byte."""
-        return self._output.to_bytes()
-
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the folded model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
-
-        Raises
-        ------
-        ParityError
-            The folded model differs from its original by more than rounding explains.
-        StorageError
-            A file cannot be written.
-        """
-        with self.prepared(path) as prepared:
-            pass
-        return prepared.paths
+    def _made(self) -> Output:
+        return self._output
 
     def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
         """Return a context in which the files of `save` are written under other names; they are renamed when it ends without an error."""
-        if self.parity is not None and self.parity.status == "failed":
-            raise ParityError(f"Cannot save the folded model: it differs from the original: {self.parity}")
-        return self._output.prepared(path)
+        return output_of(self).prepared(path)
 
     def to_dict(self) -> FoldReport:
         """Return everything as data that JSON holds; "schema" is its version."""
@@ -162,6 +139,9 @@ class FoldResult:
     def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))
 
+    def _repr_html_(self) -> str:
+        return result_html(self.lines(), self._planning)
+
     def __repr__(self) -> str:
         folded, kept = (sum(each.ops.count(BATCH_NORM) for each in entries) for entries in (self.folded, self.kept))
         verified = "not verified" if self.parity is None else f"parity {self.parity.status}"
@@ -174,3 +154,10 @@ class FoldResult:
 def planning_of(result: FoldResult) -> Planning:
     """Return the planning of a result, whose `folds` are one for each of `folded` in the same order: for the package, not for users."""
     return result._planning
+
+
+def output_of(result: FoldResult) -> Output:
+    """Return the Output of a result that may be saved, raising ParityError for another: for the package, not for users."""
+    if result.parity is not None and result.parity.status == "failed":
+        raise ParityError(f"Cannot save the folded model: it differs from the original: {result.parity}")
+    return result._output

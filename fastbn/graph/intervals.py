@@ -23,6 +23,9 @@ FEWEST_PAIRS = 8
 # Sessions of one file differ by up to 1 % for as long as they live: their weights and buffers lie elsewhere in memory.
 MARGIN = 0.02
 
+# Half the width of an interval, as a part of the ratio, above which it hides differences that matter.
+NOISY = 0.05
+
 RESAMPLES = 4000
 
 
@@ -35,15 +38,23 @@ class Ratio:
     high: float | None = None
 
     def difference(self, margin: float = MARGIN) -> Difference:
-        """Return "less" or "more" where the whole interval is that by more than `margin`, else "none"; "unknown" without an interval."""
+        """Return "less" or "more" where the whole interval is that by more than `margin`, else "none"; "unknown" without an interval, and
+        where one of both sides of 1 is so wide that it says nothing."""
         if self.low is None or self.high is None:
             return "unknown"
-        return "less" if self.high < 1 - margin else "more" if self.low > 1 + margin else "none"
+        if self.high < 1 - margin:
+            return "less"
+        return "more" if self.low > 1 + margin else "none" if self.width <= NOISY else "unknown"
 
     @property
     def width(self) -> float:
         """Half the length of the interval as a part of the ratio, Inf where there is none."""
         return math.inf if self.low is None or self.high is None else (self.high - self.low) / (2 * self.ratio)
+
+    @property
+    def doubt(self) -> str:
+        """Why a difference is "unknown"."""
+        return "too few runs to tell" if self.low is None else "too noisy to tell"
 
     def __str__(self) -> str:
         return f"{self.ratio:.2f}" + ("" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})")

@@ -28,6 +28,7 @@ from fastbn.graph.planner.guard import Guard
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.planning import NodeKey, Planning, key_of
 from fastbn.graph.planner.substitute import REWRITE_FORMS, RewriteForm
+from fastbn.graph.ranges import optional_callable
 from fastbn.graph.reasons import Refusal, first_few
 from fastbn.graph.results import Fold, Parity, Rewritten
 from fastbn.graph.rewrite.draft import Draft
@@ -81,7 +82,7 @@ def fold(
     seed, progress : int, callable of str, optional
         Seed of the random inputs of the verification; what is called with a line of text before each of its steps.
     workdir : path, optional
-        Where a hidden folder holds the files of a model with external data while it is verified; the system's temporary one by default.
+        Where a hidden folder holds files of a model with external data during its verification; the system's temporary one by default.
 
     Returns
     -------
@@ -102,8 +103,8 @@ def fold(
     ('c', True, 1)
     """
     globs = checked_globs(only, "only"), checked_globs(skip, "skip"), checked_globs(explain, "explain")
-    source, shapes = storage.load(model), checked_shapes(input_shapes)
-    options = Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, progress or silent, workdir)
+    shapes, tell = checked_shapes(input_shapes), optional_callable(progress, "progress") or silent
+    options, source = Options(*globs, verify, shapes, freeze_inputs, rewrite_left, seed, tell, workdir), storage.load(model)
     return _folded(inference_form(source, freeze_inputs, shapes) if as_inference else source, options)
 
 
@@ -364,9 +365,9 @@ def verify(
     >>> fastbn.verify(add, add).ok, fastbn.verify(add, mul).status
     (True, 'failed')
     """
-    shapes = checked_shapes(input_shapes)
+    tell, shapes = optional_callable(progress, "progress"), checked_shapes(input_shapes)
     index, other = Index(storage.load(original), False, shapes), storage.load(folded)
-    comparison = Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=progress)
+    comparison = Comparison(Runnable.of(index.source), index, input_shapes=shapes, seed=seed, progress=tell)
     parity = comparison.check(Runnable.of(other))
     for source in (index.source, other):
         source.check_unchanged()

@@ -15,34 +15,46 @@ WIDTH, LONGEST_NAMES = 160, 72
 # Columns by which a question is indented at most.
 DEEPEST_INDENT = 24
 
-# What a wrapped line is indented by: the width of its label (up to 8 characters) and the blanks after it, or of its own indent.
-HANGING = re.compile(r" {2}\S{1,8} +|\S{1,8} {2,}| +")
+# What a wrapped line is indented by: the width of its label (up to 8 characters) and the blanks after it, in a row also of the name that
+# follows; or of its own indent.
+HANGING = re.compile(r" {2}(?:folded|kept|rewrote) +\S(?: ?\S)* {2,}| {2}\S{1,8} +|\S{1,8} {2,}| +")
 
 
 def result_rows(folded: Sequence[Fold], kept: Sequence[Kept], rewritten: Sequence[Rewritten]) -> list[str]:
-    """Return the lines of a report, one for each fold and each node that stayed, and a line more where its names are long."""
-    return [*_fold_rows(folded), *_rewritten_rows(rewritten), *_kept_rows(kept)]
+    """Return the lines of a report, some for each fold and each node that stayed, in columns that all of them share."""
+    rows = [*map(_fold_rows, folded), *map(_rewritten_rows, rewritten), *map(_kept_rows, kept)]
+    return table(row for each in rows for row in each)
 
 
-def _fold_rows(folded: Sequence[Fold]) -> list[str]:
-    rows, below = [], []
-    for fold in folded:
-        bn, bn_names = _counted(fold.bn, len(fold.ops))
-        into, into_names = _counted(fold.into, fold.op.count("+") + 1)
-        rows.append(["  folded", bn, f"into {into}", *_measured(fold)])
-        below.append([f"          {bn_names}"] * bool(bn_names) + [f"          into {into_names}"] * bool(into_names))
-    return [line for row, names in zip(table(rows), below, strict=True) for line in (row, *names)]
+def _fold_rows(fold: Fold) -> list[list[str]]:
+    bn, bn_names = _counted(fold.bn, len(fold.ops))
+    into, into_names = _counted(fold.into, fold.op.count("+") + 1)
+    below = [*_if_any(bn_names), *_if_any(into_names and f"into {into_names}")]
+    return [["  folded", bn, f"into {into}", *_measured(fold)], *below]
 
 
-def _rewritten_rows(rewritten: Sequence[Rewritten]) -> list[str]:
-    labels = [_counted(each.bn, 1) for each in rewritten]
-    rows = [["  rewrote", bn, f"as {each.op}", *_measured(each)] for each, (bn, _) in zip(rewritten, labels, strict=True)]
-    lines = []
-    for row, each, (_, names) in zip(table(rows), rewritten, labels, strict=True):
-        lines += [row, *[f"           {names}"] * bool(names)]
-        first, *rest = each.reason.split(FORWARDS)
-        lines += [f"           {first}   [{each.code}]", *(f"           {FORWARDS[2:]}{sentence}" for sentence in rest)]
-    return lines
+def _rewritten_rows(each: Rewritten) -> list[list[str]]:
+    bn, names = _counted(each.bn, 1)
+    return [["  rewrote", bn, f"as {each.op}", *_measured(each)], *_if_any(names), *_reason_rows(each)]
+
+
+def _kept_rows(each: Kept) -> list[list[str]]:
+    bn, names = _counted(each.bn, len(each.ops))
+    (_, _, first), *rest = _reason_rows(each)
+    if each.not_rewritten not in (None, each.reason):
+        rest.append(["", "", f"not rewritten: {each.not_rewritten}"])
+    return [["  kept", bn, first], *rest, *_if_any(names)]
+
+
+def _reason_rows(each: Kept | Rewritten) -> list[list[str]]:
+    """Return why a node is not folded, below the column of its row that follows its name."""
+    first, *rest = each.reason.split(FORWARDS)
+    return [["", "", f"{first}   [{each.code}]"], *(["", "", f"{FORWARDS[2:]}{sentence}"] for sentence in rest)]
+
+
+def _if_any(names: str) -> list[list[str]]:
+    """Return the row below that lists names, if there are any."""
+    return [["", names]] if names else []
 
 
 def _measured(entry: Fold | Rewritten) -> list[str]:
@@ -52,29 +64,22 @@ def _measured(entry: Fold | Rewritten) -> list[str]:
     return [f"{entry.channels} channel{'s' if entry.channels > 1 else ''}", "  ".join(filter(None, [measured, note]))]
 
 
-def _kept_rows(kept: Sequence[Kept]) -> list[str]:
-    lines = []
-    labels = [_counted(entry.bn, len(entry.ops)) for entry in kept]
-    width = max((len(label) for label, _ in labels), default=0)
-    for entry, (label, names) in zip(kept, labels, strict=True):
-        first, *rest = entry.reason.split(FORWARDS)
-        lines.append(f"  kept    {label:<{width}}  {first}   [{entry.code}]")
-        lines.extend(f"          {'':<{width}}  {FORWARDS[2:]}{sentence}" for sentence in rest)
-        if entry.not_rewritten not in (None, entry.reason):
-            lines.append(f"          {'':<{width}}  not rewritten: {entry.not_rewritten}")
-        lines.extend([f"          {names}"] * bool(names))
-    return lines
-
-
 def explanation_rows(explanations: Iterable[Explanation]) -> list[str]:
-    """Return the lines of explanations: the questions of a search, each indented below the one that it follows from."""
+    """Return the lines of explanations: the questions of a search, each indented below the one that it follows from.
+
+    What the report says above, and what a line would repeat of the one before or of its own answer, is left out.
+    """
     lines = []
     for explanation in explanations:
-        lines.append(f"  explain {explanation.bn}: {explanation.outcome}")
+        lines.append(f"  explain {explanation.bn}: {'folded' if explanation.outcome == 'folded' else 'stays, for the reason above'}")
+        before = ("", "")
         for step in explanation.steps:
+            if (step.strategy, step.asked) != before:
+                lines.append(f"          {step.strategy}: {step.asked}")
+            before = (step.strategy, step.asked)
             code = f"   [{step.code}]" if step.code else ""
-            indent = " " * min(2 * step.depth, DEEPEST_INDENT)
-            lines.append(f"          {step.strategy:<9}  {indent}{step.direction}  {step.node}, {step.asked}: {step.answer}{code}")
+            node = "" if step.node in step.answer else f"{step.node}: "
+            lines.append(f"            {' ' * min(2 * step.depth, DEEPEST_INDENT)}{step.direction:<8}  {node}{step.answer}{code}")
     return lines
 
 

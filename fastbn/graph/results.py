@@ -23,6 +23,7 @@ __all__ = [
     "RewrittenDict",
     "Step",
     "StepDict",
+    "VerifyReport",
     "json_number",
 ]
 
@@ -144,6 +145,13 @@ class FoldReport(TypedDict):
     notes: list[str]
     explanations: list[ExplanationDict]
     parity: ParityDict | None
+
+
+class VerifyReport(TypedDict):
+    """The JSON report of a comparison of two models."""
+
+    schema: int
+    parity: ParityDict
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _runtime() -> Any:  # a module without types
         with interrupts_deferred():  # it makes an ImportError of one
             import onnxruntime
     except ImportError as error:
-        raise FastbnError("Cannot run models: onnxruntime is not installed (pip install 'fastbn[onnx]')") from error
+        raise FastbnError("Cannot run models: onnxruntime is not installed (pip install onnxruntime)") from error
     if _is_log_silent:
         onnxruntime.set_default_logger_severity(FATAL)
     return onnxruntime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from fastbn.graph.runtime import Session, session
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["WORDS", "Latency", "Timings", "time_models", "time_runs"]
+__all__ = ["Latency", "Timings", "time_models", "time_runs", "word_of"]
 
 WARM_UP = 3
 
@@ -31,16 +32,17 @@ ROUND_SECONDS, LONGEST = 0.05, 3.0
 # Half the width of an interval at which a ratio is precise.
 PRECISE = 0.01
 
-# What a difference of two latencies is called.
-WORDS: dict[Difference, str] = {"less": "faster", "more": "slower", "none": "no difference", "unknown": "too few runs to say"}
-
 # Name -> a model's bytes, or its path.
 Models: TypeAlias = Mapping[str, bytes | str]
+
+# Name -> milliseconds [blocks, runs].
+Round: TypeAlias = dict[str, NDArray[np.float64]]
 
 
 class Latency(TypedDict):
     """How long one model takes on some threads: median and 90th percentile of its runs, and how many times as long as the first model it
-    takes, with the ends of the 99 % interval (null with too few runs) and what they say: less, more, none or unknown."""
+    takes, with the ends of the 99 % interval (null with too few runs, and for the first model) and what they say: less, more, none, or
+    unknown with too few runs and with an interval too wide to say anything."""
 
     threads: int
     model: str
@@ -51,6 +53,12 @@ class Latency(TypedDict):
     low: float | None
     high: float | None
     difference: Difference
+
+
+def word_of(row: Latency) -> str:
+    """Return what the difference of a row to the first model is called."""
+    doubt = Ratio(row["ratio"], row["low"], row["high"]).doubt
+    return {"less": "faster", "more": "slower", "none": "no difference", "unknown": doubt}[row["difference"]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Timings:
     """
 
     threads: int
-    rounds: list[dict[str, NDArray[np.float64]]]
+    rounds: list[Round]
     seed: int = 0
 
     @property
@@ -93,7 +101,8 @@ class Timings:
         rows = []
         for name in self.names:
             runs = self.runs(name)
-            ratio = Ratio(1.0, 1.0, 1.0) if name == self.names[0] else self.ratio(name, self.names[0])
+            is_first = name == self.names[0]
+            ratio = Ratio(1.0) if is_first else self.ratio(name, self.names[0])
             median, p90 = float(np.median(runs)), float(np.percentile(runs, 90))
             rows.append(
                 Latency(
@@ -105,7 +114,7 @@ class Timings:
                     ratio=ratio.ratio,
                     low=ratio.low,
                     high=ratio.high,
-                    difference=ratio.difference(),
+                    difference="none" if is_first else ratio.difference(),
                 )
             )
         return rows
@@ -139,19 +148,18 @@ def time_runs(
     list of Timings
         One for each number of threads.
     """
-    found = []
-    for threads, watch in _watches(models, feed, seed):
-        rounds: list[dict[str, NDArray[np.float64]]] = []
+    tell = _silent if progress is None else progress
+
+    def run(watch: _Watch) -> Iterator[Round]:
         watch.open()
         began = time.perf_counter()
-        while len(rounds) < runs:
-            if progress:
-                progress(f"run {len(rounds) + 1} of {runs}, {threads} thread{'s' if threads > 1 else ''}")
-            rounds.append(watch.blocks(1, 1))
-            if limit is not None and time.perf_counter() - began > limit and len(rounds) >= FEWEST_PAIRS:
-                break
-        found.append(Timings(threads, rounds, seed))
-    return found
+        for number in range(runs):
+            if limit is not None and number >= FEWEST_PAIRS and time.perf_counter() - began > limit:
+                return
+            tell(f"run {number + 1} of {runs}, {watch.on_threads}")
+            yield watch.blocks(1, 1)
+
+    return _timings(models, feed, seed, run, lambda timings: False)
 
 
 def time_models(
@@ -171,30 +179,42 @@ def time_models(
     list of Timings
         One for each number of threads.
     """
-    found = []
-    for threads, watch in _watches(models, feed, seed):
-        most = longest if threads == 1 else longest / 2
+    tell = _silent if progress is None else progress
+
+    def run(watch: _Watch) -> Iterator[Round]:
+        most = longest if watch.threads == 1 else longest / 2
         end = time.perf_counter() + most
         loading = watch.open()
         fresh = 2 * FEWEST_PAIRS * loading < most
         blocks, runs = watch.plan(max(ROUND_SECONDS, loading if fresh else 0))
-        rounds: list[dict[str, NDArray[np.float64]]] = []
-        while True:
-            if progress:
-                progress(f"round {len(rounds) + 1}, {threads} thread{'s' if threads > 1 else ''}")
-            if fresh and rounds:
+        for number in itertools.count(1):
+            tell(f"round {number}, {watch.on_threads}")
+            if fresh and number > 1:
                 watch.open()
-            rounds.append(watch.blocks(blocks, runs))
-            timings = Timings(threads, rounds, seed)
-            if len(rounds) >= FEWEST_PAIRS and (time.perf_counter() > end or timings.is_precise):
+            yield watch.blocks(blocks, runs)
+            if number >= FEWEST_PAIRS and time.perf_counter() > end:
+                return
+
+    return _timings(models, feed, seed, run, lambda timings: len(timings.rounds) >= FEWEST_PAIRS and timings.is_precise)
+
+
+def _silent(text: str) -> None:
+    """Tell nobody."""
+
+
+def _timings(
+    models: Models, feed: Feed, seed: int, run: Callable[[_Watch], Iterator[Round]], is_enough: Callable[[Timings], bool]
+) -> list[Timings]:
+    """Return the Timings on 1 and on all threads: of the rounds that `run` makes, as long as they are not enough."""
+    found = []
+    for threads in sorted({1, _cpus()}):
+        timings = Timings(threads, [], seed)
+        for made in run(_Watch(models, feed, threads, seed)):
+            timings.rounds.append(made)
+            if is_enough(timings):
                 break
         found.append(timings)
     return found
-
-
-def _watches(models: Models, feed: Feed, seed: int) -> Iterator[tuple[int, _Watch]]:
-    for threads in sorted({1, _cpus()}):
-        yield threads, _Watch(models, feed, threads, seed)
 
 
 class _Watch:
@@ -204,6 +224,7 @@ class _Watch:
         self.models = models
         self.feed = feed
         self.threads = threads
+        self.on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
         self.random = np.random.default_rng(seed)
         self.sessions: dict[str, Session] = {}
 
@@ -230,7 +251,7 @@ class _Watch:
         runs = max(1 if turn > seconds else 2, min(MOST_RUNS, int(seconds / turn)))
         return max(1, int(seconds / (runs * turn))), runs
 
-    def blocks(self, count: int, runs: int) -> dict[str, NDArray[np.float64]]:
+    def blocks(self, count: int, runs: int) -> Round:
         """Return name -> milliseconds [count, runs]."""
         times = {name: np.empty((count, runs)) for name in self.models}
         for block in range(count):

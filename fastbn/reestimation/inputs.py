@@ -64,7 +64,8 @@ class Batches(Inputs):
 
     def _count(self, where: str, name: str, sizes: Sequence[int]) -> int:
         shape = self.shapes[name]
-        if shape is not None and len(sizes) not in (len(shape), len(shape) + 1):
+        is_short = shape is not None and len(sizes) == len(shape) - 1 and self.lacking(name, sizes, shape) is not None
+        if shape is not None and not is_short and len(sizes) not in (len(shape), len(shape) + 1):
             shown = ",".join(str(size or "?") for size in shape)
             raise ArgumentError(expected(f"shape [{shown}] for '{name}'", f"[{','.join(map(str, sizes))}]", where))
         return sizes[0] if sizes else 1

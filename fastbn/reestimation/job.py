@@ -19,7 +19,7 @@ from fastbn.graph.model.storage import ModelLike, Source
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
 from fastbn.graph.options import Globs, check_named
 from fastbn.graph.parity.comparable import is_random
-from fastbn.graph.ranges import whole_number
+from fastbn.graph.ranges import optional_callable, whole_number
 from fastbn.graph.rewrite.output import Output
 from fastbn.graph.runtime import Runnable, runtime_errors, said
 from fastbn.reestimation.collections import deferred_partitions, is_collection
@@ -106,15 +106,15 @@ def reestimate(
     ([2.0, 4.0], [1.0, 16.0], 1)
     """
     options = Options(mode, batch, samples, only, skip, momentum, unbiased, memory, threads)
-    return _Job(model, options, progress or (lambda *_: None)).run(data, workers, scheduler, client)
+    return _Job(model, options, progress).run(data, workers, scheduler, client)
 
 
 class _Job:
     """One call of `reestimate`."""
 
-    def __init__(self, model: ModelLike, options: Options, progress: Progress) -> None:
+    def __init__(self, model: ModelLike, options: Options, progress: Progress | None) -> None:
         self.began = time.perf_counter()
-        self.options, self.progress = options, progress
+        self.options, self.progress = options, optional_callable(progress, "progress") or (lambda *_: None)
         given = storage.load(model)
         self.source = inlined_functions(given, (BATCH_NORM,)) or given
         self.index = Index(self.source)
@@ -142,6 +142,7 @@ class _Job:
         self._tell(0, "reading the data")
         find = deferred_partitions if is_collection(data) else fixed_partitions
         partitions: Sequence[Partition] = find(data, inputs, self.options.batch, self.options.samples)
+        self.notes.extend(dict.fromkeys(inputs.notes))
         dtypes = {site.number: site.dtypes for site in self.run_levels.sites}
         setting = Setting(self.options.threads, __version__)
         pieces, models = [piece for piece, _ in cuts], [model for _, model in cuts]

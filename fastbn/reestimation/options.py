@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fastbn.errors import ArgumentError, ArgumentTypeError, expected
 from fastbn.graph.options import Globs, checked_globs
-from fastbn.graph.ranges import number_between, whole_number
+from fastbn.graph.ranges import number_between, size_in_bytes, whole_number
 
-__all__ = ["BATCH", "MEMORY", "MODES", "Mode", "Options", "bytes_in"]
+__all__ = ["BATCH", "MEMORY", "MODES", "Mode", "Options"]
 
 Mode: TypeAlias = Literal["population", "one-pass"]
 MODES: tuple[Mode, ...] = ("population", "one-pass")
@@ -20,20 +19,6 @@ BATCH, MEMORY = 32, 1 << 30
 
 # Threads of one operator at most.
 MOST_THREADS = 1024
-
-# Factors of the units of memory, as dask reads them too.
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
-
-
-def bytes_in(value: int | str, where: str) -> int:
-    """Return a number of bytes, given as one or as text such as "500 MB"; raises ArgumentError or ArgumentTypeError."""
-    if isinstance(value, str):
-        match = SIZE.fullmatch(value)
-        if match is None or match[2].upper() not in UNITS:
-            raise ArgumentError(expected("a number of bytes, as 500MB or 2GiB", repr(value), where))
-        return int(float(match[1]) * UNITS[match[2].upper()])
-    return whole_number(value, where)
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ class Options:
             raise ArgumentError(expected(" or ".join(MODES), repr(self.mode), "mode"))
         self._set("batch", whole_number(self.batch, "batch", 1))
         self._set("threads", whole_number(self.threads, "threads", 1, MOST_THREADS))
-        self._set("memory", bytes_in(self.memory, "memory"))
+        self._set("memory", size_in_bytes(self.memory, "memory"))
         self._set("only", checked_globs(self.only, "only"))
         self._set("skip", checked_globs(self.skip, "skip"))
         if self.samples is not None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
-from onnx import ModelProto
 
 from fastbn.graph.report import size_text, table, wrapped
 from fastbn.graph.results import SCHEMA, JsonNumber, json_number
+from fastbn.graph.rewrite.output import ModelResult
 from fastbn.graph.rewrite.replacement import atomic
 from fastbn.reestimation.levels import Left, Site
 from fastbn.reestimation.options import Mode
@@ -21,7 +20,7 @@ from fastbn.reestimation.report import render
 
 if TYPE_CHECKING:
     from fastbn._types import FloatArray
-    from fastbn.graph.rewrite.output import Output, Prepared
+    from fastbn.graph.rewrite.output import Output
     from fastbn.stats import BatchStats
 
 __all__ = ["FAR", "Moved", "MovedDict", "Reestimation", "ReestimationReport", "moved"]
@@ -116,7 +115,7 @@ class ReestimationReport(TypedDict):
 
 
 @dataclass(frozen=True, repr=False)
-class Reestimation:
+class Reestimation(ModelResult):
     """What `reestimate` returns: the model with new statistics, and how far each batch normalization moved.
 
     Attributes
@@ -153,30 +152,8 @@ class Reestimation:
     notes: tuple[str, ...]
     seconds: float
 
-    @property
-    def model(self) -> ModelProto:
-        """The onnx.ModelProto with all tensors inside; above 2 GB use save."""
-        return self.output.to_proto()
-
-    def to_bytes(self) -> bytes:
-        """Return the model as bytes with all tensors inside; where nothing changed, byte for byte as it was given."""
-        return self.output.to_bytes()
-
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
-
-        Raises
-        ------
-        StorageError
-            A file cannot be written.
-        """
-        with self.prepared(path) as prepared:
-            pass
-        return prepared.paths
-
-    def prepared(self, path: str | os.PathLike[str]) -> AbstractContextManager[Prepared]:
-        """Return a context in which the files of `save` are written under other names; they are renamed when it ends without an error."""
-        return self.output.prepared(path)
+    def _made(self) -> Output:
+        return self.output
 
     def to_dict(self) -> ReestimationReport:
         """Return everything but the model as data that JSON holds; "schema" is its version."""

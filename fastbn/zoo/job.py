@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastbn.cluster.connection import connected, default_workers, killed
-from fastbn.cluster.locations import is_url
+from fastbn.cluster.locations import check_protocol, is_url
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
-from fastbn.graph.ranges import number_between, whole_number
+from fastbn.graph.ranges import number_between, optional_callable, size_in_bytes, whole_number
+from fastbn.sizes import LEAST_MEMORY
 from fastbn.zoo.names import Entry, entries
 from fastbn.zoo.result import Outcome, Zoo
 from fastbn.zoo.task import Limits, end_processes, fold_one
@@ -42,7 +43,7 @@ def fold_all(
     scheduler: str | None = None,
     jobs: int | None = None,
     timeout: float = SECONDS,
-    memory: int = MEMORY,
+    memory: int | str = MEMORY,
     options: Sequence[str] = (),
     again: bool = False,
     progress: Progress | None = None,
@@ -57,11 +58,11 @@ def fold_all(
         The folder for the folded models, under the names of the originals. Its file fold-all.jsonl says what has been done: a later run
         skips the files that are the same, with the same options, and whose result is there.
     workers, jobs : int, optional
-        Models at once on this machine, as many as it has cores; or on the cluster, as many as its workers have threads.
+        Models at once on this machine, as many as it has cores (0: one, as 1); or on the cluster, as many as its workers have threads.
     scheduler : str, optional
         The address of a dask scheduler, whose workers do it; they must see the sources and `out`.
-    timeout, memory : float, int
-        Seconds and bytes that one model may take; 0 bytes: as many as there are.
+    timeout, memory : float, int or str
+        Seconds and bytes (or a text such as "8GiB") that one model may take, 256 MiB at least; 0 bytes: as many as there are.
     options, again : sequence of str, bool
         Options of `fastbn fold` for every model, as "--freeze-inputs"; again skips nothing.
     progress : callable of (done, count, Outcome or None), optional
@@ -77,11 +78,17 @@ def fold_all(
         been written then.
     """
     began = time.perf_counter()
-    limits = Limits(number_between(timeout, "timeout", 0.001, 1e6, "seconds, more than 0"), whole_number(memory, "memory"))
-    found = entries(_checked(sources), os.fspath(out))
-    job = _Job(found, list(options), limits, _Record(os.fspath(out), again), progress or (lambda *_: None))
+    size = size_in_bytes(memory, "memory")
+    if 0 < size < LEAST_MEMORY:
+        raise ArgumentError(expected(f"{LEAST_MEMORY >> 20}M or more, or 0 for all there is", str(memory), "memory"))
+    limits = Limits(number_between(timeout, "timeout", 0.001, 1e6, "seconds, more than 0"), size)
+    tell = optional_callable(progress, "progress") or (lambda *_: None)
+    given = _checked(sources)
+    check_protocol(os.fspath(out))
+    found = entries(given, os.fspath(out))
+    job = _Job(found, list(options), limits, _Record(os.fspath(out), again), tell)
     if scheduler is None:
-        job.run_here(default_workers() if workers is None else whole_number(workers, "workers", 1, 1024))
+        job.run_here(default_workers() if workers is None else max(1, whole_number(workers, "workers", 0, 1024)))
     else:
         job.run_on(scheduler, None if jobs is None else whole_number(jobs, "jobs", 1))
     return Zoo([job.outcomes[each] for each in found], time.perf_counter() - began)

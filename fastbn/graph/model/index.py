@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from onnx import GraphProto
 
-from fastbn.errors import ModelError, expected
+from fastbn.errors import ArgumentError, ModelError, expected
 from fastbn.graph.model.constant import Tensor
 from fastbn.graph.model.expressions import Constants
 from fastbn.graph.model.nesting import DEEPEST, LARGEST_INLINED, bodies, expanded_size, is_standard
@@ -191,13 +191,15 @@ class Index:
         inputs = {value.name for value in self.main.values.values() if value.is_input}
         for name in self.input_shapes:
             if name not in inputs:
-                raise ModelError(expected(f"the name of a graph input ({', '.join(sorted(inputs)) or 'none'})", repr(name), "input_shapes"))
+                raise ArgumentError(
+                    expected(f"the name of a graph input ({', '.join(sorted(inputs)) or 'none'})", repr(name), "input_shapes")
+                )
             given, declared = self.input_shapes[name], self.declared_shape(self.main.values[name])
             known = given if declared is None else declared
             fits = len(known) == len(given) and all(not size or size in (-1, new) for size, new in zip(known, given, strict=True))
             if not fits:
                 shown = ",".join(str(size or "?") for size in known)
-                raise ModelError(expected(f"sizes that fit {name}={shown}", ",".join(map(str, given)) or "none", "input_shapes"))
+                raise ArgumentError(expected(f"sizes that fit {name}={shown}", ",".join(map(str, given)) or "none", "input_shapes"))
 
     def is_overridable(self, value: Value) -> bool:
         """Say whether a caller may override an initializer: it is a graph input too, and the file's IR version allows that."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
@@ -26,7 +26,7 @@ from fastbn.graph.rewrite.destination import PathLike, is_stream, storage_errors
 from fastbn.graph.rewrite.replacement import Replacement
 from fastbn.graph.rewrite.workdir import Workdir, runtime_workdir
 
-__all__ = ["Output", "Prepared", "prepared_bytes"]
+__all__ = ["ModelResult", "Output", "Prepared"]
 
 # Location of a data file, as the original has it -> the path that it is written to.
 DataPaths: TypeAlias = dict[str, Path]
@@ -86,15 +86,23 @@ class Output:
         Whether it is another model than the original.
     write : callable
         Returns the Written; called once, when that is first needed.
+    data : bytes, optional
+        The model as bytes, where it was made as such.
     """
 
-    def __init__(self, source: Source, changed: bool, write: Callable[[], Written]) -> None:
+    def __init__(self, source: Source, changed: bool, write: Callable[[], Written], data: bytes | None = None) -> None:
         self.source = source
+        self._data = data
         self.changed = changed
         self._write = write
         # Data files that save_in_workdir has written: the next save moves them.
         self._written_before: DataPaths = {}
         self._workdir: Workdir | None = None
+
+    @classmethod
+    def of_bytes(cls, data: bytes, source: Source) -> Self:
+        """Return the Output of a model made from `source` that is given as bytes, all tensors inside."""
+        return cls(source, True, lambda: Written(ModelProto.FromString(data), []), data)
 
     @cached_property
     def _written(self) -> Written:
@@ -117,6 +125,8 @@ class Output:
 
     def to_bytes(self) -> bytes:
         """Return the model as bytes, all tensors inside; raises ModelError above protobuf's 2 GB."""
+        if self._data is not None:
+            return self._data
         if not self.changed and not self.is_external:
             return self.source.to_bytes()
         return serialize(self.to_proto(), self.source.name)
@@ -177,7 +187,7 @@ class Output:
             A file cannot be written; nothing has been.
         """
         if not self.is_external or is_stream(path):
-            return prepared_bytes(path, self.to_bytes(), self.source)
+            return _prepared_bytes(path, self.to_bytes(), self.source)
         return _prepared(path, self._write_into, self.source)
 
     def _write_into(self, replacement: Replacement) -> DataPaths:
@@ -221,8 +231,43 @@ class Output:
         return paths
 
 
+class ModelResult:
+    """What a job returns that has made a model: the model in memory, and as files."""
+
+    def _made(self) -> Output:
+        """Return the model; raises FastbnError where there is none."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> ModelProto:
+        """The onnx.ModelProto with all tensors inside; above 2 GB use save."""
+        return self._made().to_proto()
+
+    def to_bytes(self) -> bytes:
+        """Return the model as bytes with all tensors inside; a model in which nothing changed comes back byte for byte."""
+        return self._made().to_bytes()
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the model, and data files beside it if it had any, all or nothing; return their paths, the model's first.
+
+        Raises
+        ------
+        ParityError
+            The model must not be used: it differs from its original by more than rounding explains, or no stage is good enough.
+        StorageError
+            A file cannot be written.
+        """
+        with self.prepared(path) as prepared:
+            pass
+        return prepared.paths
+
+    def prepared(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Prepared]:
+        """Return a context in which the files of `save` are written under other names; they are renamed when it ends without an error."""
+        return self._made().prepared(path)
+
+
 @contextlib.contextmanager
-def prepared_bytes(path: PathLike, data: bytes, source: Source) -> Iterator[Prepared]:
+def _prepared_bytes(path: PathLike, data: bytes, source: Source) -> Iterator[Prepared]:
     """Do as Output.prepared, for a model made from `source` that is given as bytes.
 
     Raises

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import onnx
 
-from fastbn.deployment.captions import captions, short
+from fastbn.graph.captions import captions, short
 from fastbn.graph.model.nesting import bodies
 from fastbn.graph.ops.normalization import is_batch_norm
 
