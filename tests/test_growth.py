@@ -123,3 +123,10 @@ def test_a_normalized_table_is_a_constant():
     result = fastbn.fold(model(text, table=normal(50, 8), **norm(8)))
     assert [(fold.into, fold.op) for fold in result.folded] == [("y", "Gather")]
     assert result.parity.ok
+
+
+def test_a_weight_that_one_fold_duplicates_more_than_once_is_named_once():
+    nodes = "c = Conv(x, w) r = Relu(x) e = Conv(r, w) d = Concat <axis = 1> (c, e) z = Conv(r, w)"
+    text = f"(float[1,4,8,8] x) => (float y, float z) {{ {nodes} y = BatchNormalization(d, s, t, m, v) }}"
+    (fold,) = fastbn.fold(model(text, w=normal(32, 4, 3, 3), **norm(64))).folded
+    assert fold.note.startswith("weight 'w' is shared: duplicated, 4.6 kB, 2 times")

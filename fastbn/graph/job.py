@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -380,7 +381,8 @@ def _key(nodes: Iterable[Node]) -> PlanKey:
 
 def _notes_of(changed: Iterable[Node], keeps_shift: bool, check: FoldParity | None, draft: Draft, is_missed: bool) -> str | None:
     """Return what a result says of a plan; is_missed: the comparison of the whole model does not depend on it."""
-    notes = [note for node in dict.fromkeys(changed) for note in draft.growth.get(node, ())]
+    counted = Counter(note for node in dict.fromkeys(changed) for note in draft.growth.get(node, ()))
+    notes = [note if times == 1 else f"{note}, {times} times" for note, times in counted.items()]
     if keeps_shift:
         notes.append("an Add keeps the shift")
     if check and check.note:
