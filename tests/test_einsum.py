@@ -27,6 +27,7 @@ BACKWARD = {
     "an axis of the data": case(einsum("btc,co->bto"), scale_of(5, 1), x=THREE, w=normal(6, 4)),
     "an axis that both have": case(einsum("bct,c->bct"), scale_of(5, 1), x=THREE, w=normal(5)),
     "one number": case(einsum("btc,co->bto"), NUMBER, x=THREE, w=normal(6, 4)),
+    "a constant that is repeated": case(einsum("bct,c->bct"), scale_of(5, 1), x=THREE, w=normal(1)),
     "the constant first": case(einsum("oc,bct->bto", "w, x"), scale_of(4, 2), x=THREE, w=normal(4, 5), slot=0),
     "heads": case(einsum("btc,hdc->bhtd"), scale_of(3, 1), x=THREE, w=normal(3, 4, 6)),
     "dots": case(einsum("...c,oc->...o"), scale_of(4, -1), x=THREE, w=normal(4, 6)),
@@ -58,6 +59,7 @@ FORWARD = {
     "dots": case(einsum("...c,oc->...o"), affine(6, -1), x=THREE, w=normal(4, 6)),
     "dots of the data": case(einsum("b...,oc->b...oc"), scale_of(5, 1), x=THREE, w=normal(4, 6)),
     "no arrow": case(einsum("bta,ac"), affine(6, 2), x=THREE, w=normal(6, 4)),
+    "a constant that is repeated": case(einsum("bct,co->bcto"), scale_of(5, 1), x=THREE, w=normal(1, 4)),
 }
 
 
@@ -76,7 +78,7 @@ REFUSED = {
     "a diagonal": ("backward", "axis", case(einsum("bcc,co->bo"), scale_of(4, 1), x=(2, 5, 5), w=normal(5, 4))),
     "a sum of the data": ("backward", "axis", case(einsum("btc,co->bo"), scale_of(4, 1), x=THREE, w=normal(6, 4))),
     "other channels": ("forward", "axis", case(einsum("btc,co->bto"), affine(5, 2), x=THREE, w=normal(6, 4))),
-    "a constant that is repeated": ("backward", "axis", case(einsum("bct,c->bct"), scale_of(5, 1), x=THREE, w=normal(1))),
+    "a constant that is repeated in a sum": ("forward", "axis", case(einsum("bct,ct->bt"), affine(5, 1), x=THREE, w=normal(1, 6))),
     "dots of no rank that is known": (
         "backward",
         "axis-unknown",

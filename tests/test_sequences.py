@@ -143,6 +143,8 @@ LOOP = "w = Loop (two, yes, w0) <body = g (int64 i, bool k, float[4,3,3,3] u) =>
     [
         (LOOP, (), "comes from Loop 'w', whose graphs are not"),
         ("w = q.Quant(w0)", ("q",), "comes from Quant 'w', an operator of 'q', which"),
+        ("p = q.Quant(w0) u = Mul(p, p) w = Add(u, w0)", ("q",), "the weight 'w' of Conv 'c' comes from Quant 'p', an operator of 'q'"),
+        ("p = q.Quant(w0) u = q.Quant(w0) w = Add(u, p)", ("q",), "the weight 'w' of Conv 'c' is computed when the model runs"),
     ],
 )
 def test_the_reason_is_what_computes_it(nodes, imports, part):

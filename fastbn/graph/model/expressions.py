@@ -164,6 +164,7 @@ class Constants:
             if not missing:
                 return f"is constant, but {node.op} '{node.label}' cannot be evaluated here"
             value = missing[0]
+        value = self._foreign(value)
         producer = None if value.initializer is not None else value.producer
         if producer is not None and not is_expression(producer) and producer.op not in RANDOM and self._reads_constants(producer):
             what = "whose graphs are" if is_standard(producer.domain) else f"an operator of '{producer.domain}', which is"
@@ -173,6 +174,17 @@ class Constants:
         if value.producer is None and value.initializer is None and not value.is_input:
             return "is a sparse tensor, which is not read here: store it as a dense one"
         return "is a graph input" if value.is_input and value.scope.parent is None else "is computed when the model runs"
+
+    def _foreign(self, value: Value) -> Value:
+        """Return what an operator that is not evaluated here gives, where a value is computed from that and from constants alone."""
+        at, seen = value, {value}
+        while at.initializer is None and at.producer is not None and is_expression(at.producer):
+            missing = [read for read in self._reads(at) if self.find(read, infer=True) is None and read not in seen]
+            if len(set(missing)) != 1:
+                return value
+            at = missing[0]
+            seen.add(at)
+        return at if at.initializer is None and at.producer is not None else value
 
     def evaluate(self, node: Node, arrays: Inputs, largest: int) -> dict[int, Array] | None:
         """Return slot -> output of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""

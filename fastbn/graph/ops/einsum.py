@@ -26,12 +26,16 @@ MOST_HELD = 1 << 24
 
 
 class Product(NamedTuple):
-    """An Einsum of two operands, one of them a constant: the slot of that, and the letters of the axes of data, weight and result."""
+    """An Einsum of two operands, one of them a constant: the slot of that, and the letters of the axes of data, weight and result.
+
+    own are the letters of axes along which the weight has numbers of its own, and does not repeat one for all elements of the data.
+    """
 
     slot: int
     weight: str
     data: str
     result: str
+    own: frozenset[str]
 
 
 def _terms_of(node: Node) -> tuple[list[str], str | None]:
@@ -62,8 +66,8 @@ def _letters(node: Node, ranks: Sequence[int | None]) -> tuple[list[str], str] |
     return terms, result.replace("...", dots)
 
 
-def _product(node: Node, graph: PresentGraph) -> Product:
-    """Return the letters of an Einsum of data and a constant; Refusal where it is none, or sums the data alone."""
+def _product(node: Node, graph: PresentGraph) -> tuple[Product, Constant]:
+    """Return (letters, constant) of an Einsum of data and a constant; Refusal where it is none, or sums the data alone."""
     constants = [graph.constant(value) is not None for value in node.inputs]
     count = len(_terms_of(node)[0])
     if count != len(constants):
@@ -75,19 +79,15 @@ def _product(node: Node, graph: PresentGraph) -> Product:
         raise Refusal("axis-unknown", f"the rank of the data of Einsum '{node.label}' is not known")
     slot = constants.index(True)
     terms, result = found
-    weight, data = terms[slot], terms[1 - slot]
+    weight, data, constant = terms[slot], terms[1 - slot], graph.weight(node, slot)
+    if len(constant.shape) != len(weight):
+        raise ModelError(expected(f"a constant of {len(weight)} axes", f"shape {constant.shape}", node.label))
     if not {*result} <= {*weight, *data}:
         raise ModelError(expected("a result of axes that the operands have", repr(result), node.label))
-    if any(len(set(term)) < len(term) for term in (weight, data, result)) or not {*data} <= {*weight, *result}:
+    own = frozenset(letter for letter, size in zip(weight, constant.shape, strict=True) if size != 1 or letter not in data)
+    if any(len(set(term)) < len(term) for term in (weight, data, result)) or not {*data} <= {*own, *result}:
         raise Refusal("axis", f"Einsum '{node.label}' takes a diagonal, or sums an axis that its constant does not have")
-    return Product(slot, weight, data, result)
-
-
-def _weight(node: Node, product: Product, graph: PresentGraph) -> Constant:
-    weight = graph.weight(node, product.slot)
-    if len(weight.shape) != len(product.weight):
-        raise ModelError(expected(f"a constant of {len(product.weight)} axes", f"shape {weight.shape}", node.label))
-    return weight
+    return Product(slot, weight, data, result, own), constant
 
 
 def _layout(product: Product, weight: Constant, letter: str | None) -> WeightLayout:
@@ -101,13 +101,12 @@ def _layout(product: Product, weight: Constant, letter: str | None) -> WeightLay
 # With w the constant:  backward S sum w x = sum (S w) x along an axis of w, else the scale goes on to x;  forward sum w (S x + T) =
 # sum (S w) x + sum w T along an axis of w, and sum w T goes on as a shift; along another axis of the result a scale goes on.
 def _backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
-    affine, product = traveler.affine, _product(node, graph)
-    weight = _weight(node, product, graph)
+    affine, (product, weight) = traveler.affine, _product(node, graph)
     axis = axis_in(node, affine, len(product.result))
     if affine.shifts:
         raise Refusal("shift-cannot-pass", f"Einsum '{node.label}' has no bias to take the shift")
     letter = None if axis is None else product.result[axis]
-    if letter is not None and letter not in product.weight:
+    if letter is not None and letter not in product.own:
         return Transfer(passed_on=[(1 - product.slot, affine.at(product.data.index(letter)))])
     layout = _layout(product, weight, letter)
     require_channels(node, affine, layout.channels, "output")
@@ -115,11 +114,10 @@ def _backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
 
 
 def _forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
-    affine, product = traveler.affine, _product(node, graph)
-    weight = _weight(node, product, graph)
+    affine, (product, weight) = traveler.affine, _product(node, graph)
     axis = axis_in(node, affine, len(product.data))
     letter = None if axis is None else product.data[axis]
-    if letter is not None and letter not in product.weight:
+    if letter is not None and letter not in product.own:
         if affine.shifts:
             raise Refusal("shift-cannot-pass", f"a shift along axis {axis} cannot pass Einsum '{node.label}'")
         return Transfer(passed_on=[(0, affine.at(product.result.index(letter)))])
@@ -150,14 +148,13 @@ def _behind(node: Node, affine: Affine, product: Product, weight: Constant, lett
 
 
 def _terms(node: Node, graph: PresentGraph) -> int:
-    product = _product(node, graph)
-    weight = _weight(node, product, graph)
+    product, weight = _product(node, graph)
     return math.prod(size for size, letter in zip(weight.shape, product.weight, strict=True) if letter not in product.result)
 
 
 def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
-    product = _product(node, graph)
-    sizes = dict(zip(product.weight, _weight(node, product, graph).shape, strict=True))
+    product, weight = _product(node, graph)
+    sizes = {letter: size for letter, size in zip(product.weight, weight.shape, strict=True) if letter in product.own}
     value = node.inputs[1 - product.slot]
     known = None if value is None else graph.probe_shape(value)
     shape = known or (2,) * len(product.data)
