@@ -209,16 +209,24 @@ VEC void vf_add_to(double *sums, vf a) {
     vd_add_to(sums, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     vd_add_to(sums + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
 }
-OP(vf, bf16_to_vf, (__m256i a), _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)))
+/* bf16 is the upper half of a float32: one permutation of words moves it there, and one moves it back. */
+VEC vf bf16_to_vf(__m256i a) {
+    const __m512i to_upper =
+        _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to_upper, _mm512_castsi256_si512(a)));
+}
 OP(__m256i, load_16_halves, (const uint16_t *p), _mm256_loadu_si256((const __m256i *)p))
 OP(vf, vf_load_f32, (const float *p), _mm512_loadu_ps(p))
 OP(vd, vd_load_f64, (const double *p), _mm512_loadu_pd(p))
 OP(vf, vf_load_f16, (const uint16_t *p), _mm512_cvtph_ps(load_16_halves(p)))
 OP(vf, vf_load_bf16, (const uint16_t *p), bf16_to_vf(load_16_halves(p)))
 VEC __m256i vf_to_bf16(vf a) {
-    const __m512i bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    const __m512i bits = _mm512_castps_si512(a), rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i even = _mm512_mask_sub_epi32(rounded, odd, rounded, _mm512_set1_epi32(-1));
+    const __m512i from_upper = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21, 19, 17,
+                                                15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(from_upper, even));
 }
 OP(__m256i, vf_to_f16, (vf a), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 DO(vf_store_f32, (float *p, vf a), _mm512_storeu_ps(p, a))
