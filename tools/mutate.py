@@ -329,6 +329,9 @@ def main() -> int:
     parser.add_argument("--map", type=Path, help="keep what the first run of the tests shows in this file, for the next time")
     parser.add_argument("--slowest", type=float, default=1.0, help="leave out tests that take more seconds of CPU (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of tests that a mutant may survive (default: %(default)s)")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="NAME", default=" ".join(TESTS).split(), help="of tests/test_NAME.py (those of the ONNX part)"
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
     options = parser.parse_args()
     paths = [path.resolve() for path in options.paths]
@@ -347,7 +350,7 @@ def main() -> int:
         return 0
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    tests = [str(path) for path in (ROOT / "tests" / f"test_{name}.py" for name in " ".join(TESTS).split()) if path.exists()]
+    tests = [str(path) for path in (ROOT / "tests" / f"test_{name}.py" for name in options.tests) if path.exists()]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *tests]
         checker = Checker(files, chosen, options, os.dup(2))
