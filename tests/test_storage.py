@@ -62,7 +62,7 @@ def test_a_model_comes_in_any_form(kind, tmp_path):
 
 @pytest.mark.parametrize("given", [None, 3, ["a.onnx"], onnx.GraphProto()], ids=str)
 def test_what_is_no_model(given):
-    with pytest.raises(fastbn.ArgumentTypeError, match=r"Expected a path, bytes or onnx\.ModelProto, got .* - at `model`"):
+    with pytest.raises(fastbn.ArgumentTypeError, match=r"Expected a path, bytes, onnx\.ModelProto or onnx_ir\.Model, got .* - at `model`"):
         fastbn.fold(given)
 
 
