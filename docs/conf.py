@@ -30,6 +30,8 @@ myst_heading_anchors = 4
 # An option has two hyphens.
 smartquotes = False
 
+# What stands in single backticks of a docstring is a name of the reference.
+default_role = "py:obj"
 autodoc_typehints = "none"
 autosummary_generate = True
 numpydoc_show_inherited_class_members = False

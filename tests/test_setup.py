@@ -70,6 +70,9 @@ def test_every_file_of_the_package_is_packed():
 
 def test_no_address_is_made_up():
     """Until the project has one, its addresses are of the domain that nobody can have, and the workflow does not publish."""
-    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8")
+    path = ROOT / ".github" / "workflows" / "wheels.yml"
+    if not path.exists():
+        pytest.skip("no workflows in a source distribution")
+    workflow = path.read_text(encoding="utf-8")
     assert re.search(r"! grep .*example.* pyproject\.toml", workflow)
     assert all(".example" in url for url in PYPROJECT["project"]["urls"].values())
