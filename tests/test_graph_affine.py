@@ -57,3 +57,13 @@ def test_the_shape_broadcasts_along_the_axis(axis, rank, shape):
     affine = Affine(GIVEN.scale, GIVEN.shift, axis)
     assert [part.shape for part in affine.shaped(rank)] == [shape] * 3
     assert [part.shape for part in NUMBER.shaped(rank)] == [()] * 3
+
+
+def test_what_is_equal():
+    other = [
+        Affine(GIVEN.scale, GIVEN.shift, 2),
+        Affine(GIVEN.scale, GIVEN.shift + 1, GIVEN.axis),
+        Affine(GIVEN.scale + 1, GIVEN.shift, GIVEN.axis),
+    ]
+    assert GIVEN.equals(Affine(GIVEN.scale.copy(), GIVEN.shift.copy(), GIVEN.axis))
+    assert not any(GIVEN.equals(each) for each in other)

@@ -166,3 +166,13 @@ def test_a_sequence_of_nothing():
     }"""
     proto = conv_bn(text, e=np.empty(0, np.float32))
     assert ops(fastbn.fold(proto, verify=False).model) == "Conv SplitToSequence SequenceLength"
+
+
+def test_bytes_that_are_too_few():
+    proto = conv_bn()
+    tensor = proto.graph.initializer[0]
+    tensor.raw_data = tensor.raw_data[:-1]
+    with pytest.raises(fastbn.ModelError, match=r"^Expected \d+ bytes, got \d+ - at "):
+        load(proto).array(tensor)
+    with pytest.raises(fastbn.ModelError, match=r"^Expected \d+ bytes, got \d+ - at "):
+        fastbn.fold(proto, verify=False)

@@ -423,3 +423,19 @@ def test_pages_that_are_given_back_are_read_again(tmp_path):
     source.give_pages_back()
     assert before
     assert all((source.external(tensor) == values).all() for tensor, values in zip(source.external_tensors, before, strict=True))
+
+
+def test_the_size_counts_data_files(tmp_path):
+    path = save_external(conv_bn(), tmp_path)
+    assert storage.load(path).size() == path.stat().st_size + (tmp_path / "model.data").stat().st_size
+
+
+def test_what_is_derived():
+    data = conv_bn().SerializeToString() + b"\x08\x08"  # the version once more, which protobuf would write first
+    source, other = storage.load(data), onnx.ModelProto(doc_string="other")
+    assert (source.derived().proto is source.proto, source.derived().to_bytes()) == (True, data)
+    assert (source.derived(other).proto is other, source.derived(other).to_bytes()) == (True, other.SerializeToString())
+    edited = source.derived(other, edited=True)
+    assert [each.is_edited for each in (source.derived(other), edited, edited.derived(other))] == [False, True, True]
+    shared = storage.load(other)
+    assert [each.is_shared for each in (shared.derived(), shared.derived(source.proto), source.derived())] == [True, False, False]
