@@ -29,7 +29,7 @@ FLOORS = [
     ["keras.callbacks"],
     ["keras.torch", "keras.jax", "keras.tensorflow"],
     ["keras.layer"],
-    ["keras.conversion"],
+    ["keras.conversion", "keras.folding"],
     ["keras.__init__"],
     ["graph.model.__init__", "graph.ops.__init__", "graph.planner.__init__", "graph.rewrite.__init__", "graph.parity.__init__"],
     ["graph.intervals", "graph.digests", "graph.reasons", "graph.ranges", "graph.model.element_types", "graph.model.files"],
@@ -93,9 +93,9 @@ FLOORS = [
     ["graph.bench"],
     ["graph.__init__"],
     ["exported.__init__", "exported.variables", "_torch.replacements"],
-    ["exported.torch_graph", "exported.torch_modules"],
+    ["exported.torch_graph", "exported.torch_modules", "exported.keras_graph"],
     ["exported.torch_parity"],
-    ["exported.torch_fold"],
+    ["exported.torch_fold", "exported.keras_fold"],
     ["deployment.recipe", "deployment.equalization", "deployment.synthetic", "deployment.bn_statistics", "deployment.trade_off"],
     ["cluster.__init__"],
     ["cluster.connection", "cluster.locations"],
@@ -163,6 +163,9 @@ OPTIONAL = {
     "keras.tensorflow": ["tensorflow"],
     "keras.layer": ["keras"],
     "keras.conversion": ["keras"],
+    "keras.folding": ["keras"],
+    "exported.keras_graph": ["keras"],
+    "exported.keras_fold": ["keras"],
     "deployment.report": ["jinja2"],
     "graph.model.objects": ["onnx_ir"],
     "graph.passes": ["onnx_ir"],
@@ -182,7 +185,7 @@ GRAPH_WING = ("graph.", "deployment.", "cluster.", "reestimation.", "zoo.", "exp
 # A re-estimation takes statistics of arrays on their way through a graph; a model of a framework may hold layers of ours.
 ALSO_MEETING = {
     "reestimation.": {"stats", "sync", "functional", "memory"},
-    "exported.": {"torch", "_torch.inventory", "_torch.replacements"},
+    "exported.": {"torch", "_torch.inventory", "_torch.replacements", "keras.layer"},
 }
 
 

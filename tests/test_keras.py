@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = Path(__file__).with_name("keras_checks.py")
+CHECKS, FOLD_CHECKS = (Path(__file__).with_name(name) for name in ("keras_checks.py", "keras_fold_checks.py"))
 BACKENDS = ("torch", "jax", "tensorflow")
 
 
@@ -47,6 +47,20 @@ def run(checks, backend, environment, folder):
 def outcomes(environment, tmp_path_factory):
     """A function: the backend -> what comes of our checks."""
     return cache(lambda backend: run(CHECKS, backend, environment, tmp_path_factory.mktemp(backend)))
+
+
+@pytest.fixture(scope="module")
+def folds(environment, tmp_path_factory):
+    """A function: the backend -> what comes of our checks of folding."""
+    return cache(lambda backend: run(FOLD_CHECKS, backend, environment, tmp_path_factory.mktemp(backend)))
+
+
+@pytest.mark.parametrize("check", re.findall(r"^def (test_\w+)\(", FOLD_CHECKS.read_text(encoding="utf-8"), re.MULTILINE))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_folding_on_a_backend(backend, check, folds):
+    needs("keras", backend)
+    for case, _, failure in folds(backend)[check]:
+        assert failure is None, f"{case}:\n{failure}"
 
 
 @pytest.mark.parametrize("check", re.findall(r"^def (test_\w+)\(", CHECKS.read_text(encoding="utf-8"), re.MULTILINE))

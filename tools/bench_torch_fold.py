@@ -4,8 +4,8 @@
     python tools/bench_torch_fold.py [NETWORK ...] [--json FILE] [--size 128]
 
 For each network and tool: batch normalizations that still run, the largest difference from the original as a part of its largest output,
-and seconds of CPU time on one thread. Weights are random, statistics as after a training. Networks of timm are taken from it where it is
-installed, else small ones of tools/torch_networks.py.
+and seconds of CPU time on one thread. Weights are random, statistics as after a training. Networks of torchvision and timm are taken from
+there where they are installed, else small ones of tools/torch_networks.py.
 """
 
 import argparse
@@ -20,20 +20,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_networks import torch_networks
 
-# Name -> the network of timm, or None; where timm is not installed, the one of torch_networks, or None.
+# Name -> where the network is taken from: the first of these that is installed. timm has batch normalizations of its own, with an activation
+# in them, which FX fuses in no network; those of torchvision are torch's.
 NETWORKS = {
-    "ResNet v1": ("resnet18", "small_cnn"),
-    "ResNet v2": ("resnetv2_18", "resnet_v2"),
-    "MobileNetV2": ("mobilenetv2_100", None),
-    "MobileNetV3": ("mobilenetv3_small_100", None),
-    "DenseNet": ("densenet121", "densenet_like"),
-    "RepVGG": ("repvgg_a0", "repvgg"),
-    "ConvNeXt with BN": (None, None),
-    "U-Net": (None, "unet"),
-    "PointNet": (None, None),
-    "TDNN": (None, "tdnn"),
-    "tabular": (None, "tabular_mlp"),
-    "LeViT": ("levit_128s", "levit_like"),
+    "ResNet v1": ("torchvision resnet18", "timm resnet18", "tools small_cnn"),
+    "ResNet v2": ("timm resnetv2_18", "tools resnet_v2"),
+    "MobileNetV2": ("torchvision mobilenet_v2", "timm mobilenetv2_100"),
+    "MobileNetV3": ("torchvision mobilenet_v3_small", "timm mobilenetv3_small_100"),
+    "DenseNet": ("torchvision densenet121", "timm densenet121", "tools densenet_like"),
+    "RepVGG": ("timm repvgg_a0", "tools repvgg"),
+    "ConvNeXt with BN": ("this script",),
+    "U-Net": ("tools unet",),
+    "PointNet": ("this script",),
+    "TDNN": ("tools tdnn",),
+    "tabular": ("tools tabular_mlp",),
+    "LeViT": ("timm levit_128s", "tools levit_like"),
 }
 
 # What aten calls a batch normalization in inference, depending on its kernel.
@@ -76,24 +77,27 @@ class PointNet(nn.Module):
 
 
 def network(name, size):
-    """Return (the network in evaluation, its inputs, where it comes from), or None where that is not installed."""
+    """Return (the network in evaluation, its inputs, where it comes from), or None where none is installed."""
     torch.manual_seed(0)
-    from_timm, small = NETWORKS[name]
-    if from_timm is not None:
+    image = torch.randn(1, 3, *[224 if name == "LeViT" else size] * 2)
+    for source in NETWORKS[name]:
+        library, _, which = source.partition(" ")
         try:
-            import timm
+            if library == "torchvision":
+                import torchvision
 
-            size = 224 if name == "LeViT" else size
-            return settled(timm.create_model(from_timm)), (torch.randn(1, 3, size, size),), f"timm {from_timm}"
+                return settled(getattr(torchvision.models, which)()), (image,), source
+            if library == "timm":
+                import timm
+
+                return settled(timm.create_model(which)), (image,), source
         except ImportError:
-            if small is None:
-                return None
-    if small is not None:
-        model, inputs, _ = torch_networks()[small]
-        return settled(model), inputs, f"tools {small}"
-    if name == "PointNet":
-        return settled(PointNet()), (torch.randn(2, 3, 256),), "this script"
-    return settled(convnext()), (torch.randn(1, 3, size, size),), "this script"
+            continue
+        if library == "tools":
+            model, inputs, _ = torch_networks()[which]
+            return settled(model), inputs, source
+        return (settled(PointNet()), (torch.randn(2, 3, 256),), source) if name == "PointNet" else (settled(convnext()), (image,), source)
+    return None
 
 
 def settled(model):
@@ -217,7 +221,7 @@ def main():
     for name in options.networks or NETWORKS:
         made = network(name, options.size)
         if made is None:
-            print(f"{name}: timm is not installed", flush=True)
+            print(f"{name}: none of {', '.join(NETWORKS[name])} is installed", flush=True)
             continue
         model, inputs, source = made
         want, count = run(model, inputs)
