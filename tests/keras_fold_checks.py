@@ -99,7 +99,7 @@ def test_fold(make):
     assert all(np.array_equal(one, other) for one, other in zip(before, model.get_weights(), strict=True))
     assert json.loads(json.dumps(result.to_dict()))["framework"] == "keras"
     assert f"in Keras on {keras.config.backend()}" in str(result)
-    assert {type(layer) for layer in result.model.layers} <= {keras.Sequential, *vars(layers).values()}
+    assert {type(layer).__module__.split(".")[0] for layer in result.model.layers} == {"keras"}
     assert norms(fold(convert(model)).model) == [] if not MODELS[make] else True
 
 

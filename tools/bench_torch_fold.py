@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_networks import torch_networks
 
-# Name -> where the network is taken from: the first of these that is installed. timm has batch normalizations of its own, with an activation
-# in them, which FX fuses in no network; those of torchvision are torch's.
+# Name -> where the network is taken from: the first of these that is installed. timm has batch normalizations of its own, with an
+# activation in them, which FX fuses in no network; those of torchvision are torch's.
 NETWORKS = {
     "ResNet v1": ("torchvision resnet18", "timm resnet18", "tools small_cnn"),
     "ResNet v2": ("timm resnetv2_18", "tools resnet_v2"),

@@ -24,7 +24,15 @@ OPSET, IR_VERSION = 17, 8
 DOMAIN = "keras"
 
 # Layers that do nothing in inference.
-NOTHING = ("Identity", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "GaussianNoise", "GaussianDropout")
+NOTHING: tuple[str, ...] = (
+    "Identity",
+    "Dropout",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "GaussianNoise",
+    "GaussianDropout",
+)
 NOTHING += ("AlphaDropout", "ActivityRegularization")
 
 # Functions and layers of one operator -> that operator.
@@ -32,7 +40,7 @@ ACTIVATIONS = {"relu": "Relu", "linear": "Identity", "sigmoid": "Sigmoid", "tanh
 SUMS = {"Add": "Add", "Subtract": "Sub", "Multiply": "Mul"}
 
 _Layer: TypeAlias = keras.layers.Layer
-_Rule: TypeAlias = Callable[["KerasGraph", _Layer, "list[Value]"], "Value"]
+_Rule: TypeAlias = Callable[["KerasGraph", _Layer, "list[Value]"], "Value | None"]
 
 
 class Value(str):
