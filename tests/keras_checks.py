@@ -417,7 +417,7 @@ def test_an_exported_model_has_a_plain_node_and_folds(dynamic, tmp_path):
 
 
 def test_examples():
-    for module in (fastbn.keras.layer, fastbn.keras.conversion):
+    for module in (fastbn.keras.layer, fastbn.keras.conversion, fastbn.keras.folding):
         found = doctest.testmod(module)
         assert found.attempted > 0
         assert found.failed == 0

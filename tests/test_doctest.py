@@ -15,7 +15,9 @@ MODULES = [
     "fastbn.functional",
     "fastbn.kernel_bench",
     "fastbn.layers",
+    "fastbn.masks",
     "fastbn.memory",
+    "fastbn.sizes",
     "fastbn.stats",
     "fastbn.torch",
 ]

@@ -33,8 +33,8 @@ def exported(model: torch.nn.Module, arguments: Arguments, owner_of: Callable[[s
     """Yield the graph of a model on the CPU as a Source, its files in a folder that is removed at the end.
 
     torch has two exporters. This is the one that traces TorchScript: it keeps the name of every parameter, runs the model as it is, with
-    all its Python, needs no package beside torch, and takes a tenth of the time. The other one renames what it rewrites, needs onnxscript,
-    and refuses models that torch.export cannot follow. Nothing is folded or merged by the exporter: evaluation as it is (PRESERVE), no
+    all its Python, needs no package beside torch and onnx, and is the faster one. The other one needs onnxscript and refuses models that
+    torch.export cannot follow. Nothing is folded or merged by the exporter: evaluation as it is (PRESERVE), no
     constants folded, and parameters as graph inputs, without which it would merge those of equal values.
 
     Parameters
