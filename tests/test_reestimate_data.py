@@ -247,7 +247,7 @@ def test_files_that_cannot_be_used(tmp_path, wanted):
 
 def test_without_fsspec(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    with pytest.raises(fastbn.FastbnError, match=r"^Cannot read a URL: fsspec is not installed \(pip install 'fastbn\[cluster\]'\)$"):
+    with pytest.raises(fastbn.FastbnError, match=r"^Cannot use a URL: fsspec is not installed \(pip install fsspec\)$"):
         reestimate(branches(), "s3://bucket/x.npy")
 
 
