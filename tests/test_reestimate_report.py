@@ -41,7 +41,7 @@ def test_the_report_of_the_command(tmp_path, monkeypatch, capsys):
     assert widths(html) == ["100.00"]
     before = Path("out.onnx").read_bytes()
     line = fails(capsys, *command, "--report", "r.html")
-    assert "Cannot write the report to 'r.html': it exists; --force (force=True) replaces it" in line
+    assert "Cannot write the report to 'r.html': it exists; --force replaces it" in line
     assert main([*command, "--report", "r.html", "--force", "--dry-run", "-q"]) == 0
     assert Path("out.onnx").read_bytes() == before
     assert "that is the input or the output" in fails(capsys, *command, "--report", "out.onnx")
