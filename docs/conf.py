@@ -34,7 +34,11 @@ smartquotes = False
 default_role = "py:obj"
 autodoc_typehints = "none"
 autosummary_generate = True
-numpydoc_show_inherited_class_members = False
+# Results say of the model that they have made what their common base says; other bases are not ours.
+RESULTS = ("FoldResult", "Deployment", "Reestimation")
+numpydoc_show_inherited_class_members = {
+    f"{module.__name__}.{name}": name in RESULTS for module in (fastbn, fastbn.torch, fastbn.keras) for name in module.__all__
+}
 numpydoc_class_members_toctree = False
 
 

@@ -30,6 +30,7 @@ GIVEN = {
             **{"conv_weight": np.ones((4, 4, 1, 1), np.float32), "linear_weight": np.ones((4, 4), np.float32)},
         },
     ),
+    "json": (None, lambda: {}),
     "arrays": (
         None,
         lambda: {"dy": np.ones((32, 64, 56, 56), np.float32), "torch_module": pytest.importorskip("torch").nn.BatchNorm2d(64)},
