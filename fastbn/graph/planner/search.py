@@ -150,8 +150,8 @@ class Search:
         row = self._row(node, depth)
         if row.backward is None or (value.slot and not row.parts):
             raise Refusal("no-absorber", f"it reads {node.op} '{node.label}', which cannot take or pass it")
-        others = [other for slot, other in enumerate(node.outputs) if other not in (None, value) and slot not in row.apart]
-        if not row.parts and any(other is not None and (other.readers or other.is_output) for other in others):
+        others = [other for slot, other in enumerate(node.outputs) if other is not None and other is not value and slot not in row.apart]
+        if not row.parts and any(other.readers or other.is_output for other in others):
             raise Refusal("other-outputs", f"{node.op} '{node.label}' hands out more than one value")
         return node, row
 
