@@ -50,7 +50,7 @@ def test_a_wheel_has_no_sources_of_the_extension(source):
     assert done.returncode == 0, done.stderr
     built = {path.relative_to(folder / "built").as_posix() for path in (folder / "built").rglob("*") if path.is_file()}
     assert {"fastbn/py.typed", "fastbn/_native.pyi", "fastbn/deployment/report.html.j2", "fastbn/deployment/drawing.svg.j2"} <= built
-    assert {Path(name).suffix for name in built} == {".py", ".pyi", ".typed", ".j2", ".css", ".js"}
+    assert {Path(name).suffix for name in built} == {".py", ".pyi", ".typed", ".j2", ".css", ".js", ".json"}
 
 
 def test_every_folder_of_the_package_is_packed():
@@ -60,12 +60,10 @@ def test_every_folder_of_the_package_is_packed():
 
 def test_every_file_of_the_package_is_packed():
     """But for the sources of the extension, which no wheel needs."""
-    packed = PYPROJECT["tool"]["setuptools"]["package-data"]
-    tracked = (path for path in (ROOT / "fastbn").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    for path in tracked:
-        package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        known = path.suffix == ".py" or path.name.startswith("_native.") or path.suffix in (".pxi", ".so")
-        assert known or any(path.match(pattern) for pattern in packed.get(package, ())), path
+    listed = PYPROJECT["tool"]["setuptools"]["package-data"].items()
+    packed = {path for package, patterns in listed for pattern in patterns for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    sources = {".py", ".pyc", ".pyx", ".pxi", ".c", ".so"}
+    assert {path for path in (ROOT / "fastbn").rglob("*") if path.is_file() and path.suffix not in sources} == packed
 
 
 def test_no_address_is_made_up():
