@@ -93,8 +93,6 @@ def check_statistics(input: Tensor, running_mean: Tensor | None, running_var: Te
     """Raise unless there are statistics to normalize this input with."""
     if training and values_per_channel(input) == 1:
         raise ArgumentError(expected("more than 1 value per channel when training", f"shape {tuple(input.shape)}", "input"))
-    if training and running_mean is not None and running_mean is running_var:
-        raise TensorError(expected("a tensor of its own", "running_mean", "running_var"))
     if not training and (running_mean is None or running_var is None):
         raise TensorError(expected("running_mean and running_var when not training", "None", "running_mean"))
 
@@ -196,6 +194,8 @@ def train(
 
     One value per channel is an error, as in torch, unless `allow_one_value`.
     """
+    if running_mean is not None and running_mean is running_var:
+        raise TensorError(expected("a tensor of its own", "running_mean", "running_var"))
     y, threads = _empty_like(input), _num_threads()
     moments = plain.train(input, y, running_mean, running_var, weight, bias, batches, eps, momentum, threads)
     if moments is None:
