@@ -4,6 +4,7 @@
 first called.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fastbn.interrupts import interrupts_deferred, interrupts_end_it, is_command
@@ -12,7 +13,12 @@ try:
     with interrupts_end_it() if is_command() else interrupts_deferred():  # of which NumPy makes an ImportError
         from fastbn import _native  # noqa: F401
 except ImportError as error:
-    reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"
+    if find_spec("fastbn._native") is None:
+        reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"
+    elif find_spec("numpy") is None:
+        reason = "NumPy is not installed"
+    else:
+        reason = str(error)
     raise ImportError(f"Cannot load the compiled part of fastbn from '{__path__[0]}': {reason}") from error
 from fastbn.config import get_num_threads, kernels, set_num_threads, show_config, use_isa
 from fastbn.errors import ArgumentError, ArgumentTypeError, FastbnError, FoldError, ModelError, ParityError, StorageError, TensorError

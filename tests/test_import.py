@@ -16,7 +16,7 @@ import fastbn
 NAMES = {"fold", "fold_conv", "fold_linear", "verify", "Fold", "FoldResult", "Kept", "Parity", "show_config", "kernels", "__version__"}
 NAMES |= {"batch_norm", "batch_norm_train", "batch_norm_backward", "batch_stats", "merge_stats", "BatchStats"}
 NAMES |= {"Deployment", "deploy", "Reestimation", "reestimate", "Zoo", "fold_all"}
-NAMES |= {"BatchNorm", "set_num_threads", "get_num_threads", "use_isa"}
+NAMES |= {"bench_kernels", "kernel_schedule", "BatchNorm", "set_num_threads", "get_num_threads", "use_isa"}
 ERRORS = {"FastbnError", "ArgumentError", "ArgumentTypeError", "FoldError", "ModelError", "ParityError", "StorageError", "TensorError"}
 
 
@@ -132,3 +132,10 @@ def test_a_source_folder_that_is_not_built_says_so(tmp_path, environment):
     last = done.stderr.splitlines()[-1]
     reason = "it is not built in this source folder: start elsewhere, or run `pip install -e .` here"
     assert last == f"ImportError: Cannot load the compiled part of fastbn from '{copied}': {reason}"
+
+
+def test_a_missing_numpy_is_named(environment):
+    code = "import sys; sys.modules['numpy'] = None; import fastbn"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    start = f"ImportError: Cannot load the compiled part of fastbn from '{Path(fastbn.__file__).parent}': "
+    assert done.stderr.splitlines()[-1] == start + "NumPy is not installed"

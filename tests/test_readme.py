@@ -96,9 +96,12 @@ def test_the_run_is_a_real_one(small_cnn, tmp_path, capsys, monkeypatch):
 
 
 def test_the_error_is_a_real_one(small_cnn, tmp_path, capsys, monkeypatch):
+    name = "tests/models/small_cnn.onnx"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(small_cnn.read_bytes())
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small_cnn.onnx").write_bytes(small_cnn.read_bytes())
-    assert main(["fold", "small_cnn.onnx", "small_cnn.onnx"]) == 2
+    assert f"    $ fastbn fold {name} {name}\n" in README
+    assert main(["fold", name, name]) == 2
     assert f"    {capsys.readouterr().err}" in README
 
 
