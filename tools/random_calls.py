@@ -275,6 +275,7 @@ class _Maker:
             array = np.zeros([shape[i] for i in order], dtype).transpose(np.argsort(order))
         elif place == "framed":
             margins = rng.integers(0, 3, (axes, 2)) * (rng.permutation(axes) < 2)[:, None]
+            margins *= values.size > 0  # beside an axis of no elements a frame may be as large as all others together
             whole = np.zeros([size + a + b for size, (a, b) in zip(shape, margins, strict=True)], dtype)
             array = whole[tuple(slice(a, a + size) for size, (a, _) in zip(shape, margins, strict=True))]
         elif place == "stepped":
