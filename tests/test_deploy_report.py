@@ -299,7 +299,7 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
     (here / "report.html").write_text("mine")
     (here / "out.onnx").unlink()
     assert deploy("--report", "report.html") == 2
-    message = "Cannot write the report to 'report.html': it exists; --force (force=True) replaces it"
+    message = "Cannot write the report to 'report.html': it exists; --force replaces it"
     assert capsys.readouterr().err == f"fastbn: {message}\n"
     assert files(here) == ["in.onnx", "report.html"]
     assert (here / "report.html").read_text() == "mine"

@@ -327,7 +327,7 @@ def test_a_batch_that_the_model_fixes():
     ({"batch": 0}, "Expected at least 1, got 0 - at `batch`"),
     ({"momentum": 0}, "Expected a part, more than 0 and at most 1, got 0 - at `momentum`"),
     ({"momentum": 2}, "Expected a part, more than 0 and at most 1, got 2 - at `momentum`"),
-    ({"memory": "much"}, "Expected a number of bytes, as 500MB or 2GiB, got 'much' - at `memory`"),
+    ({"memory": "much"}, "Expected a number of bytes, as 500MB or 2G, got 'much' - at `memory`"),
     ({"unbiased": 1}, "Expected True or False, got int - at `unbiased`"),
     ({"samples": 0}, "Expected at least 1, got 0 - at `samples`"),
     ({"workers": -1}, "Expected at least 0, got -1 - at `workers`"),

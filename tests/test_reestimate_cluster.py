@@ -289,6 +289,6 @@ def test_a_script_without_a_guard_is_told(tmp_path, environment):
 
 def test_without_dask(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    message = r"^Cannot use a cluster: dask is not installed \(pip install 'fastbn\[cluster\]'\); --workers 0 works without it$"
+    message = r"^Cannot use a cluster: distributed is not installed \(pip install dask distributed\); --workers 0 works without it$"
     with pytest.raises(fastbn.FastbnError, match=message):
         reestimate(MODEL, X, workers=2)

@@ -144,9 +144,22 @@ def test_plans_that_join_are_one():
     assert view.owned(nodes["a"]) is third
     assert view.owned(nodes["b"]) is None
     a, b, new = nodes["a"], nodes["b"], Dense.zeros((4,), np.dtype(np.float32))
-    c = nodes["c"].outputs[0]
+    c_node = nodes["c"]
+    c = c_node.outputs[0]
     other = Plan(
-        {(a, 1): new}, {a: {"axis": 1}}, [a], {b: a.outputs[0]}, [b], {a: (b,)}, {a: None}, {b: None}, {a: None}, {b: None}, {c: (4,)}, 4
+        {(a, 1): new},
+        {a: {"axis": 1}},
+        [a],
+        {b: a.outputs[0]},
+        [b],
+        {a: (b,)},
+        {a: None},
+        {b: None},
+        {a: None},
+        {c_node: None},
+        {b: None},
+        {c: (4,)},
+        4,
     )
     second.join(other)
     assert (second.constants, second.attributes, second.lifted, second.bypassed) == (
@@ -155,7 +168,7 @@ def test_plans_that_join_are_one():
         [a],
         {b: a.outputs[0]},
     )
-    assert ([*second.alike], second.widened) == ([b], {c: (4,)})
+    assert ([*second.beside], [*second.alike], second.widened) == ([c_node], [b], {c: (4,)})
     assert ([*second.replaced], [*second.path], [*second.absorbers], [*second.crossed], second.channels) == ([a], [a], [b], [a], 5)
     first.join(other)
     assert first.channels == 4
