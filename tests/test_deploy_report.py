@@ -306,7 +306,7 @@ def test_the_command_writes_it_and_replaces_only_when_forced(here, capsys):
     assert deploy("--report", "report.html", "--force") == 0
     text = (here / "report.html").read_text(encoding="utf-8")
     assert "fastbn deploy in.onnx out.onnx --runs 1 -q --report report.html --force" in text
-    with pytest.raises(fastbn.StorageError, match=r"--force \(force=True\)"):
+    with pytest.raises(fastbn.StorageError, match="force=True replaces it"):
         fastbn.deploy("in.onnx", "out.onnx", report="report.html")
     fastbn.deploy("in.onnx", "out.onnx", report="report.html", force=True, runs=1)
 

@@ -147,19 +147,19 @@ def test_plans_that_join_are_one():
     c_node = nodes["c"]
     c = c_node.outputs[0]
     other = Plan(
-        {(a, 1): new},
-        {a: {"axis": 1}},
-        [a],
-        {b: a.outputs[0]},
-        [b],
-        {a: (b,)},
-        {a: None},
-        {b: None},
-        {a: None},
-        {c_node: None},
-        {b: None},
-        {c: (4,)},
-        4,
+        constants={(a, 1): new},
+        attributes={a: {"axis": 1}},
+        lifted=[a],
+        bypassed={b: a.outputs[0]},
+        rewritten=[b],
+        replaced={a: (b,)},
+        path={a: None},
+        absorbers={b: None},
+        crossed={a: None},
+        beside={c_node: None},
+        alike={b: None},
+        widened={c: (4,)},
+        channels=4,
     )
     second.join(other)
     assert (second.constants, second.attributes, second.lifted, second.bypassed) == (
