@@ -176,3 +176,16 @@ def test_bytes_that_are_too_few():
         load(proto).array(tensor)
     with pytest.raises(fastbn.ModelError, match=r"^Expected \d+ bytes, got \d+ - at "):
         fastbn.fold(proto, verify=False)
+
+
+def test_a_type_that_is_wrong_inside_a_function():
+    text = """< ir_version: 10, opset_import: ["": 21, "own": 1] >
+    main (float[N,4] x) => (float[N,4] y) { y = own.block(x, s, t, m, v) }
+    < domain: "own", opset_import: ["": 21] >
+    block (x, s, t, m, v) => (y) { b = BatchNormalization(x, s, t, m, v) r = Relu(b) y = Neg(r) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in norm(4).items())
+    proto.functions[0].value_info.append(helper.make_tensor_value_info("r", TensorProto.UINT8, ["N", 4]))
+    onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])  # loads it
+    result = fastbn.fold(proto, rewrite_left="affine")
+    assert (ops(result.model), result.parity.status) == ("Mul Add Relu Neg", "ok")
