@@ -58,7 +58,7 @@ cdef extern from "fastbn.h" nogil:
     int64_t fbn_work_bytes(const fbn_job *job)
     ctypedef struct fbn_description:
         int threads, streams, reduces_by_columns, maps_by_columns, fused
-        int64_t bytes, most_bytes, core_cache, last_cache
+        int64_t share, bytes, most_bytes, core_cache, last_cache
 
     void fbn_describe(fbn_description *description, const fbn_job *job)
     void fbn_infer(const fbn_job *job, void *work)

@@ -24,9 +24,6 @@ Way: TypeAlias = Literal["by planes", "by columns"]
 
 OPERATIONS: tuple[Operation, ...] = ("inference", "training", "backward")
 
-# Elements that each thread has at least: SHARE of src_c/plan.c.
-SHARE = 65536
-
 # Calls that are timed at most.
 MOST_CALLS = 2000
 
@@ -93,7 +90,7 @@ def _schedule(operation: Operation, sizes: tuple[int, ...], axis: int, dtype: np
     if threads == get_num_threads():
         why = [f"{threads} thread{'s' * (threads > 1)}: all that may be used"]
     else:
-        why = [f"{threads} thread{'s' * (threads > 1)}: each has at least {SHARE} of {elements} elements"]
+        why = [f"{threads} thread{'s' * (threads > 1)}: each has at least {plan['share']} of {elements} elements"]
     most, cache = _megabytes(plan["most_bytes"]), _megabytes(plan["last_cache"])
     relation = "more" if plan["streams"] else "no more"
     store: Literal["streaming", "ordinary"] = "streaming" if plan["streams"] else "ordinary"
@@ -144,7 +141,8 @@ def kernel_schedule(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float3
     >>> kernel_schedule((32, 56, 56, 64), axis=-1)[1]["reduction"]
     'by columns'
     """
-    return [_schedule(operation, *_sizes(shape, axis, dtype)) for operation in OPERATIONS]
+    checked = _sizes(shape, axis, dtype)
+    return [_schedule(operation, *checked) for operation in OPERATIONS]
 
 
 def _time(call: Callable[[], object], seconds: float) -> float:

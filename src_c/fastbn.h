@@ -69,7 +69,8 @@ int64_t fbn_work_bytes(const fbn_job *job);
 
 /* How a job is run here: what no result depends on. */
 typedef struct {
-    int threads;            /* that work on it */
+    int threads;            /* that work on it, */
+    int64_t share;          /* each with so many elements at least */
     int streams;            /* its map stores past the cache */
     int reduces_by_columns; /* sums of columns side by side, instead of channel by channel */
     int maps_by_columns;

@@ -232,6 +232,7 @@ void fbn_describe(fbn_description *description, const fbn_job *job) {
     fbn_plan plan;
     fbn_plan_job(&plan, job, NULL);
     *description = (fbn_description){.threads = plan.threads,
+                                     .share = SHARE,
                                      .streams = plan.stream,
                                      .reduces_by_columns = plan.reduction.layout == FBN_NSC,
                                      .maps_by_columns = plan.map.layout == FBN_NSC,

@@ -69,11 +69,11 @@ static void expand(const fbn_plan *plan, char *target, const char *constants, in
     }
 }
 
-/* The tables of a map. Slopes and offsets exist only in a backward pass through the statistics of the batch. */
+/* The tables of a map by columns. Slopes and offsets exist only in a backward pass through the statistics of the batch. */
 static void fill_tables(const fbn_run *run) {
     const fbn_plan *plan = &run->plan;
     const int used = run->map_op == FBN_GRAD_INPUT && !plan->job->frozen ? 5 : 3;
-    for (int i = 0; i < used && plan->map.layout == FBN_NSC; i++)
+    for (int i = 0; i < used; i++)
         expand(plan, plan->scratch.tables[i], plan->scratch.constants[i], plan->job->C, plan->map.period + FBN_TABLE_PADDING);
 }
 
@@ -319,7 +319,8 @@ static int list_phases(fbn_phase *phases, const fbn_run *run) {
         if (run->reduce_op == FBN_STATS)
             phases[count++] = (fbn_phase){sample_task, (C + SAMPLED_CHANNELS - 1) / SAMPLED_CHANNELS, 0};
         if (together) {
-            phases[count++] = (fbn_phase){tables_task, 1, 0};
+            if (plan->map.layout == FBN_NSC)
+                phases[count++] = (fbn_phase){tables_task, 1, 0};
             phases[count++] = (fbn_phase){tile_task, reduction->tiles, 0};
         } else
             phases[count++] = (fbn_phase){reduce_task, reduction->tiles * reduction->groups, 0};
@@ -327,7 +328,8 @@ static int list_phases(fbn_phase *phases, const fbn_run *run) {
     }
     if (!run->maps || (run->reduces && together))
         return count;
-    phases[count++] = (fbn_phase){tables_task, 1, 0};
+    if (plan->map.layout == FBN_NSC)
+        phases[count++] = (fbn_phase){tables_task, 1, 0};
     phases[count++] = (fbn_phase){map_task, plan->map.chunks, run->reduces};
     return count;
 }

@@ -7,7 +7,8 @@ import pytest
 
 import fastbn
 from fastbn import bench_kernels, kernel_schedule
-from fastbn.kernel_bench import SHARE
+
+SHARE = 65536  # elements that each thread has at least
 
 
 @pytest.fixture(autouse=True)

@@ -327,9 +327,9 @@ def inlined_functions(source: Source, ops: tuple[str, ...] | None = None) -> Sou
         return None
     # Types that a function declares inside hold for onnxruntime only now; it does not read them there, and they may be wrong.
     declared = {entry.name for entry in source.proto.graph.value_info}
-    for position in reversed(range(len(proto.graph.value_info))):
-        if proto.graph.value_info[position].name not in declared:
-            del proto.graph.value_info[position]
+    kept = [entry for entry in proto.graph.value_info if entry.name in declared]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
     inlined = source.derived(proto)
     inlined.notes += tuple(f"model-local function '{name}' inlined" for _, name in holders)
     return inlined
