@@ -380,6 +380,7 @@ def _verify(arguments: Arguments, delivery: Delivery) -> int:
     """Compare two models on the same inputs, onnxruntime's optimizer off on both sides: exit code 0 when they agree up to
     rounding, 1 when they do not, 2 when they cannot be compared, 5 when what was compared proves nothing."""
     from fastbn.graph.job import verify
+    from fastbn.graph.report import parity_rows
     from fastbn.graph.results import SCHEMA, VerifyReport
 
     sources = [source_of(input_name(name)) for name in (arguments.original, arguments.folded)]
@@ -391,7 +392,7 @@ def _verify(arguments: Arguments, delivery: Delivery) -> int:
     if parity.status == "failed" and parity.error is None:
         # No element differs: the second model cannot be run, or has other outputs.
         parity = dataclasses.replace(parity, status="not-run")
-    lines = [f"parity  {parity}", *(f"        {note}" for note in parity.notes)]
+    lines = parity_rows(parity)
     report: VerifyReport = {"schema": SCHEMA, "parity": parity.to_dict()}
     delivery.deliver(report, [] if parity.status == "not-run" else lines)
     if parity.status == "not-run":

@@ -74,10 +74,7 @@ class ModelFold(Generic[ModelT]):
         """Return the report as lines of text."""
         before, after = self._counts
         lines = [*report.result_rows(self.folded, self.kept, []), f"BatchNormalization {before} -> {after}"]
-        if self.parity is not None:
-            lines.append(f"parity  {self.parity}")
-            lines.extend(f"        {note}" for note in self.parity.notes)
-        return lines
+        return [*lines, *report.parity_rows(self.parity)]
 
     def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))

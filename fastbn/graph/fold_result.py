@@ -131,10 +131,7 @@ class FoldResult(ModelResult):
         lines.extend(f"  note    {note}" for note in self.notes)
         rewritten = f" ({len(self.rewritten)} rewritten)" if self.rewritten else ""
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}{rewritten}, nodes {before[0]} -> {after[0]}")
-        if self.parity is not None:
-            lines.append(f"parity  {self.parity}")
-            lines.extend(f"        {note}" for note in self.parity.notes)
-        return lines
+        return [*lines, *report.parity_rows(self.parity)]
 
     def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))

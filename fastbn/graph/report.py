@@ -5,9 +5,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from fastbn.graph.reasons import FORWARDS
-from fastbn.graph.results import Explanation, Fold, Kept, Rewritten
+from fastbn.graph.results import Explanation, Fold, Kept, Parity, Rewritten
 
-__all__ = ["explanation_rows", "result_rows", "size_text", "size_texts", "table", "wrapped"]
+__all__ = ["explanation_rows", "parity_rows", "result_rows", "size_text", "size_texts", "table", "wrapped"]
 
 # Columns of a line that is not printed to a terminal; columns of joined names above which they are listed below the row.
 WIDTH, LONGEST_NAMES = 160, 72
@@ -18,6 +18,11 @@ DEEPEST_INDENT = 24
 # What a wrapped line is indented by: the width of its label (up to 8 characters) and the blanks after it, in a row also of the name that
 # follows; or of its own indent.
 HANGING = re.compile(r" {2}(?:folded|kept|rewrote) +\S(?: ?\S)* {2,}| {2}\S{1,8} +|\S{1,8} {2,}| +")
+
+
+def parity_rows(parity: Parity | None) -> list[str]:
+    """Return the lines of a comparison, none where nothing was compared."""
+    return [] if parity is None else [f"parity  {parity}", *(f"        {note}" for note in parity.notes)]
 
 
 def result_rows(folded: Sequence[Fold], kept: Sequence[Kept], rewritten: Sequence[Rewritten]) -> list[str]:
