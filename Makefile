@@ -24,18 +24,21 @@ docs:
 	$(PYTHON) -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 # The test-suite, or TESTS of it, over a build with one sanitizer (address, undefined or thread) and with the preconditions of the kernels
-# checked. Python itself is not instrumented, so the library of the sanitizer is preloaded. -fno-wrapv undoes Python's own -fwrapv, which
-# would make every overflow of an integer defined; the first report ends the process with another exit code than 0.
+# checked. Python itself is not instrumented, so the library of the sanitizer is preloaded, and that of C++, whose exceptions it has to find. -fno-wrapv undoes Python's
+# own -fwrapv, which would make every overflow of an integer defined; the first report, which pytest must not capture, ends the process with
+# another exit code than 0.
 SANITIZER ?= address
 TESTS ?=
 SANITIZER_FLAGS = -O1 -g -DFASTBN_DEBUG -fno-wrapv -fsanitize=$(SANITIZER) -fno-sanitize-recover=all
+SANITIZER_LIBRARIES = $(foreach name,$(patsubst address,asan,$(patsubst undefined,ubsan,$(patsubst thread,tsan,$(SANITIZER)))) stdc++,\
+  $(shell $(CC) -print-file-name=lib$(name).so))
 sanitize:
 	mkdir -p build/$(SANITIZER)/lib
 	cp -r fastbn build/$(SANITIZER)/lib/
 	FASTBN_CFLAGS="$(SANITIZER_FLAGS)" $(PYTHON) setup.py build_ext --force --build-temp build/$(SANITIZER) --build-lib build/$(SANITIZER)/lib
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 PYTHONMALLOC=malloc \
-	LD_PRELOAD=$$($(CC) -print-file-name=lib$(patsubst address,a,$(patsubst undefined,ub,$(patsubst thread,t,$(SANITIZER))))san.so) \
-	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x -p no:cacheprovider $(TESTS)
+	LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
+	PYTHONPATH=build/$(SANITIZER)/lib $(PYTHON) -P -m pytest -x --capture=sys -p no:cacheprovider $(TESTS)
 
 # The same bits under NEON as here, with a cross compiler and user-mode emulation.
 AARCH64_CC ?= aarch64-linux-gnu-gcc

@@ -189,3 +189,52 @@ def test_a_type_that_is_wrong_inside_a_function():
     onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])  # loads it
     result = fastbn.fold(proto, rewrite_left="affine")
     assert (ops(result.model), result.parity.status) == ("Mul Add Relu Neg", "ok")
+
+
+@pytest.mark.parametrize("rewrite_left", [None, "affine"])
+@pytest.mark.parametrize("channels", [0, (1 << 31) + 8, 1 << 57, (1 << 63) - 1])
+@pytest.mark.parametrize("body", ["a = Mul(x, k) c = Add(a, k)", "c = Relu(x)", "c = Identity(x)"])
+def test_data_that_declares_other_channels(body, channels, rewrite_left):
+    """Neither a Mul of all channels nor a constant that gets as many may meet them: onnxruntime would call that invalid."""
+    text = f"(float[2,9,5,5] x) => (float y) {{ {body} y = BatchNormalization(c, s, t, m, v) }}"
+    proto = model(text, opset=13, k=np.float32([2]), **norm(4))
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = channels
+    runtime.session(proto.SerializeToString())
+    result = fastbn.fold(proto, verify=False, rewrite_left=rewrite_left)
+    assert (len(result.kept), result.rewritten) == (1, [])
+    runtime.session(result.to_bytes())
+
+
+def test_a_value_that_declares_a_negative_size():
+    """A Conv of two inputs does not tell its channels; a Mul in the place of the batch normalization would meet those that are declared."""
+    text = "(float[2,M,5,5] x, float[C,M,1,1] w) => (float y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }"
+    proto = model(text, opset=13, **norm(4))
+    proto.graph.value_info.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, [2, -7, 5, 5]))
+    runtime.session(proto.SerializeToString())
+    result = fastbn.fold(proto, verify=False, rewrite_left="affine")
+    assert ops(result.model) == "Conv Mul Add"
+    runtime.session(result.to_bytes())
+
+
+def test_a_batch_normalization_that_declares_another_batch_than_its_data():
+    """onnxruntime goes on with what is declared; without the batch normalization it would see both."""
+    text = """(int64[2] i, float[16384,4] x) => (float[2,5] y) {
+        e = Gather(table, i) b = BatchNormalization(x, s, t, m, v) j = Concat <axis = 1> (e, b) y = Gemm(j, w, q)
+    }"""
+    proto = model(text, table=normal(3, 3), w=normal(7, 5), q=normal(5), **norm(4))
+    for name, width in (("e", 3), ("b", 4), ("j", 7)):
+        proto.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, width]))
+    runtime.session(proto.SerializeToString())
+    result = fastbn.fold(proto, verify=False)
+    runtime.session(result.to_bytes())
+    (kept,) = result.kept
+    assert kept.code == "axis"
+    assert kept.reason.endswith("; forwards: it is declared to give another shape than that of 'x'")
+
+
+@pytest.mark.parametrize("factors", ["n, n, n", "n, k"])
+def test_a_product_of_sizes_that_is_none(factors):
+    text = f"""(float[N,4,H,W] x) => (float y) {{
+        n = Shape(x) p = Mul({factors}) r = Reshape(x, p) y = BatchNormalization(r, s, t, m, v)
+    }}"""
+    assert len(fastbn.fold(model(text, k=np.ones(3, np.int64), **norm(4)), verify=False).kept) == 1

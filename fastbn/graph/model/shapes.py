@@ -41,9 +41,6 @@ HIDDEN = "fastbn.hidden"
 # The longest list of floats that is read for factors, such as the scales of a Resize.
 LARGEST_FACTORS = 64
 
-# A larger size in a file is taken as unknown.
-LARGEST_DIM = 1 << 31
-
 # The numbers of types.
 KINDS = frozenset(TensorProto.DataType.values())
 
@@ -64,7 +61,7 @@ class Infos(Protocol):
 
 def type_of(info: ValueInfoProto) -> tuple[int, Shape | None]:
     """Return (type, shape) in a ValueInfoProto: 0 where it gives no type of elements, or none that exists, None for each size that it
-    leaves open, and for the shape where it gives no rank."""
+    leaves open or that is negative, and for the shape where it gives no rank."""
     data = info.type.SerializeToString()
     return _read_type(data) if len(data) <= LONGEST_KEPT_TYPE else _read_type.__wrapped__(data)
 
@@ -77,7 +74,7 @@ def _read_type(data: bytes) -> tuple[int, Shape | None]:
     if not kind.HasField("shape"):
         return elements, None
     dims = kind.shape.dim
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") and 0 < dim.dim_value <= LARGEST_DIM else None for dim in dims)
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in dims)
     return elements, shape
 
 
@@ -393,13 +390,13 @@ def _is_short(shape: Shape | None, longest: int) -> bool:
 
 
 def _add_info(infos: Infos, info: ValueInfoProto, shape: Shape | None = None) -> None:
-    """Add a copy of a ValueInfoProto, with another shape where one is given; a size out of range becomes unknown."""
+    """Add a copy of a ValueInfoProto, with another shape where one is given; a negative size becomes unknown."""
     added = infos.add()
     added.CopyFrom(info)
     if shape is not None:
         added.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, shape))
     for dim in added.type.tensor_type.shape.dim if added.type.HasField("tensor_type") else ():
-        if dim.HasField("dim_value") and not 0 <= dim.dim_value <= LARGEST_DIM:
+        if dim.HasField("dim_value") and dim.dim_value < 0:
             dim.ClearField("dim_value")
 
 

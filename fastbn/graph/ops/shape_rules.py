@@ -115,9 +115,12 @@ def _size(number: int, dims: Sequence[Dim]) -> Size:
 def product_elements(node: Node, sizes: Sizes | None, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
     """The elements of a product of two lists of integers, not all of them numbers: these are left to the runtime, which may wrap them."""
     arrays = [array for array in inputs if array is not None and array.dtype == object]
-    if len(arrays) != len(inputs) or not dims_of([size for array in arrays for size in array.flat]):
+    if not len(arrays) == len(inputs) == 2 or not dims_of([size for array in arrays for size in array.flat]):
         return None
-    first, second = np.broadcast_arrays(*arrays)
+    try:
+        first, second = np.broadcast_arrays(*arrays)
+    except ValueError:  # the model is wrong
+        return None
     elements = np.empty(first.shape, object)
     elements.reshape(-1)[:] = [product(pair) for pair in zip(first.flat, second.flat, strict=True)]
     return elements

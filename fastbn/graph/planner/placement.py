@@ -20,7 +20,7 @@ from fastbn.graph.planner.substitute import kept_shift
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import CURABLE, FORWARDS, ReasonCode, Refusal
 
-__all__ = ["Placement", "place", "place_constant"]
+__all__ = ["Placement", "changes_sizes", "composed", "place", "place_constant"]
 
 # Reasons that only say "nothing there": they give way to one that names a condition.
 VAGUE: tuple[ReasonCode, ...] = ("reads-input", "reads-constant", "no-absorber", "unused")
@@ -68,6 +68,7 @@ def place(
     try:
         plan = Search(view, origin, strategy, record).forward((last or node).outputs[0], affine)
         _refuse_unknown_width(node, affine, view, plan)
+        _refuse_other_sizes(node, view)
         return Placement(plan, forward=True)
     except Refusal as refusal:
         ahead = refusal.with_traceback(None)
@@ -116,6 +117,21 @@ def _refuse_unknown_width(node: Node, affine: Affine, view: GraphView, plan: Pla
         shape = () if constant is None else constant.shape
         if len(shape) < affine.rank or (affine.axis is not None and shape[affine.axis] != affine.channels):
             raise Refusal("axis-unknown", f"the shape of '{value.name}' is not known, which its constant may widen")
+
+
+def changes_sizes(node: Node, view: GraphView) -> bool:
+    """Say whether a node is known to give another shape than its data has."""
+    data, out = view.shape(view.data(node)), view.shape(node.outputs[0])
+    if data is None or out is None:
+        return False
+    return len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True))
+
+
+def _refuse_other_sizes(node: Node, view: GraphView) -> None:
+    """Refuse to take a batch normalization out before its readers where the model declares that it gives another shape than its data has:
+    onnxruntime goes on with what is declared, and without the node the readers would meet the shape of the data."""
+    if is_batch_norm(node) and changes_sizes(node, view):
+        raise Refusal("axis", f"it is declared to give another shape than that of '{view.data(node).name}'")
 
 
 def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | None, behind: Refusal, ahead: Refusal) -> Placement:

@@ -19,7 +19,7 @@ from fastbn.graph.ops.registry import can_be_affine
 from fastbn.graph.ops.row import STRATEGIES, Strategy
 from fastbn.graph.planner.guard import Guard
 from fastbn.graph.planner.kept import decomposed, kept_nodes
-from fastbn.graph.planner.placement import Placement, composed, place, place_constant
+from fastbn.graph.planner.placement import Placement, changes_sizes, composed, place, place_constant
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
@@ -342,14 +342,8 @@ def _candidates(index: Index) -> list[Node]:
 
 def _refuse_widening(node: Node, view: GraphView) -> None:
     """Refuse a node whose constant widens its data: without it, what stands before and behind would meet another shape."""
-    if is_batch_norm(node):
-        return
-    value = view.data(node)
-    data, out = view.shape(value), view.shape(node.outputs[0])
-    if data is None or out is None:
-        return
-    if len(data) != len(out) or any(None not in sizes and sizes[0] != sizes[1] for sizes in zip(data, out, strict=True)):
-        raise Refusal("axis", f"its constant widens the value '{value.name}'")
+    if not is_batch_norm(node) and changes_sizes(node, view):
+        raise Refusal("axis", f"its constant widens the value '{view.data(node).name}'")
 
 
 def _behind(node: Node, view: GraphView) -> Value:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import TypeVar
 
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fastbn.graph.model.constant import Constant, Scaled
 from fastbn.graph.model.external import is_external
@@ -202,6 +202,7 @@ class _Writer:
                 nodes = [new for position, node in enumerate(graph.node) for new in changed[number].get(position, [node])]
                 del graph.node[:]
                 graph.node.extend(nodes)
+                _clear_negative_sizes(graph)
             constants = self.unused_constants[number]
             values = self.unused_values[number] | constants
             _remove(graph.initializer, [tensor.name in constants for tensor in graph.initializer])
@@ -215,6 +216,14 @@ class _Writer:
         if raises_ir_version(self.index):
             self.proto.ir_version = FIRST_IR_OF_CONSTANTS
         _remove(self.proto.graph.input, [info.name in constants for info in self.proto.graph.input])
+
+
+def _clear_negative_sizes(graph: GraphProto) -> None:
+    """Leave open what a graph declares as a negative size: nodes that are put into it may not go with that, where those before them did."""
+    for info in graph.value_info:
+        for dim in info.type.tensor_type.shape.dim if info.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
 
 
 def _remove(entries: MutableSequence[MessageT], unwanted: Sequence[bool]) -> None:
