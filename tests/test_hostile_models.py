@@ -238,3 +238,11 @@ def test_a_product_of_sizes_that_is_none(factors):
         n = Shape(x) p = Mul({factors}) r = Reshape(x, p) y = BatchNormalization(r, s, t, m, v)
     }}"""
     assert len(fastbn.fold(model(text, k=np.ones(3, np.int64), **norm(4)), verify=False).kept) == 1
+
+
+def test_a_computed_size_beyond_64_bits():
+    text = """(float[N,3,8,8] x) => (float[N,4,6,6] y, float z) {
+        c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v)
+        p = MaxPool <kernel_shape = [1,1], pads = [0,0,4294967296,4294967296]> (x) z = Flatten(p)
+    }"""
+    assert ops(fastbn.fold(conv_bn(text), verify=False).model) == "Conv MaxPool Flatten"

@@ -262,7 +262,7 @@ class SizeInference:
 
 
 def _shape_of(sizes: Sequence[Size] | None) -> Shape | None:
-    return None if sizes is None else tuple(size if isinstance(size, int) and size > 0 else None for size in sizes)
+    return None if sizes is None else tuple(size if isinstance(size, int) and 0 < size < 1 << 63 else None for size in sizes)
 
 
 def _listed(array: Array) -> Array:
