@@ -14,6 +14,7 @@ __all__ = [
     "StorageError",
     "TensorError",
     "expected",
+    "first_line",
 ]
 
 
@@ -67,3 +68,8 @@ class TensorError(FastbnError, RuntimeError):
 def expected(what: str, got: str, where: str) -> str:
     """Return the message of an error about a type, a shape or a value."""
     return f"Expected {what}, got {got} - at `{where}`"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

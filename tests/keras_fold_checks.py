@@ -165,12 +165,12 @@ def test_what_stays_has_a_reason(make):
 def test_a_wrong_weight_is_found(monkeypatch):
     from fastbn.exported import keras_fold
 
-    copied = keras_fold._copied
+    copied = keras_fold.copied
 
     def wrong(model, gone, values):
         return copied(model, gone, {key: array * 1.01 if key[0].name == "two" else array for key, array in values.items()})
 
-    monkeypatch.setattr(keras_fold, "_copied", wrong)
+    monkeypatch.setattr(keras_fold, "copied", wrong)
     model = settled(sequence())
     result = fold(model)
     assert [(kept.bn, kept.code) for kept in result.kept] == [("output", "parity")]
@@ -189,3 +189,69 @@ def test_what_cannot_be_folded():
 
     with pytest.raises(fastbn.ArgumentError, match="a class of its own"):
         fold(Own())
+
+
+def relu(x):
+    """Not Keras's."""
+    return keras.ops.sigmoid(x)
+
+
+def test_a_function_of_the_user_is_no_function_of_keras_of_the_same_name():
+    given = keras.Input((4,))
+    x = layers.Lambda(lambda x: x * 2.0)(norm(layers.Dense(3, activation=relu, name="one")(given), "bn"))
+    model = settled(keras.Model(given, layers.Dense(2, name="two")(x)))
+    result = fold(model)
+    assert [kept.bn for kept in result.kept] == ["bn"]
+    assert "relu '/one'" in result.kept[0].reason
+    assert_same(model, result.model, 1e-6)
+
+
+@keras.saving.register_keras_serializable("checks")
+class Forgetful(layers.Layer):
+    """Its configuration lacks what it was made with."""
+
+    def __init__(self, factor=1.0, **options):
+        super().__init__(**options)
+        self.factor = factor
+
+    def call(self, x):
+        return x * self.factor
+
+    def get_config(self):
+        return super().get_config()
+
+
+def test_a_copy_that_is_another_model_is_refused():
+    given = keras.Input((4,))
+    model = settled(keras.Model(given, norm(layers.Dense(3)(Forgetful(3.0)(given)), "bn")))
+    with pytest.raises(fastbn.ArgumentError, match=r"Cannot copy the model: output\[0\] of an unchanged copy is another one"):
+        fold(model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float16", "bfloat16", "float64"])
+def test_types(policy):
+    given = keras.Input((8, 8, 3), dtype="float64" if policy == "float64" else "float32")
+    x = norm(layers.Conv2D(4, 3, dtype=policy, name="conv")(given), "bn", dtype=policy)
+    result = fold(settled(keras.Model(given, layers.ReLU(dtype=policy)(x))))
+    assert [each.into for each in result.folded] == ["conv"], str(result)
+    assert result.parity.ok, str(result)
+    assert result.model.get_layer("conv").dtype_policy.name == policy
+
+
+def test_a_shared_model_counts_once():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.BatchNormalization(name="bn")])
+    one, two = keras.Input((4,)), keras.Input((4,))
+    result = fold(settled(keras.Model([one, two], layers.Add()([inner(one), inner(two)]))))
+    assert [(kept.bn, kept.code) for kept in result.kept] == [("bn", "no-module")]
+    assert result.to_dict()["batch_normalizations"] == {"before": 1, "after": 1}
+
+
+def test_names_of_inputs_and_outputs():
+    one, two = keras.Input((4,), name="one"), keras.Input((5,), name="two")
+    model = keras.Model({"one": one, "two": two}, {"a": norm(layers.Dense(3)(one), "bn"), "b": layers.Dense(2)(two)})
+    result = fold(settled(model), {"one": np.ones((2, 4), "float32"), "two": np.ones((2, 5), "float32")})
+    assert result.parity.ok, str(result)
+    assert result.parity.inputs == 2
+    assert list(result.model.output) == ["a", "b"]
+    with pytest.raises(fastbn.ArgumentError, match="Cannot run the model on its example inputs"):
+        fold(model, np.ones((2, 9), "float32"))

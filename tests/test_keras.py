@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS, FOLD_CHECKS = (Path(__file__).with_name(name) for name in ("keras_checks.py", "keras_fold_checks.py"))
+CHECKS, FOLD_CHECKS, GRAPH_CHECKS = (Path(__file__).with_name(f"keras_{name}checks.py") for name in ("", "fold_", "graph_"))
 BACKENDS = ("torch", "jax", "tensorflow")
 
 
@@ -51,19 +51,24 @@ def outcomes(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folds(environment, tmp_path_factory):
-    """A function: the backend -> what comes of our checks of folding."""
-    return cache(lambda backend: run(FOLD_CHECKS, backend, environment, tmp_path_factory.mktemp(backend)))
+    """A function: a file of checks of folding, the backend -> what comes of them."""
+    return cache(lambda checks, backend: run(checks, backend, environment, tmp_path_factory.mktemp(backend)))
 
 
-@pytest.mark.parametrize("check", re.findall(r"^def (test_\w+)\(", FOLD_CHECKS.read_text(encoding="utf-8"), re.MULTILINE))
+def checks_in(file):
+    """Return the names of the checks in a file."""
+    return re.findall(r"^def (test_\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("checks", "check"), [(file, name) for file in (FOLD_CHECKS, GRAPH_CHECKS) for name in checks_in(file)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_folding_on_a_backend(backend, check, folds):
+def test_folding_on_a_backend(backend, checks, check, folds):
     needs("keras", backend)
-    for case, _, failure in folds(backend)[check]:
+    for case, _, failure in folds(checks, backend)[check]:
         assert failure is None, f"{case}:\n{failure}"
 
 
-@pytest.mark.parametrize("check", re.findall(r"^def (test_\w+)\(", CHECKS.read_text(encoding="utf-8"), re.MULTILINE))
+@pytest.mark.parametrize("check", checks_in(CHECKS))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend, check, outcomes):
     needs("keras", backend)

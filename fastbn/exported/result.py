@@ -12,7 +12,7 @@ from fastbn.graph.results import SCHEMA, Change, Fold, FoldDict, Kept, KeptDict,
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["ModelFold", "ModelFoldReport", "named"]
+__all__ = ["ModelFold", "ModelFoldReport", "layer_of", "named"]
 
 ModelT = TypeVar("ModelT")
 
@@ -85,10 +85,14 @@ class ModelFold(Generic[ModelT]):
         return f"<ModelFold of {self.framework}: {before - after} of {before} BatchNormalization folded, {verified}>"
 
 
-def named(fold: Fold, layer_of: Callable[[str], str], notes: Sequence[str]) -> Fold:
-    """Return a Fold whose absorbers are layers: the nodes of one layer, which are its name or begin with it and a slash, count once;
-    layer_of gives the class of a layer by its name."""
-    names = [name.split("/")[0] or name for name in fold.into.split("+")]
-    layers = {name: layer_of(name) for name in names}
-    said = "; ".join([*([] if fold.note is None else [fold.note]), *notes])
+def named(fold: Fold, class_of: Callable[[str], str], notes: Sequence[str]) -> Fold:
+    """Return a Fold whose absorbers are layers, of which the nodes of one count once; class_of gives the class of a layer by its name."""
+    layers = {name: class_of(name) for name in map(layer_of, fold.into.split("+"))}
+    own = [] if fold.note is None else [fold.note.replace("an Add keeps", "an addition keeps")]
+    said = "; ".join([*own, *notes])
     return replace(fold, into="+".join(layers), op="+".join(layers.values()), note=said or None)
+
+
+def layer_of(node: str) -> str:
+    """Return the layer of a node, whose name is that of the layer or begins with it and a slash."""
+    return node.split("/")[0] or node

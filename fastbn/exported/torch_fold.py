@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastbn._torch.inventory import module_of
-from fastbn.errors import ArgumentError, ParityError
-from fastbn.exported.result import ModelFold, named
-from fastbn.exported.torch_graph import Arguments, exported, first_line, moved_copy, on_device
+from fastbn.errors import ArgumentError, first_line
+from fastbn.exported.job import ModelJob
+from fastbn.exported.result import ModelFold
+from fastbn.exported.torch_graph import Arguments, exported, moved_copy, on_device
 from fastbn.exported.torch_modules import Calls, Modules
 from fastbn.exported.torch_parity import Comparison
-from fastbn.exported.variables import Variables
-from fastbn.graph.job import Job, Options, fold_of
+from fastbn.exported.variables import Changes, Variables
 from fastbn.graph.model.storage import Source
-from fastbn.graph.ops.normalization import BATCH_NORM
-from fastbn.graph.parity.reference import Progress, silent
-from fastbn.graph.planner.planning import Planning
-from fastbn.graph.results import Fold, Parity
-from fastbn.graph.rewrite.draft import Draft
-from fastbn.graph.rewrite.output import Output
-from fastbn.graph.rewrite.writer import rewrite
+from fastbn.graph.parity.reference import Progress
 
 __all__ = ["fold"]
 
@@ -54,7 +47,7 @@ def fold(model: torch.nn.Module, example_inputs: Any, verify: bool, seed: int, p
     _round_eps(on_cpu)
     with exported(on_cpu, on_device(arguments, "cpu"), modules.owner_of) as source:
         del on_cpu
-        return _Job(source, modules, comparison, seed, progress or silent).model_fold()
+        return _Job(source, modules, comparison, seed, progress).model_fold()
 
 
 def _check_model(model: torch.nn.Module) -> None:
@@ -90,41 +83,17 @@ def _round_eps(model: torch.nn.Module) -> None:
             var += module.eps - float(np.float32(module.eps))
 
 
-class _Job(Job):
-    """The main job on the graph of a PyTorch model, whose whole is compared in torch."""
+class _Job(ModelJob[torch.nn.Module]):
+    """The job on the graph of a PyTorch model."""
 
-    def __init__(self, source: Source, modules: Modules, comparison: Comparison | None, seed: int, progress: Progress) -> None:
-        self.variables = Variables(modules.objections, modules.norms, may_insert=True)
-        verify = comparison is not None
-        super().__init__(source, source, Options(None, None, None, verify, {}, False, None, seed, progress, None, self.variables))
+    framework = "torch"
+
+    def __init__(self, source: Source, modules: Modules, comparison: Comparison | None, seed: int, progress: Progress | None) -> None:
+        super().__init__(source, Variables(modules.objections, modules.norms, may_insert=True), comparison, seed, progress)
         self.modules = modules
-        self.beside = comparison
 
-    def _whole(self, planning: Planning) -> tuple[Draft, Output, Parity | None]:
-        draft = Draft(self.index, planning)
-        output = rewrite(self.index, planning, draft)  # which is written for nobody
-        if self.beside is None or not planning.plans:
-            return draft, output, None
-        self.options.progress("comparing the folded model with the original")
-        return draft, output, self.beside.check(self._folded(planning))
+    def model_of(self, changes: Changes) -> torch.nn.Module:
+        return self.modules.folded(changes)
 
-    def _folded(self, planning: Planning) -> torch.nn.Module:
-        return self.modules.folded(self.variables.changes(planning, self.index))
-
-    def model_fold(self) -> ModelFold[torch.nn.Module]:
-        """Plan, compare, and return the result."""
-        planning, draft, _, parity = self._finish(self.plan())
-        if parity is not None and parity.status == "failed":
-            raise ParityError(f"Cannot fold the model: it differs from the original whatever is left out: {parity}")
-        changes = self.variables.changes(planning, self.index)
-        folded = []
-        for plan in planning.folds:
-            names = [norm.name for norm in map(self.variables.norm_of, plan.lifted) if norm is not None]
-            notes = [f"zeros stay in the place of '{name}'" for name in names if name in changes.zeros]
-            folded.append(self._named(fold_of(plan, self.check_of(plan), draft, False), notes))
-        kept = [each for each in planning.kept if each.ops == (BATCH_NORM,)]
-        return ModelFold(self.modules.folded(changes), folded, kept, parity, "torch")
-
-    def _named(self, fold: Fold, notes: list[str]) -> Fold:
-        note = None if fold.note is None else fold.note.replace("an Add keeps", "an addition keeps")
-        return named(replace(fold, note=note), self.modules.class_of, notes)
+    def class_of(self, name: str) -> str:
+        return self.modules.class_of(name)

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from onnx import ModelProto
 
-from fastbn.errors import ModelError
+from fastbn.errors import ModelError, first_line
 from fastbn.exported.variables import MOVES
 from fastbn.graph.model import storage
 from fastbn.graph.model.storage import Source
 
-__all__ = ["Arguments", "exported", "first_line", "moved_copy", "on_device"]
+__all__ = ["Arguments", "exported", "moved_copy", "on_device"]
 
 # Any: what a model is called with, by position and by name.
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -138,8 +138,3 @@ def moved_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of copies of what torch.jit has compiled
         return copy.deepcopy(model).to("cpu", dtype)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

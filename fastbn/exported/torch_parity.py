@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from fastbn.dtypes import UNIT
-from fastbn.exported.torch_graph import Arguments, first_line, moved_copy, on_device
+from fastbn.errors import first_line
+from fastbn.exported.job import parity_of
+from fastbn.exported.torch_graph import Arguments, moved_copy, on_device
 from fastbn.graph.parity.difference import max_change
 from fastbn.graph.parity.noise import NOISE
 from fastbn.graph.parity.verdict import Verdict, judged
@@ -96,32 +98,7 @@ class Comparison:
                     return Parity("failed", reason=f"the output '{name}' has another shape")
                 if before.size:
                     verdicts.append(judged(name, before, after[name], run.noise[name], self.unit))
-        if not verdicts:
-            return Parity("not-run", reason="no output is a tensor")
-        worst = max(verdicts, key=lambda each: (not each.holds, each.part))
-        status, reason = self._status(verdicts)
-        return Parity(
-            status,
-            len(self._runs),
-            worst.name,
-            worst.worst.index,
-            worst.worst.values,
-            error=worst.worst.error,
-            allowed=worst.allowed,
-            reason=reason,
-            compared=tuple(dict.fromkeys(each.name for each in verdicts if each.proves)),
-            where="in torch and in float64" if self._double is not None else "in torch",
-        )
-
-    def _status(self, verdicts: list[Verdict]) -> tuple[Any, str | None]:  # Any: a ParityStatus
-        if any(each.is_wrong for each in verdicts):
-            return "failed", None
-        doubtful = next((each for each in verdicts if not each.holds), None)
-        if doubtful is not None:
-            return "inconclusive", doubtful.why_inconclusive
-        if not any(each.proves for each in verdicts):
-            return "inconclusive", "every output is constant"
-        return "ok", None
+        return parity_of(verdicts, len(self._runs), "in torch and in float64" if self._double is not None else "in torch")
 
 
 def _name(dtype: torch.dtype) -> str:
