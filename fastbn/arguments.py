@@ -9,7 +9,7 @@ from typing import Literal
 from fastbn.command_line import Parser, read
 from fastbn.errors import ArgumentError, expected
 
-__all__ = ["Arguments", "input_shapes", "names", "parsed", "parsers", "with_options"]
+__all__ = ["Arguments", "input_shapes", "names", "parsed", "parsers", "sizes_in", "with_options"]
 
 # Digits of the largest size that a file can hold; int() refuses thousands of them.
 MOST_DIGITS = 19
@@ -23,6 +23,9 @@ REWRITE_FORMS = ("conv", "affine")
 # How activations are calibrated, and types of weights, as deployment/recipe.py has them.
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 WEIGHT_TYPES = ("auto", "int8", "uint8", "int7")
+
+# Types of arrays, as dtypes.py has them.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
@@ -102,6 +105,12 @@ class Arguments(argparse.Namespace):
     unbiased: bool
     memory: str
     threads: int
+
+    # Options of a bench of kernels.
+    shape: str
+    axis: int
+    dtype: str
+    seconds: float
 
 
 def parsers(commands: Mapping[str, Callable[..., int]]) -> tuple[Parser, dict[str, Parser]]:
@@ -341,6 +350,15 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     _add_limits(bench)
 
 
+def _add_bench_kernels(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("shape", metavar="SHAPE", help="sizes of the array, as 32,64,56,56")
+    bench.add_argument("--axis", type=int, default=1, metavar="N", help="the axis of the channels (1; -1 is the last)")
+    bench.add_argument("--dtype", default="float32", choices=DTYPES, help="of the array (float32)")
+    bench.add_argument("--seconds", type=float, default=0.2, metavar="SECONDS", help="for each figure (0.2)")
+    _add_json(bench)
+    _add_quiet(bench)
+
+
 def _add_show_config(config: argparse.ArgumentParser) -> None:
     _add_json(config)
 
@@ -352,6 +370,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "fold-all": (_add_fold_all, "fold and verify many models, each in a process of its own"),
     "verify": (_add_verify, "compare two models on the same inputs"),
     "bench": (_add_bench, "latency of two models in onnxruntime, side by side"),
+    "bench-kernels": (_add_bench_kernels, "latency of batch normalization on arrays of a shape, and why"),
     "show-config": (_add_show_config, "versions and kernels in use"),
 }
 
@@ -393,6 +412,14 @@ def _utf8(text: str) -> str:
 
 def _is_size(text: str) -> bool:
     return text.isdecimal() and len(text) <= MOST_DIGITS and int(text) > 0
+
+
+def sizes_in(text: str, where: str) -> tuple[int, ...]:
+    """Return sizes with commas between them as numbers; raises ArgumentError where they are none."""
+    numbers = text.split(",")
+    if not all(map(_is_size, numbers)):
+        raise ArgumentError(expected("positive sizes, as 32,64,56,56", repr(text[:MOST_SHOWN]), where))
+    return tuple(map(int, numbers))
 
 
 def input_shapes(arguments: Arguments) -> dict[str, tuple[int, ...]]:

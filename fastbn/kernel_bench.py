@@ -17,7 +17,7 @@ from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
 from fastbn.geometry import find_layout
 from fastbn.stats import BatchStats
 
-__all__ = ["KernelBench", "Schedule", "Timing", "bench_kernels", "kernel_schedule"]
+__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule"]
 
 Operation: TypeAlias = Literal["inference", "training", "backward"]
 Way: TypeAlias = Literal["by planes", "by columns"]
@@ -58,6 +58,12 @@ class KernelBench(TypedDict):
     copy_us: float
     timings: list[Timing]
     config: Config
+
+
+class KernelBenchReport(KernelBench):
+    """The JSON report of a `KernelBench`."""
+
+    schema: int
 
 
 def _sizes(shape: Sequence[int], axis: int, dtype: Any) -> tuple[tuple[int, ...], int, np.dtype[Any], int]:
@@ -227,3 +233,23 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
         "timings": timings,
         "config": show_config(),
     }
+
+
+def kernel_lines(bench: KernelBench) -> list[str]:
+    """Return what `bench_kernels` gives as lines of text."""
+    size = f"{','.join(map(str, bench['shape']))} {bench['dtype']}, channels on axis {bench['axis']}, {_megabytes(bench['bytes'])}"
+    lines = [f"{size}: a copy takes {_time_text(bench['copy_us'])} on one thread"]
+    widths = (9, 11, 10, 8, 12, 12, 1)
+    rows = [("threads", "operation", "time", "copies", "sums", "results", "stores")]
+    for row in bench["timings"]:
+        sums = "-" if row["reduction"] is None else row["reduction"]
+        how = "fused" if row["fused"] else row["map"]
+        rows.append((str(row["threads"]), row["operation"], _time_text(row["us"]), f"{row['copies']:#.3g}", sums, how, row["store"]))
+    lines += ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return lines + [f"why  {sentence}" for sentence in dict.fromkeys(sentence for row in bench["timings"] for sentence in row["why"])]
+
+
+def _time_text(us: float) -> str:
+    """Return a time with three digits and its unit."""
+    value, unit = (us, "us") if us < 999.5 else (us / 1e3, "ms")
+    return f"{value:#.3g} {unit}".replace(". ", " ")

@@ -118,7 +118,7 @@ HINTS = {
     "deploy in.onnx x.onnx --max-dorp=1": "unrecognized arguments: --max-dorp=1; did you mean --max-drop?",
     "fold in.onnx x.onnx more.onnx": "unrecognized arguments: more.onnx",
     "bench in.onnx --zzzz": "unrecognized arguments: --zzzz",
-    "vrify in.onnx": "verify, bench, show-config); did you mean verify?",
+    "vrify in.onnx": "verify, bench, bench-kernels, show-config); did you mean verify?",
     "--dbug fold": "unrecognized arguments: --dbug; did you mean --debug?",
     "deploy in.onnx x.onnx --metric eror": "(choose from auto, top-1, error, accuracy); did you mean error?",
 }

@@ -46,6 +46,7 @@ LEAST = {
     "fold-all": ["-q", "--workers=1", "--out=out"],
     "verify": ["-q"],
     "bench": ["--runs", "1"],
+    "bench-kernels": ["-q", "--seconds", "0.001"],
     "show-config": [],
 }
 
@@ -83,6 +84,9 @@ USABLE = {
     ("reestimate", "--workers", "zero"): "this process alone",
     ("deploy", "--runs", "huge"): "as many as a second takes",
     ("bench", "--runs", "in other digits"): "a number",
+    **{("bench-kernels", "--axis", value): "an axis" for value in ("negative", "zero")},
+    ("bench-kernels", "--seconds", "in other digits"): "a number",
+    ("bench-kernels", "--seconds", "a fraction"): "a number",
 }
 if importlib.util.find_spec("distributed"):
     USABLE["reestimate", "--workers", "in other digits"] = "three of them"
@@ -122,7 +126,9 @@ def line_of(command, action=None, *values):
     for each in commands()[command]._actions:
         needed = each.nargs != "?" or (command == "deploy" and each.dest == "output" and not is_named)
         if not each.option_strings and (each is action or needed) and (each is not action or values):
-            places.append(values[0] if each is action else "in.onnx" if each.metavar in READ else "out.onnx")
+            places.append(
+                values[0] if each is action else "2,3" if each.metavar == "SHAPE" else "in.onnx" if each.metavar in READ else "out.onnx"
+            )
     words = [command, *LEAST[command]]
     if action is None or not action.option_strings:
         return [*words, "--", *places]
@@ -285,7 +291,7 @@ def test_devices_and_links_that_are_written(command, action, here, refused):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert stat.S_ISREG(os.lstat("dangling").st_mode)
     assert not os.path.lexists("nowhere")
-    if os.path.exists("/dev/full") and command not in ("bench", "show-config"):  # whose table is printed by then
+    if os.path.exists("/dev/full") and command not in ("bench", "bench-kernels", "show-config"):  # whose table is printed by then
         for path in here.glob("*out*"):
             path.unlink()
         assert_none({"/dev/full": refused(line_of(command, action, "/dev/full"))})

@@ -140,6 +140,7 @@ FLOORS = [
     ["terminal", "command_line", "confinement"],
     ["arguments"],
     ["delivery"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -24,6 +24,7 @@ LINES = {
     "fold-all": [["in.onnx", "broken.onnx", "--out", "zoo", "--workers", "2", "-q"]],
     "verify": [["in.onnx", "in.onnx"], ["in.onnx", "other.onnx"]],
     "bench": [["in.onnx", "--runs", "2"], ["in.onnx", "--runs", "9"]],
+    "bench-kernels": [["2,3,4", "--seconds", "0.001"]],
     "show-config": [[]],
 }
 

@@ -1,12 +1,15 @@
 """What kernel_schedule says is what the kernels do, and bench_kernels measures it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 import fastbn
 from fastbn import bench_kernels, kernel_schedule
+from fastbn.cli import main
+from fastbn.kernel_bench import OPERATIONS, kernel_lines
 
 SHARE = 65536  # elements that each thread has at least
 
@@ -96,3 +99,20 @@ def test_threads_are_as_before_whatever_happens():
     fastbn.set_num_threads(3)
     bench_kernels((2, 3), seconds=0.001)
     assert fastbn.get_num_threads() == 3
+
+
+def test_lines_have_columns_units_and_each_reason_once():
+    bench = bench_kernels((2, 3, 8), seconds=0.001)
+    first, head, *rows = kernel_lines(bench)
+    assert re.fullmatch(r"2,3,8 float32, channels on axis 1, .* MB: a copy takes [\d.]+ us on one thread", first)
+    assert head.split() == ["threads", "operation", "time", "copies", "sums", "results", "stores"]
+    assert len({line.index(word) for line, word in zip([head, *rows[:3]], ["operation", *OPERATIONS], strict=True)}) == 1
+    reasons = [line for line in rows if line.startswith("why  ")]
+    assert len(set(reasons)) == len(reasons) == len({each for row in bench["timings"] for each in row["why"]})
+
+
+def test_the_command(capsys):
+    assert main(["bench-kernels", "2,3", "--seconds", "0.001", "--axis", "-1"]) == 0
+    assert capsys.readouterr().out.startswith("2,3 float32, channels on axis 1")
+    assert main(["bench-kernels", "2,x"]) == 2
+    assert capsys.readouterr().err == "fastbn: Expected positive sizes, as 32,64,56,56, got '2,x' - at `SHAPE`\n"

@@ -26,7 +26,8 @@ import fastbn
 FOLDER = Path(__file__).resolve().parent.parent / "fastbn" / "schemas"
 
 # Where reports come from, and what needs more than the extra [report].
-SOURCES, LEFT_OUT = ("fastbn.config", "fastbn.graph", "fastbn.deployment", "fastbn.reestimation", "fastbn.zoo"), ("fastbn.graph.passes",)
+SOURCES = ("fastbn.config", "fastbn.kernel_bench", "fastbn.graph", "fastbn.deployment", "fastbn.reestimation", "fastbn.zoo")
+LEFT_OUT = ("fastbn.graph.passes",)
 
 PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
@@ -52,6 +53,7 @@ REPORTS = {
     "fold-all": Report("Outcome", {}, "One line of what `fastbn fold-all --json` writes, and of fold-all.jsonl in the output folder."),
     "verify": Report("VerifyReport", {}, "What `fastbn verify --json` writes."),
     "bench": Report("BenchReport", {}, "What `fastbn bench --json` writes."),
+    "bench-kernels": Report("KernelBenchReport", {}, "What `fastbn bench-kernels --json` writes."),
     "show-config": Report("Config", {}, "What `fastbn show-config --json` writes."),
 }
 
@@ -140,6 +142,26 @@ SAID_OF: dict[str, dict[str, str]] = {
         "inference": "What --as-inference made of nodes in training mode; null without it.",
     },
     "InferenceDict": {"changed": "Nodes that are inference ones now.", "left": "Nodes that stay in training mode."},
+    "KernelBenchReport": {
+        "shape": "Sizes of the array.",
+        "axis": "The axis of the channels, from 0 on.",
+        "dtype": "The type of the array.",
+        "bytes": "The size of one array; an operation has two or three of them.",
+        "copy_us": "What np.copyto of the array takes, on one thread, in microseconds.",
+        "timings": "One for each operation on one thread, and for those that use more on all.",
+        "config": "What show-config prints.",
+    },
+    "Timing": {
+        "operation": "inference, training or backward.",
+        "reduction": "How sums visit the array; null where nothing is added up.",
+        "map": "How results are written.",
+        "fused": "Whether channels are mapped as soon as they are added up.",
+        "store": "Whether results go around the caches.",
+        "threads": "Threads that the call uses.",
+        "why": "The reasons, a sentence each.",
+        "us": "The 10th percentile of the calls in microseconds.",
+        "copies": "The same as a multiple of the copy.",
+    },
     "KernelFields": {
         "float": "Kernels that compute in float.",
         "float_ops": "How many of each operator.",
