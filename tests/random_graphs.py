@@ -195,6 +195,7 @@ CARRY = [
     *["combine", "concat", "reshape", "reshape", "activation", "transpose", "pool", "reduce", "split", "choose"] * 2,
     *["dropout", "resize", "depth_to_space", "space_to_depth", "expand", "pad", "elementwise"],
     *["join", "join", "tile", "reverse", "lp_pool", "lp_pool", "gather_elements", "gather_blocks", "norm_in_wider_type"],
+    *["meet", "reduce", "depth_to_space", "space_to_depth"] * 2,
 ]
 
 

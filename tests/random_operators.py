@@ -157,6 +157,47 @@ class Operators:
         if kind == "mixed" and self.chance(0.5):  # Max and Min pass no other
             self.batch_norm(self.latest, positive=True)
 
+    def parts(self, x, axis, at):
+        """Return the two parts of a value before and behind a place along an axis, by two Slices or by a Split."""
+        shape, size = self.shapes[x], self.shapes[x][axis]
+        halves = [(*shape[:axis], length, *shape[axis + 1 :]) for length in (at, size - at)]
+        if self.opset >= 10 and self.chance(0.5):
+            bounds = ((0, at, halves[0]), (at, self.one([size, 2**40]), halves[1]))
+            return [self.node("Slice", [x, self.ints(start), self.ints(end), self.ints(axis)], half) for start, end, half in bounds]
+        self.by_opset(13, "Split", x, "split", [at, size - at], halves, axis=axis, outputs=2)
+        return list(self.nodes[-1].output)
+
+    def meet(self, x):
+        """Ways that come from one value and meet again: rolled, padded with its own other end, its halves or its pools combined."""
+        shape = self.shapes[x]
+        axes = [axis for axis, size in enumerate(shape) if size > 1]
+        if not axes:
+            return
+        axis = self.one(axes)
+        size = shape[axis]
+        kind = self.one(["roll", "roll", "ring", "halves", "pools", "itself"])
+        if kind == "roll":
+            parts = self.parts(x, axis, int(self.rng.integers(1, size)))
+            if self.chance(0.3):
+                parts[1] = self.node("Neg", [self.node("Neg", [parts[1]], self.shapes[parts[1]])], self.shapes[parts[1]])
+            self.node("Concat", parts[::-1], shape, axis=axis)
+            if self.chance(0.3):
+                self.node(self.one(["Add", "Sum", "Mean", "Max", "Sub"]), [x, self.latest], shape)
+        elif kind == "ring" and np.prod(shape) // size * (size + 2) <= LARGEST:
+            first, last = self.parts(x, axis, 1)[0], self.parts(x, axis, size - 1)[1]
+            self.node("Concat", [last, x, first], (*shape[:axis], size + 2, *shape[axis + 1 :]), axis=axis)
+        elif kind == "halves" and size % 2 == 0:
+            pair = self.parts(x, axis, size // 2)
+            self.node(self.one(["Add", "Max", "Min", "Mean", "Sum", "Sub"]), pair, self.shapes[pair[0]])
+        elif kind == "pools" and len(shape) > 2:
+            attributes = {"kernel_shape": [3] * (len(shape) - 2), "pads": [1] * 2 * (len(shape) - 2)}
+            pair = [self.node(op, [x], shape, **attributes) for op in ("MaxPool", "AveragePool")]
+            self.node(self.one(["Add", "Max", "Mean"]), pair, shape)
+        elif kind == "itself":
+            self.node(self.one(["Add", "Sum", "Mean", "Max"]), [x, x], shape)
+        if len(self.shapes[self.latest]) > 1 and self.chance(0.5):
+            self.batch_norm(self.latest, positive=self.chance(0.5))
+
     def tile(self, x):
         shape = self.shapes[x]
         repeats = [self.one([1, 1, 2]) for _ in shape]

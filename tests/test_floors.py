@@ -71,6 +71,7 @@ FLOORS = [
     ["graph.planner.guard"],
     ["graph.planner.view"],
     ["graph.planner.search", "graph.planner.representable", "graph.planner.kept"],
+    ["graph.planner.meeting"],
     ["graph.planner.substitute"],
     ["graph.planner.placement"],
     ["graph.planner.planning"],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.affine import Affine, agreed
 
 GIVEN = Affine(np.array([2.0, -4.0, 0.5]), np.array([1.0, -3.0, 0.0]), 1, 4, np.array([5.0, 6.0, 7.0]))
 NUMBER = Affine(np.array([2.0]), np.array([-3.0]), None, 2)
@@ -67,3 +67,40 @@ def test_what_is_equal():
     ]
     assert GIVEN.equals(Affine(GIVEN.scale.copy(), GIVEN.shift.copy(), GIVEN.axis))
     assert not any(GIVEN.equals(each) for each in other)
+
+
+def wanted(scale, free=None, axis=1):
+    """Return an affine of three channels, or of one number, of which some channels are free."""
+    scale = np.atleast_1d(np.asarray(scale, np.float64))
+    return Affine(scale, scale + 1, axis, 0, scale + 2, None if free is None else np.array(free))
+
+
+def test_what_several_want_of_a_value():
+    one = wanted([2, 3, 4])
+    assert agreed([one]) is one
+    assert parts(agreed([one, wanted([2, 3, 4])])) == parts(one)
+    assert agreed([one, wanted([2, 3, 5])]) is None
+    assert agreed([one, wanted([2, 3, 4], axis=2)]) is None
+    assert agreed([one, wanted([2, 3])]) is None
+    assert agreed([wanted([2, 2, 2]), wanted(2, axis=None)]).axis == 1
+    assert agreed([wanted(2, axis=None), wanted([2, 2, 3])]) is None
+    shifted = Affine(one.scale, one.shift + 1, 1)
+    assert agreed([one, shifted]) is None
+
+
+def test_a_channel_that_one_does_not_read_is_for_the_others_to_say():
+    first, second = wanted([2, 3, 9], [False, False, True]), wanted([9, 3, 4], [True, False, False])
+    both = agreed([first, second])
+    assert parts(both) == ([2, 3, 4], [3, 4, 5], 1, 0, [4, 5, 6])
+    assert both.free.tolist() == [False] * 3
+    assert agreed([first, wanted([9, 5, 9], [True, False, True])]) is None
+    assert agreed([first, wanted([7, 7, 7], [True, True, True])]).free.tolist() == [False, False, True]
+    assert agreed([first, second, wanted([2, 3, 5])]) is None
+
+
+def test_free_channels_follow_the_others():
+    affine = wanted([2, 3, 9], [False, False, True])
+    assert affine.picked(np.array([2, 0]), 0).free.tolist() == [True, False]
+    for each in (affine.at(2), affine.scale_only(), affine.negated_shift(), affine.share(2)):
+        assert each.free.tolist() == [False, False, True]
+    assert parts(affine.share(2)) == ([2, 3, 9], [1.5, 2, 5], 1, 0, [2, 2.5, 5.5])

@@ -13,6 +13,7 @@ from test_carry import PASSES, W4, backward, forward, ints
 from test_gather import OTHER_PICKS
 from test_join import PASSES as JOINS
 from test_matmul import MATMUL_CONSTANTS, MATMULS
+from test_meeting import PASSES as MEETINGS
 from test_normalization import BEHIND, behind, deformable
 from test_widening import ONE_NUMBER
 
@@ -30,7 +31,7 @@ from fastbn.graph.planner.planning import plan
 # A wrong scale, and models in which each row is tried in each direction.
 WRONG, ENOUGH = 1.05, 2
 
-WAYS = ("backward", "forward", "join")
+WAYS = ("backward", "forward", "join", "meet")
 
 
 def recurrent(op, gates):
@@ -161,7 +162,9 @@ def models():
     found = {}
     picks = [proto for proto, _ in OTHER_PICKS.values()]
     widened = [ONE_NUMBER[name][0] for name in ("no shift", "a divisor")]
-    for proto in [*widened, *MORE.values(), *JOINS.values(), *picks, *PASSES.values(), *map(matmul, MATMULS), *FOLDS.values()]:
+    tables = (MORE, JOINS, MEETINGS, PASSES)
+    folded = [proto for table in tables for proto in table.values()]
+    for proto in [*widened, *picks, *folded, *map(matmul, MATMULS), *FOLDS.values()]:
         for row in crossed(proto):
             found.setdefault(row, []).append(proto)
     return found

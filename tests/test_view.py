@@ -47,9 +47,9 @@ def test_readers_of_shapes_alone_see_no_elements():
 def test_other_readers_are_those_besides_the_asker_and_not_more_than_are_asked_for():
     view, nodes = viewed()
     value = nodes["b"].outputs[0]
-    assert names(view.other_readers(value, nodes["z"], 0, 5)) == [("d", 0)]
-    assert names(view.other_readers(value, nodes["y"], 0, 1)) == [("d", 0)]
-    assert len(view.other_readers(value, nodes["y"], 0, 5)) == 2
+    assert names(view.other_readers(value, [(nodes["z"], 0)], 5)) == [("d", 0)]
+    assert names(view.other_readers(value, [(nodes["y"], 0)], 1)) == [("d", 0)]
+    assert len(view.other_readers(value, [(nodes["y"], 0)], 5)) == 2
     view.refuse_readers(nodes["a"].outputs[0], nodes["b"], 0)
     with pytest.raises(Refusal, match="Identity 'd' reads the value 'b' before it too"):
         view.refuse_readers(value, nodes["z"], 0)

@@ -1,14 +1,16 @@
 """The affine that travels: y = scale * x + shift along one axis of a value."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Affine", "FloatArray"]
+__all__ = ["Affine", "BoolArray", "FloatArray", "agreed"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
 
 
 # What a scale and its inverse make of 1, and a shift and its negative of 0, by some rounding errors each.
@@ -32,6 +34,8 @@ class Affine:
         The least rank that the value must have for the operator not to widen it.
     abs_terms : array of shape (channels,)
         The summed size of the terms that made each shift, |mean * scale| + |bias|; |shift| where it is not given.
+    free : array of shape (channels,) or None
+        True for channels that nobody reads who asks for this affine: any other scale and shift would do there.
     """
 
     scale: FloatArray
@@ -39,6 +43,7 @@ class Affine:
     axis: int | None
     rank: int = 0
     abs_terms: FloatArray = field(default_factory=lambda: NOT_GIVEN)
+    free: BoolArray | None = None
 
     def __post_init__(self) -> None:
         if self.abs_terms is NOT_GIVEN:
@@ -72,11 +77,12 @@ class Affine:
 
     def at(self, axis: int) -> "Affine":
         """Return the same affine along another axis; one number for every element stays so."""
-        return self if self.axis is None else Affine(self.scale, self.shift, axis, 0, self.abs_terms)
+        return self if self.axis is None else replace(self, axis=axis, rank=0)
 
     def picked(self, indices: NDArray[np.int64] | slice, axis: int | None) -> "Affine":
         """Return the affine whose channels are these channels of this one, along an axis counted from the front."""
-        return Affine(self.scale[indices], self.shift[indices], axis, 0, self.abs_terms[indices])
+        free = None if self.free is None else self.free[indices]
+        return Affine(self.scale[indices], self.shift[indices], axis, 0, self.abs_terms[indices], free)
 
     def inverse(self) -> "Affine":
         """Return x = (y - shift) / scale as an affine of y; scale must not be 0 anywhere."""
@@ -84,7 +90,7 @@ class Affine:
 
     def negated_shift(self) -> "Affine":
         """Return y = scale * x - shift."""
-        return Affine(self.scale, -self.shift, self.axis, self.rank, self.abs_terms)
+        return replace(self, shift=-self.shift)
 
     def times(self, number: float) -> "Affine":
         """Return number * y."""
@@ -93,7 +99,11 @@ class Affine:
     def scale_only(self) -> "Affine":
         """Return the part that multiplies."""
         zeros = np.zeros_like(self.shift)
-        return Affine(self.scale, zeros, self.axis, self.rank, zeros)
+        return replace(self, shift=zeros, abs_terms=zeros)
+
+    def share(self, count: int) -> "Affine":
+        """Return y = scale * x + shift / count."""
+        return replace(self, shift=self.shift / count, abs_terms=self.abs_terms / count)
 
     def along(self, channels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return (scale, shift, abs_terms) of length channels: a single number is repeated."""
@@ -115,3 +125,35 @@ class Affine:
             assert rank is not None, "an axis from the front needs the rank"
             shape = (-1, *[1] * (rank - 1 - self.axis))
         return self.scale.reshape(shape), self.shift.reshape(shape), self.abs_terms.reshape(shape)
+
+
+def agreed(affines: Iterable[Affine]) -> Affine | None:
+    """Return the affine of a value that several askers want, each where anybody reads it; None where two of them want different numbers.
+
+    Their axes must be counted alike.
+    """
+    found: Affine | None = None
+    for affine in affines:
+        found = affine if found is None else _both(found, affine)
+        if found is None:
+            return None
+    return found
+
+
+def _both(one: Affine, other: Affine) -> Affine | None:
+    count = max(one.channels, other.channels)
+    longer = one if one.channels == count else other
+    if min(one.channels, other.channels) > 1 and (one.channels != other.channels or one.axis != other.axis):
+        return None
+    (scale, shift, terms), (other_scale, other_shift, other_terms) = one.along(count), other.along(count)
+    free, other_free = (np.broadcast_to(False if each.free is None else each.free, (count,)) for each in (one, other))
+    if (((scale != other_scale) | (shift != other_shift)) & ~free & ~other_free).any():
+        return None
+    return Affine(
+        np.where(free, other_scale, scale),
+        np.where(free, other_shift, shift),
+        longer.axis,
+        max(one.rank, other.rank),
+        np.maximum(np.where(free, 0, terms), np.where(other_free, 0, other_terms)),
+        free & other_free,
+    )

@@ -196,6 +196,8 @@ def _sum_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Iterab
         passed_on = [(slot, parts[slot] if slot == taker else scales[slot]) for slot in range(len(parts)) if slot == taker or affine.scales]
         asked = None if skip is None else (taker, Skip(skip.source, skip.scale.times(signs[taker])))
         yield Transfer(passed_on=passed_on, skip=asked)
+    if affine.shifts and skip is None and traveler.may_rearrange:  # where the operands come from one value, each may want the same of it
+        yield Transfer(passed_on=[(slot, part.share(len(parts))) for slot, part in enumerate(parts)])
     if affine.scales:
         added = [None if skip is None else _narrowed(node, skip.scale, traveler.value, value, graph) for value in node.inputs]
         yield from around_multiples(node, parts, signs, skip, added, graph)

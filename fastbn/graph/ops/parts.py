@@ -1,6 +1,7 @@
 """Concat and Split: parts of a value side by side; and ghost batch normalization, one affine on every part of a batch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
-from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.affine import Affine, agreed
 from fastbn.graph.ops.placing import axis_of, countable, known_list, only_data, own_axis
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Size, Sizes, first_size
@@ -136,7 +137,7 @@ def _concat_result_size(node: Node, arrays: Sequence[NDArray[Any]]) -> float | N
 # for alone, and the others stay as they are.
 def _split_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     only_data(node, traveler)
-    axis, sizes = _split_axis(node, traveler, graph)
+    axis, sizes = _split_axis(node, traveler.value, traveler.affine, graph)
     outputs = [at for at, value in enumerate(node.outputs) if value is not None]
     if axis is None:
         return Transfer(passed_on=[(at, traveler.affine) for at in outputs])
@@ -144,7 +145,7 @@ def _split_forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Trans
 
 
 def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
-    axis, sizes = _split_axis(node, traveler, graph)
+    axis, sizes = _split_axis(node, traveler.value, traveler.affine, graph)
     if axis is None:
         others = [value for value in node.outputs if value is not None and value is not traveler.value]
         readers = [_only_reader(node, value, traveler.affine, graph) for value in others]
@@ -155,18 +156,46 @@ def _split_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Tran
     return Transfer(passed_on=[(0, _extended(traveler.affine, sizes, traveler.slot, axis))])
 
 
-def _split_axis(node: Node, traveler: Traveler, graph: PresentGraph) -> tuple[int | None, list[int]]:
+# Several parts may be asked for at once: along another axis all of them for the same affine.
+def _split_meet(node: Node, affines: Mapping[int, Affine], graph: PresentGraph) -> Transfer:
+    asked = {slot: _split_axis(node, node.required_output(slot), affine, graph) for slot, affine in affines.items()}
+    axis, sizes = next((each for each in asked.values() if each[0] is not None), (None, []))
+    parts = list(affines.values())
+    if axis is not None:
+        if any(own is None and affines[slot].channels > 1 for slot, (own, _) in asked.items()):
+            raise Refusal("other-branch", f"Split '{node.label}' hands out parts that would need affines along different axes")
+        free = np.repeat([slot in affines for slot in range(len(node.outputs))], sizes)
+        parts = [_part_alone(affine, sizes, slot, axis) for slot, affine in affines.items()]
+        parts.append(Affine(np.ones(free.size), np.zeros(free.size), axis, free=free))  # the others stay as they are
+    elif any(value is not None and slot not in affines and (value.readers or value.is_output) for slot, value in enumerate(node.outputs)):
+        raise Refusal("other-outputs", f"Split '{node.label}' hands out a part that nobody asks for the same")
+    whole = agreed(parts)
+    if whole is None:
+        raise Refusal("other-branch", f"Split '{node.label}' hands out parts that would need different affines")
+    return Transfer(passed_on=[(0, whole)])
+
+
+def _part_alone(affine: Affine, sizes: list[int], slot: int, axis: int) -> Affine:
+    """Return what a part of a value asks of the whole, whose other parts it does not read."""
+    whole = _extended(affine, sizes, slot, axis)
+    free = np.ones(whole.channels, bool)
+    start = sum(sizes[:slot])
+    free[start : start + sizes[slot]] = False if affine.free is None else affine.free
+    return replace(whole, free=free)
+
+
+def _split_axis(node: Node, value: Value, affine: Affine, graph: PresentGraph) -> tuple[int | None, list[int]]:
     """Return (axis, sizes of the outputs along it) where the affine runs along the axis of splitting, else (None, [])."""
-    axis = axis_of(node, traveler.affine, traveler.value, graph)
-    rank = graph.rank(traveler.value)
+    axis = axis_of(node, affine, value, graph)
+    rank = graph.rank(value)
     split = node.attribute("axis", 0)
     if axis is None or (rank is not None and axis != own_axis(node, split, rank)) or (rank is None and split >= 0 and axis != split):
         return None, []
     if rank is None:
-        raise Refusal("axis-unknown", f"the rank of '{traveler.value.name}' at Split '{node.label}' is not known")
+        raise Refusal("axis-unknown", f"the rank of '{value.name}' at Split '{node.label}' is not known")
     written = node.find_attribute("split", list[int]) or known_list(node, 1, graph)
     sizes = [_size_at(output, axis, graph) for output in node.outputs] if written is None else written
-    total = traveler.affine.channels if traveler.value is node.inputs[0] else _size_at(node.inputs[0], axis, graph)
+    total = affine.channels if value is node.inputs[0] else _size_at(node.inputs[0], axis, graph)
     if len(sizes) != len(node.outputs):
         raise ModelError(expected(f"{len(node.outputs)} sizes of parts", f"{len(sizes)}", node.label))
     return axis, _parts_of(node, sizes, total)
@@ -199,5 +228,14 @@ PARTS = {
     "Concat": Row(
         _concat_backward, _concat_forward, join=_concat_join, sizes=_concat_sizes, result_size=_concat_result_size, moved_inputs="all"
     ),
-    "Split": Row(_split_backward, _split_forward, parts=True, sized=True, size_slots=(1,), result_size=first_size, moved_inputs="first"),
+    "Split": Row(
+        _split_backward,
+        _split_forward,
+        meet=_split_meet,
+        parts=True,
+        sized=True,
+        size_slots=(1,),
+        result_size=first_size,
+        moved_inputs="first",
+    ),
 }

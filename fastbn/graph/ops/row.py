@@ -267,6 +267,8 @@ class Row:
         What it does with an affine in each direction; None where it has no such fold.
     join : callable or None
         (node, input slot -> affine, graph) -> what it does forward with affines that have come in by several of its inputs, or Refusal.
+    meet : callable or None
+        (node, output slot -> affine, graph) -> what it does backward with affines that are asked of several of its outputs, or Refusal.
     forward_refusal : str
         What a sentence about the node goes on with where forward is None.
     with_constant : Row or None
@@ -345,6 +347,7 @@ class Row:
     backward: Rule | None = None
     forward: Rule | None = None
     join: Callable[[Node, Mapping[int, Affine], PresentGraph], Transfer] | None = None
+    meet: Callable[[Node, Mapping[int, Affine], PresentGraph], Transfer] | None = None
     forward_refusal: str = "which cannot take or pass it"
     with_constant: "Row | None" = None
     lift: Callable[[Node, PresentGraph], Affine | None] | None = None

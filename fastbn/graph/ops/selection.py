@@ -72,7 +72,9 @@ def _chosen_channels(
         raise Refusal("axis", f"{node.op} '{node.label}' gives one channel out twice")
     scale, shift, abs_terms = np.ones(size), np.zeros(size), np.zeros(size)
     scale[chosen], shift[chosen], abs_terms[chosen] = affine.scale, affine.shift, affine.abs_terms
-    return Affine(scale, shift, axis, 0, abs_terms)
+    free = np.ones(size, bool)
+    free[chosen] = False if affine.free is None else affine.free
+    return Affine(scale, shift, axis, 0, abs_terms, free)
 
 
 def _gathered_axis(node: Node, axis: int, forward: bool, graph: PresentGraph) -> tuple[int | None, int]:

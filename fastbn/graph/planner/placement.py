@@ -13,6 +13,7 @@ from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.placing import axis_in
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Strategy
+from fastbn.graph.planner.meeting import Meeting
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.search import Search
@@ -62,7 +63,7 @@ def place(
     if strategy == "split" and view.is_refused(node, strategy):
         return _split(origin, affine, view, record, *view.refused(node))
     try:
-        return Placement(Search(view, origin, strategy, record).backward(origin.value, affine, node, view.data_slot(node)))
+        return Placement(_backward(origin, affine, view, strategy, record))
     except Refusal as refusal:
         behind = refusal.with_traceback(None)
     try:
@@ -76,6 +77,22 @@ def place(
     if strategy == "split":
         return _split(origin, affine, view, record, behind, ahead)
     raise _both(behind, ahead, view)
+
+
+def _backward(origin: Origin, affine: Affine, view: GraphView, strategy: Strategy, record: Record | None) -> Plan:
+    """Return a plan against the data flow, by ways that meet again where no other is left; Refusal where there is none."""
+    asked = origin.value, affine, origin.node, view.data_slot(origin.node)
+    search = Search(view, origin, strategy, record)
+    try:
+        return search.backward(*asked)
+    except Refusal as refusal:
+        if strategy == "plain" or not search.has_forked:
+            raise
+        refused = refusal.with_traceback(None)
+    try:
+        return Meeting(view, origin, strategy, record).meet(*asked)
+    except Refusal:
+        raise refused from None
 
 
 def _both(behind: Refusal, ahead: Refusal, view: GraphView) -> Refusal:
@@ -152,7 +169,7 @@ def _split(origin: Origin, affine: Affine, view: GraphView, record: Record | Non
 def _keep_shift_backward(origin: Origin, affine: Affine, view: GraphView, record: Record | None) -> Placement:
     """S x + T where x = MatMul(a, W) or x = a (b c), b one number: the scale goes into W or c, an Add of T stays in the place of the BN."""
     node = origin.node
-    plan = Search(view, origin, "split", record).backward(origin.value, affine.scale_only(), node, view.data_slot(node))
+    plan = _backward(origin, affine.scale_only(), view, "split", record)
     if not plan.widened and not any(row_of(step, view).has_no_place_for_shift for step in plan.path):
         raise Refusal("shift-cannot-pass", "no MatMul asks for it")
     return Placement(plan, False, kept_shift(node, affine, view, _weight_type(plan)))

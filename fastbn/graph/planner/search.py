@@ -1,6 +1,6 @@
 """The search: one affine on its way through the present graph, until every branch of it has found an absorber."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -20,7 +20,7 @@ from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.view import GraphView, refused_reader
 from fastbn.graph.reasons import ReasonCode, Refusal
 
-__all__ = ["Search"]
+__all__ = ["Search", "add_branch", "plan_of", "refused_source"]
 
 # The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
 # stream, and that for each of its batch normalizations. Nodes of some kinds do not count: exporters write them between any others.
@@ -29,6 +29,9 @@ UNCOUNTED = ("Identity", "Cast", "Transpose")
 
 # Nodes that one affine is followed through in a row.
 LONGEST_WAY = 100
+
+# Refusals at a value, or a node, that several ways may have come from.
+FORKED: tuple[ReasonCode, ...] = ("other-readers", "other-outputs", "reads-twice")
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Search:
         self._waiting: dict[Node, _Arrivals] = {}
         self._steps = 0
         self._record = record
+        # Whether the affine was refused at a value that others read, or a node that others ask: ways may have come from there together.
+        self.has_forked = False
 
     # ---- against the data flow ----
 
@@ -87,6 +92,7 @@ class Search:
             with self._question("backward", self.view.producer(source) or source, affine, depth):
                 return self._ask_producer(value, affine, asker, slot, depth, skip)
         except Refusal as refusal:
+            self.has_forked |= refusal.code in FORKED
             if refusal.code != "reads-twice":  # this refusal depends on the path of the search, so it is not remembered
                 self._refused[key] = refusal.code, refusal.sentence
             raise
@@ -94,15 +100,36 @@ class Search:
     def _ask_producer(self, value: Value, affine: Affine, asker: Node, slot: int, depth: int, skip: Skip | None) -> Plan:
         if depth and self.view.constant(value) is not None:
             if skip is not None:
-                raise _refused_source(value)
+                raise refused_source(value)
             return self._into_constant(asker, slot, affine)
         crossed = {value.producer: None} if value.producer is not None and value.producer in self.view.removed else {}
         value = self.view.source(value)
         if value in self._open:
             raise Refusal("reads-twice", f"two ways meet in the value '{value.name}'")
-        others = self._other_readers(value, affine, asker, slot)
+        others = self._other_readers(value, affine, [(asker, slot)])
         if others and skip is not None:  # which no constant of theirs undoes
             raise refused_reader(others[0][0], value)
+        node, transfers, wide = self._offered(value, affine, asker, depth, skip)
+
+        def follow(at: int, asked: Affine, added: Skip | None) -> Plan:
+            return self._ask_input(node, at, asked, depth, added)
+
+        self._open.add(value)
+        try:
+            plan = self._first(transfers, node, follow, depth)
+            if others:
+                add_branch(plan, self._undone(others, value, affine.inverse(), depth))
+        finally:
+            self._open.remove(value)
+        plan.crossed.update(crossed)
+        if wide is not None:
+            plan.widened[value] = wide
+        return plan
+
+    def _offered(
+        self, value: Value, affine: Affine, asker: Node, depth: int, skip: Skip | None
+    ) -> tuple[Node, Transfer | Iterable[Transfer], Shape | None]:
+        """Return (the producer of a value, what it can do, the shape of a value that becomes wider); Refusal where there is nothing."""
         node, row = self._producer(value, asker, depth)
         wide = self._wide_shape(value, affine) if depth else None
         if wide is not None and not row.takes_wide:
@@ -117,21 +144,7 @@ class Search:
                 raise ModelError(expected("as many channels as the node before it gives", str(refusal), asker.label)) from refusal
             raise
         assert transfers is not None, "_producer has refused a row without it"
-
-        def follow(at: int, asked: Affine, added: Skip | None) -> Plan:
-            return self._ask_input(node, at, asked, depth, added)
-
-        self._open.add(value)
-        try:
-            plan = self._first(transfers, node, follow, depth)
-            if others:
-                _add_branch(plan, self._undone(others, value, affine.inverse(), depth))
-        finally:
-            self._open.remove(value)
-        plan.crossed.update(crossed)
-        if wide is not None:
-            plan.widened[value] = wide
-        return plan
+        return node, transfers, wide
 
     def _wide_shape(self, value: Value, affine: Affine) -> Shape | None:
         """Return the shape of a value of one element for which an affine has several channels; None of any other."""
@@ -144,7 +157,7 @@ class Search:
         """Return the node that gives a value and its row; Refusal where it cannot be asked."""
         node = self.view.producer(value)
         if node is None:
-            raise _refused_source(value)
+            raise refused_source(value)
         if node.scope is not asker.scope:
             raise Refusal("crosses-scope", f"it reads '{value.name}' of {node.op} '{node.label}' in an outer graph")
         row = self._row(node, depth)
@@ -160,9 +173,9 @@ class Search:
         assert value is not None, "a row asks the inputs that there are"
         return self.backward(value, affine, node, slot, depth + 1, skip)
 
-    def _other_readers(self, value: Value, affine: Affine, asker: Node, slot: int) -> list[tuple[Node, int]]:
+    def _other_readers(self, value: Value, affine: Affine, askers: Collection[tuple[Node, int]]) -> list[tuple[Node, int]]:
         """Return the other readers of a value, where they may be asked to undo the affine; Refusal otherwise."""
-        others = self.view.other_readers(value, asker, slot, MOST_STEPS + 1)
+        others = self.view.other_readers(value, askers, MOST_STEPS + 1)
         if others:
             # A changed constant belongs to one input slot: other readers would still read the constant as it was.
             is_fixed = self.strategy == "plain" or self.view.constant(value) is not None or (affine.scale == 0).any()
@@ -179,7 +192,7 @@ class Search:
             plan = Plan()
             for node, slot in readers:
                 refused = node
-                _add_branch(plan, self._ask_reader(node, slot, value, affine, depth))
+                add_branch(plan, self._ask_reader(node, slot, value, affine, depth))
             return plan
 
         try:
@@ -221,7 +234,7 @@ class Search:
         self._open.add(root)
         try:
             for node, slot in readers:
-                _add_branch(plan, self._ask_reader(node, slot, value, affine, depth))
+                add_branch(plan, self._ask_reader(node, slot, value, affine, depth))
         finally:
             self._open.remove(root)
         return plan
@@ -258,7 +271,7 @@ class Search:
             while self._waiting:
                 # No branch can reach the first of them any more: all that still move are behind it.
                 node = min(self._waiting, key=lambda each: each.order)
-                _add_branch(plan, self._joined(node, self._waiting.pop(node)))
+                add_branch(plan, self._joined(node, self._waiting.pop(node)))
             return plan
         finally:
             self._waiting = outer
@@ -320,14 +333,14 @@ class Search:
 
     def _followed(self, transfer: Transfer, node: Node, follow: _Follow, depth: int) -> Plan:
         """Return the plan of a transfer and of everything that it asks further."""
-        plan = _plan_of(transfer, node)
+        plan = plan_of(transfer, node)
         if self.view.guard is not None:
             self.view.guard.refuse_changes(plan, self.view.index)
         for at, affine in transfer.passed_on:
             skip = transfer.skip[1] if transfer.skip is not None and transfer.skip[0] == at else None
-            _add_branch(plan, follow(at, affine, skip))
+            add_branch(plan, follow(at, affine, skip))
         for at, affine in transfer.required:
-            _add_branch(plan, self._ask_input(node, at, affine, depth))
+            add_branch(plan, self._ask_input(node, at, affine, depth))
         if transfer.objection is not None:
             raise transfer.objection
         return plan
@@ -337,7 +350,7 @@ def _copied(waiting: dict[Node, _Arrivals]) -> dict[Node, _Arrivals]:
     return {node: _Arrivals(each.depth, {**each.affines}, {**each.values}) for node, each in waiting.items()}
 
 
-def _plan_of(transfer: Transfer, node: Node) -> Plan:
+def plan_of(transfer: Transfer, node: Node) -> Plan:
     """Return what a transfer changes itself."""
     plan = Plan(path={node: None}, alike=dict.fromkeys(transfer.alike), beside=dict.fromkeys(transfer.beside))
     if transfer.constants:
@@ -366,7 +379,7 @@ def _crossed(node: Node, slot: int, value: Value) -> dict[Node, None]:
     return {read.producer: None} if read is not value and read.producer is not None else {}
 
 
-def _add_branch(plan: Plan, branch: Plan) -> None:
+def add_branch(plan: Plan, branch: Plan) -> None:
     """Add what another branch changes; two branches may not meet in one node, nor change one that leaves."""
     met = next((node for node in (*branch.path, *branch.alike) if node in plan.path or node in plan.alike), None)
     if met is not None:
@@ -374,7 +387,7 @@ def _add_branch(plan: Plan, branch: Plan) -> None:
     plan.join(branch)
 
 
-def _refused_source(value: Value) -> Refusal:
+def refused_source(value: Value) -> Refusal:
     if value.is_input and value.initializer is None:
         return Refusal("reads-input", f"it reads the graph input '{value.name}', and nothing before it could take it")
     return Refusal("reads-constant", f"it reads the constant '{value.name}'")

@@ -1,7 +1,7 @@
 """The present graph: the planner's view of a model in which its plans so far have already happened."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -233,10 +233,10 @@ class GraphView:
         """Return (node, slot) of everything in the present graph that sees the elements of a value; Refusal where the caller does."""
         return [(self.present(node)[0], slot) for node, slot in self._readers(value)]
 
-    def other_readers(self, value: Value, asker: Node, slot: int, most: int) -> list[tuple[Node, int]]:
-        """Return the first `most` readers of a value besides this slot of `asker`; Refusal where the caller of the model sees it."""
+    def other_readers(self, value: Value, askers: Collection[tuple[Node, int]], most: int) -> list[tuple[Node, int]]:
+        """Return the first `most` readers of a value besides these (node, slot); Refusal where the caller of the model sees it."""
         present = ((self.present(node)[0], at) for node, at in self._readers(value))
-        return list(islice((use for use in present if use != (asker, slot)), most))
+        return list(islice((use for use in present if use not in askers), most))
 
     def _readers(self, value: Value) -> dict[tuple[Node, int], None]:
         uses = self._uses_of(self.source(value))
@@ -265,7 +265,7 @@ class GraphView:
 
     def refuse_readers(self, value: Value, asker: Node, slot: int) -> None:
         """Refuse when anything but this slot of `asker` sees a value of the present graph."""
-        for node, _ in self.other_readers(value, asker, slot, 1):
+        for node, _ in self.other_readers(value, [(asker, slot)], 1):
             raise refused_reader(node, value)
 
     # ---- plans ----
