@@ -9,7 +9,7 @@ from onnx.backend.test.loader import load_model_tests
 from sketch import conv_bn, folds, model, norm, normal, ops, refuses, run
 
 import fastbn
-from fastbn.graph.model import evaluation, extent, storage
+from fastbn.graph.model import evaluation, expressions, storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.schemas import RANDOM
 
@@ -298,7 +298,7 @@ def test_what_takes_too_long_is_not_run(monkeypatch):
     text = "() => (float y) { o = MatMul(a, a) y = Identity(o) }"
     index = Index(storage.load(model(text, a=normal(64, 64))))
     assert index.constant(index.main.find("o")) is not None
-    monkeypatch.setattr(extent, "LARGEST_WORK", 64**3 // 8 - 1)
+    monkeypatch.setattr(expressions, "LARGEST_WORK", 64**3 // 8 - 1)
     index = Index(storage.load(model(text, a=normal(64, 64))))
     assert index.constant(index.main.find("o")) is None
     assert "too large" in index.why_no_constant(index.main.find("o"))

@@ -61,7 +61,7 @@ FLOORS = [
     ["graph.ops.elementwise"],
     ["graph.ops.registry"],
     ["graph.model.evaluation", "graph.model.sequences"],
-    ["graph.model.extent"],
+    ["graph.model.extent", "graph.model.loops"],
     ["graph.model.expressions"],
     ["graph.model.sizes"],
     ["graph.model.cropping"],

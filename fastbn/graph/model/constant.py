@@ -19,7 +19,7 @@ from fastbn.errors import ModelError, expected
 if TYPE_CHECKING:
     from fastbn._types import Array, FloatArray
 
-__all__ = ["BLOCK", "Constant", "DType", "Dense", "Scaled", "Tensor", "broadcast_scale", "float64_of", "float64_of_all"]
+__all__ = ["BLOCK", "Constant", "DType", "Dense", "Scaled", "Tensor", "broadcast_scale", "float64_of", "float64_of_all", "held"]
 
 # Elements handled at a time when a weight is streamed: two such blocks of float32 stay in a level-2 cache.
 BLOCK = 1 << 17
@@ -93,6 +93,12 @@ class Tensor:
     def magnitude(self) -> Array:
         """Return the values as they are: a plan moves integers (zero points) only, which are exact."""
         return self.array()
+
+
+def held(array: Array) -> Tensor:
+    """Return an array as a constant."""
+    array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
+    return Tensor(array.dtype, array.shape, lambda: array)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from onnx import TensorProto, helper
 
-from fastbn.graph.model.constant import Tensor
+from fastbn.graph.model.constant import Tensor, held
 from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.evaluation import Inputs, Key, evaluated, is_numeric, key_of
-from fastbn.graph.model.extent import is_too_slow, result_size
-from fastbn.graph.model.nesting import bodies_in, is_standard
+from fastbn.graph.model.extent import LARGEST_WORK, result_size, steps_of
+from fastbn.graph.model.loops import LOOPS, Bodies, Given, LimitError, captured, chosen_branch
+from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node, Shape, Value, is_complete
 from fastbn.graph.model.schemas import RANDOM
 from fastbn.graph.model.sequences import COPYING, SEQUENCES, Items, given_by
@@ -103,6 +104,7 @@ class Constants:
         self._result_sizes: dict[Hashable, float | None] = {}
         self._results: dict[Hashable, dict[int, Array] | None] = {}
         self._candidates = _candidates(nodes)
+        self._bodies = Bodies(opset, self._given, self._run_in_body)
 
     def find(self, value: Value | None, largest: int | None = None, infer: bool = False) -> Tensor | None:
         """Return the Tensor that a value always is, or None.
@@ -144,7 +146,7 @@ class Constants:
         return self._tensors.get(value)
 
     def _reads_constants(self, node: Node) -> bool:
-        return all(read is None or self.find(read, infer=True) is not None for read in node.inputs)
+        return all(read is None or self.find(read, infer=True) is not None for read in (*node.inputs, *captured(node)))
 
     def is_sequence(self, value: Value) -> bool:
         """Say whether a value has been found to be a sequence of constants."""
@@ -161,13 +163,15 @@ class Constants:
             missing = [read for read in self._reads(value) if self.find(read, infer=True) is None]
             if not missing and node.op == "Dropout":
                 return f"is what Dropout '{node.label}' drops at random"
+            if not missing and node.op in LOOPS:
+                return f"comes from {node.op} '{node.label}', whose graphs cannot be evaluated here"
             if not missing:
                 return f"is constant, but {node.op} '{node.label}' cannot be evaluated here"
             value = missing[0]
         value = self._foreign(value)
         producer = None if value.initializer is not None else value.producer
         if producer is not None and not is_expression(producer) and producer.op not in RANDOM and self._reads_constants(producer):
-            what = "whose graphs are" if is_standard(producer.domain) else f"an operator of '{producer.domain}', which is"
+            what = "which is" if is_standard(producer.domain) else f"an operator of '{producer.domain}', which is"
             return f"comes from {producer.op} '{producer.label}', {what} not evaluated here"
         if self._is_overridable(value):
             return f"is computed from '{value.name}', a graph input too, which a caller may override: --freeze-inputs makes it a constant"
@@ -190,9 +194,25 @@ class Constants:
         """Return slot -> output of a node for these inputs, None where they have more than `largest` elements or it cannot be run."""
         call = self._call(node, arrays)
         size = None if call is None else self._result_size(node, call)
-        if call is None or size is None or size > largest or is_too_slow(node, arrays, size):
+        if call is None or size is None or size > largest or steps_of(node, arrays, size) > LARGEST_WORK:
             return None
         return self._results_of(call)
+
+    def _run_in_body(
+        self, node: Node, arrays: Inputs, most_elements: float, most_steps: float
+    ) -> tuple[dict[int, Array] | None, float, float]:
+        """Return (outputs of a node by slot or None, elements, steps); raises LimitError where these are more than may be."""
+        call = self._call(node, arrays) if is_expression(node) else None
+        size = None if call is None else self._result_size(node, call)
+        if call is None or size is None:
+            return None, 0, 0
+        steps = steps_of(node, arrays, size)
+        if size > most_elements or steps > most_steps:
+            raise LimitError
+        return self._results_of(call), size, steps
+
+    def _given(self, value: Value) -> Given | None:
+        return self.find(value, infer=True) or self._items.get(value)
 
     def _is_decided(self, value: Value | None, refused: set[Value | None]) -> bool:
         return value is None or value in self._tensors or value in refused or (value.initializer is None and value not in self._candidates)
@@ -202,20 +222,18 @@ class Constants:
         node = None if value is None or value.initializer is not None else value.producer
         if node is None or value is None:
             return []
-        if node.op == "If":
+        if node.is_op("If"):
             return [read for read in (node.input(0), self._chosen(node, value)) if read is not None]
+        if node.op in LOOPS:
+            return [read for read in (*node.inputs, *captured(node)) if read is not None]
         aspects = operator_row(node).reads
         return [read for slot, read in enumerate(node.inputs) if read is not None and not self._tells(read, aspects.get(slot))]
 
     def _chosen(self, node: Node, value: Value) -> Value | None:
         """Return what an If hands out as one of its outputs, None while its condition is not known to be constant."""
-        condition = self._tensors.get(node.input(0))
-        if condition is None or condition.size != 1:
-            return None
-        branch = "then_branch" if condition.array().any() else "else_branch"
-        scopes = dict(zip((each.name for each in node.proto.attribute for _ in bodies_in([each])), node.scopes, strict=True))
-        outputs = scopes[branch].graph.output if branch in scopes else ()
-        return scopes[branch].find(outputs[value.slot].name) if value.slot < len(outputs) else None
+        scope = chosen_branch(node, self._tensors.get(node.input(0)))
+        outputs = () if scope is None else scope.graph.output
+        return scope.find(outputs[value.slot].name) if scope is not None and value.slot < len(outputs) else None
 
     def _tells(self, value: Value, aspect: str | None) -> bool:
         """Say whether what is read of a value, its type or its shape, is known or can be known without its elements."""
@@ -241,6 +259,8 @@ class Constants:
             refused.update(node.outputs)
         elif node.op == "If":
             self._tensors[value] = self._tensors.get(self._chosen(node, value))
+        elif node.op in LOOPS:
+            self._loop(node, effort[0], refused)
         elif node.op in SEQUENCES:
             self._sequence(node, value, effort[0], refused)
         elif node.op in ("Shape", "Size"):
@@ -261,7 +281,7 @@ class Constants:
         if name not in LITERALS:
             return None
         kind, dtype = LITERALS[name]
-        return _literal(np.asarray(node.find_attribute(name, kind), dtype))
+        return held(np.asarray(node.find_attribute(name, kind), dtype))
 
     def _read_shape(self, node: Node, value: Value, infer: bool, refused: set[Value | None]) -> None:
         data = node.required_input(0)
@@ -270,10 +290,10 @@ class Constants:
         if not is_complete(shape):
             self._leave(node, infer, refused)
         elif node.op == "Size":
-            self._tensors[value] = _literal(np.asarray(math.prod(shape), np.int64))
+            self._tensors[value] = held(np.asarray(math.prod(shape), np.int64))
         else:
             chosen = shape[node.attribute("start", 0) : node.attribute("end", len(shape))]
-            self._tensors[value] = _literal(np.asarray(chosen, np.int64))
+            self._tensors[value] = held(np.asarray(chosen, np.int64))
 
     def _leave(self, node: Node, infer: bool, refused: set[Value | None]) -> None:
         """Note that a node reads a type or a shape that is not known, or not without shape inference."""
@@ -309,12 +329,12 @@ class Constants:
                     return
         call = self._call(node, arrays)
         size = None if call is None else self._result_size(node, call)
-        if size is not None and (size > min(limit, self._elements_left) or is_too_slow(node, arrays, size)):
+        if size is not None and (size > min(limit, self._elements_left) or steps_of(node, arrays, size) > LARGEST_WORK):
             self._refuse(outputs, limit, refused)
             return
         results = None if call is None or size is None else self._results_of(call)
         for value in outputs:
-            tensor = self._tensors[value] = None if results is None else _literal(results[value.slot])
+            tensor = self._tensors[value] = None if results is None else held(results[value.slot])
             self._elements_left -= 0 if tensor is None else tensor.size
 
     def _sequence(self, node: Node, value: Value, limit: int, refused: set[Value | None]) -> None:
@@ -332,6 +352,26 @@ class Constants:
             self._items[value] = found
         self._elements_left -= size
         self._too_large.update([value] if any(read in self._too_large for read in node.inputs) else ())
+
+    def _loop(self, node: Node, limit: int, refused: set[Value | None]) -> None:
+        """Note what a node with a body gives that is run more than once."""
+        outputs = [value for value in node.outputs if value is not None]
+        if limit < LARGEST_RESULT:  # its cost is not known before
+            refused.update(outputs)
+            return
+        inputs = [None if value is None else self._items.get(value, self._tensors.get(value)) for value in node.inputs]
+        is_known = not any(value is not None and given is None for value, given in zip(node.inputs, inputs, strict=True))
+        self._tensors.update(dict.fromkeys(outputs))
+        try:
+            results = self._bodies.outputs(node, inputs) if is_known else None
+        except LimitError:
+            self._too_large.update(outputs)
+            return
+        for value, given in zip(node.outputs, results or (), strict=False):
+            if value is not None and isinstance(given, tuple):
+                self._items[value] = given
+            elif value is not None and not isinstance(given, tuple):
+                self._tensors[value] = given
 
     def _refuse(self, outputs: list[Value], limit: int, refused: set[Value | None]) -> None:
         if limit < LARGEST_RESULT:
@@ -388,17 +428,13 @@ def _candidates(nodes: Iterable[Node]) -> set[Value]:
     """Return the values that constant nodes and expressions over constants give: one pass in the order of the data flow."""
     candidates: set[Value] = set()
     for node in nodes:
-        if not is_expression(node) and not node.is_op("If"):
+        if not is_expression(node) and not node.is_op("If", *LOOPS):
             continue
         aspects = operator_row(node).reads
-        read = (value for slot, value in enumerate(node.inputs) if value is not None and slot not in aspects)
+        read = [value for slot, value in enumerate(node.inputs) if value is not None and slot not in aspects]
+        read += captured(node) if node.op in LOOPS else []
         if node.op in ("Constant", "SequenceEmpty") or (
             any(node.inputs) and all(value in candidates or value.initializer is not None for value in read)
         ):
             candidates.update(value for value in node.outputs if value is not None)
     return candidates
-
-
-def _literal(array: Array) -> Tensor:
-    array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
-    return Tensor(array.dtype, array.shape, lambda: array)

@@ -17,7 +17,7 @@ from fastbn.graph.ops.registry import operator_row
 if TYPE_CHECKING:
     pass
 
-__all__ = ["LARGEST_WORK", "is_too_slow", "result_size"]
+__all__ = ["LARGEST_WORK", "result_size", "steps_of"]
 
 # The most steps that one operator may take for constants: a few seconds on one core where each is slow.
 LARGEST_WORK = 1 << 31
@@ -43,16 +43,15 @@ def result_size(node: Node, arrays: Inputs, key: Key, opset: int) -> float | Non
         return None
 
 
-def is_too_slow(node: Node, arrays: Inputs, size: float) -> bool:
-    """Say whether a node may take more than LARGEST_WORK steps to give `size` elements."""
+def steps_of(node: Node, arrays: Inputs, size: float) -> float:
+    """Return how many steps a node may take to give `size` elements."""
     row = operator_row(node)
+    sizes = [array.size for array in arrays if array is not None]
     if row.work is not None:
-        work = row.work(node, arrays, size)
-    elif row.result_size is not None:
-        return False  # it handles each element of its inputs and of its result a few times
-    else:
-        work = size * max(array.size for array in arrays if array is not None)
-    return work > LARGEST_WORK
+        return row.work(node, arrays, size)
+    if row.result_size is not None:  # it handles each element of its inputs and of its result a few times
+        return size + sum(sizes)
+    return size * max(sizes)
 
 
 def _inferred_size(key: Key, arrays: Inputs, opset: int) -> float | None:

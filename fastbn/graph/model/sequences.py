@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 
-from fastbn.graph.model.constant import Tensor
+from fastbn.graph.model.constant import Tensor, held
 from fastbn.graph.model.node import Node
-
-if TYPE_CHECKING:
-    from fastbn._types import Array
 
 __all__ = ["COPYING", "SEQUENCES", "Items", "given_by"]
 
@@ -54,7 +51,7 @@ def _at(node: Node, items: Items, position: Tensor) -> Tensor:
 
 
 def _length(node: Node, items: Items) -> Tensor:
-    return _held(np.asarray(len(tuple(items)), np.int64))
+    return held(np.asarray(len(tuple(items)), np.int64))
 
 
 def _concat(node: Node, items: Items) -> Tensor:
@@ -62,7 +59,7 @@ def _concat(node: Node, items: Items) -> Tensor:
     if len({item.dtype for item in items}) != 1:
         _fail()
     join = np.stack if node.attribute("new_axis", 0) else np.concatenate
-    return _held(join([item.array() for item in items], axis))
+    return held(join([item.array() for item in items], axis))
 
 
 def _split(node: Node, data: Tensor, split: Tensor | None = None) -> Items:
@@ -72,12 +69,12 @@ def _split(node: Node, data: Tensor, split: Tensor | None = None) -> Items:
         _fail()
     if split is None:
         parts = np.split(array, size, axis)
-        return tuple(_held(part if node.attribute("keepdims", 1) else part.squeeze(axis)) for part in parts)
+        return tuple(held(part if node.attribute("keepdims", 1) else part.squeeze(axis)) for part in parts)
     given: list[int] = np.atleast_1d(split.array()).tolist()
     sizes = given if split.shape else [min(given[0], size - at) for at in range(0, size, given[0])]
     if sum(sizes) != size or min(sizes, default=0) < 0:
         _fail()
-    return tuple(map(_held, np.split(array, np.cumsum(sizes)[:-1], axis)))
+    return tuple(map(held, np.split(array, np.cumsum(sizes)[:-1], axis)))
 
 
 def _same(node: Node, value: Tensor | Items) -> Tensor | Items:
@@ -85,7 +82,7 @@ def _same(node: Node, value: Tensor | Items) -> Tensor | Items:
 
 
 def _has(node: Node, value: Tensor | Items | None = None) -> Tensor:
-    return _held(np.asarray(value is not None))
+    return held(np.asarray(value is not None))
 
 
 def _place(position: Tensor, size: int, length: int) -> int:
@@ -95,11 +92,6 @@ def _place(position: Tensor, size: int, length: int) -> int:
     if not 0 <= at < size:
         _fail()
     return at
-
-
-def _held(array: Array) -> Tensor:
-    array = np.asarray(array, order="C")
-    return Tensor(array.dtype, array.shape, lambda: array)
 
 
 def _fail() -> NoReturn:

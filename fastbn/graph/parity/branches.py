@@ -32,10 +32,10 @@ def missed_choices(reference: Reference, folded: Runnable, note: Callable[[str],
     ------
     ModelsDiffer
     """
-    # What an If gives that is constant may have been folded: its other branch never runs.
-    nodes = (node for node in reference.index.order if node.is_op("If"))
-    given = {node.required_input(0).name: node.outputs for node in nodes}
-    settled = {name for name, values in given.items() if any(reference.index.constant(value) is not None for value in values)}
+    # What an If or a Loop gives that is constant may have been folded: the other branch never runs, and the Loop never as often.
+    nodes = (node for node in reference.index.order if node.is_op("If", "Loop"))
+    constant = [node for node in nodes if any(reference.index.constant(value) is not None for value in node.outputs)]
+    settled = {name for node in constant for name in (node.proto.input[:1] if node.op == "If" else node.proto.output) if name}
     original, choices = with_branches(reference.proto, settled)
     model = reference.model.with_proto(original)
     other = folded.with_proto(with_branches(folded.proto(), settled)[0])

@@ -126,7 +126,8 @@ def with_branches(proto: ModelProto, settled: Set[str] = frozenset()) -> tuple[M
     these inputs by a name for each choice.
 
     Together the choices take every branch once and run every Loop. Their names are "then branches", "else/then branches" (by depth) or,
-    without an If, "loops". An If with a condition of these names, `settled`, chooses as it does.
+    without an If, "loops". An If with a condition of these names, `settled`, chooses as it does, and a Loop that gives a value of these
+    names runs as often as it does.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -151,6 +152,8 @@ def _connect(graph: GraphProto, depth: int, settled: Set[str]) -> int:
         if is_if:
             node.input[0] = CONDITION.format(depth % MOST_NESTED)
         elif node.op_type == "Loop" and is_standard(node.domain):
+            if not settled.isdisjoint(node.output):
+                continue
             node.input[0] = TRIPS
             node.input[1] = ""  # a condition that is false at first would keep the body from running
         deepest = max([deepest, *(_connect(body, depth + is_if, settled) for body in bodies(node))])
