@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 from random_blocks import Blocks
 from random_operators import Operators
@@ -17,7 +18,8 @@ OPSETS = (9, 10, 11, 12, 13, 17, 18, 19, 21, 23)
 class Graph(Blocks, Operators):
     """A random graph under construction: every value has a known shape.
 
-    `narrow` graphs are of float16 throughout; with `half` False such a graph is the same in float32.
+    `narrow` graphs are of float16 throughout; with `half` False such a graph is the same in float32. `singles` names each
+    InstanceNormalization of one element per channel.
     """
 
     narrow, dtype, type = False, np.float32, TensorProto.FLOAT
@@ -29,7 +31,7 @@ class Graph(Blocks, Operators):
         self.narrow = self.opset >= 13 and self.expressions.random() < 0.2
         if self.narrow and half:
             self.dtype, self.type = np.float16, TensorProto.FLOAT16
-        self.nodes, self.constants, self.shapes = [], [], {}
+        self.nodes, self.constants, self.shapes, self.singles = [], [], {}, set()
         shape = [(2, 4, 6, 6), (2, 6, 5, 5), (2, 4, 8), (2, 3, 8), (3, 8), (4, 4, 4), (2, 2, 4, 4), (2, 8, 4, 4)][self.rng.integers(8)]
         self.shapes["x"] = shape
         self.latest = "x"
@@ -145,6 +147,25 @@ class Graph(Blocks, Operators):
             self.node(op, [x, self.ints(*values)], shape, **attributes)
         else:
             self.node(op, [x], shape, **{name: list(values)}, **attributes)
+
+    def settled(self, model):
+        """Return a model, this one or what became of it, in which each of `singles` reads zeros, so that it gives its bias.
+
+        It gives that in exact arithmetic whatever it reads, and onnxruntime rounds it to the steps of x / sqrt(eps).
+        """
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        del copy.graph.node[:]
+        copy.graph.initializer.append(numpy_helper.from_array(np.array(0, self.dtype), "zero"))
+        for node in model.graph.node:
+            added = copy.graph.node.add()
+            if node.name in self.singles:
+                added.CopyFrom(helper.make_node("Mul", [node.input[0], "zero"], [f"{node.name}/zeros"]))
+                added = copy.graph.node.add()
+            added.CopyFrom(node)
+            if node.name in self.singles:
+                added.input[0] = f"{node.name}/zeros"
+        return copy
 
     def motif(self):
         """Add an absorber and an affine, in either order, with carriers between them; or any few nodes.

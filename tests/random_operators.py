@@ -32,9 +32,9 @@ class Operators:
         inputs = [x, self.factor(*size)]
         if op in ("InstanceNormalization", "GroupNormalization") or (op == "LayerNormalization" and self.chance(0.7)):
             inputs.append(self.weight(*size))
-        together = shape[attributes["axis"] :] if "axis" in attributes else (shape[1] // attributes.get("num_groups", shape[1]), *shape[2:])
-        if op == "RMSNormalization" or np.prod(together) > 1:  # of one element, rounding errors are what is left
-            self.node(op, inputs, shape, **attributes)
+        self.node(op, inputs, shape, **attributes)
+        if op == "InstanceNormalization" and set(shape[2:]) == {1}:
+            self.singles.add(self.nodes[-1].name)
 
     def deform_conv(self, x):
         shape = self.shapes[x]
