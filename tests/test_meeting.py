@@ -100,6 +100,31 @@ def test_stays(case):
     assert result.to_bytes() == proto.SerializeToString()
 
 
+def reason(proto, **options):
+    (kept,) = fastbn.fold(proto, verify=False, **options).kept
+    return kept.reason
+
+
+def test_the_reason_is_what_would_have_to_change_last():
+    """Each of the ways alone is refused for the other one."""
+    assert "Tanh 'z' reads the value 'c' before it too" in reason(STAYS["a third reader"])
+    expected = "Slice 'f' and Slice 'e' read the value 'c', and would need it changed in different ways"
+    assert expected in reason(STAYS["two that want one channel to differ"])
+
+
+def test_the_search_tells_of_the_ways_that_meet():
+    result = fastbn.fold(PASSES["a roll"], explain="y", verify=False)
+    told = [(step.depth, step.node, step.answer) for step in result.explanations[0].steps if step.strategy == "rearrange"]
+    assert told[-4:] == [
+        (0, "Concat 'd'", "lets it pass"),
+        (1, "Slice 'f'", "lets it pass"),
+        (1, "Slice 'e'", "lets it pass"),
+        (2, "Conv 'c'", "takes it"),
+    ]
+    refused = fastbn.fold(STAYS["a third reader"], explain="y", verify=False)
+    assert all(step.code for step in refused.explanations[0].steps if step.node == "Concat 'd'")
+
+
 def test_a_caller_who_reads_the_value_keeps_it_as_it_is():
     text = f"(float[2,3,8,8] x) => (float y, float c) {{ c = Conv(x, w) {BEFORE} {BEHIND} d = Concat <axis = 2> (f, e) {NORM} }}"
     result = fastbn.fold(model(text, w=normal(4, 3, 3, 3), ax=ints(2), **BOUNDS, **norm(4)), verify=False)

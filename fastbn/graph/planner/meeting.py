@@ -88,7 +88,7 @@ class Meeting(Search):
                         break
                 else:
                     return branch
-        raise refused or Refusal("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")
+            raise refused or Refusal("no-absorber", f"{node.op} '{node.label}' of nothing takes nothing")
 
     def _asked_at_once(self, node: Node, asked: dict[Value, _Wishes], depth: int) -> tuple[Plan, list[Transfer]]:
         """Return (a Plan of what readers undo who ask for nothing, what the node can do); Refusal where its readers do not agree."""
@@ -120,7 +120,8 @@ class Meeting(Search):
         affines = [replace(each.affine, axis=axis_of(node, each.affine, value, self.view), rank=0) for each in wishes]
         affine = agreed(affines)
         if affine is None or any(each.skip is not None for each in wishes):
-            raise Refusal("other-readers", f"the value '{value.name}' would have to change in several ways for those who read it")
+            readers = " and ".join(f"{reader.op} '{reader.label}'" for reader, _ in [*uses][:2])
+            raise Refusal("other-readers", f"{readers} read the value '{value.name}', and would need it changed in different ways")
         return _Wish(affine, None, max(each.depth for each in wishes))
 
     def _passed_on(self, node: Node, transfer: Transfer, pending: _Pending, depth: int) -> Plan:

@@ -16,7 +16,7 @@ from fastbn.graph.ops.row import Origin, Strategy
 from fastbn.graph.planner.meeting import Meeting
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
-from fastbn.graph.planner.search import Search
+from fastbn.graph.planner.search import FORKED, Search
 from fastbn.graph.planner.substitute import kept_shift
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import CURABLE, FORWARDS, ReasonCode, Refusal
@@ -91,8 +91,10 @@ def _backward(origin: Origin, affine: Affine, view: GraphView, strategy: Strateg
         refused = refusal.with_traceback(None)
     try:
         return Meeting(view, origin, strategy, record).meet(*asked)
-    except Refusal:
-        raise refused from None
+    except Refusal as refusal:
+        if refusal.code == "too-far" or refused.code not in FORKED:
+            raise refused from None
+        raise
 
 
 def _both(behind: Refusal, ahead: Refusal, view: GraphView) -> Refusal:

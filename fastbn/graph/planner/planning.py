@@ -23,6 +23,7 @@ from fastbn.graph.planner.placement import Placement, changes_sizes, composed, p
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.representable import refuse_unrepresentable
+from fastbn.graph.planner.search import FORKED
 from fastbn.graph.planner.substitute import RewriteForm, Rewriter
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal
@@ -148,6 +149,9 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
+            elif step == 1:  # of those who read a value too, the one that cannot make up for a change
+                known = {node: refusal for node, refusal in refused.items() if {refusal.code, refusals[node].code} <= {*FORKED}}
+                refusals.update(known)
             elif step == len(STRATEGIES) - 1:  # of a shift that may stay behind, what is in the way of the scale
                 known = {node: refusal for node, refusal in refused.items() if refusals[node].code == "shift-cannot-pass"}
                 refusals.update(known)

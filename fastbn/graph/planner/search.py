@@ -20,7 +20,7 @@ from fastbn.graph.planner.record import Record
 from fastbn.graph.planner.view import GraphView, refused_reader
 from fastbn.graph.reasons import ReasonCode, Refusal
 
-__all__ = ["Search", "add_branch", "plan_of", "refused_source"]
+__all__ = ["FORKED", "Search", "add_branch", "plan_of", "refused_source"]
 
 # The most nodes that one search visits with a strategy other than "plain". Without a limit it could walk all of a long residual
 # stream, and that for each of its batch normalizations. Nodes of some kinds do not count: exporters write them between any others.
