@@ -1,0 +1,219 @@
+"""What mutation testing found that no other test looks at: each of these kills a change that had survived (docs/mutation.md)."""
+
+import numpy as np
+import onnx
+import pytest
+from rows import A4, A4S, PER_ELEMENT, affine, case, ints
+from sketch import assert_same, conv_bn, model, norm, normal
+from test_storage import save_external
+from test_transfers import check_backward, check_forward
+
+import fastbn
+from fastbn.errors import ModelError
+from fastbn.graph.model import storage
+from fastbn.graph.model.index import Index
+from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.convolution import _added_to_center
+from fastbn.graph.ops.matmul import AT_ONCE
+from fastbn.graph.ops.registry import OPERATORS
+from fastbn.graph.ops.shape_rules import Dim, product_of_elements
+from fastbn.graph.planner.advice import FIRST_SIZE, OTHER_SIZE, supposed_shapes
+from fastbn.graph.planner.planning import plan
+from fastbn.graph.reasons import Refusal
+
+# ---- storage ----
+
+
+def test_bytes_come_out_as_they_came_in(tmp_path):
+    """Fields in another order than protobuf writes them."""
+    proto = conv_bn()
+    imports = onnx.ModelProto(opset_import=proto.opset_import)
+    proto.ClearField("opset_import")
+    data = imports.SerializeToString() + proto.SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(data)
+    assert onnx.ModelProto.FromString(data).SerializeToString() != data
+    assert storage.load(tmp_path / "m.onnx").to_bytes() == data
+
+
+def test_the_size_of_a_model_whose_data_is_gone(tmp_path):
+    source = storage.load(save_external(conv_bn(), tmp_path))
+    assert source.size() == sum(path.stat().st_size for path in tmp_path.iterdir())
+    (tmp_path / "model.data").unlink()
+    with pytest.raises(storage.StorageError, match=r"^Cannot .*model\.data"):
+        source.size()
+
+
+def test_a_data_file_that_lacks_one_byte(tmp_path):
+    path = save_external(conv_bn(), tmp_path)
+    storage.load(path)
+    data = (tmp_path / "model.data").read_bytes()
+    (tmp_path / "model.data").write_bytes(data[:-1])
+    with pytest.raises(ModelError, match=rf"^Expected a file of at least {len(data)} bytes, got {len(data) - 1} - at "):
+        storage.load(path)
+
+
+def test_a_model_beyond_what_protobuf_reads(tmp_path):
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate((1 << 31) + 1)
+    with pytest.raises(ModelError, match=r"^Expected a model below 2 GB without its external data"):
+        storage.load(tmp_path / "m.onnx")
+
+
+# ---- rows ----
+
+
+def test_an_affine_that_does_nothing_is_neutral():
+    assert Affine(np.ones(3), np.zeros(3), 1, 0).is_neutral
+    assert not Affine(np.ones(3), np.float64([0, 1e-3, 0]), 1, 0).is_neutral
+
+
+BACKWARD = {
+    "Squeeze": case("Squeeze(x, k)", A4, x=(2, 1, 4, 6), k=ints(1)),
+    "Unsqueeze": case("Unsqueeze(x, k)", affine(4, 2), k=ints(1)),
+    "Unsqueeze, one number": case("Unsqueeze(x, k)", PER_ELEMENT, k=ints(1)),
+    "Split along another axis, rank unknown": case("Split <axis = 0> (x)", A4, opset=13, outputs="y", x=(2, 4, 6, 6), unknown=True),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name):
+    check_backward(BACKWARD[name]())
+
+
+FORWARD = {
+    "Unsqueeze, one number": case("Unsqueeze(x, k)", PER_ELEMENT, k=ints(1)),
+    "Unsqueeze at the front, rank unknown": case("Unsqueeze(x, k)", A4, k=ints(0), unknown=True),
+    "Slice of the first axis, rank unknown": case("Slice(x, k, e, a)", A4, k=ints(0), e=ints(1), a=ints(0), unknown=True),
+    "Pad, rank unknown": case("Pad(x, k)", A4S, k=ints(0, 0, 1, 1, 0, 0, 1, 1), unknown=True),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    check_forward(FORWARD[name]())
+
+
+REFUSED = {
+    "Tile that gives nothing": (
+        case("Tile(x, k)", A4, k=ints(1, 0, 1, 1)), "backward", "axis", "which repeats it 0 times",
+    ),
+    "Slice by lists of which nothing is known": (
+        case("Slice(x, u, u)", A4, z=(-8,), before="u = Cast <to = 7> (z)"),
+        "forward", "dynamic-index", "the bounds of Slice 'y' are no constants",
+    ),
+    "Pad by a list of an unknown rank": (
+        case("Pad(x, u)", A4, z=(-8,), before="u = Cast <to = 7> (z)", unknown=True),
+        "forward", "dynamic-index", "how much Pad 'y' pads is no constant",
+    ),
+    "GatherElements, count unknown": (
+        case("GatherElements <axis = 2> (x, u)", A4, z=(2, -4, 6, 6), before="u = Cast <to = 7> (z)"),
+        "forward", "axis-unknown", "do not tell how many of axis 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    make, direction, code, part = REFUSED[name]
+    with pytest.raises(Refusal) as caught:
+        make().answers(direction)
+    assert caught.value.code == code, caught.value.sentence
+    assert part in caught.value.sentence
+
+
+def test_a_squeeze_of_several_channels():
+    with pytest.raises(ModelError, match=r"^Expected an axis 1 of size 1, got 4 - at `y`$"):
+        case("Squeeze(x, k)", A4, x=(2, -4, 6, 6), k=ints(1))().answers("forward")
+
+
+@pytest.mark.parametrize(("node", "slot"), [("Gemm(x, w)", 1), ("MatMul(x, w)", 1), ('Einsum <equation = "bc,co->bo"> (x, w)', 1)])
+def test_a_shift_alone_leaves_the_weight(node, slot):
+    (transfer,) = case(node, affine(6, 1, scale=False), x=(2, 6), w=normal(6, 4))().answers("forward")
+    assert slot not in transfer.constants
+
+
+def test_the_center_of_a_kernel_whose_strides_are_written():
+    for strides, is_there in (("[1,1]", True), ("[2,2]", False)):
+        setting = case(f"Conv <pads = [1,1,1,1], strides = {strides}> (x, w)", A4, w=normal(4, 4, 3, 3))()
+        added = _added_to_center(setting.node, A4, setting.view.weight(setting.node, 1))
+        assert (added is not None) == is_there
+
+
+def test_a_part_of_a_concat_that_is_empty():
+    """All of the result comes from the other parts."""
+    setting = case("Concat <axis = 1> (x, z)", A4, x=(2, 4, 6, 6), z=(2, 0, 6, 6))()
+    (transfer,) = setting.answers("backward")
+    assert {slot: given.channels for slot, given in transfer.passed_on} == {0: 4, 1: 0}
+
+
+def test_sizes_and_probe_of_an_einsum():
+    setting = case('Einsum <equation = "btc,co->bto"> (x, w)', affine(4, 2), x=(-2, 5, -6), w=normal(6, 4))()
+    dim = Dim(setting.node.inputs[0], 0)
+    assert setting.row.sizes(setting.node, [(dim, 5, None), (6, 4)]) == (dim, 5, 4)
+    assert setting.row.probe_shapes(setting.node, setting.view)[0][2] == 6
+
+
+def test_the_work_of_a_product_and_of_what_moves_elements():
+    setting = case("Gemm(x, w)", affine(6, 1), x=(2, 6), w=normal(6, 4))()
+    assert setting.row.work(setting.node, [np.ones((2, 6)), normal(6, 4)], 8) == 8 * 6 / AT_ONCE
+    moving = ("DepthToSpace", "SpaceToDepth", "ReverseSequence", "CenterCropPad", "QuantizeLinear", "Relu")
+    for op in moving:
+        assert OPERATORS[op].work(None, [np.ones(6)], 2) == 8
+
+
+def test_an_average_of_nothing_has_no_terms():
+    setting = case("GlobalAveragePool(x)", A4, x=(0, 4, 6, 6))()
+    assert setting.row.terms(setting.node, setting.view) == 0
+    setting = case("GlobalAveragePool(x)", A4)()
+    assert setting.row.terms(setting.node, setting.view) == 36
+
+
+def test_the_work_of_an_average_over_all():
+    assert OPERATORS["GlobalAveragePool"].work(None, [np.ones(6)], 2) == 8
+
+
+def test_the_product_of_elements_of_what_is_no_list_of_sizes():
+    node = case("ReduceProd <keepdims = 0> (x)", A4)().node
+    listed = np.empty(2, object)
+    listed[:] = [Dim(node.inputs[0], 0), 3]
+    for wrong in (None, np.ones(2), listed.reshape(2, 1), np.array([2, 3], object)):
+        assert product_of_elements(node, None, [wrong]) is None
+    assert product_of_elements(node, None, [listed]).item().number == 3
+
+
+# ---- the planner ----
+
+
+def test_a_batch_normalization_of_a_constant_is_reported_with_its_channels():
+    text = "(float[2,4,3,3] x) => (float y) { n = BatchNormalization(k, s, t, m, v) y = Add(x, n) }"
+    (fold,) = fastbn.fold(model(text, k=normal(2, 4, 3, 3), **norm(4)), verify=False).folded
+    assert fold.channels == 4
+
+
+def test_sizes_that_are_supposed_beside_those_that_are_known():
+    proto = model("(float[N,1,H] x) => (float y) { y = Relu(x) }")
+    assert supposed_shapes(Index(storage.load(proto))) == {"x": (FIRST_SIZE, 1, OTHER_SIZE)}
+
+
+def test_how_many_batch_normalizations_planning_leaves():
+    text = """(float[N,4,6,6] x) => (float y, float z, float u) {
+        a = Relu(x) y = BatchNormalization(a, s, t, m, v)
+        c = Sigmoid(x) d = Mul(c, k) z = Add(d, l) e = Tanh(x) f = Mul(e, l) u = Add(f, k)
+    }"""
+    planning = plan(Index(storage.load(model(text, k=normal(4, 1, 1), l=normal(4, 1, 1, seed=5), **norm(4)))))
+    assert [kept.ops for kept in planning.kept] == [("BatchNormalization",), ("Mul", "Add"), ("Mul", "Add")]
+    assert planning.batch_norms_left == 1
+
+
+def test_a_product_by_channels_is_no_multiple():
+    """x + k x is a multiple of x only where k is one number."""
+    text = "(float[2,4,5,5] x) => (float y) { p = Mul(x, k) c = Conv(x, w, b) d = Sum(c, x, p) y = BatchNormalization(d, s, t, m, v) }"
+    proto = model(text, k=normal(4, 1, 1), w=normal(4, 4, 1, 1), b=normal(4), **norm(4))
+    assert_same(proto, fastbn.fold(proto, verify=False).model)
+
+
+def test_what_a_constant_would_have_to_add_of_the_data():
+    """Of the operands of the sum only the convolution can make up for x."""
+    text = "(float[2,4,5,5] x) => (float y) { c = Conv(x, w, b) k = Add(h, h) d = Sum(x, k, c) y = BatchNormalization(d, s, t, m, v) }"
+    proto = model(text, h=normal(4, 1, 1), w=normal(4, 4, 1, 1), b=normal(4), **norm(4))
+    assert_same(proto, fastbn.fold(proto, verify=False).model)
