@@ -33,6 +33,7 @@ smartquotes = False
 # What stands in single backticks of a docstring is a name of the reference.
 default_role = "py:obj"
 autodoc_typehints = "none"
+autodoc_mock_imports = ["olive"]  # of which one base class is all that the pages would need
 autosummary_generate = True
 # Results say of the model that they have made what their common base says; other bases are not ours.
 RESULTS = ("FoldResult", "Deployment", "Reestimation")

@@ -17,7 +17,7 @@ from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
 from fastbn.geometry import find_layout
 from fastbn.stats import BatchStats
 
-__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule"]
+__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule", "percentile"]
 
 Operation: TypeAlias = Literal["inference", "training", "backward"]
 Way: TypeAlias = Literal["by planes", "by columns"]
@@ -151,12 +151,12 @@ def kernel_schedule(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float3
     return [_schedule(operation, *checked) for operation in OPERATIONS]
 
 
-def _time(call: Callable[[], object], seconds: float) -> float:
+def percentile(call: Callable[[], object], seconds: float) -> float:
     """Return the 10th percentile of the time of a call, in microseconds."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < MOST_CALLS):
+    while len(times) < 7 or (time.perf_counter() < end and len(times) < MOST_CALLS):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -210,7 +210,7 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 3600:
         raise ArgumentError(f"Expected a number of seconds above 0, got {seconds!r} - at `seconds`")
     copy, calls = _calls(sizes, axis, resolved)
-    copy_us = _time(copy, seconds)
+    copy_us = percentile(copy, seconds)
     most = get_num_threads()
     timings: list[Timing] = []
     try:
@@ -220,7 +220,7 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
                 schedule = _schedule(operation, sizes, axis, resolved, code)
                 if threads > 1 and schedule["threads"] == 1:
                     continue
-                us = _time(call, seconds)
+                us = percentile(call, seconds)
                 timings.append({**schedule, "us": us, "copies": us / copy_us})
     finally:
         set_num_threads(most)

@@ -57,7 +57,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 # Module -> what else must be installed to import it.
-PUBLIC = {"fastbn.torch": "torch", "fastbn.keras": "keras", "fastbn.graph.passes": "onnx_ir"}
+PUBLIC = {"fastbn.torch": "torch", "fastbn.keras": "keras", "fastbn.graph.passes": "onnx_ir", "fastbn.graph.olive": "olive"}
 PUBLIC |= dict.fromkeys(("fastbn", "fastbn.deployment", "fastbn.graph", "fastbn.reestimation", "fastbn.zoo", "fastbn.reference"), "numpy")
 
 

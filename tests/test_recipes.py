@@ -60,6 +60,17 @@ def test_a_pass_of_onnx_ir(here):
     assert not names["passes"](names["onnx_ir"].load("folded.onnx")).modified
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of what Olive uses
+def test_a_pass_of_olive(here, monkeypatch):
+    pytest.importorskip("olive", reason="Olive is not installed")
+    monkeypatch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
+    execute(block("As a pass of Olive"))
+    (path,) = (here / "out").rglob("*.onnx")
+    folded = onnx.load(path)
+    assert [node.op_type for node in folded.graph.node] == ["Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
+    assert_same(classifier(), folded)
+
+
 def test_right_after_the_export_of_pytorch(here, capsys):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("onnxscript", reason="PyTorch's exporter needs onnxscript")

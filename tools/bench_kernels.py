@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from kernel_tables import chart, markdown, print_case, summary
 
 import fastbn
 from fastbn import reference
+from fastbn.kernel_bench import percentile
 
 SHAPES = [
     (64, 512),
@@ -79,18 +79,6 @@ void read_all(char *to, const char *from, size_t bytes) {
         _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm_add_epi32(a, b), _mm_add_epi32(c, d)));
 }
 """
-
-
-def percentile(call, seconds):
-    """The 10th percentile of the time of a call, in microseconds."""
-    call()
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 2000):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 10] * 1e6
 
 
 def build_roofs(folder):

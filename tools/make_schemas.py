@@ -27,7 +27,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "fastbn" / "schemas"
 
 # Where reports come from, and what needs more than the extra [report].
 SOURCES = ("fastbn.config", "fastbn.kernel_bench", "fastbn.graph", "fastbn.deployment", "fastbn.reestimation", "fastbn.zoo")
-LEFT_OUT = ("fastbn.graph.passes",)
+LEFT_OUT = ("fastbn.graph.olive", "fastbn.graph.passes")
 
 PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
