@@ -15,8 +15,9 @@ from fastbn.graph.model.index import Index
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.convolution import _added_to_center
 from fastbn.graph.ops.matmul import AT_ONCE
+from fastbn.graph.ops.parts import _parts_of
 from fastbn.graph.ops.registry import OPERATORS
-from fastbn.graph.ops.shape_rules import Dim, product_of_elements
+from fastbn.graph.ops.shape_rules import Dim, product, product_of_elements
 from fastbn.graph.planner.advice import FIRST_SIZE, OTHER_SIZE, supposed_shapes
 from fastbn.graph.planner.planning import plan
 from fastbn.graph.reasons import Refusal
@@ -52,6 +53,27 @@ def test_a_data_file_that_lacks_one_byte(tmp_path):
         storage.load(path)
 
 
+def test_external_data_at_an_odd_offset_is_aligned(tmp_path):
+    """The kernels refuse arrays that are not."""
+    path = save_external(conv_bn(), tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    (tmp_path / "model.data").write_bytes(b"?" + (tmp_path / "model.data").read_bytes())
+    for tensor in proto.graph.initializer:
+        place = {entry.key: entry for entry in tensor.external_data}
+        place["offset"].value = str(int(place["offset"].value) + 1)
+    path.write_bytes(proto.SerializeToString())
+    source = storage.load(path)
+    for tensor, want in zip(source.proto.graph.initializer, conv_bn().graph.initializer, strict=True):
+        array = source.array(tensor)
+        assert array.flags.aligned
+        np.testing.assert_array_equal(array, onnx.numpy_helper.to_array(want))
+
+
+def test_a_name_that_holds_a_nul():
+    with pytest.raises(storage.StorageError, match=r"^Expected a path, got embedded null byte"):
+        storage.load("m\0.onnx")
+
+
 def test_a_model_beyond_what_protobuf_reads(tmp_path):
     with (tmp_path / "m.onnx").open("wb") as file:
         file.truncate((1 << 31) + 1)
@@ -83,6 +105,8 @@ def test_backward(name):
 FORWARD = {
     "Unsqueeze, one number": case("Unsqueeze(x, k)", PER_ELEMENT, k=ints(1)),
     "Unsqueeze at the front, rank unknown": case("Unsqueeze(x, k)", A4, k=ints(0), unknown=True),
+    "GatherElements, one number": case("GatherElements <axis = 2> (x, k)", PER_ELEMENT, k=np.zeros((2, 4, 3, 6), np.int64)),
+    "Resize of opset 11": case("Resize (x, r, k)", A4, x=(-2, -4, -6, -6), opset=11, r=np.empty(0, np.float32), k=np.float32([1, 1, 2, 2])),
     "Slice of the first axis, rank unknown": case("Slice(x, k, e, a)", A4, k=ints(0), e=ints(1), a=ints(0), unknown=True),
     "Pad, rank unknown": case("Pad(x, k)", A4S, k=ints(0, 0, 1, 1, 0, 0, 1, 1), unknown=True),
 }
@@ -94,6 +118,16 @@ def test_forward(name):
 
 
 REFUSED = {
+    "Concat, an axis from the end of an unknown rank": (
+        case("Concat <axis = 1> (x, z)", affine(4, -3), z=(2, 4, 6, 6), unknown=True), "forward", "axis-unknown", "the rank of 'h'",
+    ),
+    "Concat along the first axis, rank unknown": (
+        case("Concat <axis = 0> (x, x)", affine(4, 0), unknown=True), "backward", "axis-unknown", "the sizes of the parts",
+    ),
+    "Einsum of dots, rank unknown": (
+        case('Einsum <equation = "...c,oc->...o"> (x, w)', affine(5, -1), x=(2, 5, 6), w=normal(4, 6), unknown=True),
+        "backward", "axis-unknown", "the rank of the data of Einsum 'y'",
+    ),
     "Tile that gives nothing": (
         case("Tile(x, k)", A4, k=ints(1, 0, 1, 1)), "backward", "axis", "which repeats it 0 times",
     ),
@@ -144,6 +178,31 @@ def test_a_part_of_a_concat_that_is_empty():
     setting = case("Concat <axis = 1> (x, z)", A4, x=(2, 4, 6, 6), z=(2, 0, 6, 6))()
     (transfer,) = setting.answers("backward")
     assert {slot: given.channels for slot, given in transfer.passed_on} == {0: 4, 1: 0}
+
+
+def test_the_last_part_is_what_the_others_leave():
+    node = case("Concat <axis = 1> (x, x)", A4)().node
+    assert _parts_of(node, [4, None], 4) == [4, 0]
+    with pytest.raises(Refusal, match="the sizes of the parts"):
+        _parts_of(node, [5, None], 4)
+
+
+def test_a_product_with_a_factor_that_is_not_known():
+    assert product([2, None]) is None
+    assert product([2, 3]) == 6
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_scale_alone_makes_no_bias_of_a_constant_matrix(axis):
+    setting = case("Gemm(w, x)", affine((4, 5)[axis], axis, shift=False), x=(6, 5), w=normal(4, 6))()
+    (transfer,) = setting.answers("backward")
+    assert 2 not in transfer.constants
+
+
+def test_the_terms_of_the_bias_of_a_gemm():
+    given = affine(6, 1)
+    (transfer,) = case("Gemm <alpha = -2.0> (x, w)", given, x=(2, 6), w=(matrix := normal(6, 4)))().answers("forward")
+    np.testing.assert_allclose(transfer.constants[2].magnitude().ravel(), 2 * given.abs_terms @ np.abs(matrix), rtol=1e-6)
 
 
 def test_sizes_and_probe_of_an_einsum():
