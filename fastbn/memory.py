@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fastbn._types import Array, ScalarT
 
-__all__ = ["KEPT", "lend", "release"]
+__all__ = ["KEPT", "lend", "lend_sparingly", "release"]
 
 # Bytes that are kept at most while nobody uses them.
 KEPT = 1 << 28
@@ -54,6 +54,19 @@ def lend(shape: tuple[int, ...], dtype: np.dtype[ScalarT]) -> npt.NDArray[Scalar
     reference = weakref.ref(array, _take_back)
     _lent[id(reference)] = reference, block
     return array
+
+
+def lend_sparingly(shape: tuple[int, ...], dtype: np.dtype[ScalarT]) -> npt.NDArray[ScalarT]:
+    """Return the same as `lend`; where no block has the size, those that are kept are freed before there is a new one.
+
+    Examples
+    --------
+    >>> lend_sparingly((2, 3), np.dtype(np.float32)).shape
+    (2, 3)
+    """
+    if not _idle.get(math.prod(shape) * dtype.itemsize):
+        release()
+    return lend(shape, dtype)
 
 
 def release() -> None:

@@ -56,6 +56,16 @@ def test_no_more_is_kept_than_promised(monkeypatch):
     assert kept() == 0
 
 
+def test_memory_lent_sparingly_takes_the_place_of_what_is_kept():
+    for size in (1000, 3000):
+        array = memory.lend_sparingly((size,), FLOAT)
+        assert kept() == 0, "blocks of another size are freed first"
+        address = array.ctypes.data
+        del array
+        assert kept() == 4 * size
+    assert memory.lend_sparingly((3000,), FLOAT).ctypes.data == address
+
+
 def test_a_reference_in_a_cycle():
     cycle = [memory.lend((1000,), FLOAT)]
     cycle.append(cycle)

@@ -28,6 +28,7 @@ from fastbn.reestimation import cluster as tasks  # noqa: E402
 
 X = images(60)
 MODEL = branches().SerializeToString()
+W = np.eye(1000, dtype=np.float32)
 
 
 def bits(result):
@@ -110,6 +111,21 @@ def test_tasks_of_many_partitions(client, wanted, monkeypatch):
     for memory in (0, 1 << 20):
         assert bits(reestimate(MODEL, X, batch=1, client=client, memory=memory)) == many["population"]
     assert bits(reestimate(MODEL, X, batch=1, client=client, mode="one-pass")) == many["one-pass"]
+
+
+def test_all_workers_work_though_one_has_the_weights(client):
+    """dask prefers the worker that has what a task needs, and moves a weight of 4 MB only where that is worth its time."""
+    proto = model(
+        "(float[n, 1000] x) => (float[n, 1000] y) { z = MatMul (x, w) y = BatchNormalization (z, s, t, m, v) }", w=W, **norm(1000)
+    )
+    before = client.run(executed)
+    reestimate(proto, np.zeros((64, 1000), np.float32), batch=1, client=client)
+    assert min(count - before[address] for address, count in client.run(executed).items()) > 32
+
+
+def executed(dask_worker):
+    """How many tasks a worker has done."""
+    return dask_worker.state.executed_count
 
 
 def test_workers_that_are_killed_change_no_bit(client, wanted, monkeypatch):

@@ -5,13 +5,19 @@ python tools/bench_reestimate.py resnet [--images N]     CPU seconds and memory 
 python tools/bench_reestimate.py overhead                CPU milliseconds of a partition without work, in dask and without
 python tools/bench_reestimate.py scaling                 real processes with sleep in place of work: 1, 2, 4, 8 of them
 python tools/bench_reestimate.py plan                    tasks and depth of the merge tree for many partitions
+python tools/bench_reestimate.py crowd [--workers N]     CPU milliseconds of the scheduler for a task, with 1,000 workers in one process
+python tools/bench_reestimate.py memory [--images N]     largest resident size of each of 2 workers beside model, budget and 300 MB
 python tools/bench_reestimate.py digits                  accuracy of averaged and pruned CNNs (needs torch, scikit-learn)
 """
 
 import argparse
 import math
 import resource
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from resnet_models import resnet18
@@ -123,6 +129,78 @@ def plan(arguments):
         print(f"{partitions:>9} partitions: {tasks}, {leaves / 1000:.0f} for each of 1,000 workers, merge tree {depth + inner} deep")
 
 
+def work_as_many(address, count):
+    """Be many workers of a scheduler, until it is gone."""
+    import asyncio
+
+    import dask
+    import distributed
+
+    # A thousand of them in one process would do nothing but look at the memory of this process and at their own stacks.
+    limits = {f"distributed.worker.memory.{each}": False for each in ("target", "spill", "pause", "terminate")}
+    dask.config.set({**limits, "distributed.worker.profile.enabled": False})
+
+    async def run():
+        workers = [distributed.Worker(address, nthreads=1, memory_limit=0, dashboard=False, silence_logs=50) for _ in range(count)]
+        await asyncio.gather(*workers)
+        await asyncio.gather(*(worker.finished() for worker in workers))
+
+    asyncio.run(run())
+
+
+def crowd(arguments):
+    """Print what a task costs a scheduler, in a process of its own, that has many workers."""
+    import distributed
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scheduler.json"
+        options = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+        scheduler = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", *options], stderr=subprocess.DEVNULL)
+        workers = None
+        try:
+            with distributed.Client(scheduler_file=str(file), timeout=60) as client:
+                address = client.scheduler.address
+                workers = subprocess.Popen([sys.executable, __file__, "workers", "--address", address, "--workers", str(arguments.workers)])
+                client.wait_for_workers(arguments.workers, timeout=600)
+                seconds = {}
+                for count in (500, 4500):
+                    model, data = tiny(count)
+                    before = client.run_on_scheduler(time.process_time)
+                    fastbn.reestimate(model, data, batch=2, client=client)
+                    seconds[count] = client.run_on_scheduler(time.process_time) - before
+        finally:
+            for process in filter(None, (workers, scheduler)):
+                process.kill()
+                process.wait()
+    cost = (seconds[4500] - seconds[500]) / 4000
+    leaves = -(-(10**6) // width_of(10**6))
+    text = f"{1000 * cost:.2f} ms of the scheduler's CPU for a task"
+    print(f"{arguments.workers} workers: {text}, {cost * leaves:.0f} s a level for the {leaves} tasks of 1,000,000 partitions")
+
+
+def largest_size():
+    """Return the largest resident size of this process, in bytes; what the process was that started it is not part of it."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def memory(arguments):
+    """Print the largest resident size of two workers, for some budgets, beside what they may have."""
+    import distributed
+
+    model = resnet18(64)
+    images = np.random.default_rng(0).standard_normal((arguments.images, 3, 64, 64)).astype(np.float32)
+    for budget in (0, 128, 512):
+        options = {"dashboard_address": None, "host": "127.0.0.1", "silence_logs": 50}
+        with tempfile.TemporaryDirectory() as folder:
+            np.save(Path(folder) / "image.npy", images)
+            with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **options) as cluster, distributed.Client(cluster) as client:
+                fastbn.reestimate(model, Path(folder) / "image.npy", batch=BATCH, memory=f"{budget}MiB", client=client)
+                sizes = client.run(largest_size).values()
+        allowed = model.ByteSize() + (budget << 20) + 300e6
+        print(f"budget {budget} MiB: {', '.join(f'{size / 1e6:.0f}' for size in sizes)} MB, asked for: below {allowed / 1e6:.0f}")
+
+
 def accuracy(net, images, labels):
     """Return the accuracy in %."""
     import train_cnns
@@ -133,8 +211,6 @@ def accuracy(net, images, labels):
 def repaired(net, images, folder):
     """Return the accuracy-relevant forms of a network: by `fastbn reestimate` on its ONNX file, by ours and by torch's update_bn."""
     import copy
-    import tempfile
-    from pathlib import Path
 
     import torch
     import train_cnns
@@ -192,14 +268,19 @@ def digits(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["resnet", "overhead", "scaling", "plan", "digits"])
-    parser.add_argument("--images", type=int, default=4096, help="of resnet (4096)")
+    parser.add_argument("what", choices=["resnet", "overhead", "scaling", "plan", "crowd", "memory", "digits", "workers"])
+    parser.add_argument("--images", type=int, default=4096, help="of resnet and memory (4096)")
+    parser.add_argument("--workers", type=int, default=1000, help="of crowd (1000)")
+    parser.add_argument("--address", help="the scheduler of workers, which crowd starts")
     parser.add_argument("--runs", type=int, default=2, help="of resnet, the least counts (2)")
     parser.add_argument("--sleep", type=float, default=0.2, help="seconds of a partition, of scaling (0.2)")
     parser.add_argument("--seeds", type=int, default=3, help="of digits (3)")
     parser.add_argument("--epochs", type=int, default=10, help="of digits (10)")
     arguments = parser.parse_args()
-    globals()[arguments.what](arguments)
+    if arguments.what == "workers":
+        work_as_many(arguments.address, arguments.workers)
+    else:
+        globals()[arguments.what](arguments)
 
 
 if __name__ == "__main__":

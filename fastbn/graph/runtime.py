@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
@@ -126,6 +127,15 @@ def _runtime() -> Any:  # a module without types
     return onnxruntime
 
 
+@cache
+def _register_arena() -> None:
+    """Make the arena of all sessions that share one."""
+    runtime = _runtime()
+    state = _exceptions()
+    place = state.OrtMemoryInfo("Cpu", state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, state.OrtMemType.DEFAULT)
+    runtime.create_and_register_allocator(place, state.OrtArenaCfg({"arena_extend_strategy": 0}))
+
+
 def silence_log() -> None:
     """Let onnxruntime's own log say nothing from now on: for the command, whose stderr has one voice."""
     global _is_log_silent
@@ -174,6 +184,7 @@ def session(
     threads: int = 0,
     optimize: bool = False,
     profile: str | os.PathLike[str] | None = None,
+    shares_arena: bool = False,
 ) -> OpenSession:
     """Return an onnxruntime session of a model.
 
@@ -189,6 +200,8 @@ def session(
         Run with onnxruntime's graph optimizer; without it every node is run as the model has it.
     profile : path, optional
         The path that the names of profile files begin with; None records no profile.
+    shares_arena : bool
+        Take memory for activations from one arena of this process, together with all such sessions.
 
     Raises
     ------
@@ -208,6 +221,9 @@ def session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         # With a memory pattern, the second run allocates one more block, as large as all that the first run took.
         options.enable_mem_pattern = False
+    if shares_arena:
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

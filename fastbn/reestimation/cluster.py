@@ -147,7 +147,8 @@ class OnCluster:
 
     def __init__(self, task: Task, client: Client, parameters: Parameters) -> None:
         self.task, self.client = task, client
-        self.workers, self.samples = len(client.scheduler_info(n_workers=-1)["workers"]), 0
+        self._addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+        self.workers, self.samples = len(self._addresses), 0
         self._run = Run(task.inputs, task.setting)
         self._id = uuid.uuid4().hex[:12]
         is_deferred = any(isinstance(partition, Deferred) for partition in task.partitions)
@@ -181,13 +182,14 @@ class OnCluster:
         for number, source in enumerate(self._sources(before)):
             at, given = before.get(number, (0, source))
             chain, models = list(task.pieces[at:level]), [self._model(each) for each in range(at, level)]
+            submit = self._submit if at else self._spread
             if number < count or at:
-                kept = self._submit(advanced, "advanced", level, number, given, chain, models, parameters, self._run)
+                kept = submit(advanced, "advanced", level, number, given, chain, models, parameters, self._run)
                 leaves.append(self._submit(measured, "measured", level, number, kept, task.pieces[level - 1]))
                 if number < count:
                     self._kept[number] = level, kept
             else:
-                leaves.append(self._submit(measured_at_once, "measured", level, number, given, chain, models, parameters, self._run))
+                leaves.append(submit(measured_at_once, "measured", level, number, given, chain, models, parameters, self._run))
         del before
         moments = self._merged(leaves, level, tell)
         if len(self._kept) == len(self._bundles):  # nothing will be computed from the data again
@@ -199,7 +201,7 @@ class OnCluster:
         task = self.task
         models = [self._model(each) for each in range(task.depth)]
         leaves = [
-            self._submit(normalized_at_once, "measured", 0, number, source, list(task.pieces), models, self._run, dict(task.dtypes))
+            self._spread(normalized_at_once, "measured", 0, number, source, list(task.pieces), models, self._run, dict(task.dtypes))
             for number, source in enumerate(self._sources())
         ]
         flat = self._merged(leaves, 1, tell)
@@ -237,9 +239,15 @@ class OnCluster:
             self._models[number] = self._submit(_same, "model", number, 0, self.task.models[number])
         return self._models[number]
 
-    def _submit(self, function: Any, what: str, level: int, number: int, *arguments: Any) -> Future:
+    def _submit(self, function: Any, what: str, level: int, number: int, *arguments: Any, **where: Any) -> Future:
         with large_graphs():
-            return self.client.submit(function, *arguments, key=f"fastbn-{what}-{self._id}-{level}-{number}", pure=False)
+            return self.client.submit(function, *arguments, key=f"fastbn-{what}-{self._id}-{level}-{number}", pure=False, **where)
+
+    def _spread(self, function: Any, what: str, level: int, number: int, *arguments: Any) -> Future:
+        """Submit a task that reads data, to the workers in turn: dask would give all to the one that has the model of the piece, and with
+        them the memory of what they keep. Where that worker is lost or late, another takes the task."""
+        address = self._addresses[number % len(self._addresses)]
+        return self._submit(function, what, level, number, *arguments, workers=[address], allow_other_workers=True)
 
     def _merged(self, leaves: list[Future], level: int, tell: Tell) -> Moments:
         nodes, height = leaves, 0

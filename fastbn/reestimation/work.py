@@ -73,7 +73,7 @@ class _Sessions:
         key = piece.key, threads
         with self._lock:
             if key not in self._open:
-                self._open[key] = session(model, threads=threads, optimize=True)
+                self._open[key] = session(model, threads=threads, optimize=True, shares_arena=True)
             self._open.move_to_end(key)
             while len(self._open) > MOST_SESSIONS:
                 self._open.popitem(last=False)
@@ -129,7 +129,7 @@ def held(state: State, before: State) -> State:
 def _copied(values: Array) -> Array:
     if values.dtype.hasobject:
         return values
-    copy = memory.lend(values.shape, values.dtype)
+    copy = memory.lend_sparingly(values.shape, values.dtype)
     np.copyto(copy, values)
     return copy
 
