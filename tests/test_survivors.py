@@ -16,6 +16,7 @@ from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.convolution import _added_to_center
 from fastbn.graph.ops.matmul import AT_ONCE
 from fastbn.graph.ops.parts import _parts_of
+from fastbn.graph.ops.placing import countable
 from fastbn.graph.ops.registry import OPERATORS
 from fastbn.graph.ops.shape_rules import Dim, product, product_of_elements
 from fastbn.graph.planner.advice import FIRST_SIZE, OTHER_SIZE, supposed_shapes
@@ -118,6 +119,9 @@ def test_forward(name):
 
 
 REFUSED = {
+    "Mul of a value of a known rank and one of an unknown": (
+        case("Mul(x, z)", A4S, z=(2, 4, 6, 6), unknown=True), "backward", "axis-unknown", "the shapes at Mul 'y' are not known",
+    ),
     "Concat, an axis from the end of an unknown rank": (
         case("Concat <axis = 1> (x, z)", affine(4, -3), z=(2, 4, 6, 6), unknown=True), "forward", "axis-unknown", "the rank of 'h'",
     ),
@@ -227,6 +231,12 @@ def test_an_average_of_nothing_has_no_terms():
     assert setting.row.terms(setting.node, setting.view) == 36
 
 
+def test_how_long_an_axis_may_be():
+    assert countable(1 << 24) == 1 << 24
+    with pytest.raises(Refusal, match=r"^an axis of 16777217 elements is too long"):
+        countable((1 << 24) + 1)
+
+
 def test_the_work_of_an_average_over_all():
     assert OPERATORS["GlobalAveragePool"].work(None, [np.ones(6)], 2) == 8
 
@@ -262,6 +272,31 @@ def test_how_many_batch_normalizations_planning_leaves():
     planning = plan(Index(storage.load(model(text, k=normal(4, 1, 1), l=normal(4, 1, 1, seed=5), **norm(4)))))
     assert [kept.ops for kept in planning.kept] == [("BatchNormalization",), ("Mul", "Add"), ("Mul", "Add")]
     assert planning.batch_norms_left == 1
+
+
+def test_a_scale_that_two_quantized_weights_share_is_written_beside_it():
+    text = """(float[N,3,8,8] x) => (float y, float z) {
+        w = DequantizeLinear(q, k) c = Conv(x, w) y = BatchNormalization(c, s, t, m, v)
+        u = DequantizeLinear(r, k) z = Conv(x, u)
+    }"""
+    weights = np.arange(4 * 3 * 9).reshape(4, 3, 3, 3).astype(np.int8)
+    proto = model(text, q=weights, r=weights, k=np.float32(0.002), **norm(4, positive=True))
+    folded = fastbn.fold(proto, verify=False).model
+    assert folded.graph.node[0].input[1] == "w.scale"
+    assert_same(proto, folded)
+
+
+def test_a_weight_that_a_caller_may_override():
+    proto = conv_bn()
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4, 3, 3, 3]))
+    (kept,) = fastbn.fold(proto, verify=False).kept
+    assert kept.code == "overridable-weight"
+
+
+def test_two_neighbors_along_different_axes_stay():
+    text = "(float[2,4,6] x) => (float y) { a = Sigmoid(x) d = Mul(a, k) e = Add(d, l) y = Sigmoid(e) }"
+    result = fastbn.fold(model(text, k=normal(4, 1), l=normal(6, seed=1)), verify=False)
+    assert result.folded == []
 
 
 def test_a_product_by_channels_is_no_multiple():
