@@ -246,3 +246,30 @@ def test_a_computed_size_beyond_64_bits():
         p = MaxPool <kernel_shape = [1,1], pads = [0,0,4294967296,4294967296]> (x) z = Flatten(p)
     }"""
     assert ops(fastbn.fold(conv_bn(text), verify=False).model) == "Conv MaxPool Flatten"
+
+
+SIZES = {
+    "an average over all": "n = BatchNormalization(x, s, t, m, v) g = GlobalAveragePool(n) y = Conv(g, w)",
+    "a rewritten one": "r = Relu(x) n = BatchNormalization(r, s, t, m, v) y = Sigmoid(n)",
+    "an average over some": "n = BatchNormalization(x, s, t, m, v) g = AveragePool <kernel_shape = [2,2]> (n) y = Conv(g, w)",
+    "a joined one": "c = Conv(x, w) d = Conv(x, w) e = Add(c, d) y = BatchNormalization(e, s, t, m, v)",
+    "a softmax behind": "c = Conv(x, w) n = BatchNormalization(c, s, t, m, v) y = Softmax <axis = 2> (n)",
+}
+
+
+@pytest.mark.parametrize("size", [0, 1 << 57, (1 << 63) - 1])
+@pytest.mark.parametrize("body", SIZES)
+def test_a_plane_that_declares_sizes_that_no_array_has(body, size):
+    proto = model(f"(float[2,4,H,8] x) => (float y) {{ {SIZES[body]} }}", w=normal(4, 4, 1, 1), **norm(4))
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = size
+    result = fastbn.fold(proto, rewrite_left="affine")
+    assert len(result.folded) + len(result.rewritten) == 1
+    runtime.session(result.to_bytes())
+
+
+def test_a_batch_of_0_is_one_that_is_not_known():
+    """As exporters write it; a Flatten of nothing would tell no channels."""
+    text = "(float[N,4,2,3] x) => (float y) { n = BatchNormalization(x, s, t, m, v) f = Flatten(n) y = Gemm(f, w) }"
+    proto = model(text, w=normal(24, 5), **norm(4))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    assert ops(fastbn.fold(proto, verify=False).model) == "Flatten Gemm"

@@ -225,7 +225,7 @@ def test_the_work_of_a_product_and_of_what_moves_elements():
 
 
 def test_an_average_of_nothing_has_no_terms():
-    setting = case("GlobalAveragePool(x)", A4, x=(0, 4, 6, 6))()
+    setting = case("GlobalAveragePool(x)", A4, x=(2, 0, 6, 6))()
     assert setting.row.terms(setting.node, setting.view) == 0
     setting = case("GlobalAveragePool(x)", A4)()
     assert setting.row.terms(setting.node, setting.view) == 36
@@ -235,6 +235,12 @@ def test_how_long_an_axis_may_be():
     assert countable(1 << 24) == 1 << 24
     with pytest.raises(Refusal, match=r"^an axis of 16777217 elements is too long"):
         countable((1 << 24) + 1)
+
+
+def test_a_probe_of_a_product_of_a_number():
+    """Which is none; the fold is looked at by itself."""
+    setting = case("MatMul(x, w)", affine(4, 1), x=(), w=normal(6, 4))()
+    assert setting.row.probe_shapes(setting.node, setting.view) == {0: (3, 6)}
 
 
 def test_the_work_of_an_average_over_all():

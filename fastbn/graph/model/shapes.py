@@ -61,7 +61,7 @@ class Infos(Protocol):
 
 def type_of(info: ValueInfoProto) -> tuple[int, Shape | None]:
     """Return (type, shape) in a ValueInfoProto: 0 where it gives no type of elements, or none that exists, None for each size that it
-    leaves open or that is negative, and for the shape where it gives no rank."""
+    leaves open or that is none, and for the shape where it gives no rank."""
     data = info.type.SerializeToString()
     return _read_type(data) if len(data) <= LONGEST_KEPT_TYPE else _read_type.__wrapped__(data)
 
@@ -74,7 +74,9 @@ def _read_type(data: bytes) -> tuple[int, Shape | None]:
     if not kind.HasField("shape"):
         return elements, None
     dims = kind.shape.dim
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in dims)
+    # Exporters that know no batch write 0 for it.
+    is_known = [dim.HasField("dim_value") and dim.dim_value >= (0 if axis else 1) for axis, dim in enumerate(dims)]
+    shape = tuple(dim.dim_value if known else None for dim, known in zip(dims, is_known, strict=True))
     return elements, shape
 
 

@@ -354,7 +354,7 @@ def _matmul_probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int
     weight, inner = graph.weight(node, slot).shape, _matmul_terms(node, graph)
     data = node.inputs[1 - slot]
     shape = None if data is None else graph.probe_shape(data)
-    if shape is None or len(weight) > 2:
+    if not shape or len(weight) > 2:
         more = len(shape or ()) - max(len(weight), 2)
         shape = (*[2] * more, *weight[:-2], 3, 3)
     sizes = list(shape)

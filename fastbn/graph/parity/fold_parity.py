@@ -7,6 +7,7 @@ u the unit roundoff and terms the length of the sums. Derivation: docs/numerics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -176,7 +177,7 @@ class _Segment:
         """Return the bound of an error as a multiple of the absolute size of the terms."""
         unit = UNIT[self.dtype.name]
         terms = sum(row_of(node, self.view).terms(node, self.view) for node in self.before if node not in self.lifted)
-        return float(8 * unit + 2 * np.sqrt(terms) * min(unit, UNIT["float32"]))
+        return float(8 * unit + 2 * math.sqrt(terms) * min(unit, UNIT["float32"]))
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return (before, after, absolute size of the terms), each with all results of the segment as one vector; raises _NotRun."""

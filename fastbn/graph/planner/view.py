@@ -144,7 +144,7 @@ class GraphView:
         known = self.index.shape(value)
         if known is None:
             return None
-        shape = tuple(2 if size is None else size for size in known)
+        shape = tuple(size or 2 for size in known)  # none or 0
         if math.prod(shape) > LARGEST_PROBE_SHAPE:
             shape = (*(min(size, 2) for size in shape[:1]), *shape[1:2], *(min(size, 8) for size in shape[2:]))
         return shape
