@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""What fastbn and other tools make of a folder of models, each tool in a process of its own.
+"""What fastbn and other tools make of a folder of models, each model and tool in a process of its own.
 
     python tools/bench_fold.py FOLDER [--json FILE] [--limit SECONDS] [--tool NAME ...] [--peers PYTHON] [--latency]
 
 For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
-(onnxruntime, its optimizer off on both sides; the part of the largest element of that output), seconds to read, optimize and write, and
-peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Other tools that are not installed are
+(onnxruntime, its optimizer off on both sides; the part of the largest element of that output), CPU seconds to read, optimize and write, all
+threads together and without imports, and peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Other tools that are not installed are
 left out, and named on stderr, unless --tool asks for them; --peers names a Python that has them.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -82,30 +84,33 @@ def onnxoptimizer(source, target):
     onnx.save(onnxoptimizer.optimize(onnx.load(source), passes), target)
 
 
-# Name -> (module to import, function).
+# Name -> (modules to import, function).
 TOOLS = {
-    "fastbn": ("fastbn", fastbn_tool),
-    "fastbn --freeze-inputs": ("fastbn", fastbn_freeze),
-    "ort basic": ("onnxruntime", ort_basic),
-    "ort extended": ("onnxruntime", ort_extended),
-    "onnxsim": ("onnxsim", onnxsim),
-    "onnxslim": ("onnxslim", onnxslim),
-    "onnxscript": ("onnxscript", onnxscript),
-    "onnxoptimizer": ("onnxoptimizer", onnxoptimizer),
+    "fastbn": (("fastbn", "fastbn.graph.job", "onnxruntime"), fastbn_tool),
+    "fastbn --freeze-inputs": (("fastbn", "fastbn.graph.job", "onnxruntime"), fastbn_freeze),
+    "ort basic": (("onnxruntime",), ort_basic),
+    "ort extended": (("onnxruntime",), ort_extended),
+    "onnxsim": (("onnxsim", "onnx"), onnxsim),
+    "onnxslim": (("onnxslim", "onnx"), onnxslim),
+    "onnxscript": (("onnxscript", "onnxscript.optimizer", "onnxscript.rewriter", "onnx"), onnxscript),
+    "onnxoptimizer": (("onnxoptimizer", "onnx"), onnxoptimizer),
 }
 
+# What judges the results.
+JUDGE = ("fastbn", "fastbn.graph.bench", "fastbn.graph.parity.reference", "onnxruntime")
 
-# What runs in the subprocess of one tool or one question: the answer is the last line of standard output.
-def work(task, *arguments, tasks=None):
+
+# What runs in the subprocess of one question (bench_verify.py): the answer is the last line of standard output.
+def work(tasks, task, *arguments):
     with redirect_stdout(sys.stderr):
-        answer = (tasks or TASKS)[task](*arguments)
+        answer = tasks[task](*arguments)
     print(json.dumps(answer))
 
 
 def optimize(name, source, target):
-    start = time.perf_counter()
+    start = sum(os.times()[:4])
     TOOLS[name][1](source, target)
-    return {"seconds": time.perf_counter() - start, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": sum(os.times()[:4]) - start, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def count(path):
@@ -175,7 +180,7 @@ def latency(original, folded):
 TASKS = {"optimize": optimize, "count": count, "data_files": data_files, "runs": runs, "compare": compare, "latency": latency}
 
 
-def ask(python, limit, task, *arguments, script=__file__):
+def ask(script, python, limit, task, *arguments):
     """Return the answer of a task of a script in a process of its own, or {"failed": why}."""
     command = [python, script, "--work", task, *map(str, arguments)]
     try:
@@ -186,6 +191,57 @@ def ask(python, limit, task, *arguments, script=__file__):
         lines = done.stderr.strip().splitlines()
         return {"failed": lines[-1][:200] if lines and done.returncode > 0 else f"stopped by signal {-done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Worker:
+    """A process of a Python that has imported some modules and forks for each task, so that no task has to import them again."""
+
+    def __init__(self, python, *modules):
+        command = [python, __file__, "--serve", *modules]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+
+    def ask(self, limit, task, *arguments):
+        """Return the answer of a task, or {"failed": why}."""
+        print(json.dumps([limit, task, *map(str, arguments)]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        self.process.communicate()
+
+
+def serve(*modules):
+    """Answer the tasks that standard input has, a line for each."""
+    for module in modules:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        limit, task, *arguments = json.loads(line)
+        print(json.dumps(forked(limit, task, arguments)), flush=True)
+
+
+def forked(limit, task, arguments):
+    """Return the answer of a task in a child of this process, or {"failed": why}."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        try:
+            answer = TASKS[task](*arguments)
+        except BaseException as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"[:200]}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        is_there = select.select([pipe], [], [], limit)[0]
+        if not is_there:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not is_there:
+        return {"failed": f"no answer in {limit} s"}
+    return json.loads(answer) if answer else {"failed": f"stopped by signal {os.WTERMSIG(status)}"}
 
 
 def environment():
@@ -201,13 +257,13 @@ def installed(python, module):
 
 
 def chosen(names, peers):
-    """Return name -> Python of the tools to run: all of those that are asked for, else those that are there, with fastbn."""
+    """Return name -> a Worker of each tool to run: all of those that are asked for, else those that are there, with fastbn."""
     tools, missing = {}, []
     for name in names or TOOLS:
-        module = TOOLS[name][0]
+        module = TOOLS[name][0][0]
         python = sys.executable if module == "fastbn" else peers
         if installed(python, module):
-            tools[name] = python
+            tools[name] = Worker(python, *TOOLS[name][0])
         elif names or module == "fastbn":
             raise SystemExit(f"Cannot compare {name}: {python} does not import {module}")
         else:
@@ -217,23 +273,23 @@ def chosen(names, peers):
     return tools
 
 
-def measure(path, tools, folder, limit, with_latency):
+def measure(path, tools, judge, folder, limit, with_latency):
     """Return the row of one model."""
-    row = {"model": path.name, **ask(sys.executable, limit, "count", path), "tools": {}}
-    row["runs"] = "failed" not in ask(sys.executable, limit, "runs", path)
-    for name in ask(sys.executable, limit, "data_files", path).get("names", ()):
+    row = {"model": path.name, **judge.ask(limit, "count", path), "tools": {}}
+    row["runs"] = "failed" not in judge.ask(limit, "runs", path)
+    for name in judge.ask(limit, "data_files", path).get("names", ()):
         shutil.copy(path.parent / name, folder)  # a tool may leave the tensors of its result in them
-    for name, python in tools.items():
+    for name, worker in tools.items():
         target = folder / "out.onnx"
         target.unlink(missing_ok=True)
-        result = ask(python, limit, "optimize", name, path, target)
+        result = worker.ask(limit, "optimize", name, path, target)
         if "failed" not in result:
-            result |= ask(sys.executable, limit, "count", target)
+            result |= judge.ask(limit, "count", target)
             if row["runs"]:
-                compared = ask(sys.executable, limit, "compare", path, target)
+                compared = judge.ask(limit, "compare", path, target)
                 result |= compared if "failed" not in compared else {"unusable": compared["failed"]}
             if with_latency and name == "fastbn":
-                row["latency_ms"] = ask(sys.executable, limit, "latency", path, target)
+                row["latency_ms"] = judge.ask(limit, "latency", path, target)
         row["tools"][name] = result
     return row
 
@@ -255,7 +311,7 @@ def tables(rows, tools):
         lines.append(f"| {row['model']} | {row.get('bn', '?')} | {row.get('nodes', '?')} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| tool | models | failed | wrong or not running | BN left | nodes left | worst error | seconds | peak MB |",
+        "| tool | models | failed | wrong or not running | BN left | nodes left | worst error | CPU seconds | peak MB |",
         "|---" * 9 + "|",
     ]
     for name in tools:
@@ -284,8 +340,8 @@ WRONG = 1e-2
 
 
 def main():
-    if sys.argv[1:2] == ["--work"]:
-        work(*sys.argv[2:])
+    if sys.argv[1:2] == ["--serve"]:
+        serve(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -298,11 +354,13 @@ def main():
     tools = chosen(options.tool, options.peers)
     if not options.folder.is_dir():
         raise SystemExit(f"Cannot read '{options.folder}': it is no folder")
-    rows = []
+    rows, judge = [], Worker(sys.executable, *JUDGE)
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(options.folder.rglob("*.onnx")):
-            rows.append(measure(path, tools, Path(folder), options.limit, options.latency))
+            rows.append(measure(path, tools, judge, Path(folder), options.limit, options.latency))
             print(path.name, *(f"{name}: {cell(result)}" for name, result in rows[-1]["tools"].items()), sep="   ", file=sys.stderr)
+    for worker in (judge, *tools.values()):
+        worker.end()
     print("\n".join(tables(rows, list(tools))))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -95,7 +95,7 @@ def measure(path: Path, folder: Path, limit: float, runs: int) -> dict:
     """Return the row of one model."""
 
     def question(task: str, *arguments: object) -> dict:
-        return ask(sys.executable, limit, task, *arguments, script=__file__)
+        return ask(__file__, sys.executable, limit, task, *arguments)
 
     feed, folded, report = folder / "feed.npz", folder / "folded.onnx", folder / "report.json"
     for left in (folded, report):
@@ -151,7 +151,7 @@ def tables(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--work"]:
-        work(*sys.argv[2:], tasks=TASKS)
+        work(TASKS, *sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", metavar="PATH", nargs="+", type=Path)
