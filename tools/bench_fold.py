@@ -5,8 +5,8 @@
 
 For each model and tool: BatchNormalization left (those decomposed by a tool do not count), nodes left, worst error against the original
 (onnxruntime, its optimizer off on both sides; the part of the largest element of that output), CPU seconds to read, optimize and write, all
-threads together and without imports, and peak memory. --latency times fastbn's result beside the original in onnxruntime's default options. Other tools that are not installed are
-left out, and named on stderr, unless --tool asks for them; --peers names a Python that has them.
+threads together and without imports, and peak memory. --latency times fastbn's result beside the original in onnxruntime's default options.
+Other tools that are not installed are left out, and named on stderr, unless --tool asks for them; --peers names a Python that has them.
 """
 
 import argparse
