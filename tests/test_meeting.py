@@ -215,3 +215,16 @@ def test_parts_along_different_axes_do_not_meet():
     one, other = Affine(np.float64([2, 3]), np.zeros(2), 1), Affine(np.arange(1.0, 7), np.zeros(6), 2)
     with pytest.raises(Refusal, match="along different axes"):
         asked_of_parts({0: one, 1: other})
+
+
+@pytest.mark.parametrize(
+    "tail", ["u = Shape(g) z = Cast <to = 1> (u)", "g2 = Transpose(g) u = Size(g2) z = Cast <to = 1> (u)", "g2 = Neg(g)"]
+)
+def test_who_reads_the_shape_of_a_part_alone_sees_no_elements(tail):
+    """So PyTorch writes zeros of the size of a part: nobody sees the elements of that part. Nor does somebody whom nobody reads."""
+    outputs = "float y, float z" if "z =" in tail else "float y"
+    text = f"(float[2,3,8,8] x) => ({outputs}) {{ c = Conv(x, w) g = Slice(c, nul, one, ax) {tail} d = Identity(c) {NORM} }}"
+    proto = model(text, w=normal(4, 3, 3, 3), ax=ints(2), nul=ints(0), one=ints(1), **norm(4))
+    result = fastbn.fold(proto)
+    assert [kept.code for kept in result.kept] == (["other-readers"] if "Neg" in tail else [])
+    assert_same(proto, result.model)

@@ -19,7 +19,10 @@ from fastbn.graph.ops.row import PresentGraph, Row
 from fastbn.graph.ops.selection import SELECTION
 from fastbn.graph.ops.shape_reading import SHAPE_READING
 
-__all__ = ["OPERATORS", "can_be_affine", "ignores_elements", "operator_row", "row_of"]
+__all__ = ["OPERATORS", "can_be_affine", "ignores_elements", "operator_row", "row_of", "sees_elements"]
+
+# The most nodes that are asked whether anybody sees the elements that they hand on.
+MOST_HANDED_ON = 32
 
 OPERATORS: dict[str, Row] = {
     **ACTIVATION,
@@ -61,3 +64,19 @@ def can_be_affine(op: str) -> bool:
 def ignores_elements(node: Node, slot: int) -> bool:
     """Say whether a node reads the shape or the type of an input alone, so that an affine there changes nothing."""
     return slot in operator_row(node).reads
+
+
+def sees_elements(node: Node, slot: int) -> bool:
+    """Say whether anybody sees the elements that a node reads at a slot: not where it hands them on to those alone who read shapes."""
+    pending = [(node, slot)]
+    for at, place in pending:
+        if ignores_elements(at, place):
+            continue
+        hands_on = operator_row(at).moved_inputs
+        if hands_on is None or (place and hands_on == "first") or len(pending) > MOST_HANDED_ON:
+            return True
+        values = [value for value in at.outputs if value is not None]
+        if any(value.is_output for value in values):
+            return True
+        pending.extend(reader for value in values for reader in value.readers)
+    return False

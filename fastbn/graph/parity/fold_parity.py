@@ -21,7 +21,7 @@ from fastbn.graph.model.element_types import dtype_of
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.normalization import BATCH_NORM, is_batch_norm
-from fastbn.graph.ops.registry import OPERATORS, ignores_elements, operator_row, row_of
+from fastbn.graph.ops.registry import OPERATORS, operator_row, row_of, sees_elements
 from fastbn.graph.parity.feeds import Feed
 from fastbn.graph.parity.probe import Probe, probes
 from fastbn.graph.planner.plan import Plan
@@ -171,7 +171,7 @@ class _Segment:
         """Say whether something outside the segment reads a value of it."""
         if value.is_output:
             return True
-        return any(node not in self.before and not ignores_elements(node, slot) for node, slot in value.readers)
+        return any(node not in self.before and sees_elements(node, slot) for node, slot in value.readers)
 
     def units(self) -> float:
         """Return the bound of an error as a multiple of the absolute size of the terms."""

@@ -149,8 +149,8 @@ class _Planner:
             refused, placed = self._pass(waiting, STRATEGIES[step])
             if step == 0:
                 refusals = refused
-            elif step == 1:  # of those who read a value too, the one that cannot make up for a change
-                known = {node: refusal for node, refusal in refused.items() if {refusal.code, refusals[node].code} <= {*FORKED}}
+            elif step == 1:  # where others read a value, what is in the way once they have been asked
+                known = {node: refusal for node, refusal in refused.items() if refusals[node].code in FORKED and refusal.code != "too-far"}
                 refusals.update(known)
             elif step == len(STRATEGIES) - 1:  # of a shift that may stay behind, what is in the way of the scale
                 known = {node: refusal for node, refusal in refused.items() if refusals[node].code == "shift-cannot-pass"}

@@ -18,7 +18,7 @@ from fastbn.graph.model.schemas import check_version
 from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.normalization import is_batch_norm
 from fastbn.graph.ops.quantization import dequantized, is_quantized
-from fastbn.graph.ops.registry import ignores_elements, operator_row, row_of
+from fastbn.graph.ops.registry import operator_row, row_of, sees_elements
 from fastbn.graph.ops.row import Attribute, Strategy
 from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.planner.guard import Guard
@@ -247,7 +247,7 @@ class GraphView:
     def _uses_of(self, root: Value) -> _Uses:
         """Return who sees a value of the present graph; removal keeps that up to date."""
         if root not in self._uses:
-            readers = {(node, slot): None for node, slot in root.readers if not ignores_elements(node, slot)}
+            readers = {(node, slot): None for node, slot in root.readers if sees_elements(node, slot)}
             self._uses[root] = _Uses(root.name if root.is_output else None, readers)
         return self._uses[root]
 
