@@ -171,6 +171,7 @@ OPTIONAL = {
     "deployment.report": ["jinja2"],
     "graph.model.objects": ["onnx_ir"],
     "graph.passes": ["onnx_ir"],
+    **{name: ["pandas"] for name in ("graph.notebook", "graph.fold_result", "exported.result")},
     "graph.olive": ["olive"],
     "exported.torch_graph": ["torch"],
     "exported.torch_modules": ["torch"],

@@ -1,5 +1,6 @@
 """What a notebook shows of a result: its lines and its drawing, every name escaped."""
 
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -81,3 +82,32 @@ def test_every_result_gives_its_model_in_the_same_way(tmp_path, monkeypatch):
     for read in (made.to_bytes, lambda: made.model, lambda: made.save("none.onnx")):
         with pytest.raises(fastbn.ParityError, match="Cannot save a model: nothing is shipped"):
             read()
+
+
+def test_a_parity():
+    parity = fastbn.fold(conv_bn()).parity
+    root = ET.fromstring(parity._repr_html_())
+    cells = {row.find("th").text: row.find("td").text for row in root.findall("tr")}
+    assert cells["parity"] == "ok"
+    assert cells["compared"] == "y"
+    assert "optimizer off" in cells["inputs"]
+    assert "reason" not in cells
+    failed = fastbn.graph.Parity("failed", reason="<b>")
+    assert ET.fromstring(failed._repr_html_()).find(".//tr[2]/td").text == "<b>"
+
+
+def test_a_data_frame():
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = fastbn.fold(conv_bn()).to_dataframe()
+    assert frame.to_dict("records")[0].items() >= {"bn": "y", "outcome": "folded", "into": "c", "op": "Conv", "channels": 4}.items()
+    kept = fastbn.fold(model(TANH, **norm(4)), rewrite_left="affine").to_dataframe()
+    assert kept["outcome"].tolist() == ["rewritten"]
+    assert kept["op"].tolist() == ["Mul+Add"]
+    assert kept["code"].notna().all()
+    assert len(fastbn.fold(model("(float[2] x) => (float[2] y) { y = Relu(x) }")).to_dataframe()) == 0
+
+
+def test_a_data_frame_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(fastbn.FastbnError, match=r"Cannot make a data frame: pandas is not installed"):
+        fastbn.fold(conv_bn()).to_dataframe()

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 
 from fastbn.graph import report
+from fastbn.graph.notebook import frame_of, lines_html
 from fastbn.graph.ops.normalization import BATCH_NORM
 from fastbn.graph.results import SCHEMA, Change, Fold, FoldDict, Kept, KeptDict, Parity, ParityDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import pandas
 
 __all__ = ["ModelFold", "ModelFoldReport", "layer_of", "named"]
 
@@ -76,8 +79,15 @@ class ModelFold(Generic[ModelT]):
         lines = [*report.result_rows(self.folded, self.kept, []), f"BatchNormalization {before} -> {after}"]
         return [*lines, *report.parity_rows(self.parity)]
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return one row for each batch normalization, as `FoldResult.to_dataframe` does; a FastbnError where pandas is not installed."""
+        return frame_of(self.folded, self.kept)
+
     def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))
+
+    def _repr_html_(self) -> str:
+        return lines_html(self.lines())
 
     def __repr__(self) -> str:
         before, after = self._counts

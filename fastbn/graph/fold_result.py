@@ -1,21 +1,27 @@
 """FoldResult: what folding made of a model, as a model, as files, as data and as text."""
 
+from __future__ import annotations
+
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastbn.errors import ParityError
 from fastbn.graph import report
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import Source
-from fastbn.graph.notebook import result_html
+from fastbn.graph.notebook import frame_of, result_html
 from fastbn.graph.ops.normalization import BATCH_NORM, node_counts
 from fastbn.graph.planner.planning import Planning
 from fastbn.graph.results import SCHEMA, Explanation, Fold, FoldReport, InferenceDict, Kept, Parity, Rewritten
 from fastbn.graph.rewrite.output import ModelResult, Output, Prepared
 from fastbn.graph.rewrite.writer import raises_ir_version
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["FoldResult", "output_of", "planning_of"]
 
@@ -132,6 +138,17 @@ class FoldResult(ModelResult):
         rewritten = f" ({len(self.rewritten)} rewritten)" if self.rewritten else ""
         lines.append(f"BatchNormalization {before[1]} -> {after[1]}{rewritten}, nodes {before[0]} -> {after[0]}")
         return [*lines, *report.parity_rows(self.parity)]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return one row for each batch normalization: bn, outcome ("folded", "kept" or "rewritten"), ops, into, op, channels, error,
+        bound, code, reason, note.
+
+        Raises
+        ------
+        FastbnError
+            pandas is not installed.
+        """
+        return frame_of(self.folded, self.kept, self.rewritten)
 
     def __str__(self) -> str:
         return "\n".join(report.wrapped(self.lines()))

@@ -1,6 +1,7 @@
 """Results as data: Fold, Kept, Parity, and the dictionaries of the JSON report."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Literal, TypeAlias, TypedDict
 
 from fastbn.graph.reasons import ReasonCode
@@ -414,6 +415,19 @@ class Parity:
 
     def __repr__(self) -> str:
         return f"<Parity {self.status}{'' if self.error is None else f': worst {self._worst()}, allowed {self.allowed:.2g}'}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "parity": self.status,
+            "reason": self.reason,
+            "inputs": f"{self.inputs} kinds, {self.where}" if self.inputs else None,
+            "worst": None if self.error is None else f"{self._worst()}, {' / '.join(f'{value:.5g}' for value in self.values)}",
+            "allowed": None if self.allowed is None else f"{self.allowed:.2g}",
+            "compared": ", ".join(self.compared),
+            "not compared": "; ".join((*self.notes, *self.missed)),
+        }
+        cells = ((name, escape(str(value))) for name, value in rows.items() if value)
+        return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in cells)}</table>"
 
     def _worst(self) -> str:
         return f"{self.error:.2g} at {self.output}[{','.join(map(str, self.index))}]"
