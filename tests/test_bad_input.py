@@ -17,7 +17,7 @@ from onnx import external_data_helper
 from sketch import CONV_BN, conv_bn, model, norm, normal
 
 import fastbn
-from fastbn import cli
+from fastbn import cli, commands
 from fastbn.cli import main
 
 
@@ -282,12 +282,12 @@ def test_report_folder_missing(fails):
 def test_unknown_operator_domain_works_and_is_said(here, capsys):
     proto = conv_bn(CONV_BN.replace("y = Batch", "n = Batch").replace("}", "y = com.maker.Magic(n) }"), imports=["com.maker"])
     (here / "in.onnx").write_bytes(proto.SerializeToString())
-    assert main(["fold", "in.onnx", "out.onnx"]) == cli.UNVERIFIED == 5
+    assert main(["fold", "in.onnx", "out.onnx"]) == commands.UNVERIFIED == 5
     out, err = capsys.readouterr()
     assert err == "fastbn: done, not verified (exit code 5)\n", "the report says why"
     assert "parity  not run: onnxruntime cannot load the original" in out
     assert "com.maker" in out
-    assert main(["fold", "in.onnx", "out.onnx", "-q"]) == cli.UNVERIFIED
+    assert main(["fold", "in.onnx", "out.onnx", "-q"]) == commands.UNVERIFIED
     assert re.fullmatch("fastbn: done, not verified: onnxruntime cannot load the original: .*com.maker.*\n", capsys.readouterr().err)
     assert [node.op_type for node in onnx.load("out.onnx").graph.node] == ["Conv", "Magic"]
 

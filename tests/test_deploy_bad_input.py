@@ -149,7 +149,7 @@ def test_an_interrupt_anywhere_leaves_nothing(step, here, capsys, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("fastbn.cli.Steps", Stop)
+    monkeypatch.setattr("fastbn.commands.Steps", Stop)
     deploy("--data", "data.npz", "--quantize", "--max-drop", "1", "--json", "report.json", code=130)
     assert capsys.readouterr().err == "fastbn: interrupted, nothing written\n"
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]

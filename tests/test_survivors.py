@@ -45,6 +45,14 @@ def test_the_size_of_a_model_whose_data_is_gone(tmp_path):
         source.size()
 
 
+def test_a_data_file_that_is_a_folder(tmp_path):
+    path = save_external(conv_bn(), tmp_path)
+    (tmp_path / "model.data").unlink()
+    (tmp_path / "model.data").mkdir()
+    with pytest.raises(storage.StorageError, match=r"^Expected a data file, got something that is no file - at "):
+        storage.load(path)
+
+
 def test_a_data_file_that_lacks_one_byte(tmp_path):
     path = save_external(conv_bn(), tmp_path)
     storage.load(path)

@@ -13,7 +13,7 @@ from shell import Terminal, files
 from sketch import CONV_BN, conv_bn, model, norm, normal
 
 import fastbn
-from fastbn import cli
+from fastbn import cli, commands
 from fastbn.cli import main
 from fastbn.graph import job
 from fastbn.graph.report import result_rows, wrapped
@@ -246,7 +246,7 @@ def test_arguments_of_a_deployment(arguments, message, here, capsys):
 def test_done_and_not_verified_is_5(status, here, capsys, monkeypatch):
     monkeypatch.setattr(job.Comparison, "check", lambda *_, **__: Parity(status, reason="on purpose"))
     for options in ([], ["-q"], ["--strict"]):
-        assert main(["fold", "in.onnx", "out.onnx", *options]) == cli.UNVERIFIED == 5
+        assert main(["fold", "in.onnx", "out.onnx", *options]) == commands.UNVERIFIED == 5
         out, err = capsys.readouterr()
         assert err == ("fastbn: done, not verified: on purpose\n" if "-q" in options else "fastbn: done, not verified (exit code 5)\n")
         assert (out + err).count("on purpose") == 1
