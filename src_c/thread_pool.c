@@ -93,13 +93,13 @@ static int64_t run_share(int number, int owner, int threads, int slot) {
 static void run_phases(int slot) {
     const int threads = pool.limit + 1;
     for (int number = 0; number < pool.count; number++) {
-        progress *progress = &pool.progress[number];
+        progress *reached = &pool.progress[number];
         int64_t done = 0;
         for (int i = 0; i < threads; i++)
             done += run_share(number, (slot + i) % threads, threads, slot);
         if (done)
-            atomic_fetch_add_explicit(&progress->done, done, memory_order_release);
-        wait_for_tasks(progress, pool.phases[number].tasks);
+            atomic_fetch_add_explicit(&reached->done, done, memory_order_release);
+        wait_for_tasks(reached, pool.phases[number].tasks);
     }
 }
 
