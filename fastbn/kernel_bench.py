@@ -84,7 +84,7 @@ def _sizes(shape: Sequence[int], axis: int, dtype: Any) -> tuple[tuple[int, ...]
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MB"
+    return f"{size / 2**20:.3g} MB" if size >= 1 << 16 else f"{size} bytes"
 
 
 def _schedule(operation: Operation, sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any], code: int) -> Schedule:

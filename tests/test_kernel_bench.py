@@ -104,7 +104,7 @@ def test_threads_are_as_before_whatever_happens():
 def test_lines_have_columns_units_and_each_reason_once():
     bench = bench_kernels((2, 3, 8), seconds=0.001)
     first, head, *rows = kernel_lines(bench)
-    assert re.fullmatch(r"2,3,8 float32, channels on axis 1, .* MB: a copy takes [\d.]+ us on one thread", first)
+    assert re.fullmatch(r"2,3,8 float32, channels on axis 1, 192 bytes: a copy takes [\d.]+ us on one thread", first)
     assert head.split() == ["threads", "operation", "time", "copies", "sums", "results", "stores"]
     assert len({line.index(word) for line, word in zip([head, *rows[:3]], ["operation", *OPERATIONS], strict=True)}) == 1
     reasons = [line for line in rows if line.startswith("why  ")]
