@@ -417,17 +417,11 @@ class Parity:
         return f"<Parity {self.status}{'' if self.error is None else f': worst {self._worst()}, allowed {self.allowed:.2g}'}>"
 
     def _repr_html_(self) -> str:
-        rows = {
-            "parity": self.status,
-            "reason": self.reason,
-            "inputs": f"{self.inputs} kinds, {self.where}" if self.inputs else None,
-            "worst": None if self.error is None else f"{self._worst()}, {' / '.join(f'{value:.5g}' for value in self.values)}",
-            "allowed": None if self.allowed is None else f"{self.allowed:.2g}",
-            "compared": ", ".join(self.compared),
-            "not compared": "; ".join((*self.notes, *self.missed)),
-        }
-        cells = ((name, escape(str(value))) for name, value in rows.items() if value)
-        return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in cells)}</table>"
+        ran = {} if self.error is None else {"worst": self._worst(), "allowed": f"{self.allowed:.2g}"}
+        rows = {"parity": self.status, "reason": self.reason, "inputs": self.inputs and f"{self.inputs} kinds, {self.where}", **ran}
+        rows |= {"compared": ", ".join(self.compared), "not compared": "; ".join((*self.notes, *self.missed))}
+        cells = (f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value)
+        return f"<table>{''.join(cells)}</table>"
 
     def _worst(self) -> str:
         return f"{self.error:.2g} at {self.output}[{','.join(map(str, self.index))}]"
