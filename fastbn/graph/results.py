@@ -420,8 +420,7 @@ class Parity:
         ran = {} if self.error is None else {"worst": self._worst(), "allowed": f"{self.allowed:.2g}"}
         rows = {"parity": self.status, "reason": self.reason, "inputs": self.inputs and f"{self.inputs} kinds, {self.where}", **ran}
         rows |= {"compared": ", ".join(self.compared), "not compared": "; ".join((*self.notes, *self.missed))}
-        cells = (f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value)
-        return f"<table>{''.join(cells)}</table>"
+        return f"<table>{''.join(f'<tr><th>{name}</th><td>{escape(str(each))}</td></tr>' for name, each in rows.items() if each)}</table>"
 
     def _worst(self) -> str:
         return f"{self.error:.2g} at {self.output}[{','.join(map(str, self.index))}]"
