@@ -27,7 +27,7 @@ class Body(Graph):
     def __init__(self, rng, opset, shape, prefix, source, depth=0):
         self.rng, self.opset = rng, opset
         self.expressions = np.random.default_rng(rng.integers(1 << 30))
-        self.nodes, self.constants, self.shapes = [], [], {"x": shape}
+        self.nodes, self.constants, self.shapes, self.singles = [], [], {"x": shape}, set()
         self.latest = "x"
         for _ in range(self.rng.integers(1, 3)):
             self.motif()

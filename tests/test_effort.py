@@ -95,8 +95,8 @@ def effort(kind, count, monkeypatch):
         row, others = Search._row, GraphView.other_readers
         patch.setattr(Search, "_row", lambda self, node, depth: seen.append(1) or row(self, node, depth))
 
-        def counted(self, value, asker, slot, most):
-            found = others(self, value, asker, slot, most)
+        def counted(self, value, askers, most):
+            found = others(self, value, askers, most)
             seen.extend(found)
             return found
 

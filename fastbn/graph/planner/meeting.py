@@ -83,7 +83,8 @@ class Meeting(Search):
                     add_branch(branch, self._settled_from(left))
                     add_branch(branch, plan)
                 except Refusal as refusal:
-                    refused = refused or refusal.with_traceback(None)
+                    if refused is None or transfer.skip is None:  # as in Search._first: it says more than why a detour was refused
+                        refused = refusal.with_traceback(None)
                     if self._is_exhausted():
                         break
                 else:
