@@ -75,7 +75,7 @@ STAYS = {
         graph("a = Transpose <perm = [0,2,1]> (n) d = Add(n, a) y = Conv(d, w)", x="2,4,4", w=normal(5, 4, 1)),
     ),
     "a value and its negative": ("other-branch", graph("a = Neg(n) d = Concat <axis = 2> (n, a) y = Conv(d, w)", w=normal(5, 4, 1))),
-    "two of three": ("other-readers", graph("a = Neg(n) b = Neg(a) d = Sum(n, b, r) y = Conv(d, w)", w=normal(5, 4, 1))),
+    "two of three": ("other-branch", graph("a = Neg(n) b = Neg(a) d = Sum(n, b, r) y = Conv(d, w)", w=normal(5, 4, 1))),
     "a product of shifts": ("shift-cannot-pass", graph("a = Neg(n) d = Mul(n, a) y = Conv(d, w)", w=normal(5, 4, 1))),
 }
 

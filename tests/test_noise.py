@@ -9,8 +9,10 @@ from sketch import assert_same, conv_bn, folds, initializers, model, norm, norma
 import fastbn
 from fastbn.cli import main
 from fastbn.graph import job
-from fastbn.graph.model import expressions
+from fastbn.graph.model import expressions, storage
+from fastbn.graph.model.index import Index
 from fastbn.graph.parity.fold_parity import FoldParity
+from fastbn.graph.parity.noise import OwnNoise
 
 
 def unsqueezed(opset, axes, gain=1.0):
@@ -309,6 +311,43 @@ def test_an_output_that_is_zero_but_for_rounding_proves_nothing():
     proto = model(text, w=weight, k=weight, s=zero + 3, t=zero, m=zero, v=zero + 1)
     parity = fastbn.fold(proto).parity
     assert (parity.status, parity.reason) == ("inconclusive", "rounding alone may change values that are all zero, which proves nothing")
+
+
+@pytest.mark.parametrize("times", [1, 100])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_shift_that_another_reader_takes_away_again_is_rounded_by_the_folded_model_alone(seed, times):
+    """For x = 0 the original gives z = 0 exactly; the folded model gives what is left of two numbers of the size of the shift."""
+    text = "(float[2,3,8,8] x) => (float y, float z) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) z = Conv(c, k) }"
+    constants = {**norm(4, seed=seed), "w": normal(4, 3, 3, 3, seed=seed), "k": normal(5, 4, 1, 1, seed=seed)}
+    proto = model(text, **{**constants, "t": constants["t"] * np.float32(times)})
+    result = fastbn.fold(proto)
+    assert (ops(result.model), result.parity.status) == ("Conv Conv", "ok"), result.kept
+    for place in (1, 2):
+        wrong = onnx.ModelProto()
+        wrong.CopyFrom(result.model)
+        tensor = next(each for each in wrong.graph.initializer if each.name == wrong.graph.node[1].input[place])
+        tensor.raw_data = (initializers(wrong)[tensor.name] * np.float32(1 + 1e-3)).tobytes()
+        assert fastbn.verify(proto, wrong).status == "failed"
+
+
+def test_a_folded_model_rounds_the_constants_that_the_original_does_not_hold():
+    text = "(float[2,3,8,8] x) => (float y) { c = Conv(x, w, b) n = BatchNormalization(c, s, t, m, v) r = Tanh(n) y = Conv(r, k, a) }"
+    proto = model(text, w=normal(4, 3, 3, 3), b=normal(4), k=normal(5, 4, 1, 1), a=normal(5), **norm(4))
+    original, folded = (Index(storage.load(each)) for each in (proto, fastbn.fold(proto, verify=False).model))
+    assert [info.name for info in OwnNoise(original, original).proto.graph.input] == ["x"]
+    noise = OwnNoise(original, folded)
+    assert [[name for name in node.input if name.startswith("fastbn/noise/")] for node in noise.proto.graph.node] == [
+        ["fastbn/noise/0/0/1", "fastbn/noise/0/0/2"],
+        [],
+        [],
+    ]
+    x = normal(2, 3, 8, 8)
+    feed = noise.perturbed({"x": x}, np.random.default_rng(0))
+    assert feed["x"] is x
+    least = 2 * 2.0**-24
+    for slot in (1, 2):
+        values = folded.constant(folded.order[0].inputs[slot]).array()
+        assert (np.abs(feed[f"fastbn/noise/0/0/{slot}"] - values) >= least * np.abs(values)).all()
 
 
 LONG = {

@@ -5,6 +5,7 @@ units of roundoff. What is perturbed, and by how much: docs/numerics.md, "The no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ from fastbn.graph.reasons import Refusal
 
 if TYPE_CHECKING:
     from fastbn._types import FloatArray
-    from fastbn.graph.model.constant import Constant, DType
+    from fastbn.graph.model.constant import Constant, DType, Tensor
 
-__all__ = ["NOISE", "Noise"]
+__all__ = ["NOISE", "Noise", "OwnNoise"]
 
 # Noise of a parameter in units of roundoff: with 2, every parameter moves to a neighbor in its type.
 NOISE = 2
@@ -157,9 +158,50 @@ class Noise:
     def _sum_units(self, node: Node) -> float:
         """Return how many units of roundoff the sums may err from which or into which the affine of a node may go."""
         if node not in self._units:
-            units = [_units(each, self._view) for forward in (False, True) for each in _neighbors(node, forward)]
-            self._units[node] = max(units, default=0.0)
+            self._units[node] = max((_units(each, self._view) for each in self._around(node)), default=0.0)
         return self._units[node]
+
+    def _around(self, node: Node) -> list[Node]:
+        return [*_neighbors(node, forward=False), *_neighbors(node, forward=True)]
+
+
+class OwnNoise(Noise):
+    """What a folded model rounds itself: a shift that one constant adds and others take away again, of which the original knows nothing.
+
+    Every constant that the original does not hold is perturbed, and by the rounding error of the sums that it enters; the inputs are not.
+
+    Parameters
+    ----------
+    original, folded : model.Index
+    """
+
+    def __init__(self, original: Index, folded: Index) -> None:
+        super().__init__(folded, folded.proto, inputs_only=True)
+        held = {_key(constant) for _, _, constant in _small_constants(original)}
+        for node, slot, constant in _small_constants(folded):
+            if _key(constant) not in held:
+                values = float64_of(constant)
+                self._perturb(node, slot, values, np.abs(values), UNIT[constant.dtype.name], constant.dtype)
+
+    def perturbed(self, feed: Feed, rng: np.random.Generator, sums: bool = True) -> Feed:
+        """Return the inputs of `proto` with noise of random sign in the constants alone."""
+        return {**super().perturbed({}, rng, sums), **feed}
+
+    def _around(self, node: Node) -> list[Node]:
+        return [node, *super()._around(node)]
+
+
+def _small_constants(index: Index) -> Iterator[tuple[Node, int, Tensor]]:
+    """Yield (node, slot, constant) of every constant of real numbers that may be perturbed."""
+    for node in index.order:
+        sizes = operator_row(node).size_slots
+        for slot, constant in enumerate(map(index.constant, node.inputs)):
+            if constant is not None and constant.dtype.name in UNIT and constant.size <= LARGEST_PERTURBED and slot not in sizes:
+                yield node, slot, constant
+
+
+def _key(constant: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    return constant.dtype.name, constant.shape, constant.array().tobytes()
 
 
 @dataclass(frozen=True, eq=False)

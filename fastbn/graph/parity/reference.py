@@ -22,7 +22,7 @@ from fastbn.graph.runtime import Runnable, Runner, runtime_errors, said, says_in
 if TYPE_CHECKING:
     from fastbn._types import Array
 
-__all__ = ["Progress", "Reference", "copied", "feeds_for", "reference_of", "silent"]
+__all__ = ["MORE_DRAWS", "Progress", "Reference", "copied", "feeds_for", "reference_of", "silent"]
 
 # Draws of the noise where the first one does not explain a difference: docs/numerics.md, "The bound of an output".
 MORE_DRAWS = 5

@@ -60,6 +60,12 @@ class Verdict:
         return self.worst.error > self.bound
 
     @property
+    def may_be_rounding(self) -> bool:
+        """Say whether the noise does not explain the difference and a larger noise would: it is so small that a bound above it proves
+        something, or the values are zero."""
+        return self.is_wrong and (self.worst.magnitude == 0 or self.worst.error <= CONCLUSIVE * self.worst.magnitude)
+
+    @property
     def why_inconclusive(self) -> str:
         """Say why nothing is proven where neither `holds` nor `is_wrong`."""
         part = f"{self.bound / self.worst.magnitude:.1%} of the largest value" if self.worst.magnitude else "values that are all zero"
