@@ -93,7 +93,7 @@ def test_everything_is_in_it(whole):
         "2 kernels, after onnxruntime's own pre-processing",
         "7 kernels, without it",
         "into Conv /block1/depthwise/Conv, 16 channels",
-        "other-readers another node reads the value before it",
+        "mixed-sign-through-relu a scale that is not positive in every channel cannot pass a Relu",
         "it is not positive in channels 10, 20",
         f"fastbn {fastbn.__version__}",
         "onnxruntime",

@@ -159,7 +159,7 @@ def test_nodes_in_a_branch_and_in_a_function():
     text = f"(float[2,3,8,8] x, bool yes) => (float[2,4,6,6] k) {{ c = Conv(x, w, b) k = If(yes) <{branches}> }}"
     result = fastbn.fold(model(text, **FOUR), as_inference=True)
     assert result.to_dict()["inference"]["changed"] == ["p"]
-    assert codes(result) == {"other-readers": 1}
+    assert codes(result) == {"crosses-scope": 1}
     text = """<ir_version: 10, opset_import: ["" : 17, "local" : 1]>
         g (float[2,4,6] x) => (float[2,4,6] y) { y = local.norm(x) }
         <domain: "local", opset_import: ["" : 17]> norm (x) => (y) {
