@@ -364,6 +364,21 @@ def test_kernels_are_counted_as_onnxruntime_runs_them(tmp_path):
     assert measure.kernels_of(path, {"x": normal(2, 5)}, tmp_path) is None
 
 
+def test_a_profile_that_onnxruntime_could_not_write(small_cnn, tmp_path):
+    """It does not say so."""
+    feed = {"image": normal(1, 3, 32, 32)}
+    with pytest.raises(fastbn.StorageError, match=r"^Cannot use '.*profile.*json', onnxruntime's profile: no such file or directory$"):
+        measure.kernels_of(small_cnn, feed, tmp_path / "none")
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(fastbn.StorageError, match=r"onnxruntime's profile: it is not whole$"):
+            measure.kernels_of(small_cnn, feed, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_progress_is_a_bar_on_a_terminal(here, monkeypatch, capsys):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)

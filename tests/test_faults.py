@@ -22,6 +22,7 @@ import pytest
 from shell import files
 from sketch import conv_bn
 
+import fastbn
 from fastbn import terminal
 from fastbn.cli import main
 from fastbn.graph import runtime
@@ -280,6 +281,94 @@ def test_a_data_file_that_becomes_shorter_while_it_is_mapped(limits, here, envir
     make_models.large(here, layers=1, channels=8)
     assert main(["fold", "large.onnx", "out.onnx", "-q"]) == 0
     assert set(files(here)) - set(before) == {"out.onnx.data"}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("fold", "EIO"), ("verify", "EMFILE"), ("bench", "EDQUOT"), ("deploy", "ENOSPC"), ("deploy", "EROFS")]
+)
+def test_errors_of_the_system_for_files_that_onnxruntime_opens(command, name, here, capfd, monkeypatch):
+    """It fails to open the model or a data file, in each session in turn."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    monkeypatch.setattr("fastbn.deployment.stages.resident_mb", lambda paths: {})
+    monkeypatch.setattr("fastbn.graph.timing.WARM_UP", 0)
+    make, number = onnxruntime.InferenceSession, getattr(errno, name)
+    line = {
+        "fold": ["large.onnx", "out.onnx", "-q"],
+        "verify": ["large.onnx", "large.onnx", "-q"],
+        "bench": ["large.onnx", "large.onnx", "--runs", "1", "-q"],
+        "deploy": ["large.onnx", "out.onnx", "--runs", "1", "-q"],
+    }[command]
+    for point in itertools.count():
+        calls = itertools.count()
+
+        def failing(model, *arguments, calls=calls, point=point, **options):
+            if next(calls) != point:
+                return make(model, *arguments, **options)
+            if isinstance(model, str):
+                raise state.Fail(f"[ONNXRuntimeError] : 1 : FAIL : Load model from {model} failed:system error number {number}")
+            raise RuntimeError(f"SystemError : {number}")
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", failing)
+        code = main([command, *line])
+        out, err = capfd.readouterr()
+        if next(calls) <= point:
+            break
+        assert (code, out) == (2, ""), (point, err)
+        assert err.startswith("fastbn: Cannot use "), err
+        assert err.endswith(f": {os.strerror(number).lower()}\n"), err
+        assert not (here / "out.onnx").exists()
+    assert code == 0
+    assert point > 1
+
+
+def test_what_onnxruntime_says_of_errors_of_the_system(here, environment):
+    """No file can be opened: neither the model nor its data file."""
+    code = """if True:
+        import os, resource
+        from fastbn.errors import StorageError
+        from fastbn.graph import runtime
+
+        with open("large.onnx", "rb") as file:
+            model = file.read()
+        runtime.session(model, os.getcwd())
+        free = os.open("large.onnx", os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+        for each in ("large.onnx", model):
+            try:
+                runtime.session(each, os.getcwd())
+            except StorageError as error:
+                print(str(error).replace(os.getcwd(), "HERE"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = ["Cannot use 'large.onnx': too many open files", "Cannot use a data file in 'HERE': too many open files"]
+    assert done.stdout.splitlines() == lines
+
+
+def test_a_model_that_onnxruntime_cannot_read_to_its_end(here, monkeypatch):
+    """It calls that a file that is no model."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    make, faults = onnxruntime.InferenceSession, []
+
+    def failing(*arguments, **options):
+        for fault in faults[:1]:
+            del faults[0]
+            raise fault
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", failing)
+    faults[:] = [state.InvalidProtobuf("Protobuf parsing failed.")]
+    assert runtime.session("large.onnx").get_inputs()[0].name == "x", "a second try has read it"
+    faults[:] = [state.InvalidProtobuf("Protobuf parsing failed.")] * 2
+    with pytest.raises(state.InvalidProtobuf):
+        runtime.session("large.onnx")
+    with pytest.raises(fastbn.StorageError, match=r"^Cannot use '.*': is a directory$"):
+        runtime.session(str(here))
 
 
 def test_all_exceptions_of_onnxruntime_are_known():

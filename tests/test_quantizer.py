@@ -82,6 +82,9 @@ BROKEN = {
     "qdq_quantizer.QDQQuantizer = lambda *a, **k: os._exit(3)": "ended with exit code 3",
     "raise ImportError('no such module')": "ended with exit code 1: ImportError: no such module",
     "def fail(*a, **k): raise KeyError('no such')\nqdq_quantizer.QDQQuantizer = fail": "refuses the model: KeyError: 'no such'",
+    "def fail(*a, **k): raise OSError(28, os.strerror(28))\nqdq_quantizer.QDQQuantizer = fail": (
+        "cannot use a file: no space left on device"
+    ),
     "def fail(*a, **k): raise MemoryError\nqdq_quantizer.QDQQuantizer = fail": "refuses the model: MemoryError:",
 }
 

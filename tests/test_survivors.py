@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from rows import A4, A4S, PER_ELEMENT, affine, case, ints
-from sketch import assert_same, conv_bn, model, norm, normal
+from sketch import assert_same, conv_bn, model, norm, normal, ops
 from test_storage import save_external
 from test_transfers import check_backward, check_forward
 
@@ -325,3 +325,56 @@ def test_what_a_constant_would_have_to_add_of_the_data():
     text = "(float[2,4,5,5] x) => (float y) { c = Conv(x, w, b) k = Add(h, h) d = Sum(x, k, c) y = BatchNormalization(d, s, t, m, v) }"
     proto = model(text, h=normal(4, 1, 1), w=normal(4, 4, 1, 1), b=normal(4), **norm(4))
     assert_same(proto, fastbn.fold(proto, verify=False).model)
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div"])
+def test_a_product_of_numbers_stays_a_number(op):
+    """A joined affine of rank 1 would make a vector of it."""
+    text = f"""(float[1,1] x) => (float y) {{
+        r = Tanh(x) n = BatchNormalization(r, s, t, m, v) a = Squeeze(n) b = Neg(a) d = {op}(a, b) y = Mul(d, k)
+    }}"""
+    zero = np.zeros(1, np.float32)
+    proto = model(text, k=np.float32(3), **norm(1) | {"t": zero, "m": zero})
+    folded = fastbn.fold(proto, verify=False).model
+    assert ops(folded) == f"Tanh Squeeze Neg {op} Mul"
+    assert_same(proto, folded)
+
+
+def test_a_sibling_that_is_malformed():
+    text = "(float[2,4,6,6] x) => (float y) { n = BatchNormalization(x, s, t, m, v) c = Conv <rate = 3> (x, w) y = Add(c, n) }"
+    with pytest.raises(ModelError, match=r"attributes that Conv has at opset .*, got 'rate' - at `c`"):
+        fastbn.fold(model(text, w=normal(4, 4, 1, 1), **norm(4)), verify=False)
+
+
+def test_neighbors_go_into_a_batch_normalization_that_stays():
+    """They wait for it, and do not wait for ever."""
+    text = """(float[2,4,6,6] x) => (float y) {
+        r = Tanh(x) d = Mul(r, k) e = Add(d, l) n = BatchNormalization(e, s, t, m, v) y = Sigmoid(n)
+    }"""
+    proto = model(text, k=normal(4, 1, 1), l=normal(4, 1, 1, seed=1), **norm(4))
+    folded = fastbn.fold(proto, skip="n", verify=False).model
+    assert ops(folded) == "Tanh BatchNormalization Sigmoid"
+    assert_same(proto, folded)
+
+
+def test_a_shift_stays_in_an_add_for_a_product_alone():
+    """A Relu is no reason, though the model has a MatMul elsewhere."""
+    text = """(float[2,4,6,6] x) => (float y) {
+        c = Conv(x, w) r = Relu(c) n = BatchNormalization(r, s, t, m, v) q = Sigmoid(n) y = MatMul(q, o)
+    }"""
+    proto = model(text, w=normal(4, 4, 1, 1), o=normal(6, 6), **norm(4, positive=True))
+    assert [kept.code for kept in fastbn.fold(proto, verify=False).kept] == ["shift-through-relu"]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-14])
+def test_a_vector_of_weights_that_two_folds_make_zero(scale):
+    """As a matrix, it takes one scale only where both would make all of it zero."""
+    text = """(float[2,6] x) => (float[2,1] y) {
+        n = BatchNormalization(x, s, t, t, v) a = MatMul(n, w) u = Unsqueeze(a, j) y = BatchNormalization(u, s1, t1, t1, v1)
+    }"""
+    six, one = np.ones(6, np.float32), np.ones(1, np.float32)
+    parameters = {"s": scale * six, "t": 0 * six, "v": six, "s1": scale * one, "t1": 0 * one, "v1": one}
+    proto = model(text, w=np.full(6, 1e-10, np.float32), j=ints(1), **parameters)
+    result = fastbn.fold(proto, verify=False)
+    assert [kept.code for kept in result.kept] == (["flush-to-zero"] if scale == 1e-20 else [])
+    assert onnx.numpy_helper.to_array(result.model.graph.initializer[0]).all()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import numpy as np
 import onnx
 
+from fastbn.errors import StorageError
 from fastbn.graph.model.storage import Source
 from fastbn.graph.runtime import runtime_errors, session
 
@@ -157,15 +158,22 @@ def quick_ms(path: Path, feed: Feed) -> float | None:
 
 
 def kernels_of(path: Path, feed: Feed, folder: Path) -> Kernels | None:
-    """Return the Kernels of a model on one input, from onnxruntime's profile, written to `folder`; None where it does not run."""
+    """Return the Kernels of a model on one input, from onnxruntime's profile, written to `folder`; None where it does not run.
+
+    Raises StorageError where the profile is not there or not whole: onnxruntime does not say that it could not write it.
+    """
     try:
         profiled = session(str(path), optimize=True, profile=folder / "profile")
         profiled.run(None, feed)
         record = Path(profiled.end_profiling())
     except runtime_errors():
         return None
-    events = json.loads(record.read_text(encoding="utf-8"))
-    record.unlink()
+    try:
+        events = json.loads(record.read_text(encoding="utf-8"))
+        record.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not whole"
+        raise StorageError(f"Cannot use '{record}', onnxruntime's profile: {str(reason).lower()}") from error
     # A kernel in a loop runs many times: each counts once.
     kernels = {event["args"]["node_index"] + event["name"]: event["args"] for event in events if event["name"].endswith("_kernel_time")}
     floats: dict[str, int] = {}

@@ -32,7 +32,7 @@ from fastbn.errors import FastbnError
 from fastbn.graph.model.nesting import scopes_of
 from fastbn.graph.model.storage import serialize
 from fastbn.graph.reasons import first_few
-from fastbn.graph.runtime import FATAL, said
+from fastbn.graph.runtime import FATAL, said, system_error
 
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
@@ -150,6 +150,9 @@ def quantize_file(
     except QuantizerRefused:
         raise
     except Exception as error:  # the quantizer raises whatever its parts do, AttributeError and KeyError among them
+        reason = system_error(error)
+        if reason is not None:
+            raise QuantizerRefused(f"onnxruntime's quantizer cannot use a file: {reason}") from error
         kind = "" if isinstance(error, (FastbnError, ValueError)) else f"{type(error).__name__}: "
         first = said(error) if str(error).strip() else "; ".join(listener.lines[-1:])
         raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {kind}{first}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from fastbn.errors import FastbnError, StorageError
 from fastbn.graph.model.element_types import dtype_of
-from fastbn.graph.model.files import utf8_path
+from fastbn.graph.model.files import os_error, utf8_path
 from fastbn.graph.model.storage import Source, serialize
 from fastbn.interrupts import interrupts_deferred
 
@@ -35,6 +35,7 @@ __all__ = [
     "says_invalid",
     "session",
     "silence_log",
+    "system_error",
 ]
 
 
@@ -46,6 +47,12 @@ NOISE = (
     (re.compile(r"^Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: "), r"\1 '\2': "),
 )
 
+
+# What it says where the system gives an error, for a model file or a data file.
+SYSTEM_ERROR = re.compile(r"(?:\bsystem error number |^SystemError : )(\d+)")
+
+# Bytes that are read at once.
+BLOCK = 1 << 20
 
 # The level of onnxruntime's log above which nothing is written that a process survives.
 FATAL = 4
@@ -165,6 +172,14 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError)
 
 
+def system_error(error: Exception) -> str | None:
+    """Return what the system said, where that is what an exception of onnxruntime, or of the system itself, is about."""
+    found = SYSTEM_ERROR.search(str(error))
+    if found:
+        return os.strerror(int(found[1])).lower()
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else None
+
+
 def says_invalid(error: Exception) -> bool:
     """Say whether onnxruntime calls a model invalid, and not only one that it cannot run."""
     state = _exceptions()
@@ -208,7 +223,7 @@ def session(
     FastbnError
         onnxruntime is not installed.
     StorageError
-        A path is not UTF-8.
+        A path is not UTF-8, or the system gives an error for the model file or a data file.
     """
     runtime = _runtime()
     if isinstance(model, str):
@@ -229,9 +244,36 @@ def session(
         options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _utf8(folder))
-    # Without its fallback, which prints before it tries the same provider once more.
-    made: OpenSession = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    return made
+
+    def make() -> OpenSession:
+        # Without its fallback, which prints before it tries the same provider once more.
+        made: OpenSession = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return made
+
+    return _opened(make, model, folder)
+
+
+def _opened(make: Callable[[], OpenSession], model: bytes | str, folder: str | os.PathLike[str] | None) -> OpenSession:
+    """Return what `make` makes of a model; an error of the system becomes a StorageError."""
+    try:
+        return make()
+    except runtime_errors() as error:
+        reason = system_error(error)
+        if reason is not None:
+            place = os.path.dirname(model) if isinstance(model, str) else folder
+            is_data = not isinstance(model, str) or str(error).startswith("SystemError")
+            what = f"a data file in '{place}'" if is_data else f"'{model!s}'"
+            raise StorageError(f"Cannot use {what}: {reason}") from error
+        if not isinstance(model, str) or not isinstance(error, _exceptions().InvalidProtobuf):
+            raise
+    # Where it cannot read a file to its end, it says that the file is no model.
+    try:
+        with open(model, "rb") as file:
+            while file.read(BLOCK):
+                pass
+    except OSError as error:
+        raise os_error(error, model) from error
+    return make()
 
 
 @dataclass

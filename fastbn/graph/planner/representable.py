@@ -38,7 +38,7 @@ def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
                 raise Refusal("bad-parameters", f"{where} holds Inf or NaN already")
             channels = first_few(constant.bad_channels())
             raise Refusal("overflow", f"{nonfinite} values of {where} would become Inf or NaN in {constant.dtype}, channels {channels}")
-        if flushed or (isinstance(constant, Dense) and len(constant.shape) > 1):
+        if flushed or isinstance(constant, Dense):
             count, channels_of_zeros = _flushed(node, slot, constant, plan, view)
             if count:
                 some = first_few(channels_of_zeros)
