@@ -29,6 +29,10 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 JSON = "write the report as JSON; - writes it to stdout instead of the table"
 
+# A shape as people write it.
+BRACKETS = ("()", "[]")
+BETWEEN_SIZES = re.compile(r"\s*[,x]\s*|\s+")
+
 # The end of an error: the argument of Python's function that it is about.
 ABOUT = re.compile(r" - at `(\w+)(?:\[.*\])?`$")
 
@@ -107,7 +111,7 @@ class Arguments(argparse.Namespace):
     threads: int
 
     # Options of a bench of kernels.
-    shape: str
+    shape: list[str]
     axis: int
     dtype: str
     seconds: float
@@ -351,7 +355,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_kernels(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("shape", metavar="SHAPE", help="sizes of the array, as 32,64,56,56")
+    bench.add_argument("shape", nargs="+", metavar="SHAPE", help="sizes of the array, as 32,64,56,56 or '(32, 64, 56, 56)'")
     bench.add_argument("--axis", type=int, default=1, metavar="N", help="the axis of the channels (1; -1 is the last)")
     bench.add_argument("--dtype", default="float32", choices=DTYPES, help="of the array (float32)")
     bench.add_argument("--seconds", type=float, default=0.2, metavar="SECONDS", help="for each figure (0.2)")
@@ -415,8 +419,11 @@ def _is_size(text: str) -> bool:
 
 
 def sizes_in(text: str, where: str) -> tuple[int, ...]:
-    """Return sizes with commas between them as numbers; raises ArgumentError where they are none."""
-    numbers = text.split(",")
+    """Return sizes as numbers, written as 1,64,56,56 or 1x64x56x56 or as a shape is printed; raises ArgumentError where they are none."""
+    stripped = text.strip()
+    if stripped[:1] + stripped[-1:] in BRACKETS:
+        stripped = stripped[1:-1].strip().removesuffix(",")
+    numbers = BETWEEN_SIZES.split(stripped)
     if not all(map(_is_size, numbers)):
         raise ArgumentError(expected("positive sizes, as 32,64,56,56", repr(text[:MOST_SHOWN]), where))
     return tuple(map(int, numbers))

@@ -307,7 +307,8 @@ def _bench_kernels(arguments: Arguments, delivery: Delivery) -> int:
             importlib.import_module("ml_dtypes")  # which gives NumPy this type
         except ImportError:
             raise ArgumentError("Cannot make arrays of bfloat16: ml_dtypes is not installed") from None
-    bench = bench_kernels(sizes_in(arguments.shape, "SHAPE"), axis=arguments.axis, dtype=arguments.dtype, seconds=arguments.seconds)
+    shape = sizes_in(" ".join(arguments.shape), "SHAPE")
+    bench = bench_kernels(shape, axis=arguments.axis, dtype=arguments.dtype, seconds=arguments.seconds)
     report: KernelBenchReport = {"schema": 1, **bench}
     return _print_report(report, kernel_lines(bench), arguments, delivery)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -26,6 +27,9 @@ OPERATIONS: tuple[Operation, ...] = ("inference", "training", "backward")
 
 # Calls that are timed at most.
 MOST_CALLS = 2000
+
+# What NumPy has at most.
+MOST_AXES = 64
 
 
 class Schedule(TypedDict):
@@ -69,7 +73,9 @@ class KernelBenchReport(KernelBench):
 def _sizes(shape: Sequence[int], axis: int, dtype: Any) -> tuple[tuple[int, ...], int, np.dtype[Any], int]:
     """Return the checked shape, the axis from 0 on, the dtype and its number."""
     sizes = tuple(_check.positive_int(size, "shape") for size in shape)
-    if not sizes or math.prod(sizes) >= 1 << 40:
+    if not 0 < len(sizes) <= MOST_AXES:
+        raise ArgumentError(f"Expected 1 to {MOST_AXES} dimensions, got {len(sizes)} - at `shape`")
+    if math.prod(sizes) >= 1 << 40:
         raise ArgumentError(f"Expected 1 to 2**40 elements, got {sizes} - at `shape`")
     if isinstance(axis, bool) or not isinstance(axis, int) or not -len(sizes) <= axis < len(sizes):
         raise ArgumentError(f"Expected an axis of {len(sizes)} dimensions, got {axis!r} - at `axis`")
@@ -177,6 +183,11 @@ def _calls(sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> tuple[Cal
     }
 
 
+def _fits(size: int) -> bool:
+    """Whether the machine has so much memory at all: a system that promises more ends the process while the arrays are filled."""
+    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32", seconds: float = 0.2) -> KernelBench:
     """Measure inference, training and the backward pass of a shape on this machine, on one thread and on all, beside a copy.
 
@@ -209,6 +220,8 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
     sizes, axis, resolved, code = _sizes(shape, axis, dtype)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 3600:
         raise ArgumentError(f"Expected a number of seconds above 0, got {seconds!r} - at `seconds`")
+    if not _fits(4 * math.prod(sizes) * resolved.itemsize):
+        raise MemoryError("four arrays of this size are more than the machine's memory")
     copy, calls = _calls(sizes, axis, resolved)
     copy_us = percentile(copy, seconds)
     most = get_num_threads()

@@ -206,6 +206,34 @@ def test_a_function_of_the_user_is_no_function_of_keras_of_the_same_name():
     assert_same(model, result.model, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.LSTM(4, activation=relu),  # the functions are those of its cell
+        lambda: layers.GRU(4, return_sequences=True, recurrent_activation=relu),
+        lambda: layers.RNN([layers.SimpleRNNCell(4), layers.GRUCell(3, activation=relu)]),
+        lambda: layers.Bidirectional(layers.SimpleRNN(4, activation=relu)),
+        lambda: layers.TimeDistributed(layers.Dense(4, activation=relu)),
+    ],
+)
+def test_layers_that_hold_functions_in_layers_of_theirs_are_copied_with_them(make):
+    given = keras.Input((6, 3))
+    x = norm(layers.Dense(5, name="dense")(given), "bn")
+    model = settled(keras.Model(given, make()(x)))
+    result = fold(model)
+    assert [each.bn for each in result.folded] == ["bn"]
+    assert_same(model, result.model)
+
+
+def test_a_convolution_with_a_state_is_copied():
+    given = keras.Input((4, 6, 6, 3))
+    x = norm(layers.Conv3D(4, 1, name="conv")(given), "bn")
+    model = settled(keras.Model(given, layers.ConvLSTM2D(3, 3)(x)))
+    result = fold(model)
+    assert not result.kept
+    assert_same(model, result.model)
+
+
 @keras.saving.register_keras_serializable("checks")
 class Forgetful(layers.Layer):
     """Its configuration lacks what it was made with."""

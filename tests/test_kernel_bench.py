@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import bench_kernels, kernel_schedule
+from fastbn import bench_kernels, kernel_bench, kernel_schedule
 from fastbn.cli import main
 from fastbn.kernel_bench import OPERATIONS, kernel_lines
 
@@ -74,7 +74,8 @@ def test_measured():
     ("arguments", "message"),
     [
         ({"shape": (2, 0)}, r"Expected an integer >= 1, got 0 - at `shape`"),
-        ({"shape": ()}, r"Expected 1 to 2\*\*40 elements, got \(\) - at `shape`"),
+        ({"shape": ()}, r"Expected 1 to 64 dimensions, got 0 - at `shape`"),
+        ({"shape": (1,) * 65}, r"Expected 1 to 64 dimensions, got 65 - at `shape`"),
         ({"shape": (1 << 20, 1 << 20)}, r"Expected 1 to 2\*\*40 elements, got .* - at `shape`"),
         ({"shape": (2, 3), "axis": 2}, r"Expected an axis of 2 dimensions, got 2 - at `axis`"),
         ({"shape": (2, 3), "dtype": "int8"}, r"Expected float32, float64, float16 or bfloat16, got int8 - at `dtype`"),
@@ -93,6 +94,12 @@ def test_refused_seconds(seconds):
     with pytest.raises(fastbn.ArgumentError, match=r"Expected a number of seconds above 0, got .* - at `seconds`"):
         bench_kernels((2, 3), seconds=seconds)
     assert fastbn.get_num_threads() >= 1
+
+
+def test_more_than_the_machine_has_is_refused_before_it_is_filled(monkeypatch):
+    monkeypatch.setattr(kernel_bench, "_calls", lambda *arguments: pytest.fail("arrays are made"))
+    with pytest.raises(MemoryError, match="four arrays"):
+        bench_kernels((1 << 39, 1))
 
 
 def test_threads_are_as_before_whatever_happens():
@@ -116,3 +123,27 @@ def test_the_command(capsys):
     assert capsys.readouterr().out.startswith("2,3 float32, channels on axis 1")
     assert main(["bench-kernels", "2,x"]) == 2
     assert capsys.readouterr().err == "fastbn: Expected positive sizes, as 32,64,56,56, got '2,x' - at `SHAPE`\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["2x3x4"],
+        ["(2,3,4)"],
+        ["(2, 3, 4)"],
+        ["[2, 3, 4,]"],
+        ["2", "3", "4"],
+        ["2,", "3,", "4"],
+        [" 2 3 4 "],
+        ["--axis", "-1", "2", "3", "4"],
+    ],
+)
+def test_a_shape_as_people_write_it(words, capsys):
+    assert main(["bench-kernels", *words, "--seconds", "0.001"]) == 0
+    assert capsys.readouterr().out.startswith("2,3,4 float32")
+
+
+@pytest.mark.parametrize("text", ["", "()", "(2,3", "2,3]", "2,,3", "2,3,", "2,(3)", "2x", "2,0", "-"])
+def test_no_shape(text, capsys):
+    assert main(["bench-kernels", text]) == 2
+    assert capsys.readouterr().err == f"fastbn: Expected positive sizes, as 32,64,56,56, got {text!r} - at `SHAPE`\n"

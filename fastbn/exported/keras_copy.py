@@ -62,10 +62,20 @@ def _layer_like(layer: keras.layers.Layer, needs_bias: bool) -> keras.layers.Lay
         new = type(layer).from_config({**config, "use_bias": True} if needs_bias and "use_bias" in config else config)
     except Exception as error:  # whatever a class of the user raises
         raise ArgumentError(f"Cannot copy the layer '{layer.name}' of class {type(layer).__name__}: {first_line(error)}") from error
-    for name in FUNCTIONS:
-        if hasattr(layer, name) and not isinstance(getattr(layer, name), keras.layers.Layer):
-            setattr(new, name, getattr(layer, name))
+    _give_functions(new, layer)
     return new
+
+
+def _give_functions(new: keras.layers.Layer, old: keras.layers.Layer) -> None:
+    """Give a layer the functions of another one, and so the layers in it: what an LSTM shows as its functions are those of its cell."""
+    for name in FUNCTIONS:
+        if name in vars(old) and not isinstance(vars(old)[name], keras.layers.Layer):
+            setattr(new, name, vars(old)[name])
+    if not isinstance(old, keras.layers.Layer):  # an operation has none
+        return
+    for new_part, old_part in zip(new._layers, old._layers, strict=False):  # what only a build makes is not there yet
+        if type(new_part) is type(old_part):
+            _give_functions(new_part, old_part)
 
 
 def _give(new: keras.layers.Layer, old: keras.layers.Layer, changed: dict[str, Array]) -> None:
