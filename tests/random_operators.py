@@ -158,12 +158,15 @@ class Operators:
             self.batch_norm(self.latest, positive=True)
 
     def parts(self, x, axis, at):
-        """Return the two parts of a value before and behind a place along an axis, by two Slices or by a Split."""
+        """Return the two parts of a value before and behind a place along an axis, by two Slices, by a Split or from a sequence."""
         shape, size = self.shapes[x], self.shapes[x][axis]
         halves = [(*shape[:axis], length, *shape[axis + 1 :]) for length in (at, size - at)]
         if self.opset >= 10 and self.chance(0.5):
             bounds = ((0, at, halves[0]), (at, self.one([size, 2**40]), halves[1]))
             return [self.node("Slice", [x, self.ints(start), self.ints(end), self.ints(axis)], half) for start, end, half in bounds]
+        if self.opset >= 11 and not self.narrow and self.expressions.random() < 0.4:
+            cut = self.node("SplitToSequence", [x, self.ints(at, size - at)], None, axis=axis)
+            return [self.node("SequenceAt", [cut, self.constant(np.int64(number))], half) for number, half in enumerate(halves)]
         self.by_opset(13, "Split", x, "split", [at, size - at], halves, axis=axis, outputs=2)
         return list(self.nodes[-1].output)
 

@@ -6,6 +6,7 @@ from sketch import assert_same, folds, model, norm, normal
 from test_carry import backward, gone, ints, repeated
 
 import fastbn
+from fastbn.errors import ModelError
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.ops.affine import Affine
@@ -18,7 +19,15 @@ BEFORE, BEHIND = "e = Slice(c, nul, one, ax)", "f = Slice(c, one, rest, ax)"
 BOUNDS = {"nul": ints(0), "one": ints(1), "rest": REST}
 WIDE = normal(6, 3, 3, 3)
 
+# Parts of c as PyTorch's exporter writes a chunk before it optimizes the graph.
+CUT = "q = SplitToSequence <axis = -3> (c, k)"
+TURNED = "e = SequenceAt(q, i) f = SequenceAt(q, j) d = Concat <axis = 1> (f, e)"
+
 PASSES = {
+    "a part of a sequence": backward(f"{CUT} d = SequenceAt(q, i)", channels=3, k=ints(1, 3), i=np.int64(1)),
+    "a part of a sequence of equal ones": backward(f"{CUT} d = SequenceAt(q, i)", channels=1, k=np.int64(3), i=np.int64(-1)),
+    "parts of a sequence": backward(f"{CUT} {TURNED}", k=np.int64(2), i=np.int64(0), j=np.int64(1)),
+    "parts of the space": backward(f"{CUT.replace('-3', '2')} {TURNED.replace('1>', '2>')}", k=ints(1, 5), i=np.int64(0), j=np.int64(1)),
     "a roll": backward(f"{BEFORE} {BEHIND} d = Concat <axis = 2> (f, e)", ax=ints(2), **BOUNDS),
     "a roll of the channels": backward(f"{BEFORE} {BEHIND} d = Concat <axis = 1> (f, e)", ax=ints(1), **BOUNDS),
     "a roll along two axes": backward(
@@ -228,3 +237,29 @@ def test_who_reads_the_shape_of_a_part_alone_sees_no_elements(tail):
     result = fastbn.fold(proto)
     assert [kept.code for kept in result.kept] == (["other-readers"] if "Neg" in tail else [])
     assert_same(proto, result.model)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        (f"{CUT} d = SequenceAt(q, nul) e = SequenceAt(q, nul) z = Tanh(e)", "SequenceAt 'e' reads the value 'q' before it too"),
+        ("q = SequenceConstruct(c, c) d = SequenceAt(q, nul)", "SequenceAt 'd' reads a sequence that is not one value in parts"),
+        ("q = SplitToSequence <axis = 1> (c) d = SequenceAt(q, nul)", "which part SequenceAt 'd' takes, and of what, is not known"),
+        ("q = SplitToSequence <axis = 1> (c, k) d = SequenceAt(q, h)", "which part SequenceAt 'd' takes, and of what, is not known"),
+        ("q = SplitToSequence <axis = 1> (c, h2) d = SequenceAt(q, nul)", "the sizes of the parts at SplitToSequence 'q' are not known"),
+        ("q = SplitToSequence <axis = 1> (c, few) d = SequenceAt(q, nul)", "3 channels meet the 4 output channels of Conv 'c'"),
+    ],
+)
+def test_a_part_of_a_sequence_that_is_not_known_takes_nothing(nodes, reason):
+    text = (
+        f"(float[2,3,8,8] x, int64 h, int64[2] h2) => (float y{', float z' if 'z =' in nodes else ''}) {{ c = Conv(x, w) {nodes} {NORM} }}"
+    )
+    numbers = {name: value for name, value in {"nul": np.int64(0), "k": np.int64(2), "few": ints(2, 1)}.items() if name in nodes}
+    result = fastbn.fold(model(text, w=normal(4, 3, 3, 3), **numbers, **norm(2)), verify=False)
+    assert [reason in kept.reason for kept in result.kept] == [True], result.kept
+
+
+def test_a_part_that_a_sequence_does_not_have():
+    text = f"(float[2,3,8,8] x) => (float y) {{ c = Conv(x, w) q = SplitToSequence <axis = 1> (c, k) d = SequenceAt(q, at) {NORM} }}"
+    with pytest.raises(ModelError, match="Expected the position of one of 2 parts, got 2 - at `d`"):
+        fastbn.fold(model(text, w=normal(4, 3, 3, 3), k=np.int64(2), at=np.int64(2), **norm(2)))

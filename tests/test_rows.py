@@ -242,6 +242,7 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
     """A fold over these is verified in the sizes of the model first."""
     moving = {"Reshape", "Flatten", "Squeeze", "Split", "DepthToSpace", "Expand", "Slice", "Gather", "Resize", "Upsample"}
     moving |= {"Tile", "ReverseSequence", "DeformConv", "SpaceToDepth", "GatherND", "GatherElements"}
+    moving |= {"SplitToSequence", "SequenceAt"}
     assert having(lambda row: row.sized) == moving
     first = {"Reshape", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Transpose"}
     assert having(lambda row: row.moved_inputs == "first") == first

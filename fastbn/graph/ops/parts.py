@@ -1,4 +1,4 @@
-"""Concat and Split: parts of a value side by side; and ghost batch normalization, one affine on every part of a batch."""
+"""Concat, Split and SplitToSequence: parts of a value side by side; and ghost batch normalization, one affine on every part of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastbn.errors import ModelError, expected
 from fastbn.graph.model.node import Node, Value
 from fastbn.graph.ops.affine import Affine, agreed
-from fastbn.graph.ops.placing import axis_of, countable, known_list, only_data, own_axis
+from fastbn.graph.ops.placing import axis_of, countable, known_list, known_number, only_data, own_axis
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler
 from fastbn.graph.ops.shape_rules import Size, Sizes, first_size
 from fastbn.graph.reasons import Refusal
@@ -201,6 +201,43 @@ def _split_axis(node: Node, value: Value, affine: Affine, graph: PresentGraph) -
     return axis, _parts_of(node, sizes, total)
 
 
+# SplitToSequence:  an affine on the sequence is one on the value that is cut.
+def _cut_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    return Transfer(passed_on=[(0, traveler.affine)])
+
+
+# SequenceAt:  one part of such a value, as an output of Split is; whoever takes another part of the sequence has to agree.
+def _at_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
+    cut = graph.producer(graph.source(node.required_input(0)))
+    if cut is None or not cut.is_op("SplitToSequence"):
+        raise Refusal("no-absorber", f"SequenceAt '{node.label}' reads a sequence that is not one value in parts")
+    axis = axis_of(node, traveler.affine, traveler.value, graph)
+    if axis is None:
+        return Transfer(passed_on=[(0, traveler.affine)])
+    rank = graph.rank(cut.required_input(0))
+    position = known_number(node, 1, graph)
+    if rank is None or position is None or cut.input(1) is None:
+        raise Refusal("axis-unknown", f"which part SequenceAt '{node.label}' takes, and of what, is not known")
+    joined = own_axis(cut, cut.attribute("axis", 0), rank)
+    if axis != joined:
+        return Transfer(passed_on=[(0, traveler.affine.at(axis))])
+    sizes = _cut_sizes(cut, joined, graph)
+    if not -len(sizes) <= position < len(sizes):
+        raise ModelError(expected(f"the position of one of {len(sizes)} parts", str(position), node.label))
+    return Transfer(passed_on=[(0, _part_alone(traveler.affine, sizes, position % len(sizes), joined))])
+
+
+def _cut_sizes(node: Node, axis: int, graph: PresentGraph) -> list[int]:
+    """Return the sizes of the parts of a SplitToSequence along its axis: as listed, or equal ones but for the last."""
+    total, each = _size_at(node.inputs[0], axis, graph), known_number(node, 1, graph)
+    listed = None if each is not None else known_list(node, 1, graph)
+    if isinstance(total, int) and each is not None and each > 0:
+        return [min(each, total - at) for at in range(0, countable(total), each)]
+    if listed is None or None in listed:
+        raise Refusal("axis-unknown", f"the sizes of the parts at SplitToSequence '{node.label}' are not known")
+    return _parts_of(node, listed, total)
+
+
 # Ghost batch normalization: the batch is split, every part has the same affine, and they are joined. All of them leave together.
 def _only_reader(node: Node, value: Value, affine: Affine, graph: PresentGraph) -> Node | None:
     """Return the node that is the one reader of an output, in the same graph, where it is the same affine."""
@@ -238,4 +275,6 @@ PARTS = {
         result_size=first_size,
         moved_inputs="first",
     ),
+    "SplitToSequence": Row(_cut_backward, None, sized=True, size_slots=(1,)),
+    "SequenceAt": Row(_at_backward, None, sized=True),
 }

@@ -26,6 +26,7 @@ __all__ = [
     "countable",
     "is_wide",
     "known_list",
+    "known_number",
     "named_axes",
     "only_data",
     "own_axis",
@@ -122,6 +123,12 @@ def known_list(node: Node, slot: int, graph: PresentGraph) -> list[Size] | None:
     value = node.input(slot)
     constant = None if value is None else graph.constant(value)
     return graph.elements(value) if constant is None else [*own_list(node, constant)]
+
+
+def known_number(node: Node, slot: int, graph: PresentGraph) -> int | None:
+    """Return the integer that a node reads at a slot, None where it is a list or not known."""
+    constant = graph.constant(node.input(slot))
+    return int(constant.array()) if constant is not None and not constant.shape and constant.dtype.kind in "iu" else None
 
 
 def named_axes(node: Node, slot: int, graph: PresentGraph) -> list[int] | None:
