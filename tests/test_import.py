@@ -62,7 +62,7 @@ def test_hints_name_no_package_that_anybody_could_claim():
     """fastbn is not on the index: what is installed by name is what the extras name."""
     folder = Path(fastbn.__file__).parent
     hints = [hint for path in folder.rglob("*.py") for hint in re.findall(r"\(pip install ([^)]*)\)", path.read_text(encoding="utf-8"))]
-    assert {name for hint in hints for name in hint.split()} == {"onnx", "onnxruntime", "jinja2", "dask", "distributed", "fsspec"}
+    assert {name for hint in hints for name in hint.split()} == {"onnx", "onnxruntime", "jinja2", "pandas", "dask", "distributed", "fsspec"}
     root = Path(__file__).resolve().parents[1]
     texts = [path for path in [*root.glob("*.md"), *root.glob("docs/*")] if path.suffix in (".md", ".yml")]
     assert [path.name for path in texts if re.search(r"pip install [^\n]*[ \"']fastbn\b", path.read_text(encoding="utf-8"))] == []
