@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -57,7 +58,8 @@ extension = Extension(
     include_dirs=["src_c", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     extra_compile_args=flags + extra,
-    extra_link_args=extra,
+    # Names of local functions are of use to nobody but a debugger, whose build has flags of its own.
+    extra_link_args=extra or (["-Wl,-s"] if sys.platform == "linux" else []),
 )
 
 setup(ext_modules=cythonize([extension], language_level=3), cmdclass={"build_ext": BuildExt})

@@ -4,6 +4,7 @@
 #pragma clang attribute push(__attribute__((target("sse2"))), apply_to = function)
 #else
 #pragma GCC target("sse2")
+#pragma GCC optimize("Os")
 #endif
 #define FBN_SSE2
 #define FBN_ISA sse2

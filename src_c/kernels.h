@@ -14,6 +14,9 @@
 /* Lanes of the widest vector of any ISA. */
 #define FBN_MOST_LANES 16
 
+/* Columns of a row whose sums stay in registers, at most. docs/numerics.md: tiles and tasks. */
+#define FBN_NARROW_ROW 128
+
 /* Planes shorter than this are short: a reduction has fewer lanes for them. docs/numerics.md: sums of short planes. */
 #define FBN_SHORT_PLANE 512
 
@@ -58,7 +61,7 @@ typedef void fbn_kernel(const fbn_piece *piece);
     X(PIVOT, pivot, BOTH, NONE)                                                                                                            \
     X(STATS, stats, BOTH, NONE)                                                                                                            \
     X(APPLY, apply, BOTH, EACH)                                                                                                            \
-    X(GRAD_REDUCE, grad_reduce, BOTH, EACH)                                                                                                \
+    X(GRAD_REDUCE, grad_reduce, BOTH, FEW)                                                                                                 \
     X(GRAD_INPUT, grad_input, BOTH, EACH)                                                                                                  \
     X(STATS_APPLY, stats_apply, PLANES, EACH)                                                                                              \
     X(GRAD_BOTH, grad_both, PLANES, EACH)

@@ -121,13 +121,24 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
     reduction->task_channels = plan->threads > 1 ? reduction->group_channels * larger(1, reduction->groups / (4 * plan->threads)) : job->C;
 }
 
+/* How many samples are joined to a row of a reduction: to half of the most columns of a narrow row where that comes out even, else to as
+ * many as are narrow and fill whole vectors of any instruction set, else to a long row. */
+static int64_t samples_of_row(const fbn_plan *plan, int64_t sample) {
+    if (FBN_NARROW_ROW / 2 % sample == 0)
+        return FBN_NARROW_ROW / 2 / sample;
+    for (int64_t count = FBN_NARROW_ROW / sample; count > 0; count--)
+        if (count * sample % FBN_MOST_LANES == 0)
+            return count;
+    return (plan->memory.samples * sample < LARGE ? JOINED_ROW : LONG_ROW) / sample;
+}
+
 static void plan_reduction_by_columns(fbn_plan *plan) {
     const fbn_job *job = plan->job;
     const fbn_memory_order *memory = &plan->memory;
     fbn_reduction_plan *reduction = &plan->reduction;
-    const int64_t sample = job->C * memory->span, row = memory->samples * sample < LARGE ? JOINED_ROW : LONG_ROW;
+    const int64_t sample = job->C * memory->span;
     reduction->layout = FBN_NSC;
-    reduction->row_samples = memory->contiguous ? larger(1, smaller(row / sample, memory->samples / FBN_BLOCK_ROWS)) : 1;
+    reduction->row_samples = memory->contiguous ? larger(1, smaller(samples_of_row(plan, sample), memory->samples / FBN_BLOCK_ROWS)) : 1;
     reduction->full_rows = memory->samples / reduction->row_samples;
     reduction->left_over = memory->samples % reduction->row_samples;
     reduction->tile_rows = larger(LEAST_ROWS, COLUMN_TILE / (reduction->row_samples * sample) / FBN_BLOCK_ROWS * FBN_BLOCK_ROWS);
@@ -144,6 +155,16 @@ static void plan_reduction_by_columns(fbn_plan *plan) {
     reduction->groups = ceil_div(job->C, group);
     if (reduction->row_samples * memory->span > 1)
         plan->scratch.area_columns = reduction->row_samples * group * memory->span;
+}
+
+/* Columns after which the constants of a map repeat: whole vectors of any instruction set if they are not many. */
+static int64_t period_of_map(int64_t sample, int64_t samples) {
+    int64_t unit = sample;
+    while (unit % FBN_MOST_LANES != 0)
+        unit += sample;
+    if (unit > 2 * JOINED_ROW || unit > sample * samples)
+        unit = sample;
+    return unit * larger(1, smaller(ceil_div(JOINED_ROW, unit), sample * samples / unit));
 }
 
 static void plan_map(fbn_plan *plan) {
@@ -165,7 +186,7 @@ static void plan_map(fbn_plan *plan) {
     map->chunks = memory->outer * ceil_div(memory->samples, map->chunk_samples) * ceil_div(C, map->chunk_channels) *
                   ceil_div(channel, map->chunk_cols);
     if (map->layout == FBN_NSC)
-        map->period = memory->contiguous ? sample * smaller(ceil_div(JOINED_ROW, sample), memory->samples) : sample;
+        map->period = memory->contiguous ? period_of_map(sample, memory->samples) : sample;
 }
 
 /* Which way each of the two visits a tensor with values. */
