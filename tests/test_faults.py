@@ -391,6 +391,17 @@ def test_onnxruntime_says_nothing_of_its_own_in_the_command(here, monkeypatch):
     assert levels == [], "a program may want to read it"
 
 
+def test_onnxruntime_keeps_no_files_of_its_own_in_the_command(here, environment, tmp_path_factory):
+    """Its telemetry would, in the home and in the temporary folder."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {**environment, **dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(home))}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    line = [sys.executable, "-m", "fastbn", "fold", "large.onnx", "out.onnx", "-q"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(home.iterdir()) == []
+
+
 @pytest.mark.parametrize("module", ["numpy", "shlex"])
 @pytest.mark.parametrize("how", ["module", "script"])
 def test_an_interrupt_while_the_command_is_loaded(module, how, tmp_path, environment):

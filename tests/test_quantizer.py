@@ -77,6 +77,17 @@ def test_a_quantizer_that_never_returns(way, here, tmp_path_factory, capsys, mon
     assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
 
 
+def test_what_a_quantizer_leaves_in_the_temporary_folder(here, tmp_path_factory, capsys, monkeypatch):
+    """There is nothing: it writes beside the output, in a folder that is removed."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    stop = "def stop(*a, **k):\n    tempfile.mkdtemp(prefix='pre.quant.')\n    signal.pause()\nshape_inference.quant_pre_process = stop"
+    monkeypatch.setattr(quantizer, "PROGRAM", program(f"import tempfile\n{stop}"))
+    assert "gives no answer in 5 s" in decision(capsys, "--quantize-timeout", "5")
+    assert files(here) == ["data.npz", "in.onnx", "out.onnx"]
+    assert not [name for name in files(temporary) if not name.startswith(".ses")], "which onnxruntime itself keeps"
+
+
 BROKEN = {
     "qdq_quantizer.QDQQuantizer = lambda *a, **k: os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
     "qdq_quantizer.QDQQuantizer = lambda *a, **k: os._exit(3)": "ended with exit code 3",

@@ -144,9 +144,13 @@ def _register_arena() -> None:
 
 
 def silence_log() -> None:
-    """Let onnxruntime's own log say nothing from now on: for the command, whose stderr has one voice."""
+    """Let onnxruntime say nothing of its own from now on, and send nothing: for the command, whose stderr has one voice.
+
+    Its telemetry keeps files in the home and in the temporary folder. It is asked once, when onnxruntime is loaded.
+    """
     global _is_log_silent
     _is_log_silent = True
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def _exceptions() -> Any:  # a module without types
