@@ -148,6 +148,13 @@ def test_a_batch_normalization_of_the_input_itself_tells_the_scale_of_each_chann
     assert values.std(0) == pytest.approx(np.sqrt(parameters["v"]), rel=0.3)
 
 
+def test_one_feed_of_many_rows_is_enough():
+    made = data_free(Index(storage.load(two())), [{"x": normal(64, 3, 8, 8)}], 0)
+    assert len(made.feeds) == 1
+    assert np.isfinite(made.feeds[0]["x"]).all()
+    assert "that fit the first batch normalizations" in made.notes[0]
+
+
 def test_large_inputs_make_few_feeds():
     assert feeds_wanted({"x": np.zeros((1, 3, 32, 32))}) == 96
     assert feeds_wanted({"x": np.zeros((1, 3, 224, 224))}) == 13

@@ -160,7 +160,7 @@ def _fitted(measure: Measure, feeds: list[Feed]) -> tuple[list[Feed], tuple[str,
     names = tuple(name for name, values in feeds[0].items() if values.dtype.kind == "f")
     elements = sum(values.size for values in feeds[0].values())
     count = max(1, min(PROBES, PROBE_ELEMENTS // max(1, elements)))
-    probes = [feed for kind in PROBE_KINDS for feed in feeds[kind :: len(KINDS)][:count]]
+    probes = [feed for kind in PROBE_KINDS for feed in feeds[kind :: len(KINDS)][:count]] or feeds
 
     def distance(scales: _Scales) -> float:
         return _distance(measure([scales.apply(feed) for feed in probes]))
