@@ -229,6 +229,13 @@ def test_one_score(sigmoid):
         found.check([np.array([1, 7])], "z")
 
 
+def test_labels_of_their_own_for_each_part_of_a_softmax():
+    proto = model("(float[N,4] x) => (float[N,4] y) { y = Softmax(x) }")
+    x = np.eye(4, dtype=np.float32) * 9
+    found, right = rule(proto, {"x": x}, np.ones((4, 4), int))  # no part is negative, so that a sign decides nothing
+    assert (found.kind, right.tolist()) == ("probability", [0.25] * 4)
+
+
 def test_an_output_that_is_the_label():
     proto = model("(float[N,4] x) => (int64[N] y) { y = ArgMax<axis=1, keepdims=0>(x) }")
     x = normal(9, 4)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -141,3 +142,9 @@ def test_a_missing_numpy_is_named(environment):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     start = f"ImportError: Cannot load the compiled part of fastbn from '{Path(fastbn.__file__).parent}': "
     assert done.stderr.splitlines()[-1] == start + "NumPy is not installed"
+
+
+def test_an_editable_installation_is_a_path():
+    """With this setting alone: else it is a finder, which comes after folders, such as a clone called fastbn where Python starts."""
+    options = tomllib.loads(Path(__file__).resolve().parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    assert options["tool"]["setuptools"]["package-dir"] == {"": "."}

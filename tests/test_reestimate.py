@@ -108,6 +108,11 @@ def test_selected_ones_and_their_levels():
     assert statistics_in(result.model)["b1"][0].tobytes() == statistics_in(proto)["b1"][0].tobytes()
 
 
+def test_one_of_a_thing_is_said_so():
+    assert ", 1 level, 2 samples in 1 partition in this process, " in str(reestimate(ONE, images(2, 1, 2).reshape(2, 2), batch=2))
+    assert ", 1 level, 5 samples in 3 partitions in this process, " in str(reestimate(ONE, images(5, 1, 2).reshape(5, 2), batch=2))
+
+
 def test_momentum_and_the_unbiased_variance():
     x = images(5, 1, 2).reshape(5, 2)
     mean, var = as_float64(x)

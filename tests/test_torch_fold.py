@@ -254,6 +254,7 @@ def test_refused_with_a_reason(name):
     result = fold(model, tensor((5, 4)))
     assert [kept.code for kept in result.kept] == [code] * len(result.kept)
     assert sentence in result.kept[0].reason, result.kept[0].reason
+    assert "--" not in str(result)  # an option of the command is none of this function
     assert result.folded == []
     assert_same(model, result.model, tensor((5, 4)), tolerance=0)
 
@@ -320,6 +321,10 @@ def test_what_cannot_be_folded():
         fold("resnet18", x)
     with pytest.raises(fastbn.ArgumentError, match=r"in training mode: call model.eval\(\) first"):
         fold(Net(plain), x)
+    with pytest.raises(fastbn.ArgumentError, match="on the device 'meta'"):
+        fold(Net(plain).eval().to("meta"), x.to("meta"))
+    with pytest.raises(fastbn.ArgumentError, match=r"Cannot run the model on its example inputs: .*meta tensor"):
+        fold(Net(plain).eval(), x.to("meta"))
     with pytest.raises(fastbn.ArgumentError, match="jit has compiled"):
         fold(torch.jit.script(nn.BatchNorm1d(4).eval()), x)
     with pytest.raises(fastbn.ArgumentError, match=r"a part that torch.jit has compiled, 'bn'"):

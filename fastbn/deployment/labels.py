@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 # How an output decides: the largest score of an axis, one score against 0 or a probability against 1/2, or the label itself.
 Kind: TypeAlias = Literal["classes", "score", "probability", "label"]
 
-# Operators between a Sigmoid and an output.
+# Operators between a Sigmoid or Softmax and an output.
 PASSING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -218,11 +218,11 @@ def _kind(output: Array, shape: tuple[int, ...], single: bool) -> tuple[Kind, in
 
 
 def _is_probability(index: Index, name: str) -> bool:
-    """Say whether an output comes from a Sigmoid."""
+    """Say whether an output comes from a Sigmoid or a Softmax, none of whose results is below 0."""
     node = index.main.values[name].producer
     while node is not None and node.is_op(*PASSING) and node.inputs and node.inputs[0] is not None:
         node = node.inputs[0].producer
-    return node is not None and node.is_op("Sigmoid")
+    return node is not None and node.is_op("Sigmoid", "Softmax")
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from fastbn.exported.result import ModelFold, layer_of, named
 from fastbn.exported.variables import Changes, Variables
 from fastbn.graph.job import Job, Options, fold_of
 from fastbn.graph.model.storage import Source
-from fastbn.graph.ops.normalization import BATCH_NORM
+from fastbn.graph.ops.normalization import ADVICE, BATCH_NORM
 from fastbn.graph.parity.reference import Progress, silent
 from fastbn.graph.parity.verdict import Verdict
 from fastbn.graph.planner.planning import Planning
@@ -90,7 +90,7 @@ class ModelJob(Job, Generic[ModelT]):
         kept: dict[str, Kept] = {}  # calls of one batch normalization count once
         for each in (*(each for each in planning.kept if each.ops == (BATCH_NORM,)), *self.unseen()):
             name = layer_of(each.bn)
-            kept.setdefault(name, replace(each, bn=name))
+            kept.setdefault(name, replace(each, bn=name, reason=each.reason.removesuffix(ADVICE)))  # the option is one of ONNX's fold
         return ModelFold(self.model_of(changes), folded, [*kept.values()], parity, self.framework)
 
     def _zeros(self, plan: Plan, changes: Changes) -> list[str]:

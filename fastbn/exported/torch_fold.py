@@ -31,9 +31,9 @@ def fold(model: torch.nn.Module, example_inputs: Any, verify: bool, seed: int, p
         prepared = copy.deepcopy(model)
     except Exception as error:  # tensors that are no leaves, handles of processes, files
         raise ArgumentError(f"Cannot copy the model: {first_line(error)}") from error
-    arguments = on_device(arguments, _device(prepared))
     calls = Calls(prepared)
     try:
+        arguments = on_device(arguments, _device(prepared))
         args, kwargs = on_device(arguments, _device(prepared))
         with torch.no_grad():
             prepared(*args, **kwargs)
@@ -62,6 +62,8 @@ def _check_model(model: torch.nn.Module) -> None:
     lazy = [name for name, module in model.named_modules() if any(map(torch.nn.parameter.is_lazy, module._parameters.values()))]
     if lazy:
         raise ArgumentError(f"Cannot fold a model with lazy modules that were never called: '{lazy[0]}'")
+    if _device(model).type == "meta":
+        raise ArgumentError("Cannot fold a model on the device 'meta', where parameters have no values")
 
 
 def _arguments(example_inputs: Any) -> Arguments:

@@ -200,8 +200,9 @@ class Reestimation(ModelResult):
         return lines
 
     def _extent(self, who: str) -> str:
-        levels = f"{self.depth} level{'s' if self.depth > 1 else ''}"
-        return f"{levels}, {self.samples} samples in {self.partitions} partitions {who}, {self.seconds:.1f} s"
+        numbers = ((self.depth, "level"), (self.samples, "sample"), (self.partitions, "partition"))
+        levels, samples, partitions = (f"{number} {word}{'s' if number > 1 else ''}" for number, word in numbers)
+        return f"{levels}, {samples} in {partitions} {who}, {self.seconds:.1f} s"
 
     @property
     def fit(self) -> str:

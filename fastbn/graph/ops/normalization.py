@@ -22,6 +22,7 @@ from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
 from fastbn.graph.reasons import Refusal, first_few
 
 __all__ = [
+    "ADVICE",
     "BATCH_NORM",
     "BIAS",
     "EPSILON",
@@ -36,6 +37,9 @@ __all__ = [
 BATCH_NORM: Final = "BatchNormalization"
 SCALE, BIAS, MEAN, VAR = 1, 2, 3, 4
 PARAMETERS = {SCALE: "scale", BIAS: "bias", MEAN: "mean", VAR: "var"}
+
+# What to do about one in training mode, as the end of a sentence.
+ADVICE: Final = "; --as-inference makes it use the running ones"
 
 # Why an affine does not pass the other normalizations along the data flow.
 NOTHING_PASSES = "which takes out what is common to all that it normalizes, but for its eps, and lets nothing else pass"
@@ -130,7 +134,7 @@ def _parameter(node: Node, slot: int, name: str, graph: PresentGraph) -> Constan
 def _refuse_training(node: Node, opset: int) -> None:
     training, used = batch_norm_training(node, opset), used_statistics(node)
     if training is not None:
-        raise Refusal("training", f"{training}{f', and {used}' if used else '; --as-inference makes it use the running ones'}")
+        raise Refusal("training", f"{training}{f', and {used}' if used else ADVICE}")
     if used is not None:  # in inference these outputs are not defined; where nothing reads them, they leave with the node
         raise Refusal("training", f"it hands out running statistics: {used}")
 
