@@ -273,6 +273,11 @@ def test_verify_that_cannot_run(here, capsys):
     assert err.startswith("fastbn: Cannot compare the models: onnxruntime cannot load the original")
 
 
+def test_verify_names_a_size_that_a_model_does_not_take(small_cnn, capsys):
+    assert main(["verify", str(small_cnn), str(small_cnn.with_name("torch_digits.onnx"))]) == 2
+    assert re.search(r"invalid dimensions for input: image: \d+ along axis \d, where it has \d+$", capsys.readouterr().err.strip())
+
+
 def test_bench(here, capsys):
     assert main(["bench", "in.onnx", "--runs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

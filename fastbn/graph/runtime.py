@@ -48,6 +48,9 @@ NOISE = (
 )
 
 
+# Sizes that a model does not take, which it says in lines of their own.
+SIZES = re.compile(r" for the following indices\s+index: (\d+) Got: (\d+) Expected: (\d+)[\s\S]*")
+
 # What it says where the system gives an error, for a model file or a data file.
 SYSTEM_ERROR = re.compile(r"(?:\bsystem error number |^SystemError : )(\d+)")
 
@@ -162,7 +165,7 @@ def _exceptions() -> Any:  # a module without types
 
 def said(error: Exception) -> str:
     """Return the first line of an error of onnxruntime as a user reads it: without its prefix and the places in its own sources."""
-    line = str(error).strip().splitlines()[0]
+    line = SIZES.sub(r": \2 along axis \1, where it has \3", str(error).strip()).splitlines()[0]
     if line.startswith("[ONNXRuntimeError]"):
         line = line.split(" : ", 3)[-1]
     for pattern, instead in NOISE:
