@@ -150,16 +150,21 @@ def quantize_file(
     except QuantizerRefused:
         raise
     except Exception as error:  # the quantizer raises whatever its parts do, AttributeError and KeyError among them
-        reason = system_error(error)
-        if reason is not None:
-            raise QuantizerRefused(f"onnxruntime's quantizer cannot use a file: {reason}") from error
-        kind = "" if isinstance(error, (FastbnError, ValueError)) else f"{type(error).__name__}: "
-        first = said(error) if str(error).strip() else "; ".join(listener.lines[-1:])
-        raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {kind}{first}") from error
+        raise _refusal(error, listener) from error
     if not nodes:
         reason = "every node that has an integer form stays in float" if excluded else "none of its operators has an integer form"
         raise QuantizerRefused(f"onnxruntime's quantizer refuses the model: {reason}")
     return Made((*calibrated.notes, *notes), nodes)
+
+
+def _refusal(error: Exception, listener: _Listener) -> QuantizerRefused:
+    """Return what an error of the quantizer comes to."""
+    reason = system_error(error)
+    if reason is not None:
+        return QuantizerRefused(f"onnxruntime's quantizer cannot use a file: {reason}")
+    kind = "" if isinstance(error, (FastbnError, ValueError)) else f"{type(error).__name__}: "
+    first = said(error) if str(error).strip() else "; ".join(listener.lines[-1:])
+    return QuantizerRefused(f"onnxruntime's quantizer refuses the model: {kind}{first}")
 
 
 def _prepared(path: Path, target: Path, notes: list[str]) -> onnx.ModelProto:
