@@ -257,7 +257,9 @@ def test_whose_results_depend_on_the_sizes_of_what_they_read():
 
 
 def test_the_bias_of_an_operator():
-    assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "DeformConv", "Gemm"}
+    normalizations = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+    assert having(lambda row: row.bias_slot is not None) == {"Conv", "ConvTranspose", "DeformConv", "Gemm"} | normalizations
+    assert {OPERATORS[op].bias_slot for op in normalizations} == {2}
     assert {slot for op in ("Conv", "ConvTranspose") for slot in slots_named(op, "B")} == {OPERATORS["Conv"].bias_slot}
     assert slots_named("Gemm", "C") == {OPERATORS["Gemm"].bias_slot}
     assert having(lambda row: row.has_no_place_for_shift) == {"MatMul", "Einsum"}

@@ -11,6 +11,7 @@ An operand may be a constant: then the node is an affine itself, and takes anoth
 | Div(x, c)         | scale = 1 / c, shift = 0  |
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,10 @@ def _multiply_constant_forward(node: Node, traveler: Traveler, graph: PresentGra
         moved, size = moved.reshape(-1), size.reshape(-1)
         transfer.passed_on.append((0, Affine(np.ones_like(moved), moved, long_axes[0] if long_axes else None, affine.rank, size)))
     return transfer
+
+
+def _factor_reach(node: Node, slot: int, graph: PresentGraph) -> float:
+    return math.inf if node.op == "Div" and slot == 1 else 1.0
 
 
 def _as_factor(node: Node, slot: int, scale: FloatArray) -> FloatArray:
@@ -388,7 +393,9 @@ _SUM = replace(_TWO, backward=_sum_backward, forward=_sum_forward, join=_sum_joi
 _PRODUCT = replace(_TWO, backward=_product_backward, forward=_product_forward, join=_product_join, takes_wide=True)
 _CONSTANT = replace(_TWO, lift=_lift, data_slot=_data_slot, probe_shapes=_constant_probe_shapes)
 _ADD_CONSTANT = replace(_CONSTANT, backward=_add_constant_backward, forward=_add_constant_forward)
-_MULTIPLY_CONSTANT = replace(_CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward, takes_wide=True)
+_MULTIPLY_CONSTANT = replace(
+    _CONSTANT, backward=_multiply_constant_backward, forward=_multiply_constant_forward, takes_wide=True, factor_reach=_factor_reach
+)
 _NEGATIVE = both_ways(_negative)
 _EXTREME = Row(_each_backward, broadcasts=True, sizes=broadcast_sizes, result_size=broadcast_size)
 

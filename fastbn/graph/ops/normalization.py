@@ -15,7 +15,7 @@ from fastbn.errors import ModelError, expected
 from fastbn.graph.model.constant import Constant, Dense, float64_of_all
 from fastbn.graph.model.nesting import is_standard
 from fastbn.graph.model.node import Node
-from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.placing import axis_in, axis_of, require_axis, require_channels
 from fastbn.graph.ops.row import PresentGraph, Row, Transfer, Traveler, one_term
 from fastbn.graph.ops.shape_rules import Size, Sizes, each_once, same_sizes
@@ -188,6 +188,12 @@ def _forward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
     return Transfer({SCALE: weight.times(scale), BIAS: bias.affine(1.0, moved, size)})
 
 
+def _factor_reach(node: Node, slot: int, graph: PresentGraph) -> FloatArray | None:
+    if slot != SCALE:
+        return None
+    return np.asarray(1 / np.sqrt(graph.dense(node, VAR).values + node.attribute("epsilon", EPSILON)))
+
+
 def _probe_shapes(node: Node, graph: PresentGraph) -> dict[int, tuple[int, ...] | None]:
     scale, data = graph.constant(node.inputs[SCALE]), node.inputs[0]
     assert scale is not None, "it has been lifted"
@@ -220,6 +226,10 @@ def _channels_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> T
     require_channels(node, affine, scale.shape[0], "output")
     factor, shift, abs_terms = affine.along(scale.shape[0])
     return Transfer({SCALE: scale.times(factor), BIAS: bias.affine(factor, shift, abs_terms)})
+
+
+def _normalized_reach(node: Node, slot: int, graph: PresentGraph) -> float | None:
+    return 1.0 if slot == SCALE else None
 
 
 def _last_axes_backward(node: Node, traveler: Traveler, graph: PresentGraph) -> Transfer:
@@ -300,6 +310,8 @@ def _become(proto: NodeProto, op: str, inputs: list[str], output: str) -> None:
 _CHANNELS = Row(
     _channels_backward,
     forward_refusal=NOTHING_PASSES,
+    bias_slot=BIAS,
+    factor_reach=_normalized_reach,
     terms=one_term,
     probe_shapes=_images_of_several,
     bound=_channels_bound,
@@ -307,7 +319,14 @@ _CHANNELS = Row(
     work=each_once,
 )
 _LAST_AXES = Row(
-    _last_axes_backward, forward_refusal=NOTHING_PASSES, terms=one_term, bound=_last_axes_bound, sizes=same_sizes, work=each_once
+    _last_axes_backward,
+    forward_refusal=NOTHING_PASSES,
+    bias_slot=BIAS,
+    factor_reach=_normalized_reach,
+    terms=one_term,
+    bound=_last_axes_bound,
+    sizes=same_sizes,
+    work=each_once,
 )
 
 NORMALIZATION = {
@@ -315,6 +334,8 @@ NORMALIZATION = {
         _backward,
         _forward,
         lift=_lift,
+        bias_slot=BIAS,
+        factor_reach=_factor_reach,
         terms=one_term,
         probe_shapes=_probe_shapes,
         magnitude=_magnitude,
@@ -325,7 +346,7 @@ NORMALIZATION = {
     "InstanceNormalization": replace(_CHANNELS, ends_on_nothing=True),
     "GroupNormalization": _CHANNELS,
     "LayerNormalization": _LAST_AXES,
-    "RMSNormalization": _LAST_AXES,
+    "RMSNormalization": replace(_LAST_AXES, bias_slot=None),
     "LRN": Row(sizes=same_sizes),
     **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), Row(work=each_once)),
 }

@@ -149,11 +149,17 @@ def _bound(proto: NodeProto) -> list[NodeProto]:
     return [absolute]
 
 
+# A weight is made of what a step multiplies, and a QuantizeLinear may divide by the same step.
+def _factor_reach(node: Node, slot: int, graph: PresentGraph) -> float | None:
+    return math.inf if slot == SCALE else None
+
+
 QUANTIZATION = {
     "DequantizeLinear": Row(
         terms=one_term,
         probe_shapes=_no_probe,
         bound=_bound,
+        factor_reach=_factor_reach,
         input_names={SCALE: "scale", ZERO_POINT: "zero_point"},
         sizes=same_sizes,
         work=each_once,

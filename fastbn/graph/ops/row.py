@@ -21,7 +21,7 @@ from onnx import NodeProto
 from fastbn.graph.model.constant import Constant, Dense, Tensor
 from fastbn.graph.model.node import Node, Shape, Value
 from fastbn.graph.model.quantized import Dequantized, Requantized
-from fastbn.graph.ops.affine import Affine
+from fastbn.graph.ops.affine import Affine, FloatArray
 from fastbn.graph.ops.shape_rules import Size, Sizes
 from fastbn.graph.reasons import Refusal
 
@@ -300,6 +300,9 @@ class Row:
         Its weight takes a scale, and it has no bias: a shift may stay behind in an Add.
     weight_matrix : callable or None
         (node, slot, values) -> the weight at a slot as a matrix of shape (output channels, terms), None where no weight is read there.
+    factor_reach : callable or None
+        (node, slot, graph) -> how many times as large as the data what a number at a slot multiplies may be, one for all or one for each of
+        them; Inf for a divisor, which must not become zero; None where no number is read there that multiplies each element alone.
     input_names : mapping of int -> str
         What a new constant at a slot is called, where it is neither a weight nor a bias.
 
@@ -364,6 +367,7 @@ class Row:
     bias_factor: Callable[[Node], float] = _one
     has_no_place_for_shift: bool = False
     weight_matrix: Callable[[Node, int, NDArray[Any]], NDArray[Any] | None] | None = None
+    factor_reach: Callable[[Node, int, PresentGraph], FloatArray | float | None] | None = None
     input_names: Mapping[int, str] = field(default_factory=dict)
 
     terms: Callable[[Node, PresentGraph], int] = _no_terms

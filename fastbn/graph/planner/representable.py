@@ -1,11 +1,12 @@
-"""Folded constants that the model's type cannot hold: Inf, NaN, and weights that round to zero where that matters.
+"""Folded constants that the model's type cannot hold: Inf, NaN, and weights and factors that round to zero where that matters.
 
 An output channel sums W[k] x[k] and b. Let X be the largest input, d the sum of the sizes of the weights that become zero, A the largest
 weight, u the unit roundoff and v the least normal number. Nothing that a run could tell from rounding is lost where
 
     d X <= u max(A X, |b|, v)
 
-Derivation: docs/numerics.md, "Weights that become zero".
+What multiplies each element alone (in a Mul, in a normalization) is a sum of one weight. Derivation: docs/numerics.md, "Weights that become
+zero".
 """
 
 from collections.abc import Callable
@@ -18,18 +19,19 @@ from fastbn.graph.model.constant import Constant, Dense, Scaled, float64_of
 from fastbn.graph.model.node import Node
 from fastbn.graph.ops.affine import FloatArray
 from fastbn.graph.ops.registry import row_of
+from fastbn.graph.ops.row import Row
 from fastbn.graph.planner.plan import Plan
 from fastbn.graph.planner.view import GraphView
 from fastbn.graph.reasons import Refusal, first_few
 
-__all__ = ["flushed_channels", "refuse_unrepresentable"]
+__all__ = ["flushed_channels", "flushed_factors", "refuse_unrepresentable"]
 
 # X: float16 ends there.
 LARGEST_INPUT = 2.0**16
 
 
 def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
-    """Refuse a plan with a constant that would hold Inf or NaN, or a weight that becomes zero where that matters."""
+    """Refuse a plan with a constant that would hold Inf or NaN, or a weight or factor that becomes zero where that matters."""
     for (node, slot), constant in plan.constants.items():
         nonfinite, flushed = constant.check()
         where = f"input {slot} of {node.op} '{node.label}'"
@@ -46,8 +48,11 @@ def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
 
 
 def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphView) -> tuple[int, list[int]]:
-    """Return (how many weights matter that become zero, the output channels of the node that hold them)."""
+    """Return (how many weights or factors matter that become zero, the output channels or flat indices that hold them)."""
     row = row_of(node, view)
+    reach = None if row.factor_reach is None else row.factor_reach(node, slot, view)
+    if reach is not None:
+        return flushed_factors(constant, reach, _hiding(node, row, plan, view))
     weight_matrix = row.weight_matrix
     if weight_matrix is None or weight_matrix(node, slot, constant.array()) is None:
         return 0, []
@@ -57,13 +62,21 @@ def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphV
         assert rows is not None, "asked before"
         return rows
 
+    size = np.asarray(_hiding(node, row, plan, view))
+    return flushed_channels(constant, matrix, size.min(axis=0) if size.ndim == 2 else size)
+
+
+def _hiding(node: Node, row: Row, plan: Plan, view: GraphView) -> FloatArray | float:
+    """Return |b|, the size of what a node adds to its products; 0.0 where it adds no constant."""
+    behind = next((nodes[1] for nodes in plan.replaced.values() if nodes[0] is node and len(nodes) > 1), None)
+    if behind is not None:  # the Add behind the Mul that it came with
+        return np.abs(float64_of(plan.constants[behind, 1]))
     at = row.bias_slot
     bias = None if at is None else plan.constants.get((node, at)) or view.tensor(node, at)
     if at is None or bias is None:
-        return flushed_channels(constant, matrix, 0.0)
+        return 0.0
     is_folded = (node, at) in plan.constants or view.is_changed(node, at)
-    size = np.abs(float64_of(bias) * (1.0 if is_folded else row.bias_factor(node)))
-    return flushed_channels(constant, matrix, size.min(axis=0) if size.ndim == 2 else size)
+    return np.abs(float64_of(bias) * (1.0 if is_folded else row.bias_factor(node)))
 
 
 def flushed_channels(
@@ -86,3 +99,24 @@ def flushed_channels(
     flushed_size, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
     matters = flushed_size * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
     return int(flushed[matters].sum()), np.flatnonzero(matters).tolist()
+
+
+def flushed_factors(constant: Constant, reach: FloatArray | float, bias: FloatArray | float) -> tuple[int, list[int]]:
+    """Return (how many factors matter that become zero, their flat indices).
+
+    Parameters
+    ----------
+    constant : Constant
+        The folded factors, each of which multiplies elements alone.
+    reach : array of the constant's shape, or float
+        How many times as large as X what they multiply may be; Inf: none of them may become zero.
+    bias : array, or 0.0
+        |b|; where it has another shape than the constant, the least one counts for each factor.
+    """
+    unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
+    exact = np.abs(float64_of(constant))
+    flushed = (exact != 0) & (constant.array() == 0)
+    hiding = bias if np.shape(bias) == exact.shape else np.min(bias, initial=np.inf)
+    with np.errstate(invalid="ignore"):  # zero times Inf, where the factor was zero before
+        matters = flushed & (exact * (reach * LARGEST_INPUT) > unit * np.maximum(hiding, least_normal))
+    return int(matters.sum()), np.flatnonzero(matters).tolist()
