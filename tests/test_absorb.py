@@ -298,7 +298,7 @@ def test_flush_to_zero_is_refused():
     weight = np.full((4, 3, 1, 1), 6e-8, np.float16)
     text = "(float16[N,3,2,2] x) => (float16[N,4,2,2] y) { c = Conv(x, w) y = BatchNormalization(c, s, t, m, v) }"
     small = {**HALF, "s": np.full(4, 0.125, np.float16)}
-    assert "would become zero in float16" in refuses(conv_bn(text, w=weight, b=None, **small), "flush-to-zero")
+    assert "would become zero" in refuses(conv_bn(text, w=weight, b=None, **small), "flush-to-zero")
 
 
 def test_a_scale_of_zero_folds():

@@ -60,7 +60,19 @@ def test_a_dead_input_channel_folds_forward():
 @pytest.mark.parametrize(("weight", "scale", "bias"), [(6e-8, 0.125, 0.0), (1e-4, 1e-4, 0.0), (1e-4, 1e-4, 1e-4)])
 def test_float16_is_refused_where_it_matters(weight, scale, bias):
     sentence = refuses(conv_bn(CONV.format("float16"), **dead(np.float16, weight, scale, bias)), "flush-to-zero")
-    assert "3 values of input 1 of Conv 'c' would become zero in float16, channels 2" in sentence
+    assert "3 values of input 1 of Conv 'c' would become zero or lose digits in float16, channels 2" in sentence
+
+
+@pytest.mark.parametrize(("scale", "kept"), [(1e-4, True), (2.0**-10, False)])
+def test_float16_is_refused_where_weights_lose_digits(scale, kept):
+    """9e-4 * 1e-4 becomes 1.2e-7, 32 % more; 9.8e-4 * 2^-10 = 2^-20 is held as it is."""
+    weight = 9e-4 if kept else 2.0**-10
+    proto = conv_bn(CONV.format("float16"), **dead(np.float16, weight, scale))
+    if kept:
+        assert "3 values of input 1 of Conv 'c'" in refuses(proto, "flush-to-zero", verify=False)
+    else:
+        assert ops(fastbn.fold(proto).model) == "Conv"
+    assert ops(fastbn.fold(conv_bn(CONV.format("float16"), **dead(np.float16, weight, scale, 16.0))).model) == "Conv"
 
 
 def test_float16_is_refused_forward_too():
@@ -161,8 +173,13 @@ def test_a_factor_is_refused_where_it_would_become_zero(kind, body, shape):
     """What the original gives for large data is a number, not zero."""
     dtype, scale, factor, largest = TINY[kind]
     proto = elementwise(kind, body.format(c=NORM.format("c"), x=NORM.format("x")), scale, np.full(shape, factor))
-    assert "would become zero in float" in refuses(proto, "flush-to-zero", verify=False)
+    assert "would become zero" in refuses(proto, "flush-to-zero", verify=False)
     assert run(proto, {"x": np.full((2, 4, 3, 3), largest, dtype)})[0].all()
+
+
+def test_a_factor_of_float16_is_refused_where_it_loses_digits():
+    proto = elementwise("float16", f"c = Mul(x, k) y = {NORM.format('c')}", 1e-4, np.full((4, 1, 1), 9e-4))
+    assert "lose digits" in refuses(proto, "flush-to-zero", verify=False)
 
 
 @pytest.mark.parametrize("body", ["c = Div(x, k) y = {c}", "c = {x} y = Div(c, k)"])
@@ -183,7 +200,7 @@ def test_what_is_divided_is_a_factor(kind):
 def test_a_factor_is_refused_in_its_channel_alone():
     factors = np.asarray([1, 1e-4, 1, 0]).reshape(4, 1, 1)
     sentence = refuses(elementwise("float16", f"c = Mul(x, k) y = {NORM.format('c')}", 1e-4, factors), "flush-to-zero")
-    assert "1 values of input 1 of Mul 'c' would become zero in float16, channels 1" in sentence
+    assert "1 values of input 1 of Mul 'c' would become zero or lose digits in float16, channels 1" in sentence
 
 
 def test_factors_of_a_dead_channel_fold():

@@ -88,7 +88,7 @@ REASONS: dict[ReasonCode, str] = {
     # What the fold would do.
     "grows": "a folded constant would be larger than the node that it replaces",
     "overflow": "a folded constant would be Inf or NaN in the model's type",
-    "flush-to-zero": "a folded weight, factor or divisor would become zero in the model's type, beside nothing that hides it",
+    "flush-to-zero": "a folded weight, factor or divisor would become zero, or lose digits in float16, beside nothing that hides it",
     "parity": "the fold was tried and differs from the original by more than rounding explains",
     "no-module": "the model in its framework has no module or parameter of its own in which that could change",
 }

@@ -1,7 +1,8 @@
 """Folded constants that the model's type cannot hold: Inf, NaN, and weights and factors that round to zero where that matters.
 
-An output channel sums W[k] x[k] and b. Let X be the largest input, d the sum of the sizes of the weights that become zero, A the largest
-weight, u the unit roundoff and v the least normal number. Nothing that a run could tell from rounding is lost where
+An output channel sums W[k] x[k] and b. Let X be the largest input, d the sum of the sizes of the weights that become zero and, in float16,
+of what others lose below its least normal number v, A the largest weight and u the unit roundoff. Nothing that a run could tell from
+rounding is lost where
 
     d X <= u max(A X, |b|, v)
 
@@ -40,11 +41,12 @@ def refuse_unrepresentable(plan: Plan, view: GraphView) -> None:
                 raise Refusal("bad-parameters", f"{where} holds Inf or NaN already")
             channels = first_few(constant.bad_channels())
             raise Refusal("overflow", f"{nonfinite} values of {where} would become Inf or NaN in {constant.dtype}, channels {channels}")
-        if flushed or isinstance(constant, Dense):
+        if flushed or isinstance(constant, Dense) or constant.dtype == np.float16:
             count, channels_of_zeros = _flushed(node, slot, constant, plan, view)
             if count:
                 some = first_few(channels_of_zeros)
-                raise Refusal("flush-to-zero", f"{count} values of {where} would become zero in {constant.dtype}, channels {some}")
+                lost = "become zero or lose digits" if constant.dtype == np.float16 else "become zero"
+                raise Refusal("flush-to-zero", f"{count} values of {where} would {lost} in {constant.dtype}, channels {some}")
 
 
 def _flushed(node: Node, slot: int, constant: Constant, plan: Plan, view: GraphView) -> tuple[int, list[int]]:
@@ -82,7 +84,7 @@ def _hiding(node: Node, row: Row, plan: Plan, view: GraphView) -> FloatArray | f
 def flushed_channels(
     constant: Constant, matrix: Callable[[NDArray[np.generic]], NDArray[np.generic]], bias: FloatArray | float
 ) -> tuple[int, list[int]]:
-    """Return (how many weights matter that become zero, the output channels that hold them).
+    """Return (how many weights matter that become zero or lose digits, the output channels that hold them).
 
     Parameters
     ----------
@@ -94,15 +96,23 @@ def flushed_channels(
         |b|, the least one where a channel has several.
     """
     unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
-    exact, kept = np.abs(matrix(float64_of(constant))), matrix(constant.array()) != 0
-    flushed = (exact != 0) & ~kept
-    flushed_size, largest = (exact * flushed).sum(axis=1), exact.max(axis=1, initial=0)
-    matters = flushed_size * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
-    return int(flushed[matters].sum()), np.flatnonzero(matters).tolist()
+    exact = matrix(float64_of(constant))
+    lost, largest = _lost(exact, matrix(constant.array())), np.abs(exact).max(axis=1, initial=0)
+    matters = lost.sum(axis=1) * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
+    return int(np.count_nonzero(lost[matters])), np.flatnonzero(matters).tolist()
+
+
+def _lost(exact: NDArray[np.generic], kept: NDArray[np.generic]) -> FloatArray:
+    """Return how much of each value is lost that has become zero, or, in float16, is below the least normal number and has lost more than
+    a normal one would."""
+    unit, least_normal = UNIT[kept.dtype.name], LEAST_NORMAL[kept.dtype.name]
+    small = np.abs(kept) < least_normal if kept.dtype == np.float16 else kept == 0
+    loss = np.abs(exact - kept.astype(np.float64))
+    return np.where(small & (loss > unit * np.abs(exact)), loss, 0.0)
 
 
 def flushed_factors(constant: Constant, reach: FloatArray | float, bias: FloatArray | float) -> tuple[int, list[int]]:
-    """Return (how many factors matter that become zero, their flat indices).
+    """Return (how many factors matter that become zero or lose digits, their flat indices).
 
     Parameters
     ----------
@@ -114,9 +124,8 @@ def flushed_factors(constant: Constant, reach: FloatArray | float, bias: FloatAr
         |b|; where it has another shape than the constant, the least one counts for each factor.
     """
     unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
-    exact = np.abs(float64_of(constant))
-    flushed = (exact != 0) & (constant.array() == 0)
-    hiding = bias if np.shape(bias) == exact.shape else np.min(bias, initial=np.inf)
-    with np.errstate(invalid="ignore"):  # zero times Inf, where the factor was zero before
-        matters = flushed & (exact * (reach * LARGEST_INPUT) > unit * np.maximum(hiding, least_normal))
+    lost = _lost(float64_of(constant), constant.array())
+    hiding = bias if np.shape(bias) == lost.shape else np.min(bias, initial=np.inf)
+    with np.errstate(invalid="ignore"):  # zero times Inf, where nothing is lost
+        matters = lost * (reach * LARGEST_INPUT) > unit * np.maximum(hiding, least_normal)
     return int(matters.sum()), np.flatnonzero(matters).tolist()
