@@ -107,8 +107,9 @@ def _lost(exact: NDArray[np.generic], kept: NDArray[np.generic]) -> FloatArray:
     a normal one would."""
     unit, least_normal = UNIT[kept.dtype.name], LEAST_NORMAL[kept.dtype.name]
     small = np.abs(kept) < least_normal if kept.dtype == np.float16 else kept == 0
-    loss = np.abs(exact - kept.astype(np.float64))
-    return np.where(small & (loss > unit * np.abs(exact)), loss, 0.0)
+    true = exact.astype(np.float64)
+    loss = np.abs(true - kept.astype(np.float64))
+    return np.where(small & (loss > unit * np.abs(true)), loss, 0.0)
 
 
 def flushed_factors(constant: Constant, reach: FloatArray | float, bias: FloatArray | float) -> tuple[int, list[int]]:
