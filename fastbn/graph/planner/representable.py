@@ -96,10 +96,24 @@ def flushed_channels(
         |b|, the least one where a channel has several.
     """
     unit, least_normal = UNIT[constant.dtype.name], LEAST_NORMAL[constant.dtype.name]
+    kept = matrix(constant.array())
+    if kept.dtype == np.float16 and not _may_lose(kept, bias):
+        return 0, []
     exact = matrix(float64_of(constant))
-    lost, largest = _lost(exact, matrix(constant.array())), np.abs(exact).max(axis=1, initial=0)
+    lost, largest = _lost(exact, kept), np.abs(exact).max(axis=1, initial=0)
     matters = lost.sum(axis=1) * LARGEST_INPUT > unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
     return int(np.count_nonzero(lost[matters])), np.flatnonzero(matters).tolist()
+
+
+def _may_lose(kept: NDArray[np.generic], bias: FloatArray | float) -> bool:
+    """Say whether a row of float16 has so many values below the least normal number that what they have lost, at most half a step each,
+    could matter: from their bits, which are in the order of their sizes, before the true values are computed in float64."""
+    unit, least_normal = UNIT["float16"], LEAST_NORMAL["float16"]
+    bits = kept.view(np.uint16) & np.uint16(0x7FFF)
+    small = np.count_nonzero(bits < np.float16(least_normal).view(np.uint16), axis=1)
+    largest = bits.max(axis=1, initial=0).view(np.float16).astype(np.float64) * (1 - 2 * unit)
+    allowed = unit * np.maximum(np.maximum(largest * LARGEST_INPUT, bias), least_normal)
+    return bool((small * (unit * least_normal) * LARGEST_INPUT > allowed).any())
 
 
 def _lost(exact: NDArray[np.generic], kept: NDArray[np.generic]) -> FloatArray:
