@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import onnx
+import pytest
 from onnx import numpy_helper
 from sketch import model, normal, run
 
@@ -14,6 +15,7 @@ from fastbn.graph.ops.affine import Affine
 from fastbn.graph.ops.registry import row_of
 from fastbn.graph.ops.row import Origin, Skip, Transfer, Traveler
 from fastbn.graph.planner.view import GraphView
+from fastbn.graph.reasons import Refusal
 
 
 def ints(*values):
@@ -104,6 +106,14 @@ class Setting:
         name = self.node.inputs[slot].name
         constant = self.view.constant(self.node.inputs[slot])
         return self.feeds["x" if name == "h" else name] if constant is None else constant.array()
+
+
+def assert_refused(make, direction, code, part):
+    """Demand that a row refuses with this code, and this part of a sentence."""
+    with pytest.raises(Refusal) as caught:
+        make().answers(direction)
+    assert caught.value.code == code, caught.value.sentence
+    assert part in caught.value.sentence, caught.value.sentence
 
 
 def case(*arguments, **options):

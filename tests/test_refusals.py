@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from rows import A4, A4P, A4S, A4T, BN, LEFT, TRANSPOSED, K, W, affine, case, ints
+from rows import A4, A4P, A4S, A4T, BN, LEFT, TRANSPOSED, K, W, affine, assert_refused, case, ints
 from sketch import norm, normal
 
 from fastbn.graph.ops.affine import Affine
-from fastbn.graph.reasons import Refusal
 
 
 def refused(direction, code, part, *arguments, **options):
@@ -442,8 +441,4 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses(name):
-    make, direction, code, part = REFUSED[name]
-    with pytest.raises(Refusal) as caught:
-        make().answers(direction)
-    assert caught.value.code == code, caught.value.sentence
-    assert part in caught.value.sentence
+    assert_refused(*REFUSED[name])
