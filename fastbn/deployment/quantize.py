@@ -386,9 +386,8 @@ def serve() -> None:
     calibrations: dict[object, Calibrated] = {}
     while True:
         job: Job = json.loads(jobs.get())
-        tempfile.tempdir = job[
-            "folder"
-        ]  # where the quantizer writes copies of the model: what it leaves when it is killed goes with the rest
+        # The quantizer writes copies of the model there: what it leaves when it is killed goes with the rest.
+        tempfile.tempdir = job["folder"]
         # A loop in C++ may hold the interpreter lock, and then no thread sees that stdin has ended.
         faulthandler.dump_traceback_later(job["seconds"] + GRACE, exit=True, file=nowhere)
         try:
