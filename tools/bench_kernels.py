@@ -114,8 +114,9 @@ class Case:
         self.weight, self.bias = rng.standard_normal((2, shape[1])).astype(np.float32)
         self.mean, self.var = np.full(shape[1], 0.5, np.float32), np.ones(shape[1], np.float32)
         self.stats = fastbn.batch_stats(self.x, axis=self.axis)
+        self.want = functools.cache(self.compute)
 
-    def want(self, operation):
+    def compute(self, operation):
         """The result by the float64 twin, on the first channels only where all of them would take long."""
         few = slice(0, max(1, min(self.shape[1], 2_000_000 // (self.x.size // self.shape[1]))))
         at = (..., few) if self.axis == -1 else (slice(None), few)
