@@ -98,7 +98,8 @@ FLOORS = [
     ["exported.torch_parity", "exported.keras_parity", "exported.keras_layers"],
     ["exported.keras_graph"],
     ["exported.torch_fold", "exported.keras_fold"],
-    ["deployment.recipe", "deployment.equalization", "deployment.synthetic", "deployment.bn_statistics", "deployment.trade_off"],
+    ["deployment.recipe", "deployment.equalization", "deployment.synthetic", "deployment.bn_statistics"],
+    ["deployment.trade_off", "deployment.equalization_trial"],
     ["cluster.__init__"],
     ["cluster.connection", "cluster.locations"],
     [

@@ -19,7 +19,10 @@ LINES = {
         ["stuck.onnx", "out.onnx", "--rewrite-left", "affine", "--force"],
         ["in.onnx", "--dry-run"],
     ],
-    "deploy": [["in.onnx", "deployed.onnx", "--data", "data.npz", "--quantize", "--max-drop", "0.25", "--runs", "9"]],
+    "deploy": [
+        ["in.onnx", "deployed.onnx", "--data", "data.npz", "--quantize", "--max-drop", "0.25", "--runs", "9"],
+        ["in.onnx", "deployed.onnx", "--quantize", "--data-free", "--max-drop", "1", "--runs", "9"],
+    ],
     "reestimate": [["in.onnx", "new.onnx", "--data", "data.npz", "--workers", "0"]],
     "fold-all": [["in.onnx", "broken.onnx", "--out", "zoo", "--workers", "2", "-q"]],
     "verify": [["in.onnx", "in.onnx"], ["in.onnx", "other.onnx"]],

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What int8 loses: calibrated on random numbers, without data (--data-free) before and after its layers are equalized, and on real data.
+"""What int8 loses: calibrated on random numbers, without data (--data-free) before its layers are equalized, after that, and with the
+better of these two as `deploy` finds it on synthetic inputs of a seed of its own, and on real data.
 
     python tools/bench_quantization.py MODEL[=DATA] ... [--samples N] [--per-tensor] [--json FILE]
 
@@ -14,8 +15,10 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -23,6 +26,7 @@ import onnxruntime
 import fastbn
 from fastbn.deployment import data_free
 from fastbn.deployment.compare import REFERENCE, Original, compare
+from fastbn.deployment.equalization_trial import EqualizationTrial
 from fastbn.deployment.options import Options
 from fastbn.deployment.samples import random_samples, read_samples
 from fastbn.deployment.stages import marks_for
@@ -31,7 +35,7 @@ from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.graph.runtime import Runnable, session
 
-WAYS = ("random", "data-free", "equalized", "data")
+WAYS = ("random", "data-free", "equalized", "kept", "data")
 
 
 def inputs(index, reference, data, samples):
@@ -44,20 +48,27 @@ def inputs(index, reference, data, samples):
     return like
 
 
-def quantized(model, data, way, options):
-    """Return the bytes of the model that is calibrated in one way, None where int8 refuses it."""
-    usual, more = data_free.equalized, {"data": data, "ignore_unknown": True} if way == "data" else {}
-    if way == "data-free":
-        data_free.equalized = lambda *_: {}
-    try:
-        free = way in ("data-free", "equalized")
-        return fastbn.deploy(model, quantize=True, max_drop=1, float_nodes=0, runs=1, data_free=free, **options, **more).quantized
-    finally:
-        data_free.equalized = usual
+def quantized(model, data, options):
+    """Return {way: bytes of the model that is calibrated in this way}, without those that int8 refuses, and the trial of equalization."""
+
+    def made(**more):
+        return fastbn.deploy(model, quantize=True, max_drop=1, float_nodes=0, runs=1, **options, **more)
+
+    kept = made(data_free=True)
+    trial = kept.quantization.equalization
+    found = {"random": made().quantized, "data-free": kept.quantized, "equalized": kept.quantized, "kept": kept.quantized}
+    if trial is not None:
+        other, is_kept = ("data-free", False) if trial.kept else ("equalized", True)
+        with mock.patch.object(EqualizationTrial, "kept", is_kept):
+            found[other] = made(data_free=True).quantized
+    if data:
+        found["data"] = made(data=data, ignore_unknown=True).quantized
+    return {way: proto for way, proto in found.items() if proto is not None}, trial
 
 
 def measured(model, data, samples, per_tensor):
-    """Return {way: (relative error, decisions that agree or None, accuracy or None)} of a model, and what is shipped."""
+    """Return {way: (relative error, decisions that agree or None, accuracy or None)} of a model, the trial of equalization, and what is
+    shipped."""
     index = Index(storage.load(model), True)
     reference = Runnable.of(index.source).session()
     given = inputs(index, reference, data, samples)
@@ -66,12 +77,11 @@ def measured(model, data, samples, per_tensor):
     marks = marks_for(reference, index, given, judge)
     with tempfile.TemporaryDirectory() as folder:
         stages = {}
-        for way in WAYS if data else WAYS[:-1]:
-            made = quantized(model, data, way, options)
-            if made is not None:
-                path = Path(folder) / f"{way}.onnx"
-                path.write_bytes(made)
-                stages[way] = session(str(path), optimize=True)
+        protos, trial = quantized(model, data, options)
+        for way, proto in protos.items():
+            path = Path(folder) / f"{way}.onnx"
+            path.write_bytes(proto)
+            stages[way] = session(str(path), optimize=True)
         compared = compare(Original(reference), stages, given.feeds, judge.scores, None, None if marks is None else marks.note)
     found = {}
     for way, agreements in compared.items():
@@ -80,7 +90,7 @@ def measured(model, data, samples, per_tensor):
         accuracy = None if marks is None else marks.accuracy(way, REFERENCE).part
         found[way] = max(errors), min(decisions, default=None), accuracy
     more = {"data": data, "ignore_unknown": True} if data else {"data_free": True}
-    return found, shipped(fastbn.deploy(model, quantize=True, **options, **more))
+    return found, trial, shipped(fastbn.deploy(model, quantize=True, **options, **more))
 
 
 def shipped(made):
@@ -109,16 +119,17 @@ def main():
     options = parser.parse_args()
     rows = {}
     print(f"onnxruntime {onnxruntime.__version__}, {platform.machine()}\n")
-    print(f"| | {' | '.join(WAYS)} | shipped |", "|---" * 6 + "|", sep="\n")
+    print(f"| | {' | '.join(WAYS)} | shipped |", "|---" * (len(WAYS) + 2) + "|", sep="\n")
     for text in options.models:
         model, _, data = text.partition("=")
         name = f"{Path(model).stem}{'' if data else ' (synthetic)'}"
         try:
-            rows[name], what = measured(model, data or None, options.samples, options.per_tensor)
+            rows[name], trial, what = measured(model, data or None, options.samples, options.per_tensor)
         except fastbn.FastbnError as error:
             print(f"| {name} | {error} |", flush=True)
             continue
         print(f"| {name} | {' | '.join(cell(rows[name].get(way)) for way in WAYS)} | {what} |", flush=True)
+        print(f"    {trial or 'nothing equalized'}", file=sys.stderr, flush=True)
     for way in WAYS[1:]:
         whole = [found for found in rows.values() if way in found and "random" in found and ("data" in found or way != "data")]
         real = [found for found in whole if "data" in found]

@@ -134,6 +134,7 @@ SAID_OF: dict[str, dict[str, str]] = {
     },
     "DeploymentFields": {"data": "The samples; null where nothing was measured."},
     "DigestFields": {"name": "The name of the file."},
+    "EqualizationTrialFields": {"kept": "Whether the quantized model is the one with equalized layers."},
     "FoldReport": {
         "opset": "The version of ONNX's operators.",
         "ir_version": "The version of ONNX's format.",

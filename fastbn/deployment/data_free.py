@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastbn.graph.ops.affine import FloatArray
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["DataFree", "calibrated_models", "data_free", "feeds_wanted"]
+__all__ = ["Calibrated", "DataFree", "calibrated_models", "data_free", "feeds_wanted", "trial_feeds", "trial_seed"]
 
 # Feeds to calibrate on: as many as hold these elements together, within limits.
 ELEMENTS, FEWEST_FEEDS, MOST_FEEDS = 1 << 21, 12, 96
@@ -67,6 +67,20 @@ class DataFree:
     restated: list[tuple[onnx.ModelProto, list[int]]]
     notes: tuple[str, ...]
 
+    @property
+    def kind(self) -> str:
+        """What the inputs are, in two words."""
+        return "synthetic inputs" if self.restated else "random numbers"
+
+
+class Calibrated(NamedTuple):
+    """A model to quantize, the same of the models whose batch normalizations remember the feeds of some numbers, and how many of its layers
+    are equalized."""
+
+    path: Path
+    restated: list[tuple[Path, list[int]]]
+    layers: int = 0
+
 
 def feeds_wanted(feed: Feed) -> int:
     """Return how many feeds like this one to calibrate on."""
@@ -75,18 +89,31 @@ def feeds_wanted(feed: Feed) -> int:
 
 def data_free(index: Index, like: Sequence[Feed], seed: int) -> DataFree:
     """Return synthetic inputs, as many as the feeds `like`, and of their sizes and types, that fit the batch normalizations of a model."""
-    rng = np.random.default_rng([seed, len(like)])
     remembered = Remembered(index)
     if not len(remembered):
         return DataFree([*like], [], ("no batch normalization says what real inputs are like: calibrated on random numbers",))
     try:
-        feeds = synthetic(like, rng)
-        fitted, notes = _fitted(remembered.first(), feeds)
+        fitted, notes = _made(remembered, like, seed)
         kinds = [list(range(kind, len(fitted), len(KINDS))) for kind in range(len(KINDS))]
         restated = [(remembered.restated([fitted[number] for number in numbers]), numbers) for numbers in kinds if numbers]
         return DataFree(fitted, restated, notes)
     except runtime_errors() as error:
         return DataFree([*like], [], (f"its batch normalizations cannot be asked, so calibrated on random numbers: {said(error)}",))
+
+
+def trial_seed(seed: int) -> int:
+    """Return the seed of inputs on which models are tried that were calibrated on those of another one."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+
+
+def trial_feeds(index: Index, like: Sequence[Feed], free: DataFree, seed: int) -> list[Feed]:
+    """Return inputs like those of `free`, drawn and fitted anew from another seed; `like` are random numbers of that seed."""
+    return _made(Remembered(index), like, seed)[0] if free.restated else [*like]
+
+
+def _made(remembered: Remembered, like: Sequence[Feed], seed: int) -> tuple[list[Feed], tuple[str, ...]]:
+    """Return synthetic inputs of a seed that fit the first batch normalizations, and a sentence about that."""
+    return _fitted(remembered.first(), synthetic(like, np.random.default_rng([seed, len(like)])))
 
 
 def calibrated_models(
@@ -96,8 +123,8 @@ def calibrated_models(
     fold: Callable[[ModelLike, bool], FoldResult],
     per_channel: bool,
     tell: Callable[[str], None],
-) -> tuple[Path, list[tuple[Path, list[int]]], tuple[str, ...]]:
-    """Write the models that are quantized and calibrated without data, beside the folded one.
+) -> list[Calibrated]:
+    """Write the models that may be quantized and calibrated without data, beside the folded one.
 
     Parameters
     ----------
@@ -112,13 +139,7 @@ def calibrated_models(
         Whether weights will have a scale for each output channel.
     tell : callable of str
 
-    Returns
-    -------
-    path : Path
-        The model to quantize: the folded one, its layers equalized where that is possible.
-    restated : list of (Path, list of int)
-        The same of the models whose batch normalizations remember the feeds of these numbers.
-    notes : tuple of str
+    Returns the folded one, and one with layers equalized where that is possible.
     """
     restated = []
     for number, (proto, numbers) in enumerate(free.restated):
@@ -131,9 +152,8 @@ def calibrated_models(
     scales = equalized(folded, target, free.feeds, per_channel)
     others = [(path.with_name(f"equalized-{path.name}"), numbers) for path, numbers in restated]
     if not scales or not all(rescaled(path, other, scales) for (path, _), (other, _) in zip(restated, others, strict=True)):
-        return folded, restated, ()
-    count = f"{len(scales)} layers" if len(scales) > 1 else "1 layer"
-    return target, others, (f"channels of {count} equalized with the layers behind",)
+        return [Calibrated(folded, restated)]
+    return [Calibrated(folded, restated), Calibrated(target, others, len(scales))]
 
 
 @dataclass(frozen=True)

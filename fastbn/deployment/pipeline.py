@@ -262,7 +262,7 @@ class _Pipeline:
         warnings = []
         if given is None and samples is not None:
             what = "compared and calibrated" if self.options.quantize else "compared"
-            inputs = "synthetic inputs" if free is not None and free.restated else "random numbers"
+            inputs = "random numbers" if free is None else free.kind
             warnings.append(f"no --data: {what} on {inputs}; what they say of real inputs is little")
         if fold.parity is not None and fold.parity.status == "failed":
             decision = f"the folded model differs from the original by more than rounding explains: {fold.parity}"
@@ -317,7 +317,7 @@ class _Pipeline:
         quantization = None
         if self.options.quantize:
             self._start("quantizing")
-            maker = QuantizedStage(self.options, self.workdir, self._folded, self._tell)
+            maker = QuantizedStage(self.options, self.workdir, self._folded, reference, self._tell)
             quantization = maker.run(files, samples, index, free, allowed)
         self._start("comparing outputs")
         index.source.give_pages_back()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict
 
 from fastbn.deployment.compare import Agreement, AgreementFields, Metric
+from fastbn.deployment.equalization_trial import EqualizationTrial, EqualizationTrialFields
 from fastbn.deployment.evidence import Comparison, ComparisonFields, Goal
 from fastbn.deployment.labels import Accuracy, AccuracyFields
 from fastbn.deployment.measure import KernelFields, Kernels
@@ -133,6 +134,7 @@ class QuantizationFields(TypedDict):
     refused: str | None
     float_kernels: dict[str, int | None]
     trade_off: list[TradeOffFields]
+    equalization: EqualizationTrialFields | None
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class Quantization:
         onnxruntime's own pre-processing ("unfolded") and without it ("unfolded_raw"); None where the quantizer fails.
     trade_off : tuple of TradeOff
         What each node more in float gains and costs; empty where int8 did not lose too much.
+    equalization : EqualizationTrial or None
+        Whether layers are equalized, and what says so; None where nothing could be equalized, and without data_free.
     """
 
     recipe: str
@@ -159,6 +163,7 @@ class Quantization:
     refused: str | None = None
     float_kernels: dict[str, int | None] = field(default_factory=dict)
     trade_off: tuple[TradeOff, ...] = ()
+    equalization: EqualizationTrial | None = None
 
     def to_dict(self) -> QuantizationFields:
         """Return the fields as JSON holds them."""
@@ -168,7 +173,12 @@ class Quantization:
             "refused": self.refused,
             "float_kernels": self.float_kernels,
             "trade_off": [point.to_dict() for point in self.trade_off],
+            "equalization": None if self.equalization is None else self.equalization.to_dict(),
         }
+
+    def said(self) -> list[str]:
+        """Return the notes, what came of the equalization at their end, as sentences."""
+        return [*self.notes, *([] if self.equalization is None else [str(self.equalization)])]
 
     def float_sentence(self) -> str | None:
         """Return how many kernels are left in float, with and without the fold; None where nothing was counted."""
@@ -353,7 +363,7 @@ class Deployment(ModelResult):
             lines.append(f"stats   {self.new_statistics}")
         if self.quantization:
             lines.append(f"int8    {self.quantization.recipe}")
-            lines.extend(f"        {note}" for note in (*self.quantization.notes, self.quantization.float_sentence()) if note)
+            lines.extend(f"        {note}" for note in (*self.quantization.said(), self.quantization.float_sentence()) if note)
             lines.extend(trade_off_lines(self.quantization.trade_off))
         lines.extend(self._table())
         lines.append(f"shipped {self.shipped or 'nothing'}: {self.decision}")
