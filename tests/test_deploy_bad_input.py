@@ -7,11 +7,14 @@ import sys
 import time
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 from shell import as_json, classifier_folder, deploy, files
-from sketch import conv_bn, model, norm, normal
+from sketch import classifier, conv_bn, model, norm, normal, ops
 
 from fastbn.cli import main
+from fastbn.deployment.quantizer import Quantizer
 from fastbn.graph.model import storage
 
 
@@ -92,6 +95,44 @@ def test_few_samples_calibrate_when_that_is_asked_for(here, capsys):
     np.savez("few.npz", x=normal(3, 3, 8, 8))
     report = as_json(capsys, "--data", "few.npz", "--quantize", "--min-samples", "3", "--max-drop", "1")
     assert (report["shipped"], report["data"]["rows"]) == ("quantized", 3)
+
+
+def folded_is_there(folder, capsys, *options):
+    """Deploy with quantization, which ends with the folded model and one line; return the reason why int8 is refused."""
+    deploy("--quantize", *options, "-q", code=4)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert ops(onnx.load("out.onnx")) == "Conv Relu GlobalAveragePool Flatten Gemm"
+    assert files(folder) == ["data.npz", "in.onnx", "out.onnx"]
+    return err.removeprefix("fastbn: folded shipped: ").partition("; folded is taken: ")[0]
+
+
+@pytest.mark.parametrize("options", [("--data", "data.npz"), ("--data-free",)])
+def test_a_quantized_model_that_loads_and_does_not_run(options, here, capsys, monkeypatch):
+    real = Quantizer.quantize
+
+    def quantize(quantizer, path, target, **more):
+        made = real(quantizer, path, target, **more)
+        proto = onnx.load(target)
+        for node in proto.graph.node:
+            node.output[:] = ["logits" if name == "y" else name for name in node.output]
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([7, 11]), "sizes"))
+        proto.graph.node.append(helper.make_node("Reshape", ["logits", "sizes"], ["y"], "spoiled"))
+        onnx.save(proto, target)
+        return made
+
+    monkeypatch.setattr(Quantizer, "quantize", quantize)
+    assert folded_is_there(here, capsys, *options).startswith("quantized is refused: onnxruntime cannot run it: Reshape 'spoiled': ")
+
+
+@pytest.mark.parametrize("options", [("--data", "data.npz"), ("--data-free",)])
+def test_outputs_that_are_zero_whatever_is_fed(options, here, capsys):
+    proto = classifier()
+    for tensor in proto.graph.initializer:
+        if tensor.name == "w2":
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((4, 5), np.float32), "w2"))
+    (here / "in.onnx").write_bytes(proto.SerializeToString())
+    assert folded_is_there(here, capsys, *options) == "calibration collapses: every output is 0 on all samples"
 
 
 def test_samples_that_the_model_does_not_run_on(here, capsys):

@@ -138,6 +138,27 @@ def test_refused_where_every_stage_loses_too_much(here, capsys, monkeypatch):
     assert "out.onnx" not in files(here)
 
 
+def test_by_what_is_really_lost_each_stage_is_refused_in_turn(here, capsys):
+    """Nothing is made up but latencies: int8 loses some per mille, and the fold, which onnxruntime does not do itself, rounds."""
+    text = "(float[N,3,8,8] x) => (float[N,4,6,6] y) { r = Relu(x) n = BatchNormalization(r, s, t, m, v) y = Conv(n, w) }"
+    (here / "in.onnx").write_bytes(model(text, w=normal(4, 3, 3, 3), **norm(3)).SerializeToString())
+    options = ("--data", "data.npz", "--quantize", "--metric", "error", "--float-nodes", "0", "--max-drop")
+    report = as_json(capsys, *options, "0.5")
+    assert (report["shipped"], report["status"]) == ("quantized", "done")
+    lost = [stage["drop"] for stage in report["stages"]]
+    assert 0 == lost[0] < lost[1] < 1e-6 < 1e-3 < lost[2]
+    report = as_json(capsys, *options, "1e-6", "--force", code=4)
+    assert (report["shipped"], report["status"]) == ("folded", "partial")
+    assert report["decision"].startswith(
+        f"quantized is refused: a relative error of {lost[2]:.2g} in the outputs, 1e-06 is allowed; folded "
+    )
+    (here / "out.onnx").unlink()
+    report = as_json(capsys, *options, "0", code=1)
+    assert (report["shipped"], report["status"]) == (None, "refused")
+    assert f"; folded is refused: a relative error of {lost[1]:.2g} in the outputs, 0 is allowed" in report["decision"]
+    assert files(here) == ["data.npz", "in.onnx"]
+
+
 def test_a_model_in_which_nothing_is_folded_is_not_compared_with_itself(here, capsys, monkeypatch):
     taking(monkeypatch, original=1, folded=1.3)
     (here / "in.onnx").write_bytes(model("(float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }").SerializeToString())
