@@ -1,7 +1,7 @@
 # The commands of a working day. PYTHON is any Python 3.11+ with the build requirements of pyproject.toml installed.
 PYTHON ?= python3
 
-.PHONY: build test print-array-tests docs sanitize races analyze coverage neon lint format clean
+.PHONY: build test print-array-tests print-graph-tests docs sanitize races analyze coverage neon lint format clean
 
 # Kernels alone, for a target without Python, with their preconditions checked.
 KERNELS = src_c/*.c tests/check_bits.c
@@ -18,6 +18,12 @@ ARRAY_TESTS = $(patsubst %,tests/test_%.py,addresses affine batch_norm check con
   memory random_calls stats stress threads wide)
 print-array-tests:
 	@echo $(ARRAY_TESTS)
+
+# Tests of models that are read, planned, written and compared, for a sanitizer: they take minutes, and need no more memory than a machine has.
+GRAPH_TESTS = $(patsubst %,tests/test_%.py,absorb broken_models carry comparable consistency deploy expressions hostile_models loops nesting \
+  odd_nodes places probe quantized reestimate refusals rewrite sequences shapes sizes storage survival transfers verify wrong_nodes)
+print-graph-tests:
+	@echo $(GRAPH_TESTS)
 
 # The pages, with the reference of every public name, in build/docs. Needs the group `docs` of pyproject.toml, and PyTorch.
 docs:
@@ -72,7 +78,9 @@ analyze:
 	clang-tidy --quiet --warnings-as-errors='*' $(ANALYZED) -- -std=c11 -Isrc_c
 	cppcheck $(CPPCHECK_FLAGS) $(ANALYZED)
 
-# Lines and branches that the tests, or TESTS of them, run: Python by coverage.py, C by gcov. Needs coverage and gcovr.
+# Lines and branches that the tests, or TESTS of them, run: Python by coverage.py, C by gcov. Needs coverage and gcovr. At the end stands what
+# no test runs and docs/coverage.md does not explain: for all tests, with what `[test]` and the group `docs` install, PyTorch, onnxscript and
+# JAX, that is nothing.
 COVERED = build/coverage/lib
 coverage:
 	mkdir -p $(COVERED)
@@ -80,8 +88,10 @@ coverage:
 	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --force --build-temp build/coverage --build-lib $(COVERED)
 	PYTHONPATH=$(COVERED) $(PYTHON) -P -m coverage run -m pytest -p no:cacheprovider $(TESTS)
 	$(PYTHON) -m coverage combine -q
-	$(PYTHON) -m coverage report --show-missing --skip-covered
-	gcovr --root . --object-directory build/coverage --filter src_c/ --txt-metric branch
+	$(PYTHON) -m coverage json -q -o build/coverage/python.json
+	$(PYTHON) -m coverage report --skip-covered
+	gcovr --root . --object-directory build/coverage --filter src_c/ --txt-metric branch --txt - --json build/coverage/c.json
+	$(PYTHON) tools/coverage_gaps.py build/coverage/python.json build/coverage/c.json
 
 lint:
 	ruff check .

@@ -9,7 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["Scheduler", "deadly", "forget_runtime", "set_version", "wait_until"]
+__all__ = ["Scheduler", "deadly", "executed", "forget_runtime", "set_version", "wait_until"]
+
+
+def executed(dask_worker):
+    """How many tasks a worker has done."""
+    return dask_worker.state.executed_count
 
 
 def deadly(item):

@@ -335,12 +335,14 @@ def test_what_onnxruntime_says_of_errors_of_the_system(here, environment):
         runtime.session(model, os.getcwd())
         free = os.open("large.onnx", os.O_RDONLY)
         os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
         for each in ("large.onnx", model):
             try:
                 runtime.session(each, os.getcwd())
             except StorageError as error:
                 print(str(error).replace(os.getcwd(), "HERE"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)  # coverage.py writes a file at the end
     """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -178,8 +178,16 @@ def test_a_real_file_system_that_is_read_only(here, capsys):
 
 @pytest.mark.parametrize("limit", [0, 100])
 def test_a_limit_on_the_size_of_files(limit, here, environment):
-    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    code = f"{limited}; from fastbn.cli import main; sys.exit(main())"
+    code = f"""if True:
+        import resource, sys
+        from fastbn.cli import main
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, before[1]))
+        code = main()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # coverage.py writes a file at the end
+        sys.exit(code)
+    """
     line = [sys.executable, "-c", code, "fold", "in.onnx", "out.onnx", "-q"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "fastbn: Cannot use 'out.onnx': file too large\n")

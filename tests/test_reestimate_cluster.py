@@ -16,7 +16,7 @@ distributed = pytest.importorskip("distributed", reason="dask is not installed: 
 import dask.array  # noqa: E402
 import dask.bag  # noqa: E402
 import onnx  # noqa: E402
-from cluster_tasks import Scheduler, deadly, forget_runtime, set_version, wait_until  # noqa: E402
+from cluster_tasks import Scheduler, deadly, executed, forget_runtime, set_version, wait_until  # noqa: E402
 from sketch import model, norm  # noqa: E402
 from statistics_truth import branches, images  # noqa: E402
 
@@ -121,11 +121,6 @@ def test_all_workers_work_though_one_has_the_weights(client):
     before = client.run(executed)
     reestimate(proto, np.zeros((64, 1000), np.float32), batch=1, client=client)
     assert min(count - before[address] for address, count in client.run(executed).items()) > 32
-
-
-def executed(dask_worker):
-    """How many tasks a worker has done."""
-    return dask_worker.state.executed_count
 
 
 def test_workers_that_are_killed_change_no_bit(client, wanted, monkeypatch):

@@ -48,7 +48,7 @@ def child(pipe):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", r"ignore:os\.fork\(\) was called:RuntimeWarning")  # Python; JAX
 def test_fork_while_the_pool_lives():
     want = result()
     context = multiprocessing.get_context("fork")

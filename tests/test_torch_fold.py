@@ -15,7 +15,7 @@ from torch_networks import torch_networks  # noqa: E402
 
 import fastbn  # noqa: E402
 from fastbn._torch.replacements import Shift, Zeros  # noqa: E402
-from fastbn.exported import torch_modules  # noqa: E402
+from fastbn.exported import torch_modules, torch_parity  # noqa: E402
 from fastbn.torch import convert, fold  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
@@ -341,3 +341,37 @@ def test_what_cannot_be_folded():
     uncopied.state = uncopied.fc(x)
     with pytest.raises(fastbn.ArgumentError, match="Cannot copy the model"):
         fold(uncopied, x)
+
+
+class Reshaped(nn.Module):
+    """A model whose answers have a shape or a sign of their own."""
+
+    def __init__(self, shape, stays=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.shape, self.stays = shape, stays
+
+    def forward(self, x):
+        if not self.stays and bool((x != 0).any()):
+            raise ValueError("zeros alone")
+        return x.reshape(self.shape) * self.weight
+
+    def double(self):
+        raise TypeError("it has no other type")
+
+
+def test_outputs_of_other_shapes_and_without_elements_are_compared():
+    example = (torch.zeros(2, 3),), {}
+    compared = torch_parity.Comparison(Reshaped((6,)), example, 0)
+    parity = compared.check(Reshaped((3, 2)))
+    assert (parity.status, parity.reason) == ("failed", "the output 'output' has another shape")
+    nothing = torch_parity.Comparison(Reshaped((0,)), ((torch.zeros(0, 3),), {}), 0)
+    assert nothing.check(Reshaped((0,))).status != "failed"
+
+
+def test_an_example_that_may_not_be_another_one():
+    example = (torch.zeros(2, 3),), {}
+    compared = torch_parity.Comparison(Reshaped((6,), stays=False), example, 0)
+    assert compared.check(Reshaped((6,))).status != "failed"
+    with pytest.raises(ValueError, match="zeros alone"):
+        torch_parity.Comparison(Reshaped((6,), stays=False), ((torch.ones(2, 3),), {}), 0)

@@ -25,7 +25,6 @@ from pathlib import Path
 import make_models
 import numpy as np
 import onnx
-import onnxruntime
 
 import fastbn
 from fastbn.cli import main as command
@@ -55,6 +54,9 @@ HIT = re.compile(r"INJECTED|--- SIG(INT|TERM|HUP) |killed by SIGKILL")
 
 # The most calls of one kind that a run is expected to make.
 MOST = 2000
+
+# A run that takes longer hangs, and is ended by SIGALRM.
+MOST_SECONDS = 300
 
 
 class Place:
@@ -88,6 +90,8 @@ class Place:
         path = self.folder / self.out
         if not path.exists():
             return None
+        import onnxruntime  # after the command has turned its telemetry off, which writes files too
+
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         x = session.get_inputs()[0]
         feed = np.linspace(-1, 1, int(np.prod([size if isinstance(size, int) else 1 for size in x.shape])), dtype=np.float32)
@@ -104,13 +108,16 @@ class Place:
     def run(self, injection=None, seconds=None):
         """Run the command in a child, which is killed after some seconds; return (exit code, whether strace has injected something)."""
         said, log = self.folder.parent / "said", self.folder.parent / "log"
-        ready, go = os.pipe()
+        (ready, go), (begun, begin) = os.pipe(), os.pipe()
+        streams = os.open(os.devnull, os.O_WRONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         child = os.fork()
         if child == 0:
             os.close(go)
             os.chdir(self.folder)
-            for number, name, flags in ((1, os.devnull, os.O_WRONLY), (2, said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
-                os.dup2(os.open(name, flags, 0o666), number)
+            for number, stream in enumerate(streams, 1):
+                os.dup2(stream, number)
+            signal.alarm(MOST_SECONDS)
+            os.write(begin, b"!")  # strace comes after all that is not the command's
             os.read(ready, 1)
             code = 99
             with contextlib.suppress(BaseException):
@@ -119,7 +126,9 @@ class Place:
                 signal.signal(number, signal.SIG_IGN)
             atexit._run_exitfuncs()
             os._exit(code)
-        os.close(ready)
+        os.read(begun, 1)
+        for stream in (ready, begun, begin, *streams):
+            os.close(stream)
         tracer = None
         if injection:
             kinds = injection.split(":")[0]

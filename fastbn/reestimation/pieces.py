@@ -221,8 +221,9 @@ def _inside(tensor: TensorProto, source: Source) -> TensorProto:
 
 def _kind_of(text: str) -> int:
     """Return onnxruntime's name of a type, such as "tensor(float)", as a number of TensorProto; 0 for what is no tensor."""
-    inner = text.removeprefix("tensor(").removesuffix(")")
-    return 0 if inner == text else int(TensorProto.DataType.Value(inner.upper()))
+    if not text.startswith("tensor("):  # a sequence of tensors ends like one
+        return 0
+    return int(TensorProto.DataType.Value(text.removeprefix("tensor(").removesuffix(")").upper()))
 
 
 def widened(source: Source) -> Source | None:
