@@ -229,3 +229,24 @@ def test_zeros_of_padding_and_uneven_kernels_let_no_shift_pass():
         return layers.Conv2DTranspose(4, 2, strides=2)(norm(layers.Activation("tanh")(x)))
 
     assert folded(IMAGE, padded) == folded(IMAGE, ahead) == (["padding"], [])
+
+
+UNKNOWN = {
+    "LayerNormalization of another axis": (IMAGE, lambda: layers.LayerNormalization(axis=1)),
+    "LayerNormalization without a center": (ROW, lambda: layers.LayerNormalization(center=False)),
+    "ReLU from a threshold on": (ROW, lambda: layers.ReLU(threshold=1.0)),
+    "ReLU with an end and a slope": (ROW, lambda: layers.ReLU(max_value=6.0, negative_slope=0.1)),
+    "UpSampling2D, bicubic": (IMAGE, lambda: layers.UpSampling2D(interpolation="bicubic")),
+    "Rescaling by several numbers": (ROW, lambda: layers.Rescaling(scale=[1.0, 2.0, 3.0, 4.0])),
+    "the sum of all": (ROW, lambda: lambda x: ops.sum(x, axis=None, keepdims=True)),
+    "the largest, at least a number": (ROW, lambda: lambda x: ops.max(x, axis=1, keepdims=True, initial=0.5)),
+    "a sum of types": (ROW, lambda: lambda x: ops.add(x, ops.cast(x, "int32"))),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_has_no_rule_is_an_opaque_node(name):
+    shape, make = UNKNOWN[name]
+    given = keras.Input(shape)
+    proto = KerasGraph(keras.Model(given, make()(given))).proto
+    assert [node for node in proto.graph.node if node.domain], [node.op_type for node in proto.graph.node]
