@@ -85,7 +85,9 @@ COVERED = build/coverage/lib
 coverage:
 	mkdir -p $(COVERED)
 	cp -r fastbn $(COVERED)/
-	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --force --build-temp build/coverage --build-lib $(COVERED)
+	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --build-temp build/coverage --build-lib $(COVERED)
+	find build/coverage -name "*.gcda" -delete
+	$(PYTHON) -m coverage erase
 	PYTHONPATH=$(COVERED) $(PYTHON) -P -m coverage run -m pytest -p no:cacheprovider $(TESTS)
 	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage json -q -o build/coverage/python.json

@@ -1,6 +1,7 @@
 """What only few models, or none that an exporter writes, make the ONNX part do: refusals, guards, and answers of "not known"."""
 
 import errno
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from sketch import conv_bn, model, norm, normal
 
 import fastbn
 from fastbn.graph import captions, digests, drawing
-from fastbn.graph.model import storage
+from fastbn.graph.model import cropping, extent, storage
 from fastbn.graph.model.constant import Dense, Tensor
 from fastbn.graph.model.index import Index
 from fastbn.graph.model.sequences import SEQUENCES
@@ -267,3 +268,58 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with workdir.Workdir(tmp_path) as folder:
         assert folder.path.is_dir()
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_are_not_as_many_as_outputs():
+    setting = case("Split <axis = 1> (x, k)", affine(4, 1), outputs="y, z", k=ints(1, 1, 2))
+    with pytest.raises(fastbn.ModelError, match=r"^Expected 2 sizes of parts, got 3 - at `y`$"):
+        setting().answers("forward")
+
+
+def test_a_matrix_of_three_axes():
+    with pytest.raises(fastbn.ModelError, match=r"^Expected a matrix, got shape \(2, 4, 4\) - at `y`$"):
+        case("Gemm(w, x)", affine(2, 0), x=(4, 3), w=normal(2, 4, 4))().answers("backward")
+
+
+def test_one_number_for_all_parts_of_a_sequence():
+    number = affine(1, None)
+    (transfer,) = case("SequenceAt(q, k)", number, before="q = SplitToSequence <axis = 1> (x, l)", k=ints(0)[0], l=ints(2)[0])().answers(
+        "backward"
+    )
+    assert transfer.passed_on == [(0, number)]
+
+
+def test_an_operator_that_the_opset_does_not_have_is_no_affine():
+    view = GraphView(
+        Index(storage.load(model("(float[2,4] x) => (float[2,4] y) { y = Mul <broadcast = 1> (x, k) }", opset=6, k=normal(4))))
+    )
+    assert view._lift(view.index.order[0]) is None
+
+
+def test_a_model_that_cannot_be_read_again(tmp_path, monkeypatch):
+    onnx.save(conv_bn(), tmp_path / "in.onnx")
+    source = storage.load(tmp_path / "in.onnx")
+
+    def closed(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    with pytest.raises(fastbn.StorageError, match=r"in\.onnx': input/output error$"):
+        source.to_bytes()
+
+
+def test_bytes_that_are_not_all_there():
+    with pytest.raises(fastbn.ModelError, match=r"^Expected a file of at least 7 bytes, got 6 - at `w`$"):
+        storage._check_length(b"ab", 4, 3, Path("w"))
+
+    def fails():
+        raise ValueError("too large")
+
+    with pytest.raises(fastbn.ModelError, match=r"^Expected a model below 2 GB without its external data, got a larger one - at `m`$"):
+        storage.serialize(SimpleNamespace(SerializeToString=fails), "m")
+
+
+def test_what_only_a_run_would_tell():
+    assert extent.result_size(None, [np.array(["a"], object)], None, 17) is None
+    assert extent.result_size(None, [None], None, 17) is None
+    assert cropping._may_be_negative(SimpleNamespace(domain="com.example"), None)
