@@ -2,7 +2,9 @@
 
 import errno
 import io
+import platform
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +17,17 @@ import fastbn
 from fastbn import confinement, reestimate, reference
 from fastbn.cli import main
 from fastbn.delivery import Delivery
+from fastbn.deployment import compare, equalization, provenance, quantizer, recipe, stages
 from fastbn.deployment.options import Options
+from fastbn.exported import job as exported_job
 from fastbn.graph import report
 from fastbn.graph.model import storage
 from fastbn.graph.model.index import Index
 from fastbn.reestimation import work
 from fastbn.reestimation.files import arrays_in
 from fastbn.reestimation.levels import find_levels
+from fastbn.zoo import job as zoo_job
+from fastbn.zoo import task
 
 
 def test_batches_without_elements_and_plain_numbers():
@@ -141,3 +147,94 @@ def test_a_folded_module_in_a_notebook_and_as_a_table():
     result = fold(model, torch.zeros(2, 4))
     assert "BatchNormalization 1 -&gt; 0" in result._repr_html_()
     assert len(result.to_dataframe()) == 1
+
+
+# ---- deployment ----
+
+
+def closed(*arguments, **options):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_stage_that_onnxruntime_does_not_run_is_not_run_again():
+    calls = []
+
+    def fails(names, feed):
+        calls.append(feed)
+        raise RuntimeError("no")
+
+    original = SimpleNamespace(names=["y"], random=[False], told=set(), outputs=lambda number, feed: [np.ones(3)])
+    works = SimpleNamespace(run=lambda names, feed: [np.ones(3)])
+    found = compare.compare(original, {"folded": SimpleNamespace(run=fails), "quantized": works}, [{}, {}], ())
+    assert found["folded"] == "onnxruntime cannot run it: no"
+    assert [agreement.output for agreement in found["quantized"]] == ["y"]
+    assert len(calls) == 1
+
+
+def test_layers_that_cannot_be_equalized(tmp_path, monkeypatch):
+    onnx.save(conv_bn(), tmp_path / "in.onnx")
+    assert not equalization.rescaled(tmp_path / "in.onnx", tmp_path / "out.onnx", {"gone": np.ones(4)})
+    assert not (tmp_path / "out.onnx").exists()
+
+    def fails(*arguments):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(equalization, "_largest", fails)
+    assert equalization.equalized(tmp_path / "in.onnx", tmp_path / "out.onnx", [], per_channel=True) == {}
+
+
+def test_a_system_that_does_not_describe_its_cpu(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", closed)
+    assert provenance._cpu_name() == platform.processor()
+    assert not recipe._has_vnni()
+
+
+def test_feeds_that_the_disk_does_not_take(tmp_path):
+    with pytest.raises(fastbn.StorageError, match=r"feed-0\.pickle': (no such file or directory|not a directory)$"):
+        quantizer.Quantizer(tmp_path / "gone", [{"x": np.ones(3)}], None)._write(1)
+
+
+def test_data_that_a_classifier_does_not_take():
+    def fails(names, feed):
+        raise RuntimeError("no")
+
+    reference = SimpleNamespace(get_outputs=list, run=fails)
+    samples = SimpleNamespace(labels=[np.zeros(1)], feeds=[{}])
+    with pytest.raises(fastbn.ArgumentError, match=r"^Cannot run the model on the data: no$"):
+        stages.marks_for(reference, None, samples, None)
+    assert stages.marks_for(reference, None, SimpleNamespace(labels=None), None) is None
+
+
+def test_models_without_tensors_prove_nothing():
+    assert exported_job.parity_of([], 1, "in torch").reason == "no output is a tensor"
+    holds = SimpleNamespace(is_wrong=False, holds=True, proves=False)
+    doubtful = SimpleNamespace(is_wrong=False, holds=False, why_inconclusive="noise")
+    assert exported_job._status([holds]) == ("inconclusive", "every output is constant")
+    assert exported_job._status([holds, doubtful]) == ("inconclusive", "noise")
+
+
+def test_arguments_that_are_no_tensors_stay_as_they_are():
+    torch = pytest.importorskip("torch")
+    from fastbn.exported.torch_graph import on_device
+
+    (number, tensor, whole), named = on_device(((2, torch.ones(1), torch.ones(1, dtype=torch.int32)), {"how": "so"}), "cpu", torch.float64)
+    assert (number, tensor.dtype, whole.dtype, named) == (2, torch.float64, torch.int32, {"how": "so"})
+
+
+def test_nothing_is_started_after_an_interrupt():
+    processes = task._Processes()
+    processes._ended = True
+    with pytest.raises(fastbn.FastbnError, match=r"^Cannot go on: the run has been interrupted$"), processes.started([], None):
+        pass
+
+
+def test_a_model_that_cannot_be_fetched_is_an_outcome(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "_folded", closed)
+    entry = SimpleNamespace(source=str(tmp_path / "in.onnx"), output="out.onnx")
+    outcome = task.fold_one(entry, [], None, None)
+    assert (outcome.status, outcome.reason) == ("failed", "[Errno 5] Input/output error")
+
+
+def test_without_dask_nothing_is_known_to_have_ended_a_worker(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert zoo_job.killed_by(ValueError("no")) is None
