@@ -136,10 +136,12 @@ def _options(arguments: Arguments) -> Options:
 def _deploy(arguments: Arguments, delivery: Delivery) -> int:
     """Fold the model and verify it, try int8 quantization on request, compare the outputs of every stage with the original's, measure
     latency, size and loading in onnxruntime's default options, and write the best stage that loses no more than --max-drop."""
+    from fastbn.deployment.measure import give_back_large_blocks
     from fastbn.deployment.pipeline import WRITING, deploy
     from fastbn.deployment.places import check_paths
     from fastbn.deployment.report import render
 
+    give_back_large_blocks()
     options = _options(arguments)
     name = input_name(arguments.input)
     output = arguments.output or ""  # the parser demands it

@@ -85,7 +85,9 @@ def measured(model, data, samples, per_tensor):
         compared = compare(Original(reference), stages, given.feeds, judge.scores, None, None if marks is None else marks.note)
     found = {}
     for way, agreements in compared.items():
-        errors = [each.relative for each in agreements if each.relative is not None]
+        errors = [] if isinstance(agreements, str) else [each.relative for each in agreements if each.relative is not None]
+        if not errors:  # onnxruntime cannot run it, or no output can be compared
+            continue
         decisions = [each.top1 for each in agreements if each.top1 is not None]
         accuracy = None if marks is None else marks.accuracy(way, REFERENCE).part
         found[way] = max(errors), min(decisions, default=None), accuracy

@@ -23,7 +23,7 @@ from fastbn.graph.runtime import runtime_errors, session
 if TYPE_CHECKING:
     from fastbn.graph.parity.feeds import Feed
 
-__all__ = ["Kernels", "kernels_of", "load_times", "quick_ms", "resident_mb", "size_of", "trim"]
+__all__ = ["Kernels", "give_back_large_blocks", "kernels_of", "load_times", "quick_ms", "resident_mb", "size_of", "trim"]
 
 NameT = TypeVar("NameT", bound=str)
 
@@ -37,6 +37,9 @@ CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 QUICK_RUNS, QUICK_MS = 30, 200.0
 
 FLOATS = ("float", "float16", "bfloat16", "double")
+
+# What glibc's mallopt calls the bytes from which on a block is the system's, and how many that are here.
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
 
 # Run in a process of its own, whose children make one session each: onnxruntime is loaded there and has made a session of a model that does
 # nothing, so that what a child takes more is the model's. Linux tells what is resident; pages of libraries do not count.
@@ -140,6 +143,13 @@ def trim() -> None:
     """Let the C library give freed memory back to the system: glibc keeps what closed sessions have taken."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_large_blocks() -> None:
+    """Let the C library give every large block back to the system as soon as it is freed, from now on and in the whole process: glibc takes
+    ever larger ones from its heap otherwise, in which sessions that are made and closed leave holes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def quick_ms(path: Path, feed: Feed) -> float | None:
