@@ -95,7 +95,7 @@ def test_the_json_report(here, capsys):
     row_fields = {"threads", "model", "runs", "median_ms", "p90_ms", "ratio", "low", "high", "difference"}
     assert all(set(row) == row_fields and row["runs"] == 60 for row in report["latency"])
     assert {row["model"] for row in report["latency"]} == {"original", "folded", "quantized"}
-    assert set(report["quantization"]) == {"recipe", "notes", "refused", "float_kernels", "trade_off"}
+    assert set(report["quantization"]) == {"recipe", "notes", "refused", "float_kernels", "trade_off", "equalization"}
     assert report["fold"]["batch_normalizations"] == {"before": 1, "after": 0}
     assert report["fold"]["parity"]["status"] == "ok"
     assert report["versions"]["fastbn"] == fastbn.__version__
