@@ -120,8 +120,8 @@ class QuantizedStage:
         if not others:
             return int8, None
         trial = EqualizationTrial(others[0].layers, f"{free.kind} of another seed")
-        rest = self.options.quantize_timeout - (time.monotonic() - began)
-        if rest <= 0:
+        rest = int(self.options.quantize_timeout - (time.monotonic() - began))
+        if rest < 1:
             return int8, replace(trial, refused="no time is left to try; --quantize-timeout may give more")
         try:
             equalized = self._quantized(quantizer, others[0], rest)
