@@ -273,3 +273,24 @@ def test_a_batch_of_0_is_one_that_is_not_known():
     proto = model(text, w=normal(24, 5), **norm(4))
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
     assert ops(fastbn.fold(proto, verify=False).model) == "Flatten Gemm"
+
+
+@pytest.mark.parametrize("size", [1 << 30, (1 << 59) + 3])
+@pytest.mark.parametrize("weight", [True, False])
+def test_quantized_values_that_are_fewer_than_their_sizes_say(weight, size):
+    """A weight, and a bias, that would take terabytes."""
+    text = """(float[1,3,8,8] x) => (float[1,4,A,B] y) {
+        w = DequantizeLinear <axis = 0> (q, sw) b = DequantizeLinear <axis = 0> (r, sb)
+        c = Conv(x, w, b) y = BatchNormalization(c, s, t, m, v)
+    }"""
+    constants = {
+        "q": np.zeros((4, 3, 3, 3), np.int8),
+        "r": np.zeros(4, np.int32),
+        "sw": np.ones(4, np.float32),
+        "sb": np.ones(4, np.float32),
+    }
+    proto = model(text, **constants, **norm(4, positive=True))
+    tensor = next(each for each in proto.graph.initializer if each.name == ("q" if weight else "r"))
+    tensor.dims[-1] = size
+    with pytest.raises(fastbn.FastbnError, match=r"bytes|bias|shape"):
+        fastbn.fold(proto, verify=False)

@@ -101,6 +101,7 @@ class Dequantized(Tensor):
 
     def times(self, layout: WeightLayout, factor: FloatArray) -> Requantized:
         """Return what becomes of it times a factor per (group, channel) of a layout; Refusal where the steps cannot take it."""
+        self.integers.array()  # raises ModelError where the model has no values for all the elements that it states
         full = self._back(broadcast_scale(layout, factor, self.shape))
         zeros = np.zeros(())
         if self.axis is None and full.size and (full == full.flat[0]).all():
@@ -114,6 +115,7 @@ class Dequantized(Tensor):
 
     def affine(self, scale: FloatArray | float, shift: FloatArray | float, abs_terms: FloatArray | float) -> Requantized:
         """Return what becomes of scale * self + shift, one number of each per element of a bias; Refusal where that is not exact."""
+        self.integers.array()  # as in times
         factor, shifts, sizes = (
             self._back(np.broadcast_to(np.asarray(each, np.float64), self.shape)) for each in (scale, shift, abs_terms)
         )
