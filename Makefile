@@ -79,8 +79,8 @@ analyze:
 	cppcheck $(CPPCHECK_FLAGS) $(ANALYZED)
 
 # Lines and branches that the tests, or TESTS of them, run: Python by coverage.py, C by gcov. Needs coverage and gcovr. At the end stands what
-# no test runs and docs/coverage.md does not explain: for all tests, with what `[test]` and the group `docs` install, PyTorch, onnxscript and
-# JAX, that is nothing.
+# no test runs and docs/coverage.md does not explain: nothing after all tests with what `[test]` and the group `docs` install, PyTorch,
+# onnxscript, JAX and pandas. A test that fails keeps no report back.
 COVERED = build/coverage/lib
 coverage:
 	mkdir -p $(COVERED)
@@ -88,12 +88,13 @@ coverage:
 	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --build-temp build/coverage --build-lib $(COVERED)
 	find build/coverage -name "*.gcda" -delete
 	$(PYTHON) -m coverage erase
-	PYTHONPATH=$(COVERED) $(PYTHON) -P -m coverage run -m pytest -p no:cacheprovider $(TESTS)
+	PYTHONPATH=$(COVERED) $(PYTHON) -P -m coverage run -m pytest -p no:cacheprovider $(TESTS); echo $$? > build/coverage/status
 	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage json -q -o build/coverage/python.json
 	$(PYTHON) -m coverage report --skip-covered
 	gcovr --root . --object-directory build/coverage --filter src_c/ --txt-metric branch --txt - --json build/coverage/c.json
 	$(PYTHON) tools/coverage_gaps.py build/coverage/python.json build/coverage/c.json
+	exit $$(cat build/coverage/status)
 
 lint:
 	ruff check .
