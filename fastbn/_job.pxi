@@ -96,6 +96,7 @@ cdef class Job:
         return check_address(self.c.sums, self.c.C, "sums")
 
     cdef void *new_work(self) except NULL:
+        fbn_choose(&self.c)
         cdef void *work = malloc(<size_t>fbn_work_bytes(&self.c) + 1)
         if work is NULL:
             raise MemoryError

@@ -6,7 +6,7 @@
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Clear
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 cnp.import_array()
@@ -39,6 +39,10 @@ cdef extern from "fastbn.h" nogil:
         int64_t stride
         int is_f64
 
+    ctypedef struct fbn_choice:
+        int threads, stream, way
+        uint64_t job
+
     ctypedef struct fbn_job:
         int64_t N, C, S
         fbn_dtype dtype
@@ -51,14 +55,20 @@ cdef extern from "fastbn.h" nogil:
         double *batch_m2
         int64_t count
         double *sums
+        fbn_choice choice
 
     void fbn_scale_weight(void *out, fbn_scale_report *report, const void *weight, const double *scale, int64_t G, int64_t M, int64_t C,
                           int64_t S, fbn_dtype dtype)
     int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps)
+    void fbn_choose(fbn_job *job)
     int64_t fbn_work_bytes(const fbn_job *job)
     ctypedef struct fbn_description:
-        int threads, streams, reduces_by_columns, maps_by_columns, fused
-        int64_t share, bytes, most_bytes, core_cache, last_cache
+        int threads, most_threads, streams, ways
+        int[3] way_threads
+        int[3] way_streams
+        int64_t[3] way_nanoseconds
+        int reduces_by_columns, maps_by_columns, fused
+        int64_t bytes, most_bytes, core_cache, last_cache
 
     void fbn_describe(fbn_description *description, const fbn_job *job)
     void fbn_infer(const fbn_job *job, void *work)

@@ -46,6 +46,14 @@ typedef struct {
     int is_f64;
 } fbn_vector;
 
+/* How a job is run, set by fbn_choose. */
+typedef struct {
+    int threads; /* that work on it, 0 before */
+    int stream;  /* its map stores past the cache */
+    int way;     /* by its number, of those that are compared; */
+    uint64_t job; /* they are known by this, 0 where nothing is compared */
+} fbn_choice;
+
 /* One call. `out` is y, or dx in the backward pass; it may be x, dy or residual itself but may not overlap them otherwise. */
 typedef struct {
     int64_t N, C, S;
@@ -59,19 +67,27 @@ typedef struct {
     double *batch_mean, *batch_m2; /* C values each: written by fbn_train and fbn_stats, read by fbn_backward; m2 = n*var */
     int64_t count; /* backward: the values per channel that batch_m2 is the sum of, n unless the statistics come from elsewhere */
     double *sums;  /* sum_dy of C channels, then their sum_dy_xmu: written by fbn_backward_sums, read by fbn_backward_input */
+    fbn_choice choice;
 } fbn_job;
 
 /* The first channel whose var + eps is not positive, so that 1/sqrt(var + eps) does not exist, or -1. NaN is let through. */
 int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps);
 
-/* Bytes of scratch that the functions below need for this job; they allocate nothing themselves. */
+/* Chooses how a job is run: how many threads work on it and how it stores. Where that depends on the machine, the ways are tried in the
+ * first calls of such a job and the fastest is kept. Without it a job is run by all of its threads that its size deserves. */
+void fbn_choose(fbn_job *job);
+
+/* Bytes of scratch that the functions below need for this job, after fbn_choose where that is called; they allocate nothing themselves. */
 int64_t fbn_work_bytes(const fbn_job *job);
 
 /* How a job is run here: what no result depends on. */
 typedef struct {
     int threads;            /* that work on it, */
-    int64_t share;          /* each with so many elements at least */
+    int most_threads;       /* of so many that its size deserves */
     int streams;            /* its map stores past the cache */
+    int ways;               /* that are compared by the time of calls, 1 where nothing is; */
+    int way_threads[3], way_streams[3];
+    int64_t way_nanoseconds[3]; /* of the calls so far, 0 before */
     int reduces_by_columns; /* sums of columns side by side, instead of channel by channel */
     int maps_by_columns;
     int fused;                      /* some channels are mapped as soon as they are reduced, in the core's cache */

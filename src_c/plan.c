@@ -1,5 +1,6 @@
 /* From shape, strides and caches to tiles. */
 #include "plan.h"
+#include "choices.h"
 #include "debug.h"
 #include "machine.h"
 
@@ -9,20 +10,28 @@
  * value gives other bits. */
 enum {
     COLUMN_TILE = 65536, /* elements of a tile by columns, */
-    LEAST_ROWS = 128,    /* but no fewer rows than this */
+    COLUMN_TILES = 64,   /* or fewer, for so many tiles, */
+    LEAST_TILE = 8192,   /* but so many at least, */
+    LEAST_ROWS = 128,    /* and no fewer rows than this, */
+    LEAST_JOINED = 32,   /* or than this where rows are joined samples and the elements of a place fewer than */
+    FEW = 1 << 20,       /* so many */
     JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
     LONG_ROW = 2048,     /* or of so many where the elements of a place number at least */
     LARGE = 1 << 21,     /* so many */
     FEW_SAMPLES = 16,    /* short planes are reduced by columns unless there are fewer samples than this */
 
     LEAST_PLANE = FBN_MOST_LANES, /* planes shorter than a vector are mapped by columns */
-    MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns */
+    MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns, */
+    LEAST_GROUP = 128,            /* and as few where several threads share them */
     LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
     FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
     MOST_CHUNK = 65536,           /* and as many on one thread, */
     TASKS_OF_THREAD = 4,          /* or so many tasks for each thread */
-    SHARE = 65536                 /* elements that each thread has at least */
+
+    PER_THREAD = 150,     /* nanoseconds that a thread more costs a call, */
+    LEAST_WORK = 3000,    /* that the work of one thread takes where a second pays, */
+    CERTAIN_SHARE = 20000 /* and that of each of several where they pay without a doubt */
 };
 
 #define BYTES(DTYPE, name, type) [FBN_##DTYPE] = (int64_t)sizeof(type),
@@ -41,6 +50,9 @@ static int64_t ceil_div(int64_t whole, int64_t part) {
 static int64_t aligned(int64_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
+
+/* So many times what stays in the cache, tensors are stored past it without a look at how long it takes. docs/numerics.md: choices. */
+enum { CERTAINLY_LARGE = 4 };
 
 typedef int64_t stride_of(const fbn_tensor *tensor);
 static int64_t n_stride(const fbn_tensor *tensor) {
@@ -82,6 +94,50 @@ static int64_t most_cached(const fbn_plan *plan) {
     return fbn_last_cache() / (plan->map_only ? 2 : 3);
 }
 
+/* About the nanoseconds that one thread takes, by the picoseconds for an element. */
+static int64_t work_of(const fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    const int64_t an_element = job->out.data == NULL ? 100 : plan->map_only ? 130 : job->dy.data == NULL ? 220 : 350;
+    return job->N * job->C * job->S / 8 * an_element / 125;
+}
+
+/* The threads with which work / threads + threads * PER_THREAD is least. */
+static int deserved_threads(const fbn_plan *plan) {
+    const int64_t work = work_of(plan);
+    int threads = 1;
+    while (work >= LEAST_WORK && threads < plan->job->threads && (int64_t)(threads + 1) * (threads + 1) * PER_THREAD <= work)
+        threads++;
+    return threads;
+}
+
+static int is_in_place(const fbn_job *job) {
+    return job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
+}
+
+/* The way that follows from sizes alone. */
+static fbn_way usual_way(const fbn_plan *plan) {
+    return (fbn_way){deserved_threads(plan), !is_in_place(plan->job) && traffic(plan) > most_cached(plan)};
+}
+
+/* Lists the ways of running a job that are worth comparing, those first that take less of the machine; returns how many. */
+static int list_ways(const fbn_plan *plan, fbn_way *ways) {
+    const int64_t bytes = traffic(plan);
+    const fbn_way usual = usual_way(plan);
+    const int most = usual.threads, stream = usual.stream;
+    const int compare_stores = plan->job->out.data != NULL && !is_in_place(plan->job) && bytes > 2 * fbn_core_cache() &&
+                               bytes <= CERTAINLY_LARGE * most_cached(plan);
+    const int compare_threads = most > 1 && work_of(plan) < (int64_t)most * CERTAIN_SHARE;
+    int count = 0;
+    if (compare_threads)
+        ways[count++] = (fbn_way){1, compare_stores ? 0 : stream};
+    if (compare_threads && !compare_stores && most > 3)
+        ways[count++] = (fbn_way){most / 2, stream};
+    ways[count++] = (fbn_way){most, compare_stores ? 0 : stream};
+    if (compare_stores)
+        ways[count++] = (fbn_way){most, 1};
+    return count;
+}
+
 static void find_memory_order(fbn_memory_order *memory, const fbn_job *job, int channels_last) {
     memory->adjacent = !channels_last && all_strides(job, c_stride, job->S, one_element);
     memory->span = channels_last ? 1 : job->S;
@@ -114,7 +170,7 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
     else if (!reduction->interleaved)
         group = smaller(larger(ceil_div(LONG_RUN, job->S), group), in_core);
     if (plan->threads > 1)
-        group = larger(group, FBN_PLANE_TILE / channel);
+        group = larger(group, smaller(FBN_PLANE_TILE, channel * job->C / plan->threads) / channel);
     reduction->group_channels = smaller(larger(1, group), job->C);
     reduction->groups = ceil_div(job->C, reduction->group_channels);
     reduction->fused = plan->threads == 1 || reduction->groups >= 4 * plan->threads;
@@ -141,14 +197,17 @@ static void plan_reduction_by_columns(fbn_plan *plan) {
     reduction->row_samples = memory->contiguous ? larger(1, smaller(samples_of_row(plan, sample), memory->samples / FBN_BLOCK_ROWS)) : 1;
     reduction->full_rows = memory->samples / reduction->row_samples;
     reduction->left_over = memory->samples % reduction->row_samples;
-    reduction->tile_rows = larger(LEAST_ROWS, COLUMN_TILE / (reduction->row_samples * sample) / FBN_BLOCK_ROWS * FBN_BLOCK_ROWS);
+    const int64_t row = reduction->row_samples * sample, elements = job->N * job->C * job->S;
+    const int64_t tile = smaller(COLUMN_TILE, larger(LEAST_TILE, elements / COLUMN_TILES));
+    const int64_t least_rows = reduction->row_samples > 1 && elements < FEW ? LEAST_JOINED : LEAST_ROWS;
+    reduction->tile_rows = larger(least_rows, tile / row / FBN_BLOCK_ROWS * FBN_BLOCK_ROWS);
     reduction->tiles = memory->outer * ceil_div(reduction->full_rows, reduction->tile_rows) + (reduction->left_over > 0);
     int64_t group = job->C;
     if (reduction->row_samples == 1) {
         group = smaller(job->C, larger(1, MOST_COLUMNS / memory->span));
         if (plan->threads > 1) {
             const int64_t of_thread = ceil_div(job->C, ceil_div(2 * plan->threads, reduction->tiles));
-            group = smaller(group, larger(ceil_div(JOINED_ROW, memory->span), of_thread));
+            group = smaller(group, larger(ceil_div(LEAST_GROUP, memory->span), of_thread));
         }
     }
     reduction->group_channels = group;
@@ -171,8 +230,8 @@ static void plan_map(fbn_plan *plan) {
     const fbn_memory_order *memory = &plan->memory;
     fbn_map_plan *map = &plan->map;
     const int64_t C = plan->job->C, channel = memory->span, sample = C * channel;
-    const int64_t share = plan->job->N * C * plan->job->S / (TASKS_OF_THREAD * plan->threads);
-    const int64_t chunk = plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(LEAST_CHUNK, share));
+    const int64_t share = ceil_div(plan->job->N * C * plan->job->S, plan->threads);
+    const int64_t chunk = plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(smaller(LEAST_CHUNK, share), share / TASKS_OF_THREAD));
     map->chunk_samples = 1;
     map->chunk_channels = 1;
     map->chunk_cols = channel;
@@ -230,36 +289,84 @@ static int64_t lay_out(fbn_plan *plan, void *work) {
     return (int64_t)(next - (uintptr_t)work) + plan->threads * scratch->area_bytes;
 }
 
-int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
+/* What does not depend on the way that a job is run. */
+static void begin_plan(fbn_plan *plan, const fbn_job *job) {
     FBN_ASSERT(job->N >= 0 && job->C >= 0 && job->S >= 0);
     FBN_ASSERT((unsigned)job->dtype < FBN_DTYPES && (unsigned)job->activation <= FBN_RELU6);
     FBN_ASSERT(job->threads >= 1);
     *plan = (fbn_plan){.job = job, .kernels = fbn_table()};
-    const int64_t elements = job->N * job->C * job->S;
-    FBN_ASSERT(elements == 0 || job->x.data != NULL);
+    FBN_ASSERT(job->N * job->C * job->S == 0 || job->x.data != NULL);
     plan->element_bytes = element_bytes[job->dtype];
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
-    plan->threads = (int)smaller(job->threads, larger(1, elements / SHARE));
-    const int in_place = job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
-    plan->stream = !in_place && traffic(plan) > most_cached(plan);
-    if (elements > 0)
+}
+
+int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
+    begin_plan(plan, job);
+    const fbn_way way = job->choice.threads ? (fbn_way){job->choice.threads, job->choice.stream} : usual_way(plan);
+    FBN_ASSERT(way.threads >= 1 && way.threads <= job->threads);
+    plan->threads = way.threads;
+    plan->stream = way.stream;
+    if (job->N * job->C * job->S > 0)
         cut(plan);
     return lay_out(plan, work);
 }
 
+/* A name for jobs that take the same time: 64 bits of everything that matters to it. */
+static uint64_t name_of_job(const fbn_job *job) {
+    const int64_t facts[] = {job->N,
+                             job->C,
+                             job->S,
+                             job->dtype,
+                             job->activation,
+                             job->frozen,
+                             job->threads,
+                             job->x.c,
+                             job->batch_mean != NULL,
+                             job->out.data != NULL,
+                             job->dy.data != NULL,
+                             job->residual.data != NULL,
+                             job->dresidual.data != NULL,
+                             job->dweight.data != NULL || job->sums != NULL,
+                             job->out.data == job->x.data || job->out.data == job->dy.data};
+    uint64_t name = 0;
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
+        name = (name ^ (uint64_t)facts[i]) * 0x9e3779b97f4a7c15;
+        name ^= name >> 29;
+    }
+    return name | 1;
+}
+
+void fbn_choose(fbn_job *job) {
+    fbn_plan plan;
+    fbn_way ways[FBN_MOST_WAYS];
+    begin_plan(&plan, job);
+    const int count = list_ways(&plan, ways);
+    job->choice = fbn_choose_way(count > 1 ? name_of_job(job) : 0, ways, count);
+}
+
 void fbn_describe(fbn_description *description, const fbn_job *job) {
     fbn_plan plan;
-    fbn_plan_job(&plan, job, NULL);
-    *description = (fbn_description){.threads = plan.threads,
-                                     .share = SHARE,
-                                     .streams = plan.stream,
-                                     .reduces_by_columns = plan.reduction.layout == FBN_NSC,
-                                     .maps_by_columns = plan.map.layout == FBN_NSC,
-                                     .fused = plan.reduction.fused,
-                                     .bytes = traffic(&plan),
-                                     .most_bytes = most_cached(&plan),
-                                     .core_cache = fbn_core_cache(),
-                                     .last_cache = fbn_last_cache()};
+    fbn_way ways[FBN_MOST_WAYS];
+    fbn_job chosen = *job;
+    chosen.choice.threads = 0;
+    fbn_plan_job(&plan, &chosen, NULL);
+    *description = (fbn_description){.most_threads = deserved_threads(&plan), .ways = list_ways(&plan, ways)};
+    const int kept = description->ways == 1 ? 0 : fbn_kept_way(name_of_job(job), description->ways, description->way_nanoseconds);
+    for (int i = 0; i < description->ways; i++) {
+        description->way_threads[i] = ways[i].threads;
+        description->way_streams[i] = ways[i].stream;
+    }
+    chosen.choice = (fbn_choice){.threads = ways[kept].threads, .stream = ways[kept].stream};
+    fbn_plan_job(&plan, &chosen, NULL);
+    description->threads = plan.threads;
+    description->streams = plan.stream;
+    description->reduces_by_columns = plan.reduction.layout == FBN_NSC;
+    description->maps_by_columns = plan.map.layout == FBN_NSC;
+    description->fused = plan.reduction.fused;
+    description->bytes = traffic(&plan);
+    description->most_bytes = most_cached(&plan);
+    description->core_cache = fbn_core_cache();
+    description->last_cache = fbn_last_cache();
 }

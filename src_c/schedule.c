@@ -1,6 +1,7 @@
 /* Which kernel is given which piece, in which order. */
 #include "schedule.h"
 #include "channels.h"
+#include "choices.h"
 #include "debug.h"
 #include "pieces.h"
 #include "thread_pool.h"
@@ -268,21 +269,21 @@ static void tile_task(void *context, int64_t tile, int slot) {
     map_samples(run, sample, count);
 }
 
-/* Channels of a task that reads samples, which lie far apart. docs/numerics.md: tiles and tasks. */
-enum { SAMPLED_CHANNELS = 256 };
+/* Channels of a task that reads samples, which lie far apart, or that does the arithmetic of channels. docs/numerics.md: tiles and tasks. */
+enum { TASK_CHANNELS = 256 };
 
 static void sample_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
-    const int64_t first = index * SAMPLED_CHANNELS, left = run->plan.job->C - first;
+    const int64_t first = index * TASK_CHANNELS, left = run->plan.job->C - first;
     (void)slot;
-    set_pivots(run, first, left < SAMPLED_CHANNELS ? left : SAMPLED_CHANNELS);
+    set_pivots(run, first, left < TASK_CHANNELS ? left : TASK_CHANNELS);
 }
 
 static void finish_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
-    const int64_t first = index * FBN_CHANNEL_BLOCK, left = run->plan.job->C - first;
+    const int64_t first = index * TASK_CHANNELS, left = run->plan.job->C - first;
     (void)slot;
-    run->finish(run, first, left < FBN_CHANNEL_BLOCK ? left : FBN_CHANNEL_BLOCK);
+    run->finish(run, first, left < TASK_CHANNELS ? left : TASK_CHANNELS);
 }
 
 /* No values: statistics and gradients are zero, the running statistics stay. */
@@ -317,14 +318,14 @@ static int list_phases(fbn_phase *phases, const fbn_run *run) {
     const int together = run->maps && run->independent && reduction->layout == FBN_NSC && reduction->tiles >= plan->threads;
     if (run->reduces) {
         if (run->reduce_op == FBN_STATS)
-            phases[count++] = (fbn_phase){sample_task, (C + SAMPLED_CHANNELS - 1) / SAMPLED_CHANNELS, 0};
+            phases[count++] = (fbn_phase){sample_task, (C + TASK_CHANNELS - 1) / TASK_CHANNELS, 0};
         if (together) {
             if (plan->map.layout == FBN_NSC)
                 phases[count++] = (fbn_phase){tables_task, 1, 0};
             phases[count++] = (fbn_phase){tile_task, reduction->tiles, 0};
         } else
             phases[count++] = (fbn_phase){reduce_task, reduction->tiles * reduction->groups, 0};
-        phases[count++] = (fbn_phase){finish_task, (C + FBN_CHANNEL_BLOCK - 1) / FBN_CHANNEL_BLOCK, 0};
+        phases[count++] = (fbn_phase){finish_task, (C + TASK_CHANNELS - 1) / TASK_CHANNELS, 0};
     }
     if (!run->maps || (run->reduces && together))
         return count;
@@ -345,5 +346,9 @@ void fbn_execute(fbn_run *run) {
     }
     if (run->reduces && run->reduce_op == FBN_STATS)
         run->sample = fbn_choose_sample(job);
-    fbn_parallel(phases, list_phases(phases, run), run, run->plan.threads);
+    const int count = list_phases(phases, run);
+    const int64_t start = job->choice.job ? fbn_nanoseconds() : 0;
+    fbn_parallel(phases, count, run, run->plan.threads);
+    if (start)
+        fbn_tell_time(&job->choice, fbn_nanoseconds() - start);
 }

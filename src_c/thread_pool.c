@@ -18,33 +18,40 @@ enum {
     MOST_MICROSECONDS = 1000000,
     WAIT_MICROSECONDS = 50, /* and a thread for the tasks of others before it rests */
     REST_NANOSECONDS = 20000,
-    LOOKS = 32 /* between two looks at the clock */
+    LOOKS = 32, /* between two looks at the clock, and before a thread that waits takes tasks of others */
+    TEAM = 4,   /* threads that count their tasks together */
+    LINE = 128  /* bytes of which no two threads write their own: two cache lines, which are fetched together */
 };
 
-/* How many tasks of a thread's share of each phase are taken, and how many of a phase are done; in cache lines of their own. */
+/* What belongs to one thread of a call, by its slot: the caller has 0. */
 typedef struct {
-    _Alignas(64) atomic_llong taken[FBN_MOST_PHASES];
-} share;
+    /* Of its share of each phase, the tasks that are taken, below the number of the call that took the last of them. */
+    _Alignas(LINE) atomic_ullong taken[FBN_MOST_PHASES];
+    _Alignas(LINE) atomic_int busy; /* a worker that may look at the present call */
+    atomic_int asleep;              /* a worker that waits for `wake` */
+    uint32_t seen;                  /* a worker's last call */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} member;
+
 typedef struct {
-    _Alignas(64) atomic_llong done;
-} progress;
+    _Alignas(LINE) atomic_llong done;
+} counter;
 
 static struct {
-    pthread_mutex_t owner; /* held by the caller whose phases run */
-    pthread_mutex_t lock;  /* held to sleep, to wake, and to start workers */
-    pthread_cond_t wake;
-    int workers;        /* threads that were started */
-    atomic_int asleep;  /* of them, those that wait for `wake` */
-    atomic_uint open;   /* the number of the present call, which a worker joins at most once; 0 while none may be joined */
-    unsigned calls;     /* the number of the last call */
-    atomic_int running; /* workers that may look at what follows */
-    atomic_int joined;  /* tickets of workers that want to take part in the present call: as many as `limit` do */
-    int limit, count;
+    /* Read by all: the present call, written by its owner but for `stage`. */
+    _Alignas(LINE) atomic_ullong open; /* its number and the last slot that takes part; 0 while none may join */
+    atomic_ullong stage;               /* its number and the phase whose tasks may be taken */
     const fbn_phase *phases;
     void *context;
-    progress progress[FBN_MOST_PHASES];
-    share shares[MOST_THREADS];
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+    int count, threads;
+    _Alignas(LINE) pthread_mutex_t owner; /* held by the caller whose phases run */
+    uint32_t calls;                       /* the number of the last call */
+    int workers;                          /* threads that were started */
+    counter teams[MOST_THREADS / TEAM];   /* tasks of the present phase that are done, by the team whose share they are of */
+    counter finished;                     /* teams whose shares are done */
+    member members[MOST_THREADS];
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
 static atomic_int num_threads, spin_microseconds;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -63,82 +70,152 @@ static int64_t microseconds(void) {
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* Returns when `tasks` tasks of a phase are done. */
-static void wait_for_tasks(const progress *phase, int64_t tasks) {
-    const int64_t start = microseconds();
-    for (int look = 1; atomic_load_explicit(&phase->done, memory_order_acquire) != tasks; look++) {
+/* A call or a stage of it in one word: the number of the call above the slot or the phase. */
+static inline uint64_t word(uint32_t call, int value) {
+    return (uint64_t)call << 32 | (uint32_t)value;
+}
+
+/* The first task of a share. The first shares have one more where they do not come out even. */
+static int64_t first_task(int64_t tasks, int owner, int threads) {
+    const int64_t more = tasks % threads;
+    return tasks / threads * owner + (owner < more ? owner : more);
+}
+
+/* Takes a task of `tasks` in a share; returns which, or -1 where none is left. */
+static int64_t take(atomic_ullong *taken, uint32_t call, int64_t tasks) {
+    unsigned long long seen = atomic_load_explicit(taken, memory_order_relaxed);
+    for (;;) {
+        const int64_t next = seen >> 32 == call ? (int64_t)(uint32_t)seen : 0;
+        if (next >= tasks)
+            return -1;
+        if (atomic_compare_exchange_weak_explicit(taken, &seen, word(call, (int)next + 1), memory_order_relaxed, memory_order_relaxed))
+            return next;
+    }
+}
+
+/* Runs the phases from `number` on that have one task, which nobody else waits for, and opens the one behind them. */
+static void open_stage(uint32_t call, int number, int slot) {
+    for (; number < pool.count && pool.phases[number].tasks == 1; number++)
+        pool.phases[number].task(pool.context, 0, slot);
+    atomic_store_explicit(&pool.stage, word(call, number), memory_order_release);
+}
+
+/* Counts tasks of a share that are done. Who counts the last of a phase opens the next. The counters are zero again before that. */
+static void count_done(uint32_t call, int number, int owner, int64_t done, int slot) {
+    const int64_t tasks = pool.phases[number].tasks;
+    const int threads = pool.threads, team = owner / TEAM, last = (team + 1) * TEAM;
+    const int64_t of_team = first_task(tasks, last < threads ? last : threads, threads) - first_task(tasks, team * TEAM, threads);
+    atomic_llong *counted = &pool.teams[team].done;
+    if (atomic_fetch_add_explicit(counted, done, memory_order_acq_rel) + done != of_team)
+        return;
+    atomic_store_explicit(counted, 0, memory_order_relaxed);
+    const int64_t shares = tasks < threads ? tasks : threads, teams = (shares + TEAM - 1) / TEAM;
+    if (teams > 1 && atomic_fetch_add_explicit(&pool.finished.done, 1, memory_order_acq_rel) + 1 != teams)
+        return;
+    atomic_store_explicit(&pool.finished.done, 0, memory_order_relaxed);
+    open_stage(call, number + 1, slot);
+}
+
+/* Takes the tasks of one share of a phase until none is left; returns how many. */
+static int64_t run_share(uint32_t call, int number, int owner, int slot) {
+    const fbn_phase *phase = &pool.phases[number];
+    const int64_t first = first_task(phase->tasks, owner, pool.threads), tasks = first_task(phase->tasks, owner + 1, pool.threads) - first;
+    int64_t done = 0;
+    for (int64_t next; (next = take(&pool.members[owner].taken[number], call, tasks)) >= 0; done++)
+        phase->task(pool.context, first + (phase->backwards ? tasks - 1 - next : next), slot);
+    if (done)
+        count_done(call, number, owner, done, slot);
+    return done;
+}
+
+/* What the other shares of a phase have left; returns how many tasks. */
+static int64_t run_others(uint32_t call, int number, int slot) {
+    int64_t done = 0;
+    for (int i = 1; i < pool.threads; i++)
+        done += run_share(call, number, (slot + i) % pool.threads, slot);
+    return done;
+}
+
+/* Runs tasks of one phase after the other until the call has no more: those of the own share first and, where the others take longer, what
+ * they have left. Looking for it disturbs them, so that it is done ever more seldom. */
+static void run_phases(uint32_t call, int slot) {
+    int64_t start = 0; /* of the wait, once it takes long */
+    for (int number = -1, look = 0, patience = LOOKS;;) {
+        const uint64_t stage = atomic_load_explicit(&pool.stage, memory_order_acquire);
+        if (stage >= word(call, number + 1)) {
+            number = (int)(uint32_t)stage;
+            if (number == pool.count)
+                return;
+            run_share(call, number, slot, slot);
+            look = 0;
+            patience = LOOKS;
+            start = 0;
+            continue;
+        }
         pause_briefly();
-        if (look % LOOKS == 0 && microseconds() - start > WAIT_MICROSECONDS)
+        if (++look < patience)
+            continue;
+        look = 0;
+        if (number >= 0 && run_others(call, number, slot) > 0)
+            continue;
+        patience = patience < LOOKS * LOOKS ? 2 * patience : patience;
+        if (start == 0)
+            start = microseconds();
+        else if (microseconds() - start > WAIT_MICROSECONDS)
             nanosleep(&(struct timespec){0, REST_NANOSECONDS}, NULL);
     }
 }
 
-/* Takes the tasks of one share of a phase until none is left; returns how many. */
-static int64_t run_share(int number, int owner, int threads, int slot) {
-    const fbn_phase *phase = &pool.phases[number];
-    const int64_t first = phase->tasks * owner / threads, tasks = phase->tasks * (owner + 1) / threads - first;
-    atomic_llong *taken = &pool.shares[owner].taken[number];
-    int64_t done = 0;
-    while (atomic_load_explicit(taken, memory_order_relaxed) < tasks) {
-        const int64_t next = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
-        if (next >= tasks)
-            break;
-        phase->task(pool.context, first + (phase->backwards ? tasks - 1 - next : next), slot);
-        done++;
-    }
-    return done;
-}
-
-/* Runs tasks of one phase after the other, those of the own share first. */
-static void run_phases(int slot) {
-    const int threads = pool.limit + 1;
-    for (int number = 0; number < pool.count; number++) {
-        progress *reached = &pool.progress[number];
-        int64_t done = 0;
-        for (int i = 0; i < threads; i++)
-            done += run_share(number, (slot + i) % threads, threads, slot);
-        if (done)
-            atomic_fetch_add_explicit(&reached->done, done, memory_order_release);
-        wait_for_tasks(reached, pool.phases[number].tasks);
+/* Wakes the two workers behind a slot, if they take part and are asleep: each that is woken wakes two more. */
+static void wake_two(int slot, int last) {
+    for (int i = 2 * slot + 1; i <= 2 * slot + 2 && i <= last; i++) {
+        member *worker = &pool.members[i];
+        if (!atomic_load(&worker->asleep))
+            continue;
+        pthread_mutex_lock(&worker->lock);
+        pthread_cond_signal(&worker->wake);
+        pthread_mutex_unlock(&worker->lock);
     }
 }
 
-/* Waits for a call after `seen` and returns its number. */
-static unsigned wait_for_call(unsigned seen) {
+/* Whether a worker takes part in a call that it has not seen. */
+static int is_for(const member *worker, uint64_t open) {
+    return open >> 32 != 0 && open >> 32 != worker->seen && (int)(uint32_t)open >= (int)(worker - pool.members);
+}
+
+/* Returns when there is a call for a worker. */
+static void wait_for_call(member *worker) {
     const int64_t start = microseconds();
-    unsigned number;
     for (int look = 1;; look++) {
-        number = atomic_load(&pool.open);
-        if (number != 0 && number != seen)
-            return number;
+        if (is_for(worker, atomic_load_explicit(&pool.open, memory_order_relaxed)))
+            return;
         pause_briefly();
         if (look % LOOKS == 0 && microseconds() - start >= atomic_load_explicit(&spin_microseconds, memory_order_relaxed))
             break;
     }
-    pthread_mutex_lock(&pool.lock);
-    atomic_fetch_add(&pool.asleep, 1);
-    while ((number = atomic_load(&pool.open)) == 0 || number == seen)
-        pthread_cond_wait(&pool.wake, &pool.lock);
-    atomic_fetch_sub(&pool.asleep, 1);
-    pthread_mutex_unlock(&pool.lock);
-    return number;
+    pthread_mutex_lock(&worker->lock);
+    atomic_store(&worker->asleep, 1);
+    while (!is_for(worker, atomic_load(&pool.open)))
+        pthread_cond_wait(&worker->wake, &worker->lock);
+    atomic_store(&worker->asleep, 0);
+    pthread_mutex_unlock(&worker->lock);
 }
 
-/* A worker. It counts as running before it looks whether the call is still open, and the caller closes the call before it looks whether a
- * worker is running: one of the two sees the other. */
-static void *work(void *seen_at_start) {
-    unsigned seen = (unsigned)(uintptr_t)seen_at_start;
+/* A worker. It is busy before it looks whether the call is still open, and the caller closes the call before it looks whether a worker is
+ * busy: one of the two sees the other. */
+static void *work(void *argument) {
+    member *worker = argument;
+    const int slot = (int)(worker - pool.members);
     for (;;) {
-        wait_for_call(seen);
-        atomic_fetch_add(&pool.running, 1);
-        const unsigned number = atomic_load(&pool.open);
-        if (number != 0 && number != seen) {
-            seen = number;
-            const int ticket = atomic_fetch_add(&pool.joined, 1) + 1;
-            if (ticket <= pool.limit)
-                run_phases(ticket);
+        wait_for_call(worker);
+        atomic_store(&worker->busy, 1);
+        const uint64_t open = atomic_load(&pool.open);
+        if (is_for(worker, open)) {
+            worker->seen = (uint32_t)(open >> 32);
+            wake_two(slot, (int)(uint32_t)open);
+            run_phases(worker->seen, slot);
         }
-        atomic_fetch_sub(&pool.running, 1);
+        atomic_store_explicit(&worker->busy, 0, memory_order_release);
     }
     return NULL;
 }
@@ -152,7 +229,11 @@ static void start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (pool.workers < wanted) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, work, (void *)(uintptr_t)pool.calls) != 0)
+        member *worker = &pool.members[pool.workers + 1];
+        pthread_mutex_init(&worker->lock, NULL);
+        pthread_cond_init(&worker->wake, NULL);
+        worker->seen = pool.calls;
+        if (pthread_create(&thread, NULL, work, worker) != 0)
             break;
         pthread_detach(thread);
         pool.workers++;
@@ -160,15 +241,28 @@ static void start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* Numbers the next call. Numbers come again after 2^32 calls, when no share may have an old one. */
+static uint32_t next_call(void) {
+    if (++pool.calls == 0) {
+        for (int i = 0; i < MOST_THREADS; i++)
+            for (int j = 0; j < FBN_MOST_PHASES; j++)
+                atomic_store(&pool.members[i].taken[j], 0);
+        pool.calls = 1;
+    }
+    return pool.calls;
+}
+
 /* The child of a fork has the forking thread only: its pool is as at the start. */
 static void reset_in_child(void) {
     pthread_mutex_init(&pool.owner, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
     pool.workers = 0;
-    atomic_store(&pool.asleep, 0);
     atomic_store(&pool.open, 0);
-    atomic_store(&pool.running, 0);
+    atomic_store(&pool.finished.done, 0);
+    for (int i = 0; i < MOST_THREADS; i++) {
+        atomic_store(&pool.members[i].busy, 0);
+        atomic_store(&pool.members[i].asleep, 0);
+        atomic_store(&pool.teams[i / TEAM].done, 0);
+    }
 }
 
 /* Workers that outnumber the CPUs do not look for work: they would take the time of those that have it. */
@@ -221,29 +315,25 @@ void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads
     }
     pthread_once(&once, initialize);
     start_workers(threads - 1);
+    threads = threads <= pool.workers ? threads : pool.workers + 1;
+    const uint32_t call = next_call();
     pool.phases = phases;
     pool.count = count;
     pool.context = context;
-    pool.limit = threads - 1;
-    atomic_store(&pool.joined, 0);
-    for (int i = 0; i < count; i++) {
-        atomic_store_explicit(&pool.progress[i].done, 0, memory_order_relaxed);
-        for (int slot = 0; slot < threads; slot++)
-            atomic_store_explicit(&pool.shares[slot].taken[i], 0, memory_order_relaxed);
-    }
-    pool.calls = pool.calls + 1 ? pool.calls + 1 : 1;
-    atomic_store(&pool.open, pool.calls);
-    if (atomic_load(&pool.asleep)) {
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.lock);
-    }
-    run_phases(0);
+    pool.threads = threads;
+    const int is_ready = phases[0].tasks != 1;
+    atomic_store_explicit(&pool.stage, is_ready ? word(call, 0) : 0, memory_order_relaxed);
+    atomic_store(&pool.open, word(call, threads - 1));
+    wake_two(0, threads - 1);
+    if (!is_ready)
+        open_stage(call, 0, 0);
+    run_phases(call, 0);
     atomic_store(&pool.open, 0);
-    for (int look = 1; atomic_load(&pool.running) != 0; look++) {
-        pause_briefly();
-        if (look % (LOOKS * LOOKS) == 0)
-            nanosleep(&(struct timespec){0, REST_NANOSECONDS}, NULL);
-    }
+    for (int i = 1, look = 1; i < threads; i++)
+        for (; atomic_load(&pool.members[i].busy); look++) {
+            pause_briefly();
+            if (look % (LOOKS * LOOKS) == 0)
+                nanosleep(&(struct timespec){0, REST_NANOSECONDS}, NULL);
+        }
     pthread_mutex_unlock(&pool.owner);
 }

@@ -1,0 +1,23 @@
+/* Which of several ways of running a job is the fastest on this machine. Private to src_c. */
+#ifndef FASTBN_CHOICES_H
+#define FASTBN_CHOICES_H
+
+#include "fastbn.h"
+
+enum { FBN_MOST_WAYS = 3 };
+
+/* What no result depends on. */
+typedef struct {
+    int threads, stream;
+} fbn_way;
+
+/* A way of a job that is tried or kept: chosen before a call, told the time that the call took. */
+fbn_choice fbn_choose_way(uint64_t job, const fbn_way *ways, int count);
+void fbn_tell_time(const fbn_choice *choice, int64_t nanoseconds);
+
+/* The way that is kept at present, and its time and those of the others in nanoseconds, 0 where none was measured. */
+int fbn_kept_way(uint64_t job, int count, int64_t *nanoseconds);
+
+int64_t fbn_nanoseconds(void);
+
+#endif
