@@ -163,8 +163,10 @@ cdef class Job:
         self.set_tensor(&self.c.out, (128, strides, None), "out")
         self.set_tensor(&self.c.dy, (192, strides, None) if has_dy else None, "dy")
         self.c.batch_mean = self.c.batch_m2 = &stats if has_stats else NULL
+        self.c.dweight.data = <char *>&stats if has_dy else NULL
         fbn_describe(&description, &self.c)
         self.c.batch_mean = self.c.batch_m2 = NULL
+        self.c.dweight.data = NULL
         return description
 
     def stats(self, *, x, batch_mean, batch_m2):

@@ -22,6 +22,7 @@ __all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kern
 
 Operation: TypeAlias = Literal["inference", "training", "backward"]
 Way: TypeAlias = Literal["by planes", "by columns"]
+Store: TypeAlias = Literal["streaming", "ordinary"]
 
 OPERATIONS: tuple[Operation, ...] = ("inference", "training", "backward")
 
@@ -34,13 +35,14 @@ MOST_AXES = 64
 
 class Schedule(TypedDict):
     """How one operation visits tensors of a shape; results do not depend on it. `reduction` is None where nothing is added up, `fused`
-    says whether channels are mapped as soon as they are reduced, and `why` gives the reasons, a sentence each."""
+    says whether channels are mapped as soon as they are reduced, and `why` gives the reasons, a sentence each. `threads` and `store` are
+    those of the next call as far as is known: where it depends on the machine, the first calls of a shape compare the ways."""
 
     operation: Operation
     reduction: Way | None
     map: Way
     fused: bool
-    store: Literal["streaming", "ordinary"]
+    store: Store
     threads: int
     why: list[str]
 
@@ -93,20 +95,52 @@ def _megabytes(size: int) -> str:
     return f"{size / 2**20:.3g} MB" if size >= 1 << 16 else f"{size} bytes"
 
 
+def _count(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def _compared(plan: dict[str, Any], names: list[str]) -> str:
+    """Return what is known of the ways that the kernels compare by the time of their calls."""
+    times = [_time_text(ns / 1e3) if ns else "not yet" for ns in plan["way_nanoseconds"][: len(names)]]
+    if not any(plan["way_nanoseconds"]):
+        return f"the first calls will compare {', '.join(names)}"
+    return "by the time of calls: " + ", ".join(f"{name} {text}" for name, text in zip(names, times, strict=True))
+
+
+def _ways(plan: dict[str, Any]) -> list[str]:
+    """Return the ways that the kernels compare, by threads and stores as far as these differ."""
+    count = plan["ways"]
+    threads, streams = plan["way_threads"][:count], plan["way_streams"][:count]
+    parts = [_count(number) for number in threads] if len(set(threads)) > 1 else [""] * count
+    stores = ["streaming stores" if stream else "ordinary stores" for stream in streams] if len(set(streams)) > 1 else [""] * count
+    return [" with ".join(filter(None, pair)) for pair in zip(parts, stores, strict=True)]
+
+
+def _why_threads(plan: dict[str, Any], elements: int) -> str:
+    threads = plan["threads"]
+    if len(set(plan["way_threads"][: plan["ways"]])) > 1:
+        return f"{_count(threads)}: {_compared(plan, _ways(plan))}"
+    if threads == get_num_threads():
+        return f"{_count(threads)}: all that may be used"
+    return f"{_count(threads)}: more would cost more than they save with {elements} elements"
+
+
+def _why_store(plan: dict[str, Any], store: Store) -> str:
+    if len(set(plan["way_streams"][: plan["ways"]])) > 1:
+        return f"{store} stores: {_compared(plan, _ways(plan))}"
+    size, cache = _megabytes(plan["bytes"]), _megabytes(plan["last_cache"])
+    if plan["streams"]:
+        return f"{store} stores: the tensors have {size}, far more than a last cache of {cache} holds"
+    return f"{store} stores: the tensors have {size}, which caches of {_megabytes(plan['core_cache'])} and {cache} hold"
+
+
 def _schedule(operation: Operation, sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any], code: int) -> Schedule:
     strides = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
     layout = find_layout(sizes, axis, 1, strides)
     assert layout is not None  # C-contiguous memory always has one
     plan = _native.Job(layout, code).describe(strides=strides, has_dy=operation == "backward", has_stats=operation != "inference")
-    elements, threads = math.prod(sizes), plan["threads"]
-    if threads == get_num_threads():
-        why = [f"{threads} thread{'s' * (threads > 1)}: all that may be used"]
-    else:
-        why = [f"{threads} thread{'s' * (threads > 1)}: each has at least {plan['share']} of {elements} elements"]
-    most, cache = _megabytes(plan["most_bytes"]), _megabytes(plan["last_cache"])
-    relation = "more" if plan["streams"] else "no more"
-    store: Literal["streaming", "ordinary"] = "streaming" if plan["streams"] else "ordinary"
-    why.append(f"{store} stores: the tensors have {_megabytes(plan['bytes'])}, {relation} than {most} of a last cache of {cache}")
+    store: Store = "streaming" if plan["streams"] else "ordinary"
+    why = [_why_threads(plan, math.prod(sizes)), _why_store(plan, store)]
     if operation != "inference" and plan["reduces_by_columns"]:
         why.append("sums by columns: channels lie side by side, or planes are short and samples many")
     elif operation != "inference":
@@ -119,7 +153,7 @@ def _schedule(operation: Operation, sizes: tuple[int, ...], axis: int, dtype: np
         "map": "by columns" if plan["maps_by_columns"] else "by planes",
         "fused": bool(plan["fused"]) and operation != "inference",
         "store": store,
-        "threads": threads,
+        "threads": plan["threads"],
         "why": why,
     }
 
@@ -230,10 +264,10 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
         for threads in sorted({1, most}):
             set_num_threads(threads)
             for operation, call in calls.items():
+                us = percentile(call, seconds)
                 schedule = _schedule(operation, sizes, axis, resolved, code)
                 if threads > 1 and schedule["threads"] == 1:
                     continue
-                us = percentile(call, seconds)
                 timings.append({**schedule, "us": us, "copies": us / copy_us})
     finally:
         set_num_threads(most)

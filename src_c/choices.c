@@ -98,5 +98,5 @@ int fbn_kept_way(uint64_t job, int count, int64_t *nanoseconds) {
     const int is_known = atomic_load_explicit(&known->job, memory_order_relaxed) == name_of(job);
     for (int i = 0; i < count; i++)
         nanoseconds[i] = is_known ? atomic_load_explicit(&known->nanoseconds[i], memory_order_relaxed) : 0;
-    return is_known ? fastest(known, count) : 0;
+    return is_known ? fastest(known, count) : -1;
 }

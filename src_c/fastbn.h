@@ -48,9 +48,9 @@ typedef struct {
 
 /* How a job is run, set by fbn_choose. */
 typedef struct {
-    int threads; /* that work on it, 0 before */
-    int stream;  /* its map stores past the cache */
-    int way;     /* by its number, of those that are compared; */
+    int threads;  /* that work on it, 0 before */
+    int stream;   /* its map stores past the cache */
+    int way;      /* by its number, of those that are compared; */
     uint64_t job; /* they are known by this, 0 where nothing is compared */
 } fbn_choice;
 
@@ -82,13 +82,13 @@ int64_t fbn_work_bytes(const fbn_job *job);
 
 /* How a job is run here: what no result depends on. */
 typedef struct {
-    int threads;            /* that work on it, */
-    int most_threads;       /* of so many that its size deserves */
-    int streams;            /* its map stores past the cache */
-    int ways;               /* that are compared by the time of calls, 1 where nothing is; */
+    int threads;      /* that work on it, */
+    int most_threads; /* of so many that its size deserves */
+    int streams;      /* its map stores past the cache */
+    int ways;         /* that are compared by the time of calls, 1 where nothing is; */
     int way_threads[3], way_streams[3];
     int64_t way_nanoseconds[3]; /* of the calls so far, 0 before */
-    int reduces_by_columns; /* sums of columns side by side, instead of channel by channel */
+    int reduces_by_columns;     /* sums of columns side by side, instead of channel by channel */
     int maps_by_columns;
     int fused;                      /* some channels are mapped as soon as they are reduced, in the core's cache */
     int64_t bytes;                  /* of all tensors that it reads or writes, */

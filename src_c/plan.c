@@ -11,9 +11,9 @@
 enum {
     COLUMN_TILE = 65536, /* elements of a tile by columns, */
     COLUMN_TILES = 64,   /* or fewer, for so many tiles, */
-    LEAST_TILE = 8192,   /* but so many at least, */
+    LEAST_TILE = 16384,  /* but so many at least, */
     LEAST_ROWS = 128,    /* and no fewer rows than this, */
-    LEAST_JOINED = 32,   /* or than this where rows are joined samples and the elements of a place fewer than */
+    LEAST_JOINED = 64,   /* or than this where rows are joined samples and the elements of a place fewer than */
     FEW = 1 << 20,       /* so many */
     JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
     LONG_ROW = 2048,     /* or of so many where the elements of a place number at least */
@@ -231,7 +231,8 @@ static void plan_map(fbn_plan *plan) {
     fbn_map_plan *map = &plan->map;
     const int64_t C = plan->job->C, channel = memory->span, sample = C * channel;
     const int64_t share = ceil_div(plan->job->N * C * plan->job->S, plan->threads);
-    const int64_t chunk = plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(smaller(LEAST_CHUNK, share), share / TASKS_OF_THREAD));
+    const int64_t chunk =
+        plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(smaller(LEAST_CHUNK, share), share / TASKS_OF_THREAD));
     map->chunk_samples = 1;
     map->chunk_channels = 1;
     map->chunk_cols = channel;
@@ -353,13 +354,16 @@ void fbn_describe(fbn_description *description, const fbn_job *job) {
     chosen.choice.threads = 0;
     fbn_plan_job(&plan, &chosen, NULL);
     *description = (fbn_description){.most_threads = deserved_threads(&plan), .ways = list_ways(&plan, ways)};
-    const int kept = description->ways == 1 ? 0 : fbn_kept_way(name_of_job(job), description->ways, description->way_nanoseconds);
     for (int i = 0; i < description->ways; i++) {
         description->way_threads[i] = ways[i].threads;
         description->way_streams[i] = ways[i].stream;
     }
-    chosen.choice = (fbn_choice){.threads = ways[kept].threads, .stream = ways[kept].stream};
-    fbn_plan_job(&plan, &chosen, NULL);
+    if (description->ways > 1) {
+        const int kept = fbn_kept_way(name_of_job(job), description->ways, description->way_nanoseconds);
+        if (kept >= 0)
+            chosen.choice = (fbn_choice){.threads = ways[kept].threads, .stream = ways[kept].stream};
+        fbn_plan_job(&plan, &chosen, NULL);
+    }
     description->threads = plan.threads;
     description->streams = plan.stream;
     description->reduces_by_columns = plan.reduction.layout == FBN_NSC;

@@ -269,7 +269,8 @@ static void tile_task(void *context, int64_t tile, int slot) {
     map_samples(run, sample, count);
 }
 
-/* Channels of a task that reads samples, which lie far apart, or that does the arithmetic of channels. docs/numerics.md: tiles and tasks. */
+/* Channels of a task that reads samples, which lie far apart, or that does the arithmetic of channels. docs/numerics.md: tiles and tasks.
+ */
 enum { TASK_CHANNELS = 256 };
 
 static void sample_task(void *context, int64_t index, int slot) {

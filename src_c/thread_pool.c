@@ -19,7 +19,6 @@ enum {
     WAIT_MICROSECONDS = 50, /* and a thread for the tasks of others before it rests */
     REST_NANOSECONDS = 20000,
     LOOKS = 32, /* between two looks at the clock, and before a thread that waits takes tasks of others */
-    TEAM = 4,   /* threads that count their tasks together */
     LINE = 128  /* bytes of which no two threads write their own: two cache lines, which are fetched together */
 };
 
@@ -34,10 +33,6 @@ typedef struct {
     pthread_cond_t wake;
 } member;
 
-typedef struct {
-    _Alignas(LINE) atomic_llong done;
-} counter;
-
 static struct {
     /* Read by all: the present call, written by its owner but for `stage`. */
     _Alignas(LINE) atomic_ullong open; /* its number and the last slot that takes part; 0 while none may join */
@@ -48,8 +43,7 @@ static struct {
     _Alignas(LINE) pthread_mutex_t owner; /* held by the caller whose phases run */
     uint32_t calls;                       /* the number of the last call */
     int workers;                          /* threads that were started */
-    counter teams[MOST_THREADS / TEAM];   /* tasks of the present phase that are done, by the team whose share they are of */
-    counter finished;                     /* teams whose shares are done */
+    _Alignas(LINE) atomic_llong done;     /* tasks of the present phase that are done */
     member members[MOST_THREADS];
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
@@ -100,19 +94,11 @@ static void open_stage(uint32_t call, int number, int slot) {
     atomic_store_explicit(&pool.stage, word(call, number), memory_order_release);
 }
 
-/* Counts tasks of a share that are done. Who counts the last of a phase opens the next. The counters are zero again before that. */
-static void count_done(uint32_t call, int number, int owner, int64_t done, int slot) {
-    const int64_t tasks = pool.phases[number].tasks;
-    const int threads = pool.threads, team = owner / TEAM, last = (team + 1) * TEAM;
-    const int64_t of_team = first_task(tasks, last < threads ? last : threads, threads) - first_task(tasks, team * TEAM, threads);
-    atomic_llong *counted = &pool.teams[team].done;
-    if (atomic_fetch_add_explicit(counted, done, memory_order_acq_rel) + done != of_team)
+/* Counts tasks that are done. Who counts the last of a phase opens the next, with the counter at zero again. */
+static void count_done(uint32_t call, int number, int64_t done, int slot) {
+    if (atomic_fetch_add_explicit(&pool.done, done, memory_order_acq_rel) + done != pool.phases[number].tasks)
         return;
-    atomic_store_explicit(counted, 0, memory_order_relaxed);
-    const int64_t shares = tasks < threads ? tasks : threads, teams = (shares + TEAM - 1) / TEAM;
-    if (teams > 1 && atomic_fetch_add_explicit(&pool.finished.done, 1, memory_order_acq_rel) + 1 != teams)
-        return;
-    atomic_store_explicit(&pool.finished.done, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool.done, 0, memory_order_relaxed);
     open_stage(call, number + 1, slot);
 }
 
@@ -124,7 +110,7 @@ static int64_t run_share(uint32_t call, int number, int owner, int slot) {
     for (int64_t next; (next = take(&pool.members[owner].taken[number], call, tasks)) >= 0; done++)
         phase->task(pool.context, first + (phase->backwards ? tasks - 1 - next : next), slot);
     if (done)
-        count_done(call, number, owner, done, slot);
+        count_done(call, number, done, slot);
     return done;
 }
 
@@ -257,11 +243,10 @@ static void reset_in_child(void) {
     pthread_mutex_init(&pool.owner, NULL);
     pool.workers = 0;
     atomic_store(&pool.open, 0);
-    atomic_store(&pool.finished.done, 0);
+    atomic_store(&pool.done, 0);
     for (int i = 0; i < MOST_THREADS; i++) {
         atomic_store(&pool.members[i].busy, 0);
         atomic_store(&pool.members[i].asleep, 0);
-        atomic_store(&pool.teams[i / TEAM].done, 0);
     }
 }
 
