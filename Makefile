@@ -84,7 +84,7 @@ analyze:
 COVERED = build/coverage/lib
 coverage:
 	mkdir -p $(COVERED)
-	cp -r fastbn $(COVERED)/
+	tar -c --exclude='*.so' fastbn | tar -x -C $(COVERED)
 	FASTBN_CFLAGS="-O0 --coverage -fprofile-update=atomic" $(PYTHON) setup.py build_ext --build-temp build/coverage --build-lib $(COVERED)
 	find build/coverage -name "*.gcda" -delete
 	$(PYTHON) -m coverage erase
