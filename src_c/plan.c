@@ -23,6 +23,7 @@ enum {
     LEAST_PLANE = FBN_MOST_LANES, /* planes shorter than a vector are mapped by columns */
     MOST_COLUMNS = 4096,          /* columns of a group of a reduction by columns, */
     LEAST_GROUP = 128,            /* and as few where several threads share them */
+    LEAST_RUN = 512,              /* columns of a group that is mapped after its reduction */
     LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
     FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
@@ -188,6 +189,22 @@ static int64_t samples_of_row(const fbn_plan *plan, int64_t sample) {
     return (plan->memory.samples * sample < LARGE ? JOINED_ROW : LONG_ROW) / sample;
 }
 
+/* Planes of tensors that outgrow the cache, reduced by columns and mapped by planes: a group of channels is mapped while the core's cache
+ * has it, if it fits there in rows that are not too short. docs/numerics.md: tiles and tasks. */
+static void fuse_columns(fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    fbn_reduction_plan *reduction = &plan->reduction;
+    if (!plan->stream || !plan->memory.adjacent || reduction->row_samples > 1 || job->out.data == NULL || job->frozen)
+        return;
+    const int64_t in_core = fbn_core_cache() / 2 / (job->N * job->S * plan->element_bytes * (job->dy.data ? 2 : 1));
+    const int64_t group = smaller(reduction->group_channels, in_core), groups = ceil_div(job->C, larger(1, group));
+    if (group * job->S < LEAST_RUN || (plan->threads > 1 && groups < 4 * plan->threads))
+        return;
+    reduction->group_channels = group;
+    reduction->groups = groups;
+    reduction->fused = 1;
+}
+
 static void plan_reduction_by_columns(fbn_plan *plan) {
     const fbn_job *job = plan->job;
     const fbn_memory_order *memory = &plan->memory;
@@ -212,6 +229,8 @@ static void plan_reduction_by_columns(fbn_plan *plan) {
     }
     reduction->group_channels = group;
     reduction->groups = ceil_div(job->C, group);
+    fuse_columns(plan);
+    group = reduction->group_channels;
     if (reduction->row_samples * memory->span > 1)
         plan->scratch.area_columns = reduction->row_samples * group * memory->span;
 }

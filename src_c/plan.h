@@ -31,9 +31,9 @@ typedef struct {
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
     int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
     int joined;                     /* by planes: short planes of neighboring channels lie side by side and are reduced together */
-    int fused;                      /* by planes: the map of a group follows its reduction, while it is in the core's cache */
-    int interleaved;                /* fused, and one kernel maps a group while it reduces the next */
-    int64_t task_channels;          /* fused: channels of a task */
+    int fused;                      /* the map of a group, by planes, follows its reduction, while it is in the core's cache */
+    int interleaved;                /* by planes, fused, and one kernel maps a group while it reduces the next */
+    int64_t task_channels;          /* by planes, fused: channels of a task */
 } fbn_reduction_plan;
 
 typedef struct {

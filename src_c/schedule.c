@@ -209,6 +209,19 @@ static void map_group(const fbn_run *run, int64_t first, int64_t channels) {
         map_planes(run, first, channels, tile);
 }
 
+/* By columns, fused: reduction, arithmetic and map of a group of channels. */
+static void columns_task(void *context, int64_t group, int slot) {
+    const fbn_run *run = context;
+    const fbn_plan *plan = &run->plan;
+    const int64_t first = group * plan->reduction.group_channels, channels = group_channels(plan, first);
+    if (run->reduce_op == FBN_STATS)
+        set_pivots(run, first, channels);
+    for (int64_t tile = 0; tile < plan->reduction.tiles; tile++)
+        reduce_columns(run, group, tile, slot);
+    run->finish(run, first, channels);
+    map_block(run, 0, plan->memory.samples, first, channels, 0, plan->memory.span);
+}
+
 /* By planes, fused: reduction, arithmetic and map of the channels of one task, group by group. Interleaved, the map of a group runs inside
  * the reduction of the next; `mapped` is the first channel that has not been mapped. */
 static void groups_task(void *context, int64_t index, int slot) {
@@ -312,7 +325,12 @@ static int list_phases(fbn_phase *phases, const fbn_run *run) {
     const fbn_reduction_plan *reduction = &plan->reduction;
     const int64_t C = plan->job->C;
     int count = 0;
-    if (run->reduces && reduction->fused) {
+    const int fused = run->reduces && reduction->fused;
+    if (fused && reduction->layout == FBN_NSC && run->maps) {
+        phases[count++] = (fbn_phase){columns_task, reduction->groups, 0};
+        return count;
+    }
+    if (fused && reduction->layout == FBN_NCS) {
         phases[count++] = (fbn_phase){groups_task, (C + reduction->task_channels - 1) / reduction->task_channels, 0};
         return count;
     }
