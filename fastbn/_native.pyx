@@ -84,6 +84,9 @@ cdef extern from "fastbn.h" nogil:
     int fbn_num_threads()
     void fbn_set_num_threads(int threads)
     int fbn_spin_microseconds()
+    ctypedef void fbn_team(void (*member)(void *) noexcept nogil, void *argument, unsigned threads, unsigned flags) noexcept nogil
+    ctypedef int fbn_member_number() noexcept nogil
+    void fbn_use_team(fbn_team *team, fbn_member_number *number)
 
 
 def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, int64_t M, int64_t C, int64_t S, int dtype):
@@ -255,6 +258,12 @@ def kernel_names():
     while fbn_kernel_name(len(names), name, sizeof(name)):
         names.append((<bytes>name).decode())
     return names
+
+
+def use_team(uintptr_t team, uintptr_t number):
+    """Have calls run on the threads of an OpenMP library: the addresses of its GOMP_parallel and omp_get_thread_num; 0, 0 for threads of
+    our own."""
+    fbn_use_team(<fbn_team *>team, <fbn_member_number *>number)
 
 
 def num_threads():

@@ -9,11 +9,11 @@
 
 /* docs/numerics.md: choices. */
 enum {
-    JOBS = 1024,      /* that are known at a time */
-    CALLS = 4,        /* in which a way is tried, one after the other: the first finds the caches and threads as another way left them */
-    LEAST_ROUND = 16, /* after so many rounds of calls, and twice as many, ..., another way is tried again */
-    GAIN = 16,        /* a later way has to be faster by a part of so many */
-    FORGET = 8        /* a longer time counts by a part of so many */
+    JOBS = 1024,     /* that are known at a time */
+    CALLS = 8,       /* in which a way is tried, one after the other: the first find the caches and threads as another way left them */
+    LEAST_ROUND = 4, /* after so many rounds of calls, and twice as many, ..., another way is tried again */
+    GAIN = 16,       /* a later way has to be faster by a part of so many */
+    FORGET = 8       /* a longer time counts by a part of so many */
 };
 
 typedef struct {

@@ -123,6 +123,15 @@ int fbn_kernel_name(int index, char *name, int size);
 int fbn_num_threads(void);
 void fbn_set_num_threads(int threads);
 
+/* Runs member(argument) on the caller and on other threads, which all have returned when it does: GOMP_parallel of the OpenMP libraries,
+ * which takes `threads` = 0 for as many as the library wants. */
+typedef void fbn_team(void (*member)(void *), void *argument, unsigned threads, unsigned flags);
+/* The number of a member, from 0 on: omp_get_thread_num. */
+typedef int fbn_member_number(void);
+/* Has calls run on the threads of another library instead of the pool's own: they would be in each other's way. NULL for the pool's own,
+ * which the child of a fork has. */
+void fbn_use_team(fbn_team *team, fbn_member_number *number);
+
 /* Microseconds for which threads look for the next call before they sleep. */
 int fbn_spin_microseconds(void);
 

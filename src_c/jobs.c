@@ -60,7 +60,7 @@ static __attribute__((noinline)) void recompute_stats(double *mean, double *m2, 
  *
  * The subtraction loses as many bits as (mean - p)^2 is larger than var. A channel is unreliable, and recomputed in two passes of float64,
  *
- *   where (mean - p)^2 > var, that is, where more than one bit is lost to the pivot,
+ *   where (mean - p)^2 > 4*var, that is, where more than a factor of 5 is lost to the pivot,
  *   where m2/n is so small that squares of its size have lost bits to underflow,
  *   where m2 is NaN or infinite.
  *
@@ -79,7 +79,7 @@ FBN_BODY void one_pass_stats(double *mean, double *m2, const fbn_run *run, int64
         const double mean_d = sum_d[i] * one_over_n;
         m2[i] = sum_dd[i] - sum_d[i] * mean_d;
         mean[i] += mean_d;
-        unreliable[i] = !(m2[i] >= least_var * n) | !(mean_d * mean_d * n <= m2[i]) | !(m2[i] < INFINITY);
+        unreliable[i] = !(m2[i] >= least_var * n) | !(mean_d * mean_d * n <= 4 * m2[i]) | !(m2[i] < INFINITY);
         recompute += unreliable[i];
         constant += (sum_d[i] == 0) & (sum_dd[i] == 0);
     }

@@ -48,6 +48,10 @@ static struct {
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
 static atomic_int num_threads, spin_microseconds;
+
+/* The team of another library that runs the calls, and the number of a member. */
+static _Atomic(fbn_team *) team;
+static _Atomic(fbn_member_number *) member_number;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static inline void pause_briefly(void) {
@@ -242,6 +246,7 @@ static uint32_t next_call(void) {
 static void reset_in_child(void) {
     pthread_mutex_init(&pool.owner, NULL);
     pool.workers = 0;
+    atomic_store(&team, NULL);
     atomic_store(&pool.open, 0);
     atomic_store(&pool.done, 0);
     for (int i = 0; i < MOST_THREADS; i++) {
@@ -281,10 +286,46 @@ int fbn_spin_microseconds(void) {
     return atomic_load(&spin_microseconds);
 }
 
+void fbn_use_team(fbn_team *wanted, fbn_member_number *number) {
+    pthread_once(&once, initialize);
+    atomic_store(&member_number, number);
+    atomic_store(&team, wanted);
+}
+
+/* A member of another library's team. Where that has fewer members than the call has shares, they take those of the missing ones. */
+static void join(void *number) {
+    const int slot = (*(fbn_member_number **)number)();
+    if (slot < pool.threads)
+        run_phases(pool.calls, slot);
+}
+
 static void run_alone(const fbn_phase *phases, int count, void *context) {
     for (int i = 0; i < count; i++)
         for (int64_t index = 0; index < phases[i].tasks; index++)
             phases[i].task(context, phases[i].backwards ? phases[i].tasks - 1 - index : index, 0);
+}
+
+static void run_with_team(fbn_team *lent, uint32_t call) {
+    fbn_member_number *number = atomic_load(&member_number);
+    open_stage(call, 0, 0);
+    lent(join, &number, 0, 0);
+}
+
+static void run_with_workers(uint32_t call) {
+    const int last = pool.threads - 1, is_ready = pool.phases[0].tasks != 1;
+    atomic_store_explicit(&pool.stage, is_ready ? word(call, 0) : 0, memory_order_relaxed);
+    atomic_store(&pool.open, word(call, last));
+    wake_two(0, last);
+    if (!is_ready)
+        open_stage(call, 0, 0);
+    run_phases(call, 0);
+    atomic_store(&pool.open, 0);
+    for (int i = 1, look = 1; i <= last; i++)
+        for (; atomic_load(&pool.members[i].busy); look++) {
+            pause_briefly();
+            if (look % (LOOKS * LOOKS) == 0)
+                nanosleep(&(struct timespec){0, REST_NANOSECONDS}, NULL);
+        }
 }
 
 void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads) {
@@ -299,26 +340,19 @@ void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads
         return;
     }
     pthread_once(&once, initialize);
-    start_workers(threads - 1);
-    threads = threads <= pool.workers ? threads : pool.workers + 1;
+    fbn_team *const lent = atomic_load(&team);
+    if (lent == NULL)
+        start_workers(threads - 1);
+    if (lent == NULL && threads > pool.workers)
+        threads = pool.workers + 1;
     const uint32_t call = next_call();
     pool.phases = phases;
     pool.count = count;
     pool.context = context;
     pool.threads = threads;
-    const int is_ready = phases[0].tasks != 1;
-    atomic_store_explicit(&pool.stage, is_ready ? word(call, 0) : 0, memory_order_relaxed);
-    atomic_store(&pool.open, word(call, threads - 1));
-    wake_two(0, threads - 1);
-    if (!is_ready)
-        open_stage(call, 0, 0);
-    run_phases(call, 0);
-    atomic_store(&pool.open, 0);
-    for (int i = 1, look = 1; i < threads; i++)
-        for (; atomic_load(&pool.members[i].busy); look++) {
-            pause_briefly();
-            if (look % (LOOKS * LOOKS) == 0)
-                nanosleep(&(struct timespec){0, REST_NANOSECONDS}, NULL);
-        }
+    if (lent)
+        run_with_team(lent, call);
+    else
+        run_with_workers(call);
     pthread_mutex_unlock(&pool.owner);
 }

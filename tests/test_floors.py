@@ -21,6 +21,7 @@ FLOORS = [
     ["reference", "config", "folding", "conversion"],
     ["functional", "backward_halves"],
     ["kernel_bench", "layers", "_torch.__init__"],
+    ["_torch.threads"],
     ["_torch.kernels"],
     ["_torch.distributed"],
     ["_torch.operators", "_torch.population", "_torch.inventory"],
@@ -153,6 +154,7 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 OPTIONAL = {
     "_types": ["typing_extensions"],  # type checkers bring it
     "torch": ["torch"],
+    "_torch.threads": ["torch"],
     "_torch.kernels": ["torch"],
     "_torch.distributed": ["torch"],
     "_torch.operators": ["torch"],

@@ -62,12 +62,12 @@ def test_channels_of_short_planes_that_are_reduced_together_keep_their_own_pivot
     stats = fastbn.batch_stats(x)
     exact = x.astype(np.longdouble)
     m2 = np.square(exact - exact.mean((0, 2), keepdims=True)).sum((0, 2))
-    assert (np.abs(stats.m2 - m2) <= 101 * U * m2).all()
+    assert (np.abs(stats.m2 - m2) <= 289 * U * m2).all()
     assert (np.abs(stats.mean - exact.mean((0, 2))) <= 20 * U * np.sqrt(m2 / (shape[0] * shape[2]))).all()
 
 
-@pytest.mark.parametrize(("distance", "recomputed"), [(0, False), (0.5, False), (0.97, False), (1.03, True), (5, True), (1000, True)])
-def test_a_channel_is_recomputed_where_its_pivot_is_a_deviation_off(distance, recomputed):
+@pytest.mark.parametrize(("distance", "recomputed"), [(0, False), (0.5, False), (1.95, False), (2.05, True), (5, True), (1000, True)])
+def test_a_channel_is_recomputed_where_its_pivot_is_two_deviations_off(distance, recomputed):
     n, errors = 64_000, []
     for seed in range(5):
         x = np.random.default_rng(seed).standard_normal(n).astype(np.float32) + np.float32(3)
@@ -77,7 +77,7 @@ def test_a_channel_is_recomputed_where_its_pivot_is_a_deviation_off(distance, re
         outlier = wanted / np.sqrt(1 - 16 / n * wanted**2) * others.std() if 16 / n * wanted**2 < 1 else 1000 * others.std()
         x[sampled_places(n)] = others.mean() + outlier * n / (n - 16)
         errors.append(error_of_m2(x))
-    assert max(errors) <= 82 * U
+    assert max(errors) <= 233 * U
     assert (max(errors) < RECOMPUTED) == recomputed
 
 
@@ -87,7 +87,7 @@ def test_squares_near_the_end_of_the_range_are_recomputed(exponent, recomputed):
     for seed in range(5):
         x = np.random.default_rng(seed).standard_normal(5000)
         errors.append(error_of_m2((x / x.std() * 2.0 ** (exponent / 2)).astype(np.float32)))
-    assert max(errors) <= 82 * U
+    assert max(errors) <= 233 * U
     assert (max(errors) < RECOMPUTED) == recomputed
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastbn import memory, sync
 from fastbn._native import Job, PlainTensors, new_moments
+from fastbn._torch.threads import share_threads
 from fastbn.dtypes import DTYPES
 from fastbn.errors import ArgumentError, TensorError, expected
 from fastbn.geometry import find_layout
@@ -37,6 +38,8 @@ __all__ = [
     "update_running",
     "values_per_channel",
 ]
+
+share_threads()
 
 
 class _ForwardAD(Protocol):
