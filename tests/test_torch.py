@@ -216,6 +216,7 @@ def test_the_bits_do_not_depend_on_threads():
 def test_torchs_number_of_threads_is_respected(environment):
     code = """
 import os, torch, fastbn.torch
+torch.set_num_threads(1)
 x = torch.ones(4, 64, 60, 60)
 counts = [len(os.listdir("/proc/self/task"))]
 fastbn.set_num_threads(3)
