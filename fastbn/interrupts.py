@@ -7,10 +7,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
-__all__ = ["interrupts_deferred", "interrupts_end_it", "interrupts_ignored", "is_command", "stoppable"]
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
+__all__ = ["in_order_of_end", "interrupts_deferred", "interrupts_end_it", "interrupts_ignored", "is_command", "stoppable", "submitted"]
+
+ResultT = TypeVar("ResultT")
+
+# Seconds between two looks at whether a job has ended.
+LOOK = 0.2
 
 # Signals that end a process, and that the command takes for an interrupt.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -54,6 +63,34 @@ def interrupts_deferred() -> Iterator[None]:
             signal.signal(number, handler)
     for number, frame in deferred[:1]:
         waiting[number](number, frame)
+
+
+def submitted(pool: Executor, function: Callable[..., ResultT], *arguments: object) -> Future[ResultT]:
+    """Submit a job to a pool of threads; an interrupt in between would keep a lock of the pool for ever."""
+    with interrupts_deferred():
+        return pool.submit(function, *arguments)
+
+
+def in_order_of_end(jobs: Collection[Future[ResultT]]) -> Iterator[Future[ResultT]]:
+    """Yield jobs of threads as they end.
+
+    `concurrent.futures.wait` and `as_completed` take the locks of all jobs for a moment. An interrupt in this moment keeps them: the
+    threads then wait for ever to set their results, and so does whoever waits for the threads.
+    """
+    import queue  # here: what the command loads first is loaded without a handler of interrupts
+
+    ended: queue.SimpleQueue[Future[ResultT]] = queue.SimpleQueue()
+    with interrupts_deferred():
+        for job in jobs:
+            job.add_done_callback(ended.put)
+    left = len(jobs)
+    while left:
+        try:
+            job = ended.get(timeout=LOOK)
+        except queue.Empty:  # some systems interrupt no wait without an end
+            continue
+        left -= 1
+        yield job
 
 
 def is_command() -> bool:

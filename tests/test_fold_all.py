@@ -1,11 +1,14 @@
 """fold-all: each model in a process of its own; what fails costs only itself, and what is done is not done again."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +20,7 @@ from sketch import classifier, model, norm, normal
 import fastbn
 from fastbn import fold_all
 from fastbn.cli import main
+from fastbn.interrupts import in_order_of_end, submitted
 from fastbn.zoo import job, task
 from fastbn.zoo.names import entries
 
@@ -239,6 +243,43 @@ def test_an_interrupt_ends_the_processes(tmp_path, environment):
     assert error.endswith("fastbn: interrupted, nothing written\n")
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+def interrupting(point):
+    """Return a trace function that interrupts at a line, by its number among those that run, of what waits for threads."""
+    left = itertools.count()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename.endswith(("_base.py", "thread.py", "interrupts.py")):
+            may_come = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is deferred
+            if event == "line" and may_come and next(left) == point:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def test_an_interrupt_at_any_moment_leaves_threads_that_end():
+    """With concurrent.futures.wait or as_completed in the place of in_order_of_end, a lock stays taken that the threads wait for."""
+    before = sys.gettrace()
+    for point in itertools.count():
+        pool, is_interrupted = ThreadPoolExecutor(2), True
+        jobs = [submitted(pool, time.sleep, 0.001) for _ in range(4)]
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.settrace(interrupting(point))
+            try:
+                ended = [job.result() for job in in_order_of_end(jobs)]
+                is_interrupted = False
+            finally:
+                sys.settrace(before)
+        ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive(), point
+        if not is_interrupted:
+            break
+    assert ended == [None] * 4
+    assert point > 20
 
 
 def test_on_a_cluster(zoo, tmp_path, environment):

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from fastbn.cluster.connection import connected, default_workers, killed
 from fastbn.cluster.locations import check_protocol, is_url
 from fastbn.errors import ArgumentError, ArgumentTypeError, StorageError, expected
 from fastbn.graph.ranges import number_between, optional_callable, size_in_bytes, whole_number
+from fastbn.interrupts import in_order_of_end, submitted
 from fastbn.sizes import LEAST_MEMORY
 from fastbn.zoo.names import Entry, entries
 from fastbn.zoo.result import Outcome, Zoo
@@ -116,12 +117,14 @@ class _Job:
         end_processes(False)
         pool = ThreadPoolExecutor(workers)
         try:
-            running = {pool.submit(fold_one, each, self.options, self.limits, self.record.before(each.output)): each for each in self.found}
+            before = [self.record.before(each.output) for each in self.found]
+            jobs = {
+                submitted(pool, fold_one, each, self.options, self.limits, outcome): each
+                for each, outcome in zip(self.found, before, strict=True)
+            }
             self.progress(0, len(self.found), None)
-            while running:
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    self._note(running.pop(future), future)
+            for future in in_order_of_end(jobs):
+                self._note(jobs[future], future)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             end_processes(True)

@@ -7,7 +7,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fastbn.errors import StorageError, expected
 from fastbn.graph.model.constant import Scaled
 from fastbn.graph.model.external import location_of
 from fastbn.graph.model.storage import Source
+from fastbn.interrupts import in_order_of_end, submitted
 
 __all__ = ["Patch", "Patches", "new_data_names", "patched_layout", "set_external", "stem_of", "write_patched"]
 
@@ -150,16 +151,16 @@ def write_patched(source: Path, target: Path, patches: Sequence[Patch], offsets:
         jobs: list[Future[None]] = []
         position = 0
         for start, stop in [*covered, (end, end)]:
-            jobs.append(pool.submit(_copy_range, writer.fileno(), reader.fileno(), position, min(start, end)))
+            jobs.append(submitted(pool, _copy_range, writer.fileno(), reader.fileno(), position, min(start, end)))
             position = max(position, stop)
         for patch, offset in zip(patches, offsets, strict=True):
-            jobs.append(pool.submit(_write_constant_at, writer.fileno(), offset, patch.constant))
+            jobs.append(submitted(pool, _write_constant_at, writer.fileno(), offset, patch.constant))
         try:
             flushes: list[Future[None]] = []
-            for job in as_completed(jobs):
+            for job in in_order_of_end(jobs):
                 job.result()
                 # Start writing to the disk what is there already: the sync at the end then has little left to do.
-                flushes.append(flusher.submit(os.fsync, writer.fileno()))
+                flushes.append(submitted(flusher, os.fsync, writer.fileno()))
             for flush in flushes:
                 flush.result()
         except BaseException:
