@@ -122,9 +122,30 @@ def against_best(records):
     return lines
 
 
+def scaling(records):
+    """Per number of threads above the least, the geometric mean of fastbn's time on the least over that on these, and the cases that are
+    slower than on any fewer threads."""
+    counts = sorted({record["threads"] for record in records})
+    times = {}
+    for record in records:
+        if record["side"] == "fastbn" and record["operation"] in BEST_OF:
+            case = record["shape"], record["layout"], record["dtype"], record["operation"]
+            times.setdefault(case, {})[record["threads"]] = record["us"]
+    lines = []
+    for threads in counts[1:]:
+        gains = {case: min(us[count] for count in counts if count < threads) / us[threads] for case, us in times.items()}
+        mean = math.exp(sum(math.log(us[counts[0]] / us[threads]) for us in times.values()) / len(times))
+        slower = sorted((gain, case) for case, gain in gains.items() if gain < 1)
+        lines.append(
+            f"fastbn on {threads} threads: {mean:.2f}x {counts[0]} in the mean, {len(slower)} of {len(gains)} cases slower than on fewer"
+        )
+        lines += [f"  {gain:.2f}x {shape} {layout} {dtype} {operation}" for gain, (shape, layout, dtype, operation) in slower]
+    return lines
+
+
 def summary(records):
     """The figures of the project's targets: geometric means over shapes against each peer."""
-    lines = against_best(records)
+    lines = against_best(records) + scaling(records)
     for operation, layout, large in itertools.product(OPERATIONS, ("NCHW", "NHWC"), (True, False)):
         multiples = []
         for record in records:
