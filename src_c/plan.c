@@ -285,28 +285,38 @@ static void cut(fbn_plan *plan) {
         plan->reduction.fused = 0;
 }
 
+/* A map by columns begins its vectors with the first line that `out` fills alone: there the tables begin a line too. */
+static uintptr_t shift_of_tables(const fbn_plan *plan) {
+    if (plan->map.period == 0)
+        return 0;
+    const uintptr_t head = -(uintptr_t)plan->job->out.data % 64 / (uintptr_t)plan->element_bytes;
+    return -(head * (uintptr_t)plan->constant_bytes) % 64;
+}
+
 /* Lays the scratch out from `work` and returns its bytes. Addresses are integers here, because `work` may be NULL. */
 static int64_t lay_out(fbn_plan *plan, void *work) {
     fbn_scratch *scratch = &plan->scratch;
     const int64_t C = plan->job->C, constant = plan->constant_bytes;
-    uintptr_t next = (uintptr_t)work;
+    const uintptr_t shift = shift_of_tables(plan);
+    const uintptr_t first = ((uintptr_t)work + 63) / 64 * 64;
+    uintptr_t next = first;
     scratch->sums = (double *)next;
     next += (uintptr_t)aligned(plan->reduction.tiles * C * 2 * 8);
     for (int i = 0; i < 5; i++) {
-        scratch->constants[i] = (char *)next;
-        next += (uintptr_t)aligned((C + FBN_TABLE_PADDING) * constant);
+        scratch->constants[i] = (char *)(next + shift);
+        next += (uintptr_t)aligned((C + FBN_TABLE_PADDING) * constant) + 64;
     }
     for (int i = 0; i < 5 && plan->map.period; i++) {
         scratch->tables[i] = scratch->constants[i];
         if (plan->map.period == C)
             continue;
-        scratch->tables[i] = (char *)next;
-        next += (uintptr_t)aligned((plan->map.period + FBN_TABLE_PADDING) * constant);
+        scratch->tables[i] = (char *)(next + shift);
+        next += (uintptr_t)aligned((plan->map.period + FBN_TABLE_PADDING) * constant) + 64;
     }
     scratch->areas = (char *)next;
     if (scratch->area_columns)
         scratch->area_bytes = aligned(scratch->area_columns * 2 * 8 + 3 * (scratch->area_columns + FBN_TABLE_PADDING) * constant);
-    return (int64_t)(next - (uintptr_t)work) + plan->threads * scratch->area_bytes;
+    return (int64_t)(next - first) + plan->threads * scratch->area_bytes + 63;
 }
 
 /* What does not depend on the way that a job is run. */
