@@ -9,7 +9,8 @@
 
 /* docs/numerics.md: choices. */
 enum {
-    JOBS = 1024,     /* that are known at a time */
+    SETS = 128,      /* of jobs that are known at a time, by their hash, */
+    SET_JOBS = 8,    /* and so many in each: in a single place, two jobs in turn would drive each other out before a second call */
     CALLS = 8,       /* in which a way is tried, one after the other: the first find the caches and threads as another way left them */
     LEAST_ROUND = 4, /* after so many rounds of calls, and twice as many, ..., another way is tried again */
     GAIN = 16,       /* a later way has to be faster by a part of so many */
@@ -22,7 +23,8 @@ typedef struct {
     atomic_uint nanoseconds[FBN_MOST_WAYS]; /* about the least of late, 0 before the first call */
 } record;
 
-static record records[JOBS];
+static record records[SETS][SET_JOBS];
+static atomic_uint driven_out; /* jobs that others took the place of */
 
 int64_t fbn_nanoseconds(void) {
     struct timespec now;
@@ -34,8 +36,29 @@ static unsigned name_of(uint64_t job) {
     return (unsigned)(job >> 32) | 1;
 }
 
-static record *record_of(uint64_t job) {
-    return &records[job % JOBS];
+/* What is known of a job, or NULL. */
+static record *find_record(uint64_t job) {
+    record *set = records[job / 2 % SETS];
+    for (int i = 0; i < SET_JOBS; i++)
+        if (atomic_load_explicit(&set[i].job, memory_order_relaxed) == name_of(job))
+            return &set[i];
+    return NULL;
+}
+
+/* A record without calls for a job that has none: a free one, or that of another job, each in its turn. */
+static record *new_record(uint64_t job) {
+    record *set = records[job / 2 % SETS];
+    int place = 0;
+    while (place < SET_JOBS && atomic_load_explicit(&set[place].job, memory_order_relaxed) != 0)
+        place++;
+    if (place == SET_JOBS)
+        place = (int)(atomic_fetch_add_explicit(&driven_out, 1, memory_order_relaxed) % SET_JOBS);
+    record *known = &set[place];
+    atomic_store_explicit(&known->calls, 0, memory_order_relaxed);
+    for (int i = 0; i < FBN_MOST_WAYS; i++)
+        atomic_store_explicit(&known->nanoseconds[i], 0, memory_order_relaxed);
+    atomic_store_explicit(&known->job, name_of(job), memory_order_relaxed);
+    return known;
 }
 
 /* The fastest way; the first ones, which take less of the machine, win where there is little between them. */
@@ -68,13 +91,9 @@ fbn_choice fbn_choose_way(uint64_t job, const fbn_way *ways, int count) {
     fbn_choice choice = {.threads = ways[0].threads, .stream = ways[0].stream};
     if (count == 1)
         return choice;
-    record *known = record_of(job);
-    if (atomic_load_explicit(&known->job, memory_order_relaxed) != name_of(job)) {
-        atomic_store_explicit(&known->calls, 0, memory_order_relaxed);
-        for (int i = 0; i < FBN_MOST_WAYS; i++)
-            atomic_store_explicit(&known->nanoseconds[i], 0, memory_order_relaxed);
-        atomic_store_explicit(&known->job, name_of(job), memory_order_relaxed);
-    }
+    record *known = find_record(job);
+    if (known == NULL)
+        known = new_record(job);
     const unsigned call = atomic_fetch_add_explicit(&known->calls, 1, memory_order_relaxed);
     choice.way = way_of_call(known, call, count);
     choice.threads = ways[choice.way].threads;
@@ -84,8 +103,8 @@ fbn_choice fbn_choose_way(uint64_t job, const fbn_way *ways, int count) {
 }
 
 void fbn_tell_time(const fbn_choice *choice, int64_t nanoseconds) {
-    record *known = record_of(choice->job);
-    if (choice->job == 0 || atomic_load_explicit(&known->job, memory_order_relaxed) != name_of(choice->job))
+    record *known = choice->job == 0 ? NULL : find_record(choice->job);
+    if (known == NULL)
         return;
     const unsigned new = nanoseconds < 1 ? 1 : nanoseconds > UINT32_MAX / 2 ? UINT32_MAX / 2 : (unsigned)nanoseconds;
     atomic_uint *time = &known->nanoseconds[choice->way];
@@ -94,9 +113,8 @@ void fbn_tell_time(const fbn_choice *choice, int64_t nanoseconds) {
 }
 
 int fbn_kept_way(uint64_t job, int count, int64_t *nanoseconds) {
-    const record *known = record_of(job);
-    const int is_known = atomic_load_explicit(&known->job, memory_order_relaxed) == name_of(job);
+    const record *known = find_record(job);
     for (int i = 0; i < count; i++)
-        nanoseconds[i] = is_known ? atomic_load_explicit(&known->nanoseconds[i], memory_order_relaxed) : 0;
-    return is_known ? fastest(known, count) : -1;
+        nanoseconds[i] = known ? atomic_load_explicit(&known->nanoseconds[i], memory_order_relaxed) : 0;
+    return known ? fastest(known, count) : -1;
 }

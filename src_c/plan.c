@@ -358,8 +358,9 @@ static uint64_t name_of_job(const fbn_job *job) {
                              job->dy.data != NULL,
                              job->residual.data != NULL,
                              job->dresidual.data != NULL,
-                             job->dweight.data != NULL || job->sums != NULL,
-                             job->out.data == job->x.data || job->out.data == job->dy.data};
+                             job->dweight.data != NULL,
+                             job->sums != NULL,
+                             is_in_place(job)};
     uint64_t name = 0;
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
         name = (name ^ (uint64_t)facts[i]) * 0x9e3779b97f4a7c15;

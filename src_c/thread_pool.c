@@ -288,7 +288,8 @@ int fbn_spin_microseconds(void) {
 
 void fbn_use_team(fbn_team *wanted, fbn_member_number *number) {
     pthread_once(&once, initialize);
-    atomic_store(&member_number, number);
+    if (wanted != NULL) /* a call that has just read the last team needs its numbers */
+        atomic_store(&member_number, number);
     atomic_store(&team, wanted);
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import bench_kernels, kernel_bench, kernel_schedule
+from fastbn import _native, bench_kernels, kernel_bench, kernel_schedule
 from fastbn.cli import main
 from fastbn.kernel_bench import OPERATIONS, kernel_lines
 
@@ -67,6 +67,28 @@ def test_ways_are_compared_by_the_time_of_calls():
     one, two = (float(found[i]) * {"us": 1, "ms": 1e3}[found[i + 1]] for i in (2, 4))
     # The second has to be faster by a sixteenth; the times are printed with three digits.
     assert row["threads"] == (2 if two * 17 / 16 < one * 0.99 else 1) or abs(two * 17 / 16 / one - 1) < 0.02
+
+
+def test_the_times_of_many_shapes_in_turn_are_all_kept():
+    """Shapes that share a place in the table of times would all begin again with every call, on one thread."""
+    fastbn.set_num_threads(2)
+    batches = [np.ones((2, 4, channels, 901), np.float32) for channels in range(20, 140)]
+    for _ in range(24):
+        for x, out in batches:
+            values = np.ones(x.shape[1], np.float32)
+            fastbn.batch_norm(x, values, values, values, values, out=out)
+    plans = [_native.Job((4, channels, 901)).describe(strides=(0, 0, 1), has_dy=False, has_stats=False) for channels in range(20, 140)]
+    assert all(time > 0 for plan in plans for time in plan["way_nanoseconds"][: plan["ways"]])
+
+
+def test_the_halves_of_a_backward_pass_have_times_of_their_own():
+    fastbn.set_num_threads(2)
+    x, dx, stats = np.ones((3, 6, 4002), np.float32), np.empty((3, 6, 4002), np.float32), np.ones(6)
+    for _ in range(20):
+        _native.Job((3, 6, 4002)).backward_input(
+            x=x, dx=dx, dy=x, weight=None, bias=None, batch_mean=stats, batch_m2=stats, count=8, sums=np.ones((2, 6))
+        )
+    assert "2 threads: the first calls will compare 1 thread, 2 threads" in kernel_schedule(x.shape)[2]["why"]
 
 
 def test_the_store_follows_from_bytes_and_cache():
