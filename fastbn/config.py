@@ -93,9 +93,18 @@ _open: list[tuple[use_isa, str, int]] = []  # (block, its name, its thread) in t
 _before: str | None = None  # what was in use before the first of them
 
 
+_forked_from_torch = False
+
+
+def forked_from_torch() -> bool:
+    """Whether this process was forked from one that had loaded PyTorch: it lacks the threads that OpenMP waits for."""
+    return _forked_from_torch
+
+
 def _after_fork() -> None:
     """Forget the blocks of other threads, which a child does not have, and the lock that one of them may have held."""
-    global _lock, _before
+    global _lock, _before, _forked_from_torch
+    _forked_from_torch = _forked_from_torch or "torch" in sys.modules
     _lock = threading.RLock()
     _open[:] = [entered for entered in _open if entered[2] == threading.get_ident()]
     if _before is not None:

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 
 START = """
-import os, threading, numpy as np, torch, fastbn
-torch.set_num_threads(3); fastbn.set_num_threads(3)
+import os, threading, warnings, numpy as np, fastbn
+fastbn.set_num_threads(3)
 x = np.random.default_rng(0).standard_normal((8, 64, 56, 56)).astype("f4")
 def results():
     y, stats = fastbn.batch_norm_train(x)
@@ -18,14 +18,18 @@ def results():
     return b"".join(np.asarray(a).tobytes() for a in (y, stats.mean, stats.m2, dx, dweight, dbias))
 def threads():
     return len(os.listdir("/proc/self/task"))
+"""
+TORCH = """
+import torch
+torch.set_num_threads(3)
 def multiply():
     torch.ones(600, 600) @ torch.ones(600, 600)
 """
 
 
-def run(code):
+def run(code, before=TORCH):
     environment = {**os.environ, "PYTHONWARNINGS": "error", "FASTBN_SPIN_MICROSECONDS": "0"}
-    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", START + before + code], capture_output=True, text=True, timeout=120, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
 
@@ -104,3 +108,25 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.read(read, 9).decod
     )
     assert status == "0"
     assert started == "2"
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_fastbn_torch_may_be_imported_after_a_fork(is_loaded):
+    """The child has threads of PyTorch's where it loads PyTorch itself; those that the parent had are not there."""
+    before, after = (TORCH + "multiply()", "") if is_loaded else ("", TORCH)
+    status = run(
+        f"""
+own = results()
+warnings.simplefilter("ignore")  # Python warns of a fork beside threads
+child = os.fork()
+if child == 0:
+    import signal
+    signal.alarm(60)
+{after.replace(chr(10), chr(10) + "    ")}
+    from fastbn._torch.threads import share_threads
+    os._exit(2 * (share_threads() is {is_loaded}) + (results() != own))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""",
+        before,
+    )
+    assert status == ["0"]

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 
 from fastbn import _native
+from fastbn.config import forked_from_torch
 
 __all__ = ["share_threads"]
 
 
 def share_threads() -> bool:
-    """Have the kernels run on the threads of PyTorch's OpenMP library; return whether it has one."""
+    """Have the kernels run on the threads of PyTorch's OpenMP library; return whether it has one that this process can use."""
+    if forked_from_torch():
+        return False
     try:
         # Names are looked up in what libtorch_cpu needs, too, whichever OpenMP library that is.
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
