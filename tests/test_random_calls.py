@@ -13,6 +13,11 @@ def test_a_hundred_calls(first):
     assert wrong == {}
 
 
+def test_a_slope_that_is_rounding_alone_may_overflow():
+    """Gradients that are all the same, eps 0 and deviations of 1e-30: dweight is 0 but for rounding, times 1e60."""
+    assert check(Call(91003546)) == []
+
+
 def test_the_calls_are_of_every_kind():
     calls = [Call(seed) for seed in range(1000)]
     assert {call.refused for call in calls} == {None, *BAD_OUTS}

@@ -144,7 +144,7 @@ class Bounds:
         size = np.abs(stats.mean)
         wide = self.call.dtype == np.float64
         mean_error = (40 + (2 * n if wide else 0)) * self.unit * deviation + 8 * V * size + 2.0**-1074
-        m2_error = (90 * self.unit + (200 + 6 * n) * V * wide) * stats.m2 + n * (8 * V * size) ** 2 + n * 2.0**-1060
+        m2_error = (240 * self.unit + (200 + 6 * n) * V * wide) * stats.m2 + n * (8 * V * size) ** 2 + n * 2.0**-1060
         # Their squares leave the range of float64.
         free = ~np.isfinite(rows).all(axis=0) | (np.abs(rows).max(axis=0) > 1e150)
         mean, m2 = np.where(constant, rows[0], stats.mean), np.where(constant, 0, stats.m2)
@@ -205,7 +205,8 @@ class Bounds:
         if call.training:
             error = error + roundings * (6 * slope * d + 4 * offset) + self.tiny * d
             error = error + scale * (sum_error + d * invstd**2 * dot_error) / n
-        bad = self._bad_channels(vague, mean, var, scale, invstd, slope, offset, scale * size, size * d, d, dy)
+        most_slope = slope + scale * invstd**2 * dot_error / n
+        bad = self._bad_channels(vague, mean, var, scale, invstd, most_slope, offset, scale * size, size * d, d, dy)
         found = [around("dx", dx, error, bad)]
         if dweight is not None:
             found.append(around("dweight", dweight, invstd * dot_error + 16 * V * np.abs(dweight) + self.tiny, bad))
