@@ -63,7 +63,7 @@ cdef extern from "fastbn.h" nogil:
     void fbn_choose(fbn_job *job)
     int64_t fbn_work_bytes(const fbn_job *job)
     ctypedef struct fbn_description:
-        int threads, most_threads, streams, ways
+        int threads, streams, ways
         int[3] way_threads
         int[3] way_streams
         int64_t[3] way_nanoseconds

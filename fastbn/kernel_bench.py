@@ -36,7 +36,7 @@ MOST_AXES = 64
 class Schedule(TypedDict):
     """How one operation visits tensors of a shape; results do not depend on it. `reduction` is None where nothing is added up, `fused`
     says whether channels are mapped as soon as they are reduced, and `why` gives the reasons, a sentence each. `threads` and `store` are
-    those of the next call as far as is known: where it depends on the machine, the first calls of a shape compare the ways."""
+    those of the fastest way so far; the first calls of a shape, and now and then a later one, try others."""
 
     operation: Operation
     reduction: Way | None
@@ -126,11 +126,14 @@ def _why_threads(plan: dict[str, Any], elements: int) -> str:
 
 
 def _why_store(plan: dict[str, Any], store: Store) -> str:
-    if len(set(plan["way_streams"][: plan["ways"]])) > 1:
+    differ = [len(set(plan[name][: plan["ways"]])) > 1 for name in ("way_threads", "way_streams")]
+    if all(differ):
+        return f"{store} stores: chosen together with the threads"
+    if differ[1]:
         return f"{store} stores: {_compared(plan, _ways(plan))}"
     size, cache = _megabytes(plan["bytes"]), _megabytes(plan["last_cache"])
     if plan["streams"]:
-        return f"{store} stores: the tensors have {size}, far more than a last cache of {cache} holds"
+        return f"{store} stores: the tensors have {size}, more than {_megabytes(plan['most_bytes'])} of a last cache of {cache}"
     return f"{store} stores: the tensors have {size}, which caches of {_megabytes(plan['core_cache'])} and {cache} hold"
 
 

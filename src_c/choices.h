@@ -4,8 +4,6 @@
 
 #include "fastbn.h"
 
-enum { FBN_MOST_WAYS = 3 };
-
 /* What no result depends on. */
 typedef struct {
     int threads, stream;

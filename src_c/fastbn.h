@@ -47,11 +47,12 @@ typedef struct {
 } fbn_vector;
 
 /* How a job is run, set by fbn_choose. */
+enum { FBN_MOST_WAYS = 3 };
 typedef struct {
-    int threads;  /* that work on it, 0 before */
+    int threads;  /* that work on it; 0: not chosen yet */
     int stream;   /* its map stores past the cache */
-    int way;      /* by its number, of those that are compared; */
-    uint64_t job; /* they are known by this, 0 where nothing is compared */
+    int way;      /* its number among those that are compared */
+    uint64_t job; /* the name under which their times are kept, 0 where nothing is compared */
 } fbn_choice;
 
 /* One call. `out` is y, or dx in the backward pass; it may be x, dy or residual itself but may not overlap them otherwise. */
@@ -74,7 +75,7 @@ typedef struct {
 int64_t fbn_first_without_root(const fbn_vector *var, int64_t C, double eps);
 
 /* Chooses how a job is run: how many threads work on it and how it stores. Where that depends on the machine, the ways are tried in the
- * first calls of such a job and the fastest is kept. Without it a job is run by all of its threads that its size deserves. */
+ * first calls of such a job and the fastest is kept. Without it, threads and stores follow from the size alone. */
 void fbn_choose(fbn_job *job);
 
 /* Bytes of scratch that the functions below need for this job, after fbn_choose where that is called; they allocate nothing themselves. */
@@ -82,13 +83,12 @@ int64_t fbn_work_bytes(const fbn_job *job);
 
 /* How a job is run here: what no result depends on. */
 typedef struct {
-    int threads;      /* that work on it, */
-    int most_threads; /* of so many that its size deserves */
-    int streams;      /* its map stores past the cache */
-    int ways;         /* that are compared by the time of calls, 1 where nothing is; */
-    int way_threads[3], way_streams[3];
-    int64_t way_nanoseconds[3]; /* of the calls so far, 0 before */
-    int reduces_by_columns;     /* sums of columns side by side, instead of channel by channel */
+    int threads; /* that work on it, */
+    int streams; /* its map stores past the cache */
+    int ways;    /* that are compared by the time of calls, 1 where nothing is; */
+    int way_threads[FBN_MOST_WAYS], way_streams[FBN_MOST_WAYS];
+    int64_t way_nanoseconds[FBN_MOST_WAYS]; /* of the calls so far, 0 before */
+    int reduces_by_columns;                 /* sums of columns side by side, instead of channel by channel */
     int maps_by_columns;
     int fused;                      /* some channels are mapped as soon as they are reduced, in the core's cache */
     int64_t bytes;                  /* of all tensors that it reads or writes, */

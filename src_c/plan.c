@@ -136,6 +136,7 @@ static int list_ways(const fbn_plan *plan, fbn_way *ways) {
     ways[count++] = (fbn_way){most, compare_stores ? 0 : stream};
     if (compare_stores)
         ways[count++] = (fbn_way){most, 1};
+    FBN_ASSERT(count <= FBN_MOST_WAYS);
     return count;
 }
 
@@ -189,7 +190,7 @@ static int64_t samples_of_row(const fbn_plan *plan, int64_t sample) {
     return (plan->memory.samples * sample < LARGE ? JOINED_ROW : LONG_ROW) / sample;
 }
 
-/* Planes of tensors that outgrow the cache, reduced by columns and mapped by planes: a group of channels is mapped while the core's cache
+/* Planes of tensors whose map streams, reduced by columns and mapped by planes: a group of channels is mapped while the core's cache
  * has it, if it fits there in rows that are not too short. docs/numerics.md: tiles and tasks. */
 static void fuse_columns(fbn_plan *plan) {
     const fbn_job *job = plan->job;
@@ -383,7 +384,7 @@ void fbn_describe(fbn_description *description, const fbn_job *job) {
     fbn_job chosen = *job;
     chosen.choice.threads = 0;
     fbn_plan_job(&plan, &chosen, NULL);
-    *description = (fbn_description){.most_threads = deserved_threads(&plan), .ways = list_ways(&plan, ways)};
+    *description = (fbn_description){.ways = list_ways(&plan, ways)};
     for (int i = 0; i < description->ways; i++) {
         description->way_threads[i] = ways[i].threads;
         description->way_streams[i] = ways[i].stream;

@@ -293,7 +293,8 @@ void fbn_use_team(fbn_team *wanted, fbn_member_number *number) {
     atomic_store(&team, wanted);
 }
 
-/* A member of another library's team. Where that has fewer members than the call has shares, they take those of the missing ones. */
+/* A member of another library's team, all of which are woken. Where that has fewer members than the call has shares, they take those of the
+ * missing ones. */
 static void join(void *number) {
     const int slot = (*(fbn_member_number **)number)();
     if (slot < pool.threads)
@@ -332,8 +333,10 @@ static void run_with_workers(uint32_t call) {
 void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads) {
     FBN_ASSERT(count >= 0 && count <= FBN_MOST_PHASES && threads >= 1 && threads <= MOST_THREADS);
     int64_t most = 1;
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i++) {
+        FBN_ASSERT(phases[i].tasks >= 1);
         most = phases[i].tasks > most ? phases[i].tasks : most;
+    }
     if (threads > most)
         threads = (int)most;
     if (threads <= 1 || pthread_mutex_trylock(&pool.owner) != 0) {

@@ -228,6 +228,15 @@ print([count - counts[0] for count in counts])
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[0, 0, 2]\n"
+    fewer = subprocess.run(
+        [sys.executable, "-c", code.replace("set_num_threads(3)", "set_num_threads(1)")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert fewer.stdout == "[0, 0, 0]\n"
 
 
 # ---- bad input ----

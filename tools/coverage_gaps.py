@@ -40,7 +40,7 @@ class Gap(NamedTuple):
 def python_gaps(report: dict[str, Any]) -> Iterator[Gap]:
     """Yield the gaps in what `coverage json` has written."""
     for path, measured in report["files"].items():
-        file = path.rpartition("fastbn/")[2] if path.count("fastbn/") == 1 else path.split("fastbn/", path.count("fastbn/"))[-1]
+        file = path.rpartition("fastbn/")[2]
         for name, region in measured["functions"].items():
             missing = set(region["missing_lines"])
             for line in region["missing_lines"]:

@@ -139,7 +139,10 @@ def calibrated_models(
         Whether weights will have a scale for each output channel.
     tell : callable of str
 
-    Returns the folded one, and one with layers equalized where that is possible.
+    Returns
+    -------
+    list of Calibrated
+        The folded model, and, where that is possible, one with equalized layers.
     """
     restated = []
     for number, (proto, numbers) in enumerate(free.restated):
