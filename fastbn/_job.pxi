@@ -15,7 +15,7 @@ cdef class Job:
 
     A tensor is an array, or (address, strides in elements, owner); values per channel are an array, or (address, stride in elements, whether
     they are float64, owner); None where there is none. `layout` is that of `fastbn.geometry`. `threads`, where not 0, are the most that the
-    caller wants beside the most that the process may use."""
+    caller wants beside the most that the process may use, on a team of threads that it has lent (`use_team`)."""
 
     cdef fbn_job c
     # The axes whose strides the tensors have along N, C and S; -1 for the stride of C-contiguous memory, or of 1 along the channels.
@@ -48,6 +48,7 @@ cdef class Job:
         cdef int most = fbn_num_threads()
         self.c.eps = eps
         self.c.threads = threads if 0 < threads < most else most
+        self.c.on_team = threads > 0
 
     cdef inline void set_dense(self, fbn_tensor *tensor, char *data) noexcept:
         """Set the strides of C-contiguous memory."""

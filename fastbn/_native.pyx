@@ -47,7 +47,7 @@ cdef extern from "fastbn.h" nogil:
         int64_t N, C, S
         fbn_dtype dtype
         fbn_activation activation
-        int frozen, threads
+        int frozen, threads, on_team
         double eps
         fbn_tensor out, dresidual, dy, x, residual
         fbn_vector dweight, dbias, weight, bias, mean, var
@@ -261,7 +261,7 @@ def kernel_names():
 
 
 def use_team(uintptr_t team, uintptr_t number):
-    """Have calls run on the threads of an OpenMP library: the addresses of its GOMP_parallel and omp_get_thread_num; 0, 0 for threads of
+    """Have calls of PyTorch's tensors run on the threads of an OpenMP library: the addresses of its GOMP_parallel and omp_get_thread_num; 0, 0 for threads of
     our own."""
     fbn_use_team(<fbn_team *>team, <fbn_member_number *>number)
 

@@ -62,6 +62,7 @@ typedef struct {
     fbn_activation activation;
     int frozen;  /* backward through statistics that do not depend on x: dx = dy*scale */
     int threads; /* the most that may work on it, 1 to fbn_num_threads() */
+    int on_team; /* it may run on the team of fbn_use_team */
     double eps;
     fbn_tensor out, dresidual, dy, x, residual;
     fbn_vector dweight, dbias, weight, bias, mean, var;
@@ -128,8 +129,8 @@ void fbn_set_num_threads(int threads);
 typedef void fbn_team(void (*member)(void *), void *argument, unsigned threads, unsigned flags);
 /* The number of a member, from 0 on: omp_get_thread_num. */
 typedef int fbn_member_number(void);
-/* Has calls run on the threads of another library instead of the pool's own: they would be in each other's way. NULL for the pool's own,
- * which the child of a fork has. */
+/* Has jobs `on_team` run on the threads of another library instead of the pool's own: they would be in each other's way. NULL for the
+ * pool's own, which the child of a fork has. */
 void fbn_use_team(fbn_team *team, fbn_member_number *number);
 
 /* Microseconds for which threads look for the next call before they sleep. */

@@ -353,6 +353,7 @@ static uint64_t name_of_job(const fbn_job *job) {
                              job->activation,
                              job->frozen,
                              job->threads,
+                             job->on_team,
                              job->x.c,
                              job->batch_mean != NULL,
                              job->out.data != NULL,

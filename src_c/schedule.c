@@ -367,7 +367,7 @@ void fbn_execute(fbn_run *run) {
         run->sample = fbn_choose_sample(job);
     const int count = list_phases(phases, run);
     const int64_t start = job->choice.job ? fbn_nanoseconds() : 0;
-    fbn_parallel(phases, count, run, run->plan.threads);
+    fbn_parallel(phases, count, run, run->plan.threads, job->on_team);
     if (start)
         fbn_tell_time(&job->choice, fbn_nanoseconds() - start);
 }

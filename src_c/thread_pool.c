@@ -330,7 +330,7 @@ static void run_with_workers(uint32_t call) {
         }
 }
 
-void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads) {
+void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads, int on_team) {
     FBN_ASSERT(count >= 0 && count <= FBN_MOST_PHASES && threads >= 1 && threads <= MOST_THREADS);
     int64_t most = 1;
     for (int i = 0; i < count; i++) {
@@ -344,7 +344,7 @@ void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads
         return;
     }
     pthread_once(&once, initialize);
-    fbn_team *const lent = atomic_load(&team);
+    fbn_team *const lent = on_team ? atomic_load(&team) : NULL;
     if (lent == NULL)
         start_workers(threads - 1);
     if (lent == NULL && threads > pool.workers)

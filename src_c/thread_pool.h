@@ -20,8 +20,8 @@ typedef struct {
 enum { FBN_MOST_PHASES = 6 };
 
 /* Runs phases one after the other, each when all tasks of the one before are done, on at most `threads` threads, and returns when all are
- * done. The threads are woken once, by this pool or by the team of fbn_use_team. A call from inside a task, or while another thread has the
- * pool, runs everything on the caller. */
-void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads);
+ * done. The threads are woken once, by this pool or, `on_team`, by the team of fbn_use_team. A call from inside a task, or while another
+ * thread has the pool, runs everything on the caller. */
+void fbn_parallel(const fbn_phase *phases, int count, void *context, int threads, int on_team);
 
 #endif
