@@ -381,17 +381,18 @@ void fbn_choose(fbn_job *job) {
 
 void fbn_describe(fbn_description *description, const fbn_job *job) {
     fbn_plan plan;
-    fbn_way ways[FBN_MOST_WAYS];
+    fbn_way ways[FBN_MOST_WAYS] = {{0, 0}};
     fbn_job chosen = *job;
     chosen.choice.threads = 0;
     fbn_plan_job(&plan, &chosen, NULL);
-    *description = (fbn_description){.ways = list_ways(&plan, ways)};
-    for (int i = 0; i < description->ways; i++) {
+    const int count = list_ways(&plan, ways);
+    *description = (fbn_description){.ways = count};
+    for (int i = 0; i < count; i++) {
         description->way_threads[i] = ways[i].threads;
         description->way_streams[i] = ways[i].stream;
     }
-    if (description->ways > 1) {
-        const int kept = fbn_kept_way(name_of_job(job), description->ways, description->way_nanoseconds);
+    if (count > 1) {
+        const int kept = fbn_kept_way(name_of_job(job), count, description->way_nanoseconds);
         if (kept >= 0)
             chosen.choice = (fbn_choice){.threads = ways[kept].threads, .stream = ways[kept].stream};
         fbn_plan_job(&plan, &chosen, NULL);
