@@ -261,8 +261,8 @@ def kernel_names():
 
 
 def use_team(uintptr_t team, uintptr_t number):
-    """Have calls of PyTorch's tensors run on the threads of an OpenMP library: the addresses of its GOMP_parallel and omp_get_thread_num; 0, 0 for threads of
-    our own."""
+    """Have calls of PyTorch's tensors run on the threads of an OpenMP library: the addresses of its GOMP_parallel and omp_get_thread_num;
+    0, 0 for threads of our own."""
     fbn_use_team(<fbn_team *>team, <fbn_member_number *>number)
 
 

@@ -107,18 +107,22 @@ def _compared(plan: dict[str, Any], names: list[str]) -> str:
     return "by the time of calls: " + ", ".join(f"{name} {text}" for name, text in zip(names, times, strict=True))
 
 
+def _differ(plan: dict[str, Any], name: Literal["way_threads", "way_streams"]) -> bool:
+    return len(set(plan[name][: plan["ways"]])) > 1
+
+
 def _ways(plan: dict[str, Any]) -> list[str]:
     """Return the ways that the kernels compare, by threads and stores as far as these differ."""
     count = plan["ways"]
-    threads, streams = plan["way_threads"][:count], plan["way_streams"][:count]
-    parts = [_count(number) for number in threads] if len(set(threads)) > 1 else [""] * count
-    stores = ["streaming stores" if stream else "ordinary stores" for stream in streams] if len(set(streams)) > 1 else [""] * count
+    parts = [_count(number) if _differ(plan, "way_threads") else "" for number in plan["way_threads"][:count]]
+    names = ["streaming stores" if stream else "ordinary stores" for stream in plan["way_streams"][:count]]
+    stores = [name if _differ(plan, "way_streams") else "" for name in names]
     return [" with ".join(filter(None, pair)) for pair in zip(parts, stores, strict=True)]
 
 
 def _why_threads(plan: dict[str, Any], elements: int) -> str:
     threads = plan["threads"]
-    if len(set(plan["way_threads"][: plan["ways"]])) > 1:
+    if _differ(plan, "way_threads"):
         return f"{_count(threads)}: {_compared(plan, _ways(plan))}"
     if threads == get_num_threads():
         return f"{_count(threads)}: all that may be used"
@@ -126,10 +130,9 @@ def _why_threads(plan: dict[str, Any], elements: int) -> str:
 
 
 def _why_store(plan: dict[str, Any], store: Store) -> str:
-    differ = [len(set(plan[name][: plan["ways"]])) > 1 for name in ("way_threads", "way_streams")]
-    if all(differ):
+    if _differ(plan, "way_streams") and _differ(plan, "way_threads"):
         return f"{store} stores: chosen together with the threads"
-    if differ[1]:
+    if _differ(plan, "way_streams"):
         return f"{store} stores: {_compared(plan, _ways(plan))}"
     size, cache = _megabytes(plan["bytes"]), _megabytes(plan["last_cache"])
     if plan["streams"]:

@@ -1,11 +1,10 @@
 /* Which of several ways of running a job is the fastest here, found by the time of its calls: no formula knows every machine, nor what else
  * runs on it. docs/numerics.md: choices. */
-#define _POSIX_C_SOURCE 200809L
 #include "choices.h"
 #include "debug.h"
 
 #include <stdatomic.h>
-#include <time.h>
+#include <stddef.h>
 
 /* docs/numerics.md: choices. */
 enum {
@@ -25,12 +24,6 @@ typedef struct {
 
 static record records[SETS][SET_JOBS];
 static atomic_uint driven_out; /* jobs that others took the place of */
-
-int64_t fbn_nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 static unsigned name_of(uint64_t job) {
     return (unsigned)(job >> 32) | 1;

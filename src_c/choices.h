@@ -16,6 +16,4 @@ void fbn_tell_time(const fbn_choice *choice, int64_t nanoseconds);
 /* The way that is kept at present, -1 before the first call, and the time of each in nanoseconds, 0 where none was measured. */
 int fbn_kept_way(uint64_t job, int count, int64_t *nanoseconds);
 
-int64_t fbn_nanoseconds(void);
-
 #endif

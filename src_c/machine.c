@@ -1,4 +1,4 @@
-/* Cache sizes and CPUs, read once from the running system. */
+/* Cache sizes, read once from the running system, CPUs and the clock. */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <sched.h>
@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -85,4 +86,10 @@ int fbn_cpus(void) {
     if (allowed > 0 && allowed < cpus)
         cpus = allowed;
     return cpus > 1 ? cpus : 1;
+}
+
+int64_t fbn_nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }

@@ -154,12 +154,17 @@ static void find_memory_order(fbn_memory_order *memory, const fbn_job *job, int 
     }
 }
 
+/* Channels of which half the core's cache holds what a reduction reads. */
+static int64_t channels_in_core(const fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    return fbn_core_cache() / 2 / (job->N * job->S * plan->element_bytes * (job->dy.data ? 2 : 1));
+}
+
 static void plan_reduction_by_planes(fbn_plan *plan) {
     const fbn_job *job = plan->job;
     fbn_reduction_plan *reduction = &plan->reduction;
     const int64_t channel = job->N * job->S;
-    /* Channels of which half the core's cache holds what a reduction reads. */
-    const int64_t in_core = fbn_core_cache() / 2 / (channel * plan->element_bytes * (job->dy.data ? 2 : 1));
+    const int64_t in_core = channels_in_core(plan);
     reduction->layout = FBN_NCS;
     reduction->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
     reduction->tiles = job->S <= FBN_PLANE_TILE ? ceil_div(job->N, reduction->tile_rows) : job->N * ceil_div(job->S, FBN_PLANE_TILE);
@@ -197,8 +202,7 @@ static void fuse_columns(fbn_plan *plan) {
     fbn_reduction_plan *reduction = &plan->reduction;
     if (!plan->stream || !plan->memory.adjacent || reduction->row_samples > 1 || job->out.data == NULL || job->frozen)
         return;
-    const int64_t in_core = fbn_core_cache() / 2 / (job->N * job->S * plan->element_bytes * (job->dy.data ? 2 : 1));
-    const int64_t group = smaller(reduction->group_channels, in_core), groups = ceil_div(job->C, larger(1, group));
+    const int64_t group = smaller(reduction->group_channels, channels_in_core(plan)), groups = ceil_div(job->C, larger(1, group));
     if (group * job->S < LEAST_RUN || (plan->threads > 1 && groups < 4 * plan->threads))
         return;
     reduction->group_channels = group;

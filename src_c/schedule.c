@@ -3,6 +3,7 @@
 #include "channels.h"
 #include "choices.h"
 #include "debug.h"
+#include "machine.h"
 #include "pieces.h"
 #include "thread_pool.h"
 
@@ -105,9 +106,14 @@ static void add_columns(double *sums, const double *columns, int64_t row_samples
     }
 }
 
-static int64_t group_channels(const fbn_plan *plan, int64_t first) {
+/* `most` channels, or those that are left from `first` on. */
+static int64_t channels_from(const fbn_plan *plan, int64_t first, int64_t most) {
     const int64_t left = plan->job->C - first;
-    return left < plan->reduction.group_channels ? left : plan->reduction.group_channels;
+    return left < most ? left : most;
+}
+
+static int64_t group_channels(const fbn_plan *plan, int64_t first) {
+    return channels_from(plan, first, plan->reduction.group_channels);
 }
 
 /* One tile of a group of channels. Where a row has more columns than channels, the area of the thread has constants and sums of every
@@ -228,8 +234,8 @@ static void groups_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
     const fbn_plan *plan = &run->plan;
     const fbn_reduction_plan *reduction = &plan->reduction;
-    const int64_t group = reduction->group_channels, start = index * reduction->task_channels, left = plan->job->C - start;
-    const int64_t stop = start + (left < reduction->task_channels ? left : reduction->task_channels);
+    const int64_t group = reduction->group_channels, start = index * reduction->task_channels;
+    const int64_t stop = start + channels_from(plan, start, reduction->task_channels);
     int64_t mapped = start, sampled = start;
     (void)slot;
     for (int64_t first = start; first < stop; first += group) {
@@ -282,22 +288,21 @@ static void tile_task(void *context, int64_t tile, int slot) {
     map_samples(run, sample, count);
 }
 
-/* Channels of a task that reads samples, which lie far apart, or that does the arithmetic of channels. docs/numerics.md: tiles and tasks.
- */
+/* Channels of a task that reads samples, which lie far apart, or does the arithmetic of channels. docs/numerics.md: tiles and tasks. */
 enum { TASK_CHANNELS = 256 };
 
 static void sample_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
-    const int64_t first = index * TASK_CHANNELS, left = run->plan.job->C - first;
+    const int64_t first = index * TASK_CHANNELS;
     (void)slot;
-    set_pivots(run, first, left < TASK_CHANNELS ? left : TASK_CHANNELS);
+    set_pivots(run, first, channels_from(&run->plan, first, TASK_CHANNELS));
 }
 
 static void finish_task(void *context, int64_t index, int slot) {
     const fbn_run *run = context;
-    const int64_t first = index * TASK_CHANNELS, left = run->plan.job->C - first;
+    const int64_t first = index * TASK_CHANNELS;
     (void)slot;
-    run->finish(run, first, left < TASK_CHANNELS ? left : TASK_CHANNELS);
+    run->finish(run, first, channels_from(&run->plan, first, TASK_CHANNELS));
 }
 
 /* No values: statistics and gradients are zero, the running statistics stay. */

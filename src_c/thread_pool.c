@@ -63,9 +63,7 @@ static inline void pause_briefly(void) {
 }
 
 static int64_t microseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+    return fbn_nanoseconds() / 1000;
 }
 
 /* A call or a stage of it in one word: the number of the call above the slot or the phase. */

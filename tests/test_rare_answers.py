@@ -135,8 +135,7 @@ def test_values_that_bodies_capture_are_read():
         then_branch = g () => (float[4] p) <float[1] k = {2}> { n = Mul(x, k) p = Sin(n) },
         else_branch = h () => (float[4] x) { q = Cos(z) }
     > }"""
-    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
-    assert sorted(bn_statistics._reads(proto.graph.node[0])) == ["c", "x", "x", "z"]
+    assert sorted(bn_statistics._reads(model(text).graph.node[0])) == ["c", "x", "x", "z"]
 
 
 def test_what_stages_and_samples_are_called():

@@ -180,8 +180,7 @@ def test_what_lasts_of_bodies():
         then_branch = g () => (float[4] p) <float[1] k = {2}> { n = Mul(k, k) p = Sin(x) },
         else_branch = h () => (float[4] q) { q = Cos(x) }
     > }"""
-    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
-    assert {op for op, _ in version._lasting(proto)} == {"Sin", "Cos", "If"}
+    assert {op for op, _ in version._lasting(model(text))} == {"Sin", "Cos", "If"}
 
 
 def test_names_that_differ_in_two_places_are_numbered():
