@@ -17,7 +17,7 @@ DEPLOY = "from fastbn.cli import main; assert main(['deploy', 'large.onnx', 'out
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a process has taken")
 def test_the_command_takes_little_more_than_onnxruntime_alone(tmp_path, environment):
-    """Half as much again is what is promised; without blocks that go back at once it is that much or more, from run to run another."""
+    """Half as much again is what is promised: 1.2 to 1.35 times are usual, 1.6 to 1.9 without large blocks that go back at once."""
     make_models.large(tmp_path, layers=6, channels=1024)
     peaks = []
     for code in (ALONE, DEPLOY):
@@ -25,4 +25,4 @@ def test_the_command_takes_little_more_than_onnxruntime_alone(tmp_path, environm
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=True)
         peaks.append(int(done.stdout))
     assert peaks[0] > 100_000
-    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0]
