@@ -112,7 +112,7 @@ static int deserved_threads(const fbn_plan *plan) {
 }
 
 static int is_in_place(const fbn_job *job) {
-    return job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data;
+    return job->out.data != NULL && (job->out.data == job->x.data || job->out.data == job->dy.data || job->out.data == job->residual.data);
 }
 
 /* The way that follows from sizes alone. */
