@@ -81,6 +81,18 @@ def test_a_channel_is_recomputed_where_its_pivot_is_two_deviations_off(distance,
     assert (max(errors) < RECOMPUTED) == recomputed
 
 
+@pytest.mark.parametrize("planes", [1, 2, 4])
+def test_a_fifth_of_a_short_channel_is_never_too_far_from_its_mean(planes):
+    """The pivot's lines hold one number and the rest another, the farthest that a part can be from the whole."""
+    x = np.random.default_rng(0).uniform(0, 1e-3, (planes, 72)).astype(np.float32)
+    for k in range(planes):
+        x[k, :16] += 1
+    values = x.astype(np.longdouble)
+    exact = np.square(values - values.mean()).sum()
+    error = abs(float((fastbn.batch_stats(x[:, None]).m2[0] - exact) / exact))
+    assert RECOMPUTED < error <= 233 * U
+
+
 @pytest.mark.parametrize(("exponent", "recomputed"), [(-60, False), (-89, False), (-91, True), (-110, True), (-140, True)])
 def test_squares_near_the_end_of_the_range_are_recomputed(exponent, recomputed):
     errors = []
