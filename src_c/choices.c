@@ -10,8 +10,8 @@
 enum {
     SETS = 128,      /* of jobs that are known at a time, by their hash, */
     SET_JOBS = 8,    /* and so many in each: in a single place, two jobs in turn would drive each other out before a second call */
-    CALLS = 8,       /* in which a way is tried, one after the other: the first find the caches and threads as another way left them */
-    LEAST_ROUND = 4, /* after so many rounds of calls, and twice as many, ..., another way is tried again */
+    CALLS = 16,      /* in which a way is tried, one after the other: the first find the caches and threads as another way left them */
+    LEAST_ROUND = 4, /* after so many rounds of calls, and twice as many, ..., a way is tried again, each in turn */
     GAIN = 16,       /* a later way has to be faster by a part of so many */
     FORGET = 8       /* a longer time counts by a part of so many */
 };
@@ -73,10 +73,9 @@ static int way_of_call(const record *known, unsigned call, int count) {
     const unsigned round = call / CALLS;
     if (round < (unsigned)count)
         return (int)round;
-    const int best = fastest(known, count);
     if (round < LEAST_ROUND || (round & (round - 1)) != 0)
-        return best;
-    return (best + 1 + __builtin_ctz(round) % (count - 1)) % count;
+        return fastest(known, count);
+    return __builtin_ctz(round) % count; /* by the number of the round alone: what is fastest may change within it */
 }
 
 fbn_choice fbn_choose_way(uint64_t job, const fbn_way *ways, int count) {
