@@ -82,6 +82,25 @@ static void *room(int64_t bytes) {
     return memory;
 }
 
+/* How the jobs of a thread are run: as their size says, as the times of their calls say, or with streaming stores; on the pool's threads or
+ * on those of fbn_use_team. No result depends on it. */
+typedef enum { BY_SIZE, BY_TIME, STREAMED, RUNS } run;
+static _Thread_local run way = BY_SIZE;
+static _Thread_local int on_team = 0;
+
+/* Chooses how a job is run and returns its scratch. */
+static void *prepare(fbn_job *job) {
+    job->choice = (fbn_choice){0};
+    job->on_team = on_team;
+    if (way == BY_TIME)
+        fbn_choose(job);
+    else if (way == STREAMED) {
+        job->choice.threads = job->threads;
+        job->choice.stream = 1;
+    }
+    return room(fbn_work_bytes(job));
+}
+
 static uint64_t results(shape it, fbn_dtype dtype, fbn_activation activation, int threads) {
     const int64_t count = it.N * it.C * it.S, size = dtype == FBN_FLOAT64 ? 8 : dtype == FBN_FLOAT32 ? 4 : 2;
     char *arrays[5];
@@ -109,7 +128,7 @@ static uint64_t results(shape it, fbn_dtype dtype, fbn_activation activation, in
     job.batch_mean = values + 6 * it.C;
     job.batch_m2 = values + 7 * it.C;
     job.count = it.N * it.S;
-    void *work = room(fbn_work_bytes(&job));
+    void *work = prepare(&job);
     fbn_train(&job, 0.1, 1, work);
     free(work);
     sum = hash(hash(sum, arrays[0], count * size), values, it.C * 8 * 8);
@@ -119,7 +138,7 @@ static uint64_t results(shape it, fbn_dtype dtype, fbn_activation activation, in
     job.dweight = vectors[4];
     job.dbias = vectors[5];
     for (job.frozen = 0; job.frozen < 2; job.frozen++) {
-        work = room(fbn_work_bytes(&job));
+        work = prepare(&job);
         fbn_backward(&job, work);
         free(work);
         sum = hash(hash(sum, arrays[0], count * size), values, it.C * 8 * 8);
@@ -150,17 +169,17 @@ static uint64_t hard_results(shape it, fbn_dtype dtype, int threads) {
     job.batch_m2 = values + 3 * it.C;
     job.count = it.N * it.S;
     job.sums = values + 4 * it.C;
-    void *work = room(fbn_work_bytes(&job));
+    void *work = prepare(&job);
     fbn_stats(&job, work);
     free(work);
     job.dy = t;
     job.dy.data = dy;
-    work = room(fbn_work_bytes(&job));
+    work = prepare(&job);
     fbn_backward_sums(&job, work);
     free(work);
     job.out = t;
     job.out.data = out;
-    work = room(fbn_work_bytes(&job));
+    work = prepare(&job);
     fbn_backward_input(&job, work);
     free(work);
     sum = hash(hash(sum, values, it.C * 8 * 6), out, count * size);
@@ -168,7 +187,7 @@ static uint64_t hard_results(shape it, fbn_dtype dtype, int threads) {
     job.mean = (fbn_vector){(char *)job.batch_mean, 1, 1};
     job.var = (fbn_vector){(char *)job.batch_m2, 1, 1};
     job.batch_mean = NULL;
-    work = room(fbn_work_bytes(&job));
+    work = prepare(&job);
     fbn_infer(&job, work);
     free(work);
     sum = hash(sum, out, count * size);

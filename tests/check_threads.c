@@ -1,5 +1,6 @@
 /* The kernels under load without Python, for `make races` and its like: callers compute the hashes of bits.h side by side, while the number
- * of threads and the ISA change and children are forked. It fails where a hash is not the one that a single thread gives. */
+ * of threads and the ISA change and children are forked, on the pool's threads and on those of another library, and in each way of running
+ * a job. It fails where a hash is not the one that a single thread gives. */
 #define _POSIX_C_SOURCE 200809L
 #include "bits.h"
 
@@ -24,10 +25,48 @@ static uint64_t result(int number, int threads) {
     return results(it, dtype, (fbn_activation)(number % (FBN_RELU6 + 1)), threads);
 }
 
+/* Another library's threads: a team of new ones for each call, where it is given so many. */
+enum { MOST_MEMBERS = 8 };
+static _Thread_local int number_of_member;
+
+typedef struct {
+    void (*member)(void *);
+    void *argument;
+    int number;
+} membership;
+
+static int member_number(void) {
+    return number_of_member;
+}
+
+static void *be_member(void *context) {
+    const membership *of = context;
+    number_of_member = of->number;
+    of->member(of->argument);
+    return NULL;
+}
+
+static void run_team(void (*member)(void *), void *argument, unsigned count, unsigned flags) {
+    membership members[MOST_MEMBERS];
+    pthread_t others[MOST_MEMBERS];
+    int started = 0;
+    (void)flags;
+    for (int i = 1; i < MOST_MEMBERS && i < (count ? (int)count : 3); i++) {
+        members[started] = (membership){member, argument, started + 1};
+        started += pthread_create(&others[started], NULL, be_member, &members[started]) == 0;
+    }
+    number_of_member = 0;
+    member(argument);
+    for (int i = 0; i < started; i++)
+        pthread_join(others[i], NULL);
+}
+
 static void *call(void *first) {
     for (int round = 0; round < rounds; round++)
         for (int i = 0; i < CASES; i++) {
             const int number = (i * 7 + (int)(intptr_t)first * 5 + round) % CASES;
+            way = (run)((i + round) % RUNS);
+            on_team = i % 4 == 0;
             if (result(number, 1 + i % fbn_num_threads()) != want[number])
                 atomic_fetch_add(&wrong, 1);
         }
@@ -52,6 +91,7 @@ int main(int count, char **arguments) {
         return 2;
     fbn_set_num_threads(4);
     fbn_use_isa("scalar");
+    fbn_use_team(run_team, member_number);
     for (int i = 0; i < CASES; i++)
         want[i] = result(i, 1);
     for (int i = 0; i < callers; i++)
