@@ -122,6 +122,46 @@ class Guarded:
         return whole[first : first + size].view(dtype).reshape(shape)
 
 
+def at(place, array):
+    """A copy of an array that begins `place` bytes behind a cache line."""
+    memory = np.empty(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + place
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("channels", [64, 160, 157, 2100])
+def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
+    """Wide rows are reduced from their first whole line on, where x and dy begin at the same place of one."""
+    rng = np.random.default_rng(channels)
+    x, dy, residual = (rng.standard_normal((3, 13, channels)).astype(dtype) for _ in range(3))
+    weight, bias = rng.standard_normal((2, channels))
+    size = dtype.itemsize
+    with fastbn.use_isa(isa):
+        for activation, added in ((None, None), ("relu", residual)):
+            want = everything(at(0, x), at(0, dy), added, weight, bias, -1, activation)
+            for x_at, dy_at in ((16, 16), (size, size), (48, 48), (64 - size, 64 - size), (16, 32), (0, 16)):
+                assert everything(at(x_at, x), at(dy_at, dy), added, weight, bias, -1, activation) == want
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_sums_above_the_cache_are_the_same_on_every_isa(isa):
+    x, dy = np.random.default_rng(0).standard_normal((2, 90_001, 230), dtype=np.float32)
+
+    def sums():
+        stats = fastbn.batch_stats(x, axis=-1)
+        _, dweight, dbias = fastbn.batch_norm_backward(dy, x, stats, np.ones(230), np.ones(230), axis=-1)
+        return [values.tobytes() for values in (stats.mean, stats.m2, dweight, dbias)]
+
+    with fastbn.use_isa(ISAS[0]):
+        want = sums()
+    with fastbn.use_isa(isa):
+        assert sums() == want
+
+
 def protect(address, size):
     import ctypes
 
