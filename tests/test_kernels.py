@@ -133,7 +133,7 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 160, 157, 2100])
+@pytest.mark.parametrize("channels", [64, 160, 157, 251, 2100])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
     """Wide rows are reduced from their first whole line on, where x and dy begin at the same place of one."""
     rng = np.random.default_rng(channels)
