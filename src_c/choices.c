@@ -13,7 +13,8 @@ enum {
     CALLS = 16,      /* in which a way is tried, one after the other: the first find the caches and threads as another way left them */
     LEAST_ROUND = 4, /* after so many rounds of calls, and twice as many, ..., a way is tried again, each in turn */
     GAIN = 16,       /* a later way has to be faster by a part of so many */
-    FORGET = 8       /* a longer time counts by a part of so many, and as twice the time that is kept at most: something else ran */
+    FORGET = 8,      /* a longer time counts by a part of so many, */
+    SLOW = 4         /* and is taken for no longer than a part of so many more: something else ran */
 };
 
 typedef struct {
@@ -101,8 +102,8 @@ void fbn_tell_time(const fbn_choice *choice, int64_t nanoseconds) {
     const unsigned new = nanoseconds < 1 ? 1 : nanoseconds > UINT32_MAX / 2 ? UINT32_MAX / 2 : (unsigned)nanoseconds;
     atomic_uint *time = &known->nanoseconds[choice->way];
     const unsigned old = atomic_load_explicit(time, memory_order_relaxed);
-    const unsigned more = new - old < old ? new - old : old;
-    atomic_store_explicit(time, old == 0 || new < old ? new : old + more / FORGET, memory_order_relaxed);
+    const unsigned most = old + old / SLOW;
+    atomic_store_explicit(time, old == 0 || new < old ? new : old + ((new < most ? new : most) - old) / FORGET, memory_order_relaxed);
 }
 
 int fbn_kept_way(uint64_t job, int count, int64_t *nanoseconds) {

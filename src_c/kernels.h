@@ -14,7 +14,7 @@
 /* Lanes of the widest vector of any ISA. */
 #define FBN_MOST_LANES 16
 
-/* Columns of a row whose sums stay in registers, at most. docs/numerics.md: tiles and tasks. */
+/* Columns of a row whose sums stay in registers in the cache, at most. docs/numerics.md: tiles and tasks. */
 #define FBN_NARROW_ROW 128
 
 /* Planes shorter than this are short: a reduction has fewer lanes for them. docs/numerics.md: sums of short planes. */
@@ -48,7 +48,7 @@ typedef struct {
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
-    int stream;       /* a map stores past the cache, a reduction prefetches its next row. docs/numerics.md: streaming stores */
+    int stream;       /* a map stores past the cache, a reduction prefetches. docs/numerics.md: streaming stores; prefetch */
 } fbn_piece;
 
 typedef void fbn_kernel(const fbn_piece *piece);

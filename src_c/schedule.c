@@ -146,6 +146,10 @@ static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int 
         expand(plan, columns, *constants[i], channels, piece.cols);
         *constants[i] = columns;
     }
+    /* A kernel may read constants that it does not use: the tables of channels are too short for its columns. */
+    piece.slope = piece.offset = piece.center;
+    if (used == 1)
+        piece.scale = piece.shift = piece.center;
     call(run, run->reduce_op, FBN_NSC, &piece);
     add_columns(sums, piece.sum, row_samples, channels, plan->memory.span);
     add_columns(sums + job->C, piece.dot, row_samples, channels, plan->memory.span);

@@ -214,7 +214,7 @@ static __attribute__((unused)) uint64_t scaled_weight(shape it, fbn_dtype dtype)
     return sum;
 }
 
-static const shape shapes[] = {{3, 5, 63, 0},  {2, 3, 20000, 0}, {20, 30, 49, 0}, {3, 23, 899, 0},
+static const shape shapes[] = {{3, 5, 63, 0},  {2, 3, 20000, 0}, {20, 64, 49, 0}, {3, 23, 899, 0},
                                {7, 40, 17, 0}, {700, 3, 1, 1},   {60, 131, 1, 1}, {4, 70, 99, 1}};
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 

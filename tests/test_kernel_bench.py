@@ -73,7 +73,7 @@ def test_the_times_of_many_shapes_in_turn_are_all_kept():
     """Shapes that share a place in the table of times would all begin again with every call, on one thread."""
     fastbn.set_num_threads(2)
     batches = [np.ones((2, 4, channels, 901), np.float32) for channels in range(20, 140)]
-    for _ in range(40):
+    for _ in range(40):  # two ways, 16 calls each, and more
         for x, out in batches:
             values = np.ones(x.shape[1], np.float32)
             fastbn.batch_norm(x, values, values, values, values, out=out)

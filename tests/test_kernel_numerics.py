@@ -81,12 +81,14 @@ def test_a_channel_is_recomputed_where_its_pivot_is_two_deviations_off(distance,
     assert (max(errors) < RECOMPUTED) == recomputed
 
 
-@pytest.mark.parametrize("planes", [1, 2, 4])
-def test_a_fifth_of_a_short_channel_is_never_too_far_from_its_mean(planes):
-    """The pivot's lines hold one number and the rest another, the farthest that a part can be from the whole."""
-    x = np.random.default_rng(0).uniform(0, 1e-3, (planes, 72)).astype(np.float32)
-    for k in range(planes):
-        x[k, :16] += 1
+@pytest.mark.parametrize(
+    ("shape", "above", "by"), [((1, 72), "ends", 1), ((4, 72), "ends", 1), ((3, 72), "end", 1), ((8, 400), "first", 5)]
+)
+def test_the_lines_of_a_pivot_are_never_too_far_from_the_mean(shape, above, by):
+    """A fifth of a short channel at least, or four lines spread over it. Above the rest is the first line of each plane, that of the first
+    plane, or all of the first plane."""
+    x = np.random.default_rng(0).uniform(0, 1e-3, shape).astype(np.float32)
+    x[{"ends": np.s_[:, :16], "end": np.s_[0, :16], "first": np.s_[0]}[above]] += by
     values = x.astype(np.longdouble)
     exact = np.square(values - values.mean()).sum()
     error = abs(float((fastbn.batch_stats(x[:, None]).m2[0] - exact) / exact))

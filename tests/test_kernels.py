@@ -133,7 +133,7 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 160, 157, 251, 2100])
+@pytest.mark.parametrize("channels", [64, 160, 251, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
     """Wide rows are reduced from their first whole line on, where x and dy begin at the same place of one."""
     rng = np.random.default_rng(channels)
@@ -148,7 +148,7 @@ def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
-def test_sums_above_the_cache_are_the_same_on_every_isa(isa):
+def test_sums_of_a_large_tensor_are_the_same_on_every_isa(isa):
     x, dy = np.random.default_rng(0).standard_normal((2, 90_001, 230), dtype=np.float32)
 
     def sums():
