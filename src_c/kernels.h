@@ -44,7 +44,7 @@ typedef struct {
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
     const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
-    int64_t prefetch;           /* elements from here to what is read next; 0 where that is not known. docs/numerics.md: prefetch */
+    int64_t prefetch;           /* elements from what is read to what may be prefetched; 0 for none. docs/numerics.md: prefetch */
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */

@@ -15,7 +15,7 @@ enum {
     LEAST_ROWS = 128,    /* and no fewer rows than this, */
     LEAST_JOINED = 64,   /* or than this where rows are joined samples and the elements of a place fewer than */
     FEW = 1 << 20,       /* so many */
-    JOINED_ROW = 512,    /* samples shorter than this are joined to rows of about as many columns, */
+    JOINED_ROW = 512,    /* short samples that fill no whole vectors are joined to rows of about so many columns, */
     LONG_ROW = 2048,     /* or of so many where the elements of a place number at least */
     LARGE = 1 << 21,     /* so many */
     FEW_SAMPLES = 16,    /* short planes are reduced by columns unless there are fewer samples than this */
@@ -25,6 +25,7 @@ enum {
     LEAST_GROUP = 128,            /* and as few where several threads share them */
     LEAST_RUN = 512,              /* columns of a group that is mapped after its reduction */
     LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
+    PREFETCH = 4096,              /* by columns: bytes from what is read to what is prefetched, in one stream */
     FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
     MOST_CHUNK = 65536,           /* and as many on one thread, */
@@ -154,10 +155,15 @@ static void find_memory_order(fbn_memory_order *memory, const fbn_job *job, int 
     }
 }
 
+/* Bytes of a channel that a reduction reads. */
+static int64_t channel_bytes(const fbn_plan *plan) {
+    const fbn_job *job = plan->job;
+    return job->N * job->S * plan->element_bytes * (job->dy.data ? 2 : 1);
+}
+
 /* Channels of which half the core's cache holds what a reduction reads. */
 static int64_t channels_in_core(const fbn_plan *plan) {
-    const fbn_job *job = plan->job;
-    return fbn_core_cache() / 2 / (job->N * job->S * plan->element_bytes * (job->dy.data ? 2 : 1));
+    return fbn_core_cache() / 2 / channel_bytes(plan);
 }
 
 static void plan_reduction_by_planes(fbn_plan *plan) {
@@ -185,13 +191,15 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
 }
 
 /* How many samples are joined to a row of a reduction: to half of the most columns of a narrow row where that comes out even, else to as
- * many as are narrow and fill whole vectors of any instruction set, else to a long row. */
+ * many as are narrow and fill whole vectors of any instruction set, else, short ones, to a long row. */
 static int64_t samples_of_row(const fbn_plan *plan, int64_t sample) {
     if (FBN_NARROW_ROW / 2 % sample == 0)
         return FBN_NARROW_ROW / 2 / sample;
     for (int64_t count = FBN_NARROW_ROW / sample; count > 0; count--)
         if (count * sample % FBN_MOST_LANES == 0)
             return count;
+    if (sample > FBN_NARROW_ROW)
+        return 1;
     return (plan->memory.samples * sample < LARGE ? JOINED_ROW : LONG_ROW) / sample;
 }
 
@@ -234,6 +242,7 @@ static void plan_reduction_by_columns(fbn_plan *plan) {
     }
     reduction->group_channels = group;
     reduction->groups = ceil_div(job->C, group);
+    reduction->prefetch = job->C * channel_bytes(plan) > fbn_core_cache() ? PREFETCH / plan->element_bytes : 0;
     fuse_columns(plan);
     group = reduction->group_channels;
     if (reduction->row_samples * memory->span > 1)

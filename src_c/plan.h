@@ -29,6 +29,7 @@ typedef struct {
     int64_t tiles, tile_rows;       /* of each channel */
     int64_t row_samples;            /* by columns: samples in a row, */
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
+    int64_t prefetch;               /* by columns, outside the core's cache: elements to what is prefetched; else 0 */
     int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
     int joined;                     /* by planes: short planes of neighboring channels lie side by side and are reduced together */
     int fused;                      /* the map of a group, by planes, follows its reduction, while it is in the core's cache */
