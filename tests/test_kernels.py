@@ -133,11 +133,12 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 160, 251, 2112])
+@pytest.mark.parametrize("channels", [64, 128, 160, 251, 256, 272, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
-    """Wide rows are reduced from their first whole line on, where x and dy begin at the same place of one."""
+    """Wide rows are reduced in whole lines, the end of a row with the beginning of the next, where x and dy begin at the same place of one.
+    Of 45 rows, 32 are whole blocks."""
     rng = np.random.default_rng(channels)
-    x, dy, residual = (rng.standard_normal((3, 13, channels)).astype(dtype) for _ in range(3))
+    x, dy, residual = (rng.standard_normal((3, 15, channels)).astype(dtype) for _ in range(3))
     weight, bias = rng.standard_normal((2, channels))
     size = dtype.itemsize
     with fastbn.use_isa(isa):
