@@ -4,6 +4,7 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
+/* For the size of the library, 30 kB less: no clones of functions for constant arguments, no padding of jumps. */
 #pragma GCC optimize("no-ipa-cp-clone,align-jumps=1,align-labels=1")
 #endif
 #define FBN_AVX2

@@ -14,7 +14,8 @@
 /* Lanes of the widest vector of any ISA. */
 #define FBN_MOST_LANES 16
 
-/* Columns of a row whose sums stay in registers in the cache, at most. docs/numerics.md: tiles and tasks. */
+/* Columns of a row whose sums stay in registers, at most; twice as many where a vector is a whole cache line. docs/numerics.md: tiles and
+ * tasks. */
 #define FBN_NARROW_ROW 128
 
 /* Planes shorter than this are short: a reduction has fewer lanes for them. docs/numerics.md: sums of short planes. */
@@ -44,11 +45,12 @@ typedef struct {
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
     const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
-    int64_t prefetch;           /* elements from what is read to what may be prefetched; 0 for none. docs/numerics.md: prefetch */
+    int64_t prefetch; /* maps: elements to what is read next; by columns: those of one stream to what is prefetched; or 0. docs/numerics.md:
+                         prefetch */
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
-    int stream;       /* a map stores past the cache, a reduction prefetches. docs/numerics.md: streaming stores; prefetch */
+    int stream;       /* a map stores past the cache, a reduction by planes prefetches. docs/numerics.md: streaming stores; prefetch */
 } fbn_piece;
 
 typedef void fbn_kernel(const fbn_piece *piece);

@@ -23,12 +23,13 @@ typedef double pivot_of_channel(const fbn_tensor *x, int64_t c, const fbn_pivot_
 #define PIVOT_OF_DTYPE(DTYPE, name, type) [FBN_##DTYPE] = pivot_##name,
 static pivot_of_channel *const pivot_of_dtype[FBN_DTYPES] = {FBN_EACH_DTYPE(PIVOT_OF_DTYPE)};
 
-/* One value in each sixteenth of a channel, at the fractional part of k times the golden ratio. At the same place of every part they could
- * all lie in one column of an image, perhaps on its border, where a padded convolution gives other values. docs/numerics.md: the pivot. */
+/* A fifth of the values, but 16 at most: one in each part of a channel, at the fractional part of k times the golden ratio. At the same
+ * place of every part they could all lie in one column of an image, perhaps on its border, where a padded convolution gives other values.
+ * docs/numerics.md: the pivot. */
 fbn_pivot_sample fbn_choose_sample(const fbn_job *job) {
-    const int64_t n = job->N * job->S;
+    const int64_t n = job->N * job->S, fifth = n / 5 + (n % 5 > 0);
     FBN_ASSERT(n > 0);
-    fbn_pivot_sample sample = {.count = n < FBN_PIVOT_SAMPLES ? (int)n : FBN_PIVOT_SAMPLES};
+    fbn_pivot_sample sample = {.count = fifth < FBN_PIVOT_SAMPLES ? (int)fifth : FBN_PIVOT_SAMPLES};
     for (int k = 0; k < sample.count; k++) {
         const double place = k * 0.6180339887498949;
         const int64_t start = k * n / sample.count, q = start + (int64_t)((place - (int)place) * (double)(n / sample.count));

@@ -29,7 +29,7 @@ typedef struct {
     int64_t tiles, tile_rows;       /* of each channel */
     int64_t row_samples;            /* by columns: samples in a row, */
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
-    int64_t prefetch;               /* by columns, outside the core's cache: elements to what is prefetched; else 0 */
+    int64_t prefetch;               /* by columns: what a piece has, 0 in the core's cache */
     int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
     int joined;                     /* by planes: short planes of neighboring channels lie side by side and are reduced together */
     int fused;                      /* the map of a group, by planes, follows its reduction, while it is in the core's cache */
@@ -60,7 +60,7 @@ typedef struct {
     const fbn_kernels *kernels;
     int64_t element_bytes, constant_bytes;
     int threads;  /* of the job, or 1 where it is small */
-    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions prefetch */
+    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions by planes prefetch */
     int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
     fbn_memory_order memory;
     fbn_reduction_plan reduction;

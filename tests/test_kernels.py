@@ -133,10 +133,10 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 128, 160, 251, 256, 272, 2112])
+@pytest.mark.parametrize("channels", [64, 128, 160, 251, 256, 272, 528, 1040, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
     """Wide rows are reduced in whole lines, the end of a row with the beginning of the next, where x and dy begin at the same place of one.
-    Of 45 rows, 32 are whole blocks."""
+    Of 45 rows, 32 are whole blocks. Rows of whole lines begin with one where they end a page, so that no guard meets them."""
     rng = np.random.default_rng(channels)
     x, dy, residual = (rng.standard_normal((3, 15, channels)).astype(dtype) for _ in range(3))
     weight, bias = rng.standard_normal((2, channels))
