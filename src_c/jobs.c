@@ -13,7 +13,7 @@ FBN_BODY void add_tiles(const fbn_plan *plan, int64_t first, int channels, doubl
     const int64_t C = plan->job->C;
     for (int i = 0; i < channels; i++)
         sum[i] = dot[i] = 0;
-    for (int64_t tile = 0; tile < plan->reduction.tiles; tile++) {
+    for (int64_t tile = 0; tile < plan->reduction.kept; tile++) {
         const double *tile_sums = plan->scratch.sums + 2 * tile * C + first;
         for (int i = 0; i < channels; i++) {
             sum[i] += tile_sums[i];

@@ -29,6 +29,8 @@ enum {
     FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
     MOST_CHUNK = 65536,           /* and as many on one thread, */
+    STREAM_CHUNK = 262144,        /* or so many where it streams, */
+    STREAM_CHUNKS = 16,           /* but so many tasks at least, */
     TASKS_OF_THREAD = 4,          /* or so many tasks for each thread */
 
     PER_THREAD = 150,     /* nanoseconds that a thread more costs a call, */
@@ -264,8 +266,8 @@ static void plan_map(fbn_plan *plan) {
     fbn_map_plan *map = &plan->map;
     const int64_t C = plan->job->C, channel = memory->span, sample = C * channel;
     const int64_t share = ceil_div(plan->job->N * C * plan->job->S, plan->threads);
-    const int64_t chunk =
-        plan->threads == 1 ? MOST_CHUNK : smaller(MOST_CHUNK, larger(smaller(LEAST_CHUNK, share), share / TASKS_OF_THREAD));
+    const int64_t most = plan->stream ? larger(MOST_CHUNK, smaller(STREAM_CHUNK, share / STREAM_CHUNKS)) : MOST_CHUNK;
+    const int64_t chunk = plan->threads == 1 ? most : smaller(most, larger(smaller(LEAST_CHUNK, share), share / TASKS_OF_THREAD));
     map->chunk_samples = 1;
     map->chunk_channels = 1;
     map->chunk_cols = channel;
@@ -280,6 +282,14 @@ static void plan_map(fbn_plan *plan) {
                   ceil_div(channel, map->chunk_cols);
     if (map->layout == FBN_NSC)
         map->period = memory->contiguous ? period_of_map(sample, memory->samples) : sample;
+}
+
+/* Whether the sums of all tiles wait for the last of them: those by columns that come in order are added as they come, if they would drive
+ * what comes next out of the core's cache. */
+static int keeps_tiles(const fbn_plan *plan) {
+    const fbn_reduction_plan *reduction = &plan->reduction;
+    const int in_order = plan->threads == 1 || reduction->fused;
+    return reduction->layout == FBN_NCS || !in_order || reduction->tiles * plan->job->C * 16 <= fbn_core_cache() / 4;
 }
 
 /* Which way each of the two visits a tensor with values. */
@@ -297,6 +307,7 @@ static void cut(fbn_plan *plan) {
     plan_map(plan);
     if (plan->map.layout == FBN_NSC)
         plan->reduction.fused = 0;
+    plan->reduction.kept = keeps_tiles(plan) ? plan->reduction.tiles : 1;
 }
 
 /* A map by columns begins its vectors with the first line that `out` fills alone: there the tables begin a line too. */
@@ -315,7 +326,8 @@ static int64_t lay_out(fbn_plan *plan, void *work) {
     const uintptr_t first = ((uintptr_t)work + 63) / 64 * 64;
     uintptr_t next = first;
     scratch->sums = (double *)next;
-    next += (uintptr_t)aligned(plan->reduction.tiles * C * 2 * 8);
+    const int64_t tables = plan->reduction.kept + (plan->reduction.kept < plan->reduction.tiles);
+    next += (uintptr_t)aligned(tables * C * 2 * 8);
     for (int i = 0; i < 5; i++) {
         scratch->constants[i] = (char *)(next + shift);
         next += (uintptr_t)aligned((C + FBN_TABLE_PADDING) * constant) + 64;

@@ -27,6 +27,7 @@ typedef struct {
 typedef struct {
     fbn_layout layout;
     int64_t tiles, tile_rows;       /* of each channel */
+    int64_t kept;                   /* tiles whose sums are kept until all are added up; 1 where each is added as it comes */
     int64_t row_samples;            /* by columns: samples in a row, */
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
     int64_t prefetch;               /* by columns: what a piece has, 0 in the core's cache */
@@ -46,7 +47,7 @@ typedef struct {
 
 /* Memory of the caller, shared out. */
 typedef struct {
-    double *sums;       /* [tiles][2][C]: sum and dot of every tile */
+    double *sums;       /* [kept][2][C]: sum and dot of every tile; where only 1 is kept, another of these for the tile that comes */
     char *constants[5]; /* [C] each, by fbn_constant */
     char *tables[5];    /* map by columns: the same, repeated up to `period` */
     char *areas;        /* one for each thread: sums and constants of the columns of a row */

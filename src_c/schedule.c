@@ -116,9 +116,9 @@ static int64_t group_channels(const fbn_plan *plan, int64_t first) {
     return channels_from(plan, first, plan->reduction.group_channels);
 }
 
-/* One tile of a group of channels. Where a row has more columns than channels, the area of the thread has constants and sums of every
+/* The sums of some channels of one tile. Where a row has more columns than channels, the area of the thread has constants and sums of every
  * column, and the columns of a channel are added up afterwards. */
-static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int slot) {
+static void reduce_tile(const fbn_run *run, double *sums, int64_t group, int64_t tile, int slot) {
     const fbn_plan *plan = &run->plan;
     const fbn_job *job = plan->job;
     const fbn_scratch *scratch = &plan->scratch;
@@ -128,7 +128,6 @@ static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int 
     const int64_t row_samples = count < plan->reduction.row_samples ? count : plan->reduction.row_samples;
     fbn_piece piece;
     fbn_piece_of_columns(&piece, plan, sample, count, row_samples, first, channels);
-    double *const sums = scratch->sums + 2 * tile * job->C + first;
     if (!scratch->area_columns) {
         piece.sum = sums;
         piece.dot = sums + job->C;
@@ -153,6 +152,24 @@ static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int 
     call(run, run->reduce_op, FBN_NSC, &piece);
     add_columns(sums, piece.sum, row_samples, channels, plan->memory.span);
     add_columns(sums + job->C, piece.dot, row_samples, channels, plan->memory.span);
+}
+
+/* One tile of a group of channels. Tiles that come in order, one at a time, are added to the first: all their sums would not stay in the
+ * core's cache. */
+static void reduce_columns(const fbn_run *run, int64_t group, int64_t tile, int slot) {
+    const fbn_plan *plan = &run->plan;
+    const int64_t C = plan->job->C, first = group * plan->reduction.group_channels, channels = group_channels(plan, first);
+    double *const totals = plan->scratch.sums + first;
+    if (tile < plan->reduction.kept) {
+        reduce_tile(run, totals + 2 * tile * C, group, tile, slot);
+        return;
+    }
+    double *const sums = totals + 2 * C;
+    reduce_tile(run, sums, group, tile, slot);
+    for (int64_t i = 0; i < channels; i++) {
+        totals[i] += sums[i];
+        totals[C + i] += sums[C + i];
+    }
 }
 
 /* ---- maps in the order of memory ---- */

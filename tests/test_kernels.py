@@ -1,5 +1,6 @@
 """The kernels of src_c: the same bits on every ISA and for any number of threads, and not one element read or written beside the arrays."""
 
+import itertools
 import mmap
 
 import ml_dtypes
@@ -133,16 +134,18 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 128, 160, 251, 256, 272, 528, 1040, 2112])
+@pytest.mark.parametrize("channels", [64, 128, 160, 192, 251, 256, 272, 528, 1040, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
-    """Wide rows are reduced in whole lines, the end of a row with the beginning of the next, where x and dy begin at the same place of one.
-    Of 45 rows, 32 are whole blocks. Rows of whole lines begin with one where they end a page, so that no guard meets them."""
+    """Rows are reduced in whole lines, the end of a row with the beginning of the next, where x and dy begin at the same place of one.
+    Of 45 rows, 32 are whole blocks, and 48 are nothing else. Rows of whole lines begin with one where they end a page, so that no guard
+    meets them."""
     rng = np.random.default_rng(channels)
-    x, dy, residual = (rng.standard_normal((3, 15, channels)).astype(dtype) for _ in range(3))
     weight, bias = rng.standard_normal((2, channels))
     size = dtype.itemsize
     with fastbn.use_isa(isa):
-        for activation, added in ((None, None), ("relu", residual)):
+        for rows, activation in itertools.product((15, 16), (None, "relu")):
+            x, dy, residual = (rng.standard_normal((3, rows, channels)).astype(dtype) for _ in range(3))
+            added = residual if activation else None
             want = everything(at(0, x), at(0, dy), added, weight, bias, -1, activation)
             for x_at, dy_at in ((16, 16), (size, size), (48, 48), (64 - size, 64 - size), (16, 32), (0, 16)):
                 assert everything(at(x_at, x), at(dy_at, dy), added, weight, bias, -1, activation) == want
