@@ -5,12 +5,16 @@
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b selects y; le likewise
  *   keep(v, k)                lanes 0..k-1 of v, zeros behind them
  *   join(k, a, b)             lanes 0..k-1 of a, the others of b
+ *   once(v)                   v, which the compiler then has in a register: it would load v again for each use, and a load that meets two
+ *                             cache lines costs twice
+ *   across(k, a, b)           lanes k, k+1, ... of a, then the first k of b (AVX-512 alone)
  *   add_to(sums, v)           sums[i] += v[i] in float64
  *   sums_of_rows(sums, rows, count)   sums[i] = the 16 values of row i, added in halves: j + (j+8) first, then 4, 2, 1
  *   load store stream         _<storage>: f32 f64 f16 bf16; a streaming store passes the cache by and needs an address that is a multiple
  *                             of the bytes stored. A NaN that is stored as bf16 must have zeros in the bits that are dropped: see
  *                             round_constant_f32 in channels.h
  *   load_part store_part      the first k lanes only; nothing behind them is read or written
+ *   load_from                 the lanes from k on only; nothing before them is read (AVX-512 alone)
  *
  * A file that includes this header defines one of FBN_SCALAR, FBN_SSE2, FBN_AVX2, FBN_AVX512, FBN_NEON and sets the target first. */
 #include "half.h"
@@ -55,6 +59,7 @@ typedef double vd;
     OP(V, V##_set1, (V a), a)                                                                                                              \
     OP(V, V##_add, (V a, V b), a + b)                                                                                                      \
     OP(V, V##_add_fma, (V a, V b), a + b)                                                                                                  \
+    OP(V, V##_once, (V a), a)                                                                                                              \
     OP(V, V##_sub, (V a, V b), a - b)                                                                                                      \
     OP(V, V##_mul, (V a, V b), a *b)                                                                                                       \
     OP(V, V##_lt, (V a, V b, V x, V y), a < b ? x : y)                                                                                     \
@@ -86,6 +91,10 @@ typedef __m128d vd;
     OP(V, V##_set1, (E a), _mm_set1_##ps(a))                                                                                               \
     OP(V, V##_add, (V a, V b), _mm_add_##ps(a, b))                                                                                         \
     OP(V, V##_add_fma, (V a, V b), _mm_add_##ps(a, b))                                                                                     \
+    OP(V, V##_once, (V a), ({                                                                                                              \
+           __asm__("" : "+x"(a));                                                                                                          \
+           a;                                                                                                                              \
+       }))                                                                                                                                 \
     OP(V, V##_sub, (V a, V b), _mm_sub_##ps(a, b))                                                                                         \
     OP(V, V##_mul, (V a, V b), _mm_mul_##ps(a, b))                                                                                         \
     OP(V, V##_lt, (V a, V b, V x, V y), SELECT(ps, _mm_cmplt_##ps(a, b), x, y))                                                            \
@@ -133,6 +142,10 @@ typedef __m256d vd;
     OP(V, V##_set1, (E a), _mm256_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm256_add_##ps(a, b))                                                                                      \
     OP(V, V##_add_fma, (V a, V b), _mm256_fmadd_##ps(a, _mm256_set1_##ps(1), b))                                                           \
+    OP(V, V##_once, (V a), ({                                                                                                              \
+           __asm__("" : "+x"(a));                                                                                                          \
+           a;                                                                                                                              \
+       }))                                                                                                                                 \
     OP(V, V##_sub, (V a, V b), _mm256_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm256_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm256_blendv_##ps(y, x, _mm256_cmp_##ps(a, b, _CMP_LT_OQ)))                                       \
@@ -194,6 +207,10 @@ typedef __m512d vd;
     OP(V, V##_set1, (E a), _mm512_set1_##ps(a))                                                                                            \
     OP(V, V##_add, (V a, V b), _mm512_add_##ps(a, b))                                                                                      \
     OP(V, V##_add_fma, (V a, V b), _mm512_fmadd_##ps(a, _mm512_set1_##ps(1), b))                                                           \
+    OP(V, V##_once, (V a), ({                                                                                                              \
+           __asm__("" : "+v"(a));                                                                                                          \
+           a;                                                                                                                              \
+       }))                                                                                                                                 \
     OP(V, V##_sub, (V a, V b), _mm512_sub_##ps(a, b))                                                                                      \
     OP(V, V##_mul, (V a, V b), _mm512_mul_##ps(a, b))                                                                                      \
     OP(V, V##_lt, (V a, V b, V x, V y), _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(a, b, _CMP_LT_OQ), y, x))                            \
@@ -241,6 +258,14 @@ OP(vf, vf_load_part_f32, (const float *p, int64_t k), _mm512_maskz_loadu_ps(vf_m
 OP(vd, vd_load_part_f64, (const double *p, int64_t k), _mm512_maskz_loadu_pd(vd_mask(k), p))
 OP(vf, vf_load_part_f16, (const uint16_t *p, int64_t k), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vf_mask(k), p)))
 OP(vf, vf_load_part_bf16, (const uint16_t *p, int64_t k), bf16_to_vf(_mm256_maskz_loadu_epi16(vf_mask(k), p)))
+OP(vf, vf_load_from_f32, (const float *p, int64_t k), _mm512_maskz_loadu_ps((__mmask16)~vf_mask(k), p))
+OP(vd, vd_load_from_f64, (const double *p, int64_t k), _mm512_maskz_loadu_pd((__mmask8)~vd_mask(k), p))
+OP(vf, vf_load_from_f16, (const uint16_t *p, int64_t k), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)~vf_mask(k), p)))
+OP(vf, vf_load_from_bf16, (const uint16_t *p, int64_t k), bf16_to_vf(_mm256_maskz_loadu_epi16((__mmask16)~vf_mask(k), p)))
+OP(__m512i, lanes_32, (void), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0))
+OP(__m512i, lanes_64, (void), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0))
+OP(vf, vf_across, (int64_t k, vf a, vf b), _mm512_permutex2var_ps(a, _mm512_add_epi32(lanes_32(), _mm512_set1_epi32((int)k)), b))
+OP(vd, vd_across, (int64_t k, vd a, vd b), _mm512_permutex2var_pd(a, _mm512_add_epi64(lanes_64(), _mm512_set1_epi64(k)), b))
 DO(vf_store_part_f32, (float *p, vf a, int64_t k), _mm512_mask_storeu_ps(p, vf_mask(k), a))
 DO(vd_store_part_f64, (double *p, vd a, int64_t k), _mm512_mask_storeu_pd(p, vd_mask(k), a))
 DO(vf_store_part_f16, (uint16_t *p, vf a, int64_t k), _mm256_mask_storeu_epi16(p, vf_mask(k), vf_to_f16(a)))
@@ -257,6 +282,7 @@ typedef float64x2_t vd;
     OP(V, V##_set1, (E a), vdupq_n_##f32(a))                                                                                               \
     OP(V, V##_add, (V a, V b), vaddq_##f32(a, b))                                                                                          \
     OP(V, V##_add_fma, (V a, V b), vaddq_##f32(a, b))                                                                                      \
+    OP(V, V##_once, (V a), a)                                                                                                              \
     OP(V, V##_sub, (V a, V b), vsubq_##f32(a, b))                                                                                          \
     OP(V, V##_mul, (V a, V b), vmulq_##f32(a, b))                                                                                          \
     OP(V, V##_lt, (V a, V b, V x, V y), vbslq_##f32(vcltq_##f32(a, b), x, y))                                                              \

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "coverage.md"
 ROW = re.compile(r"^\| *`([\w./]+\.(?:py|c|h|inc))` *\|([^|]+)\|[^|]+\|$")
 # Where a function of C begins.
 HEAD = re.compile(r"(?!#|typedef|struct|enum|return)[A-Za-z].*?\b(\w+)\((?!.*;$)")
-EXPANDED = {"channels.h", "vec.h", "kernels.inc", "maps.inc", "reductions.inc", "seam.inc", "column_reductions.inc"}
+EXPANDED = {"channels.h", "vec.h", "kernels.inc", "maps.inc", "reductions.inc", "column_reductions.inc"}
 FUNCTION = re.compile(r"`([^`]+)`(?: (\d+))?")
 
 
