@@ -50,7 +50,7 @@ typedef struct {
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
-    int stream;       /* a map stores past the cache, a reduction by planes prefetches. docs/numerics.md: streaming stores; prefetch */
+    int stream;       /* a map stores past the cache, a reduction prefetches more. docs/numerics.md: streaming stores; prefetch */
 } fbn_piece;
 
 typedef void fbn_kernel(const fbn_piece *piece);

@@ -30,7 +30,7 @@ enum {
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
     MOST_CHUNK = 65536,           /* and as many on one thread, */
     STREAM_CHUNK = 262144,        /* or so many where it streams, */
-    STREAM_CHUNKS = 16,           /* but so many tasks at least, */
+    STREAM_CHUNKS = 16,           /* where that leaves so many tasks to each thread, */
     TASKS_OF_THREAD = 4,          /* or so many tasks for each thread */
 
     PER_THREAD = 150,     /* nanoseconds that a thread more costs a call, */
@@ -284,12 +284,11 @@ static void plan_map(fbn_plan *plan) {
         map->period = memory->contiguous ? period_of_map(sample, memory->samples) : sample;
 }
 
-/* Whether the sums of all tiles wait for the last of them: those by columns that come in order are added as they come, if they would drive
- * what comes next out of the core's cache. */
+/* Whether the sums of all tiles wait for the last of them. Those by columns that one thread has one after the other are added as they come,
+ * if they would drive what comes next out of the core's cache. */
 static int keeps_tiles(const fbn_plan *plan) {
     const fbn_reduction_plan *reduction = &plan->reduction;
-    const int in_order = plan->threads == 1 || reduction->fused;
-    return reduction->layout == FBN_NCS || !in_order || reduction->tiles * plan->job->C * 16 <= fbn_core_cache() / 4;
+    return reduction->layout == FBN_NCS || plan->threads > 1 || reduction->tiles * plan->job->C * 16 <= fbn_core_cache() / 4;
 }
 
 /* Which way each of the two visits a tensor with values. */

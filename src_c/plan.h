@@ -47,7 +47,7 @@ typedef struct {
 
 /* Memory of the caller, shared out. */
 typedef struct {
-    double *sums;       /* [kept][2][C]: sum and dot of every tile; where only 1 is kept, another of these for the tile that comes */
+    double *sums;       /* [kept][2][C]: sum and dot of every tile; where not all are kept, one more for the tile that comes */
     char *constants[5]; /* [C] each, by fbn_constant */
     char *tables[5];    /* map by columns: the same, repeated up to `period` */
     char *areas;        /* one for each thread: sums and constants of the columns of a row */
@@ -61,7 +61,7 @@ typedef struct {
     const fbn_kernels *kernels;
     int64_t element_bytes, constant_bytes;
     int threads;  /* of the job, or 1 where it is small */
-    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions by planes prefetch */
+    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions prefetch more */
     int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
     fbn_memory_order memory;
     fbn_reduction_plan reduction;

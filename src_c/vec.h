@@ -5,7 +5,7 @@
  *   lt(a, b, x, y)            a < b ? x : y per lane, so a NaN in a or b selects y; le likewise
  *   keep(v, k)                lanes 0..k-1 of v, zeros behind them
  *   join(k, a, b)             lanes 0..k-1 of a, the others of b
- *   once(v)                   v, which the compiler then has in a register: it would load v again for each use, and a load that meets two
+ *   once(v)                   v, which on x86 is then in a register: a compiler would load v again for each use, and a load that meets two
  *                             cache lines costs twice
  *   across(k, a, b)           lanes k, k+1, ... of a, then the first k of b (AVX-512 alone)
  *   add_to(sums, v)           sums[i] += v[i] in float64

@@ -134,11 +134,11 @@ def at(place, array):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("channels", [64, 128, 160, 192, 251, 256, 272, 528, 1040, 2112])
+@pytest.mark.parametrize("channels", [64, 80, 96, 128, 144, 160, 192, 251, 256, 272, 528, 1040, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
-    """Rows are reduced in whole lines, the end of a row with the beginning of the next, where x and dy begin at the same place of one.
-    Of 45 rows, 32 are whole blocks, and 48 are nothing else. Rows of whole lines begin with one where they end a page, so that no guard
-    meets them."""
+    """Narrow rows are put together from whole lines wherever x and dy begin, wide ones have a head where both begin at the same place. Of 45
+    rows, 32 are whole blocks, and 48 are nothing else. Rows of whole lines begin with one where they end a page, so that no guard meets
+    them."""
     rng = np.random.default_rng(channels)
     weight, bias = rng.standard_normal((2, channels))
     size = dtype.itemsize
@@ -149,6 +149,23 @@ def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
             want = everything(at(0, x), at(0, dy), added, weight, bias, -1, activation)
             for x_at, dy_at in ((16, 16), (size, size), (48, 48), (64 - size, 64 - size), (16, 32), (0, 16)):
                 assert everything(at(x_at, x), at(dy_at, dy), added, weight, bias, -1, activation) == want
+
+
+@pytest.mark.parametrize("shape", [(90_001, 230), (2_500, 9_000)], ids=["tiles", "groups"])
+def test_sums_of_many_tiles_are_the_same_on_any_number_of_threads(shape):
+    """One thread adds the sums of a tile to those before it, several keep them until all are there."""
+    x, dy = np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32)
+    weight = np.ones(shape[1])
+    threads, results = fastbn.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            fastbn.set_num_threads(count)
+            stats = fastbn.batch_stats(x, axis=-1)
+            dx, dweight, dbias = fastbn.batch_norm_backward(dy, x, stats, weight, weight, axis=-1)
+            results.append([values.tobytes() for values in (stats.mean, stats.m2, dx, dweight, dbias)])
+    finally:
+        fastbn.set_num_threads(threads)
+    assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
