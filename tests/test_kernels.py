@@ -136,8 +136,8 @@ def at(place, array):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("channels", [64, 80, 96, 128, 144, 160, 192, 251, 256, 272, 528, 1040, 2112])
 def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
-    """Narrow rows are put together from whole lines wherever x and dy begin, wide ones have a head where both begin at the same place. Of 45
-    rows, 32 are whole blocks, and 48 are nothing else. Rows of whole lines begin with one where they end a page, so that no guard meets
+    """Narrow rows are put together from whole lines wherever x and dy begin, wide ones have a head where both begin at the same place. Of
+    45 rows, 32 are whole blocks, and 48 are nothing else. Rows of whole lines begin with one where they end a page, so that no guard meets
     them."""
     rng = np.random.default_rng(channels)
     weight, bias = rng.standard_normal((2, channels))
