@@ -50,7 +50,7 @@ typedef struct {
 enum { FBN_MOST_WAYS = 3 };
 typedef struct {
     int threads;  /* that work on it; 0: not chosen yet */
-    int stream;   /* its map stores past the cache, and its reduction by planes prefetches */
+    int stream;   /* its map stores past the cache, and its reduction prefetches more */
     int way;      /* its number among those that are compared */
     uint64_t job; /* the name under which their times are kept, 0 where nothing is compared */
 } fbn_choice;
@@ -85,7 +85,7 @@ int64_t fbn_work_bytes(const fbn_job *job);
 /* How a job is run here: what no result depends on. */
 typedef struct {
     int threads; /* that work on it, */
-    int streams; /* its map stores past the cache, and its reduction by planes prefetches */
+    int streams; /* its map stores past the cache, and its reduction prefetches more */
     int ways;    /* that are compared by the time of calls, 1 where nothing is; */
     int way_threads[FBN_MOST_WAYS], way_streams[FBN_MOST_WAYS];
     int64_t way_nanoseconds[FBN_MOST_WAYS]; /* of the calls so far, 0 before */

@@ -45,8 +45,7 @@ typedef struct {
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
     const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
-    int64_t prefetch; /* maps: elements to what is read next; by columns: those of one stream to what is prefetched; or 0. docs/numerics.md:
-                         prefetch */
+    int64_t prefetch; /* elements to what is read next; by columns: to what is prefetched, or more; or 0. docs/numerics.md: prefetch */
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
