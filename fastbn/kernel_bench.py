@@ -18,7 +18,7 @@ from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
 from fastbn.geometry import find_layout
 from fastbn.stats import BatchStats
 
-__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule", "percentile"]
+__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule", "percentile", "time_calls"]
 
 Operation: TypeAlias = Literal["inference", "training", "backward"]
 Way: TypeAlias = Literal["by planes", "by columns"]
@@ -197,16 +197,21 @@ def kernel_schedule(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float3
     return [_schedule(operation, *checked) for operation in OPERATIONS]
 
 
-def percentile(call: Callable[[], object], seconds: float) -> float:
-    """Return the 10th percentile of the time of a call, in microseconds."""
+def time_calls(call: Callable[[], object], seconds: float, least: int = 7) -> list[float]:
+    """Call once, and then for some seconds and at least `least` times; return how long each took, in microseconds."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < MOST_CALLS):
+    while len(times) < least or (time.perf_counter() < end and len(times) < MOST_CALLS):
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 10] * 1e6
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def percentile(times: list[float]) -> float:
+    """Return the 10th percentile."""
+    return sorted(times)[len(times) // 10]
 
 
 def _calls(sizes: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> tuple[Callable[[], object], dict[Operation, Callable[[], object]]]:
@@ -263,14 +268,14 @@ def bench_kernels(shape: Sequence[int], *, axis: int = 1, dtype: Any = "float32"
     if not _fits(4 * math.prod(sizes) * resolved.itemsize):
         raise MemoryError("four arrays of this size are more than the machine's memory")
     copy, calls = _calls(sizes, axis, resolved)
-    copy_us = percentile(copy, seconds)
+    copy_us = percentile(time_calls(copy, seconds))
     most = get_num_threads()
     timings: list[Timing] = []
     try:
         for threads in sorted({1, most}):
             set_num_threads(threads)
             for operation, call in calls.items():
-                us = percentile(call, seconds)
+                us = percentile(time_calls(call, seconds))
                 schedule = _schedule(operation, sizes, axis, resolved, code)
                 if threads > 1 and schedule["threads"] == 1:
                     continue

@@ -105,14 +105,14 @@ def build_onednn(folder, prefix):
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-fopenmp", source, *paths, "-ldnnl", "-o", library], check=True)
     functions = ctypes.CDLL(str(library))
     functions.peer_open.restype = ctypes.c_void_p
-    functions.peer_open.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 5
+    functions.peer_open.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 4
     functions.peer_run.argtypes = [ctypes.c_void_p, ctypes.c_int]
     functions.peer_fetch.argtypes = functions.peer_close.argtypes = [ctypes.c_void_p]
     return functions
 
 
 class OneDNN:
-    """oneDNN on the memory of a case or, blocked, on copies in blocks of 16 channels."""
+    """oneDNN on the memory of a case or, blocked, on copies in blocks of 16 channels, which lie in memory of NumPy as all that is timed."""
 
     def __init__(self, functions, case, threads, blocked):
         self.functions, self.case = functions, case
@@ -122,9 +122,12 @@ class OneDNN:
         vectors = (case.weight, case.bias, case.mean, case.var, mean, m2 / case.stats.count, np.zeros(C))
         self.values = np.concatenate([np.float32(vector) for vector in vectors])
         layout = 2 if blocked else int(case.layout == "NHWC")
-        tensors = [array.ctypes.data for array in (case.x, case.dy, case.out)]
+        padded = case.x.size // C * -(-C // 16) * 16 if blocked else 0
+        self.blocked = [np.zeros(padded, case.dtype) for _ in range(3)]
+        plain, own = (np.uintp([array.ctypes.data for array in arrays]) for arrays in ((case.x, case.dy, case.out), self.blocked))
         is_bfloat16 = case.dtype.name == "bfloat16"
-        self.handle = functions.peer_open(layout, is_bfloat16, threads, shape.ctypes.data, *tensors, self.values.ctypes.data)
+        pointers = (array.ctypes.data for array in (shape, plain, own, self.values))
+        self.handle = functions.peer_open(layout, is_bfloat16, threads, *pointers)
 
     def calls(self):
         # Training overwrites the mean and the variance of the batch with the same values.

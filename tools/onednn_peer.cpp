@@ -14,7 +14,7 @@ struct Peer {
     dnnl::engine engine{dnnl::engine::kind::cpu, 0};
     dnnl::stream stream{engine};
     memory x, dy, out, weight, bias, mean, var, batch_mean, batch_var, dweight, dbias;
-    memory plain_x, plain_dy, plain_out; /* of the caller; x, dy and out themselves where the layout is not blocked */
+    memory plain_out; /* of the caller; out itself where the layout is not blocked */
     dnnl::batch_normalization_forward train, infer;
     dnnl::batch_normalization_backward backward;
     int threads;
@@ -29,10 +29,11 @@ void reorder(Peer &peer, memory &from, memory &to) {
 
 extern "C" {
 
-/* layout: 0 NCHW, 1 NHWC, 2 blocks of 16 channels (the tensors of the caller are NCHW then); is_bfloat16: of x, dy and out. `values` has
- * seven vectors of C floats: weight, bias, mean, var, the mean and the variance of the batch, and room for a gradient. NULL where oneDNN
- * refuses. */
-void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, void *x, void *dy, void *out, float *values) try {
+/* layout: 0 NCHW, 1 NHWC, 2 blocks of 16 channels; is_bfloat16: of x, dy and out. `plain` are x, dy and out of the caller, NCHW where the
+ * layout is 2, and `blocked` is room for their blocks, channels rounded up to 16. `values` has seven vectors of C floats: weight, bias,
+ * mean, var, the mean and the variance of the batch, and room for a gradient. NULL where oneDNN refuses. */
+void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, void *const *plain, void *const *blocked,
+                float *values) try {
     using tag = memory::format_tag;
     auto peer = std::make_unique<Peer>();
     omp_set_num_threads(threads);
@@ -40,16 +41,15 @@ void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, 
     const memory::dims dims(shape, shape + 4);
     const auto type = is_bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
     const tag tags[] = {tag::nchw, tag::nhwc, tag::nChw16c};
-    const memory::desc tensor(dims, type, tags[layout]), plain(dims, type, layout == 1 ? tag::nhwc : tag::nchw);
+    const memory::desc tensor(dims, type, tags[layout]), given(dims, type, layout == 1 ? tag::nhwc : tag::nchw);
     const memory::desc vector({shape[1]}, memory::data_type::f32, tag::a);
-    peer->plain_x = memory(plain, peer->engine, x);
-    peer->plain_dy = memory(plain, peer->engine, dy);
-    peer->plain_out = memory(plain, peer->engine, out);
-    memory *const own[] = {&peer->x, &peer->dy, &peer->out}, *const given[] = {&peer->plain_x, &peer->plain_dy, &peer->plain_out};
+    memory *const own[] = {&peer->x, &peer->dy, &peer->out};
     for (int i = 0; i < 3; i++) {
-        *own[i] = layout == 2 ? memory(tensor, peer->engine) : *given[i];
+        memory of_caller(given, peer->engine, plain[i]);
+        *own[i] = layout == 2 ? memory(tensor, peer->engine, blocked[i]) : of_caller;
         if (layout == 2)
-            reorder(*peer, *given[i], *own[i]);
+            reorder(*peer, of_caller, *own[i]);
+        peer->plain_out = of_caller; /* the last of the three */
     }
     memory *const vectors[] = {&peer->weight,     &peer->bias,      &peer->mean,    &peer->var,
                                &peer->batch_mean, &peer->batch_var, &peer->dweight, &peer->dbias};
