@@ -15,7 +15,7 @@ test: build
 
 # Tests of the arrays, which need neither onnx nor onnxruntime.
 ARRAY_TESTS = $(patsubst %,tests/test_%.py,addresses affine batch_norm check config exchange functional kernel_numerics kernels layers \
-  memory random_calls stats stress threads wide)
+  memory plain_arrays random_calls stats stress threads wide)
 print-array-tests:
 	@echo $(ARRAY_TESTS)
 

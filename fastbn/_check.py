@@ -226,16 +226,16 @@ def parameter(value: TensorLike | None, where: str, channels: int, *, required: 
 
 
 def common(
-    x: TensorLike, weight: Parameter, bias: Parameter, eps: SupportsFloat, axis: SupportsIndex, activation: Activation | None
-) -> tuple[Array, int, int, int, FloatVector | None, FloatVector | None, float, int]:
-    """Return what every call has: (x, its number in fbn_dtype, axis, channels, weight, bias, eps, the number of the activation)."""
+    x: TensorLike, weight: Parameter, bias: Parameter, eps: SupportsFloat, axis: SupportsIndex
+) -> tuple[Array, int, int, int, FloatVector | None, FloatVector | None, float]:
+    """Return what every call has: (x, its number in fbn_dtype, axis, channels, weight, bias, eps)."""
     array, dtype = tensor(x, "x")
     axis = axis_of(axis, array)
     eps = eps_of(eps)
     channels = array.shape[axis]
     weight = parameter(weight, "weight", channels)
     bias = parameter(bias, "bias", channels)
-    return array, dtype, axis, channels, weight, bias, eps, 0 if activation is None else activation_of(activation)
+    return array, dtype, axis, channels, weight, bias, eps
 
 
 def running_variance(value: TensorLike, where: str, channels: int, eps: float) -> FloatVector:

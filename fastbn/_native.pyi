@@ -134,6 +134,46 @@ class PlainTensors:
         threads: int,
     ) -> tuple[Any, Any, Any] | None: ...
 
+def infer_arrays(
+    x: object,
+    mean: object,
+    var: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    axis: object,
+    activation: int,
+    residual: object,
+    out: object,
+) -> Array | None: ...
+def train_arrays(
+    x: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    unbiased: bool,
+    eps: object,
+    axis: object,
+    activation: int,
+    residual: object,
+    out: object,
+) -> tuple[Array, int, FloatArray, FloatArray] | None: ...
+def backward_arrays(
+    dy: object,
+    x: object,
+    batch_mean: object,
+    batch_m2: object,
+    count: int,
+    weight: object,
+    bias: object,
+    eps: object,
+    axis: object,
+    frozen: bool,
+    activation: int,
+    out: object,
+) -> tuple[Array, FloatVector | None, FloatVector | None] | None: ...
 def scale_weight(out: int, weight: int, scale: int, G: int, M: int, C: int, S: int, dtype: int) -> tuple[int, int]: ...
 def first_without_root(var: Array, eps: float) -> int: ...
 def dense_layout(axis: int, arrays: tuple[object, ...]) -> Sizes | None: ...

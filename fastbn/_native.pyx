@@ -1,11 +1,13 @@
 # cython: boundscheck=False, wraparound=False, freethreading_compatible=True
 """The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap.
 
-`_job.pxi` is the one way into a kernel; `_dlpack.pxi` reads tensors of a framework for it."""
+`_job.pxi` is the one way into a kernel; `_arrays.pxi` and `_dlpack.pxi` check and read for it what is plain: arrays, and tensors of a
+framework."""
 
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Clear
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
@@ -100,6 +102,7 @@ def scale_weight(uintptr_t out, uintptr_t weight, uintptr_t scale, int64_t G, in
 
 
 include "_job.pxi"
+include "_arrays.pxi"
 include "_dlpack.pxi"
 
 
@@ -112,20 +115,11 @@ def first_without_root(var, double eps):
 
 def dense_layout(int axis, tuple arrays):
     """(N, C, S) where all arrays but None are C-contiguous, with elements and more than one channel; else None."""
-    cdef int i
-    cdef int64_t before = 1, behind = 1
-    x = arrays[0]
+    cdef Job job = Job.__new__(Job)
     for array in arrays:
         if array is not None and not cnp.PyArray_IS_C_CONTIGUOUS(array):
             return None
-    for i in range(cnp.PyArray_NDIM(x)):
-        if i < axis:
-            before *= cnp.PyArray_DIM(x, i)
-        elif i > axis:
-            behind *= cnp.PyArray_DIM(x, i)
-    if before * behind == 0 or cnp.PyArray_DIM(x, axis) < 2:
-        return None
-    return before, cnp.PyArray_DIM(x, axis), behind
+    return (job.c.N, job.c.C, job.c.S) if set_dense_sizes(job, arrays[0], axis) else None
 
 
 def new_moments(int64_t channels):
@@ -146,43 +140,17 @@ def new_like(array):
 
 def numpy_code(array):
     """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
-    cdef int number
-    if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISBEHAVED_RO(array):
-        return -1
-    number = cnp.PyArray_TYPE(array)
-    if number == cnp.NPY_FLOAT32:
-        return <int>FBN_FLOAT32
-    if number == cnp.NPY_FLOAT64:
-        return <int>FBN_FLOAT64
-    return <int>FBN_FLOAT16 if number == cnp.NPY_FLOAT16 else -1
+    return code_of(array)
 
 
 def is_vector(array, int64_t length):
     """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
-    return (
-        cnp.PyArray_CheckExact(array)
-        and (cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64)
-        and cnp.PyArray_ISBEHAVED_RO(array)
-        and cnp.PyArray_NDIM(array) == 1
-        and cnp.PyArray_DIM(array, 0) == length
-    )
+    return has_channels(array, length)
 
 
 def is_like(array, other):
     """Whether array is an ndarray of other's dtype, shape and strides, aligned and writable, without gaps."""
-    cdef int i
-    if not (
-        cnp.PyArray_CheckExact(array)
-        and <void *>cnp.PyArray_DESCR(array) == <void *>cnp.PyArray_DESCR(other)
-        and cnp.PyArray_ISBEHAVED(array)
-        and cnp.PyArray_ISONESEGMENT(array)
-        and cnp.PyArray_NDIM(array) == cnp.PyArray_NDIM(other)
-    ):
-        return False
-    for i in range(cnp.PyArray_NDIM(array)):
-        if cnp.PyArray_DIM(array, i) != cnp.PyArray_DIM(other, i) or cnp.PyArray_STRIDE(array, i) != cnp.PyArray_STRIDE(other, i):
-            return False
-    return True
+    return is_target(array, other)
 
 
 def is_aligned(array):
@@ -195,17 +163,10 @@ def may_overlap(a, b):
     return ranges_meet(a, b)
 
 
-cdef bint ranges_meet(object a, object b) noexcept:
-    cdef uintptr_t a_low = 0, a_high = 0, b_low = 0, b_high = 0
-    address_range(a, &a_low, &a_high)
-    address_range(b, &b_low, &b_high)
-    return a_low < b_high and b_low < a_high
-
-
 def is_separate(array, *others):
     """Whether each of the others but None is array itself or has an address range of its own."""
     for other in others:
-        if other is not None and other is not array and ranges_meet(array, other):
+        if not is_apart(array, other):
             return False
     return True
 
@@ -216,21 +177,6 @@ def is_disjoint(array, *others):
         if other is not None and ranges_meet(array, other):
             return False
     return True
-
-
-cdef void address_range(object array, uintptr_t *low, uintptr_t *high) noexcept:
-    cdef int i
-    cdef int64_t span
-    low[0] = high[0] = <uintptr_t>cnp.PyArray_DATA(array)
-    if cnp.PyArray_SIZE(array) == 0:
-        return
-    high[0] += <uintptr_t>cnp.PyArray_ITEMSIZE(array)
-    for i in range(cnp.PyArray_NDIM(array)):
-        span = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
-        if span < 0:
-            low[0] -= <uintptr_t>-span
-        else:
-            high[0] += <uintptr_t>span
 
 
 def isas():

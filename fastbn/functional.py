@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex, overload
 
-import numpy as np
-
-from fastbn import _check
-from fastbn._native import Job, new_like
+from fastbn import _check, any_arrays
+from fastbn._native import Job, backward_arrays, infer_arrays, train_arrays
 from fastbn.geometry import arrange, deliver, values_per_channel
 from fastbn.stats import BatchStats
 
@@ -103,14 +101,9 @@ def batch_norm(
     >>> batch_norm(x, mean=np.array([1.0, 2.0]), var=np.array([4.0, 4.0]), eps=0.0).tolist()
     [[0.0, 0.0], [1.0, 2.0]]
     """
-    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
-    mean = _check.parameter(mean, "mean", channels, required=True)
-    var = _check.running_variance(var, "var", channels, eps)
-    added = None if residual is None else _check.same_shape(residual, "residual", x)
-    y = _check.output(out, x, added)
-    layout, (x, target, added) = arrange(axis, x, y, added)
-    Job(layout, dtype, code, eps).infer(x=x, out=target, residual=added, mean=mean, var=var, weight=weight, bias=bias)
-    return deliver(out, y, target)
+    code = 0 if activation is None else _check.activation_of(activation)
+    y = infer_arrays(x, mean, var, weight, bias, eps, axis, code, residual, out)
+    return any_arrays.infer(x, mean, var, weight, bias, eps, axis, code, residual, out) if y is None else y
 
 
 @overload
@@ -165,18 +158,12 @@ def batch_norm_train(
     >>> y.tolist(), stats.mean.tolist(), stats.var.tolist()
     ([[-1.0, 7.0], [1.0, 7.0]], [2.0, 5.0], [1.0, 0.0])
     """
-    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
-    momentum = _check.momentum_of(momentum)
-    added = None if residual is None else _check.same_shape(residual, "residual", x)
-    y = _check.output(out, x, added)
-    running_mean = _check.running(running_mean, "running_mean", channels, x, y)
-    running_var = _check.running(running_var, "running_var", channels, x, y, running_mean)
-    stats = BatchStats._new(values_per_channel(x, channels), channels)
-    layout, (x, target, added) = arrange(axis, x, y, added)
-    job = Job(layout, dtype, code, eps)
-    job.set_running(running_mean, running_var, momentum, unbiased)
-    job.train(x=x, out=target, residual=added, weight=weight, bias=bias, batch_mean=stats.mean, batch_m2=stats.m2)
-    return deliver(out, y, target), stats
+    code = 0 if activation is None else _check.activation_of(activation)
+    plain = train_arrays(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, code, residual, out)
+    if plain is None:
+        return any_arrays.train(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, code, residual, out)
+    y, count, mean, m2 = plain
+    return y, BatchStats._of(count, mean, m2)
 
 
 @overload
@@ -295,56 +282,12 @@ def batch_norm_backward(
     >>> [gradient.tolist() for gradient in batch_norm_backward(dy, x, stats, np.ones(1), np.zeros(1), eps=0.0)]
     [[[0.0], [0.0]], [-1.0], [1.0]]
     """
-    return _backward(dy, x, stats, weight, bias, eps, axis, training, activation, residual, out)
-
-
-def _backward(
-    dy: TensorLike,
-    x: TensorLike,
-    stats: BatchStats,
-    weight: Parameter,
-    bias: Parameter,
-    eps: SupportsFloat,
-    axis: SupportsIndex,
-    training: bool,
-    activation: Activation | None,
-    residual: TensorLike | None,
-    out: Array | None,
-) -> tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, TensorLike]:
-    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
-    given_dy, dy = dy, _check.same_shape(dy, "dy", x)
-    stats = _check.batch_stats_of(stats, channels, values_per_channel(x, channels) if training else None)
-    added = None if residual is None else _check.same_shape(residual, "residual", x)
-    dx = _check.output(out, x, dy, added)
-    dweight, dbias = None if weight is None else new_like(weight), None if bias is None else new_like(bias)
-    dresidual: TensorLike | None = None
-    masked: Array | None = None  # the gradient behind the activation, where there is one
-    if added is not None and code:
-        dresidual = masked = new_like(x)
-    elif added is not None:
-        dresidual, added = (dy.copy() if dx is dy or np.may_share_memory(dx, dy) else given_dy), None
-    layout, (x, target, dy, added, masked_target) = arrange(axis, x, dx, dy, added, masked)
-    Job(layout, dtype, code, eps).backward(
-        x=x,
-        dx=target,
-        dy=dy,
-        residual=added,
-        dresidual=masked_target,
-        dweight=dweight,
-        dbias=dbias,
-        weight=weight,
-        bias=bias,
-        batch_mean=stats.mean,
-        batch_m2=stats.m2,
-        count=stats.count,
-        frozen=not training,
-    )
-    dx = deliver(out, dx, target)
-    if dresidual is None:
-        return dx, dweight, dbias
-    if masked is not None and masked_target is not None:
-        dresidual = deliver(None, masked, masked_target)
-    return dx, dweight, dbias, dresidual
+    code = 0 if activation is None else _check.activation_of(activation)
+    if residual is None and type(stats) is BatchStats:
+        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, eps, axis, not training, code, out)
+        if plain is not None:
+            return plain
+    return any_arrays.backward(dy, x, stats, weight, bias, eps, axis, training, code, residual, out)
 
 
 def normalize_with(
@@ -362,7 +305,8 @@ def normalize_with(
 
     The arguments are those of `batch_norm_train`; eps=0 with a variance of 0 gives bias, as there.
     """
-    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
+    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
+    code = _check.activation_of(activation)
     stats = _check.batch_stats_of(stats, channels, None)
     y = _check.output(out, x)
     layout, (x, target) = arrange(axis, x, y)

@@ -18,7 +18,17 @@ from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_train
 from fastbn.geometry import find_layout
 from fastbn.stats import BatchStats
 
-__all__ = ["KernelBench", "KernelBenchReport", "Schedule", "Timing", "bench_kernels", "kernel_lines", "kernel_schedule", "percentile", "time_calls"]
+__all__ = [
+    "KernelBench",
+    "KernelBenchReport",
+    "Schedule",
+    "Timing",
+    "bench_kernels",
+    "kernel_lines",
+    "kernel_schedule",
+    "percentile",
+    "time_calls",
+]
 
 Operation: TypeAlias = Literal["inference", "training", "backward"]
 Way: TypeAlias = Literal["by planes", "by columns"]

@@ -69,9 +69,13 @@ class BatchStats:
     @classmethod
     def _new(cls, count: int, channels: int) -> BatchStats:
         """Statistics that a kernel will fill in, without the checks of `__init__`."""
+        return cls._of(count, *_native.new_moments(channels))
+
+    @classmethod
+    def _of(cls, count: int, mean: FloatArray, m2: FloatArray) -> BatchStats:
+        """Statistics from float64 arrays, without the checks of `__init__`."""
         stats = object.__new__(cls)
-        stats.count = count
-        stats.mean, stats.m2 = _native.new_moments(channels)
+        stats.count, stats.mean, stats.m2 = count, mean, m2
         return stats
 
     def __repr__(self) -> str:

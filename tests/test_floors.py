@@ -19,6 +19,7 @@ FLOORS = [
     ["dtypes", "geometry", "stats"],
     ["affine", "_check", "sync"],
     ["reference", "config", "folding", "conversion"],
+    ["any_arrays"],
     ["functional", "backward_halves"],
     ["kernel_bench", "layers", "_torch.__init__"],
     ["_torch.threads"],

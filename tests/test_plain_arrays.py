@@ -1,0 +1,188 @@
+"""Arrays that are plain are checked and computed in one call of the compiled part, others in Python: with the same bits, and errors."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import any_arrays
+from fastbn._native import backward_arrays, infer_arrays, train_arrays
+
+SHAPES = [((4, 6, 5, 7), 1), ((4, 5, 7, 6), -1), ((64, 8), 1), ((3, 2, 300), 1), ((5, 9, 2), 2), ((2, 3, 4), 0)]
+EPS = 1e-5
+
+
+def tensors(shape, dtype, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(dtype) for _ in range(count)]
+
+
+def vectors(channels, dtype=np.float32):
+    rng = np.random.default_rng(1)
+    return [(rng.random(channels) + 0.5).astype(dtype) for _ in range(4)]
+
+
+@pytest.mark.parametrize("code", range(4))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_plain_arrays_give_the_bits_of_any_arrays(shape, axis, dtype, code):
+    x, dy, residual = tensors(shape, dtype, 3)
+    mean, var, weight, bias = vectors(shape[axis])
+    for added in (None, residual):
+        for out in (None, np.zeros_like(x)):
+            plain = infer_arrays(x, mean, var, weight, None, EPS, axis, code, added, out)
+            assert plain is out or out is None
+            want = any_arrays.infer(x, mean, var, weight, None, EPS, axis, code, added, None)
+            np.testing.assert_array_equal(plain, want)
+        running = [[mean.copy(), var.copy()] for _ in range(2)]
+        y, count, batch_mean, batch_m2 = train_arrays(x, weight, bias, *running[0], 0.25, True, EPS, axis, code, added, None)
+        want, stats = any_arrays.train(x, weight, bias, *running[1], 0.25, True, EPS, axis, code, added, None)
+        np.testing.assert_array_equal(y, want)
+        np.testing.assert_array_equal(running[0], running[1])
+        assert not np.array_equal(running[0][0], mean)
+        assert count == stats.count == x.size // shape[axis]
+        np.testing.assert_array_equal([batch_mean, batch_m2], [stats.mean, stats.m2])
+    for frozen in (False, True):
+        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, EPS, axis, frozen, code, None)
+        want = any_arrays.backward(dy, x, stats, weight, bias, EPS, axis, not frozen, code, None, None)
+        for got, expected in zip(plain, want, strict=True):
+            assert got.dtype == expected.dtype
+            np.testing.assert_array_equal(got, expected)
+    dx, *nothing = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, None, None, EPS, axis, False, code, dy)
+    assert dx is dy
+    assert nothing == [None, None]
+
+
+def one_call(**changed):
+    """The arguments of each function, some changed; x has 4 channels."""
+    x, residual, out, dy = tensors((3, 4, 5), np.float32, 4)
+    mean, var, weight, bias = vectors(4)
+    stats = fastbn.batch_stats(x)
+    given = {"x": x, "mean": mean, "var": var, "weight": weight, "bias": bias, "eps": EPS, "axis": 1, "residual": residual, "out": out}
+    given |= {"dy": dy, "batch_mean": stats.mean, "batch_m2": stats.m2, "count": 15, "frozen": False}
+    given |= {"running_mean": mean.copy(), "running_var": var.copy(), "momentum": 0.1}
+    given |= {name: value(given) if callable(value) else value for name, value in changed.items()}
+    return given
+
+
+def infer(given):
+    return infer_arrays(
+        *(given[name] for name in ("x", "mean", "var", "weight", "bias", "eps", "axis")), 0, given["residual"], given["out"]
+    )
+
+
+def train(given):
+    names = ("x", "weight", "bias", "running_mean", "running_var", "momentum")
+    return train_arrays(*(given[name] for name in names), True, given["eps"], given["axis"], 0, given["residual"], given["out"])
+
+
+def backward(given):
+    names = ("dy", "x", "batch_mean", "batch_m2", "count", "weight", "bias", "eps", "axis", "frozen")
+    return backward_arrays(*(given[name] for name in names), 0, given["out"])
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def swapped(array):
+    return array.astype(array.dtype.newbyteorder(">"))
+
+
+def unaligned(array):
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return memory
+
+
+# What is not plain in any of the three functions.
+EVERYWHERE = {
+    "a list": {"x": lambda given: given["x"].tolist()},
+    "a subclass": {"x": lambda given: given["x"].view(Subclass)},
+    "a masked array": {"x": lambda given: np.ma.masked_array(given["x"])},
+    "integers": {"x": lambda given: given["x"].astype(np.int32)},
+    "swapped bytes": {"x": lambda given: swapped(given["x"])},
+    "unaligned": {"x": lambda given: unaligned(given["x"])},
+    "no elements": {"x": np.zeros((0, 4, 5), np.float32)},
+    "one channel": {"x": np.zeros((3, 1, 20), np.float32)},
+    "Fortran order": {"x": lambda given: np.asfortranarray(given["x"])},
+    "a slice": {"x": lambda given: np.repeat(given["x"], 2, axis=2)[:, :, ::2]},
+    "no axes": {"x": np.float32(1)},
+    "an axis behind": {"axis": 3},
+    "an axis before": {"axis": -4},
+    "a huge axis": {"axis": 1 << 80},
+    "a bool axis": {"axis": True},
+    "an axis of NumPy": {"axis": np.int64(1)},
+    "a negative eps": {"eps": -1e-5},
+    "eps NaN": {"eps": float("nan")},
+    "eps infinite": {"eps": float("inf")},
+    "an integer eps": {"eps": 1},
+    "a weight of another length": {"weight": np.ones(3, np.float32)},
+    "a weight of another type": {"weight": np.ones(4, np.float16)},
+    "a weight with two axes": {"weight": np.ones((4, 1), np.float32)},
+    "a bias as a list": {"bias": [0.0] * 4},
+    "an out of another type": {"out": np.zeros((3, 4, 5), np.float64)},
+    "an out of another shape": {"out": np.zeros((3, 4, 6), np.float32)},
+    "an out in another order": {"out": np.zeros((3, 4, 5), np.float32, order="F")},
+    "an out that is read-only": {"out": lambda given: read_only(given["out"])},
+    "an out that overlaps": {"out": lambda given: overlap(given)},
+    "an out that is no array": {"out": bytearray(240)},
+}
+
+
+def overlap(given):
+    """An out whose memory begins one element behind that of x."""
+    memory = np.zeros(61, np.float32)
+    given["x"] = memory[:60].reshape(3, 4, 5)
+    return memory[1:].reshape(3, 4, 5)
+
+
+ONCE = [
+    (infer, {"mean": None}),
+    (infer, {"mean": np.zeros(3)}),
+    (infer, {"var": [1.0] * 4}),
+    (infer, {"var": np.float32([1, 1, -1, 1])}),
+    (infer, {"var": np.float32([1, 1, -1e-5, 1]), "eps": 1e-6}),
+    (infer, {"residual": lambda given: given["residual"].astype(np.float64)}),
+    (infer, {"residual": lambda given: given["residual"][:, :, :4]}),
+    (infer, {"residual": lambda given: np.asfortranarray(given["residual"])}),
+    (train, {"residual": lambda given: given["residual"].tolist()}),
+    (train, {"momentum": 1}),
+    (train, {"momentum": 1.5}),
+    (train, {"momentum": float("nan")}),
+    (train, {"running_mean": lambda given: read_only(given["mean"])}),
+    (train, {"running_mean": lambda given: np.zeros(8, np.float32)[::2]}),
+    (train, {"running_mean": lambda given: given["x"].reshape(-1)[:4]}),
+    (train, {"running_mean": lambda given: given["out"].reshape(-1)[:4]}),
+    (train, {"running_var": lambda given: given["running_mean"]}),
+    (train, {"running_var": [1.0] * 4}),
+    (backward, {"dy": None}),
+    (backward, {"dy": lambda given: given["dy"].astype(np.float64)}),
+    (backward, {"out": lambda given: given["dy"].reshape(-1)[::-1].reshape(3, 4, 5)}),
+    (backward, {"count": 14}),
+    (backward, {"count": 0, "frozen": True}),
+    (backward, {"batch_mean": None}),
+    (backward, {"batch_mean": lambda given: given["batch_mean"].astype(np.float32)}),
+    (backward, {"batch_m2": lambda given: np.repeat(given["batch_m2"], 2)[::2]}),
+    (backward, {"batch_m2": lambda given: given["batch_m2"][:3]}),
+    (backward, {"batch_m2": "m2"}),
+]
+
+
+@pytest.mark.parametrize("function", [infer, train, backward])
+def test_one_call_is_plain(function):
+    assert function(one_call()) is not None
+
+
+@pytest.mark.parametrize(("function", "changed"), [(f, c) for c in EVERYWHERE.values() for f in (infer, train, backward)] + ONCE)
+def test_what_is_not_plain_is_left_alone(function, changed):
+    given = one_call(**changed)
+    before = {name: value.copy() for name, value in given.items() if isinstance(value, np.ndarray)}
+    assert function(given) is None
+    for name, value in before.items():
+        np.testing.assert_array_equal(given[name], value)
