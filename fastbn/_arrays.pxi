@@ -3,7 +3,15 @@
 #
 # An input is plain when it is an ndarray of float32, float64 or float16, C-contiguous, aligned and in native byte order, with elements and
 # more than one channel; the other tensors of a call have its sizes, type and order. Values per channel are plain when they are float32 or
-# float64, aligned and in native byte order, of shape (C,); eps and momentum when they are floats in their range, an axis when it is an int.
+# float64, aligned and in native byte order, of shape (C,); eps and momentum when they are floats in their range, an axis when it is an int,
+# a condition when it is a bool, statistics when they are float64. No code of another type runs between the checks and the call.
+
+cdef dict ACTIVATIONS = {None: <int>FBN_NO_ACTIVATION, "relu": <int>FBN_RELU, "leaky_relu": <int>FBN_LEAKY_RELU, "relu6": <int>FBN_RELU6}
+
+
+def activation_codes():
+    """The activations by name, with their numbers in fbn_activation."""
+    return dict(ACTIVATIONS)
 
 
 cdef inline int code_of(object array):
@@ -91,7 +99,7 @@ cdef bint set_dense_sizes(Job job, object x, int axis):
     return before * behind != 0 and job.c.C > 1
 
 
-cdef Job plain_job(object x, object weight, object bias, object eps, object axis, int activation):
+cdef Job plain_job(object x, object weight, object bias, object eps, object axis, object activation):
     """A job over an input with what every call has, or None where something is not plain."""
     cdef Job job
     cdef int code = code_of(x)
@@ -99,13 +107,15 @@ cdef Job plain_job(object x, object weight, object bias, object eps, object axis
     cdef long index
     if code < 0 or not cnp.PyArray_IS_C_CONTIGUOUS(x) or type(axis) is not int or type(eps) is not float or not 0 <= <double>eps < INFINITY:
         return None
+    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
+        return None
     ndim = cnp.PyArray_NDIM(x)
     if not -ndim <= axis < ndim:
         return None
     index = axis
     job = Job.__new__(Job)
     job.c.dtype = <fbn_dtype>code
-    job.c.activation = <fbn_activation>activation
+    job.c.activation = <fbn_activation><int>ACTIVATIONS[activation]
     job.set_settings(eps, 0)
     if not set_dense_sizes(job, x, index + ndim if index < 0 else index):
         return None
@@ -144,12 +154,19 @@ cdef bint is_running(object values, object x, object y, int64_t channels):
     )
 
 
-cdef bint are_moments(object values, int64_t channels):
+cdef bint is_moment(object values, int64_t channels):
     """Whether an object is a contiguous array of float64, one value per channel."""
     return has_channels(values, channels) and cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT64 and cnp.PyArray_IS_C_CONTIGUOUS(values)
 
 
-def infer_arrays(x, mean, var, weight, bias, eps, axis, int activation, residual, out):
+def are_moments(mean, m2):
+    """Whether two objects are contiguous arrays of float64 of one shape (C,)."""
+    if not cnp.PyArray_CheckExact(mean) or cnp.PyArray_NDIM(mean) != 1:
+        return False
+    return is_moment(mean, cnp.PyArray_DIM(mean, 0)) and is_moment(m2, cnp.PyArray_DIM(mean, 0))
+
+
+def infer_arrays(x, mean, var, weight, bias, eps, axis, activation, residual, out):
     """y of the inference form, or None where an argument is not plain, and nothing done."""
     cdef Job job = plain_job(x, weight, bias, eps, axis, activation)
     if job is None or not has_channels(mean, job.c.C) or not has_channels(var, job.c.C):
@@ -166,10 +183,10 @@ def infer_arrays(x, mean, var, weight, bias, eps, axis, int activation, residual
     return y
 
 
-def train_arrays(x, weight, bias, running_mean, running_var, momentum, bint unbiased, eps, axis, int activation, residual, out):
+def train_arrays(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, activation, residual, out):
     """(y, count, batch_mean, batch_m2) of the training form, or None where an argument is not plain, and nothing done."""
     cdef Job job = plain_job(x, weight, bias, eps, axis, activation)
-    if job is None or type(momentum) is not float or not 0 <= <double>momentum <= 1:
+    if job is None or type(unbiased) is not bool or type(momentum) is not float or not 0 <= <double>momentum <= 1:
         return None
     if not set_plain_input(job, &job.c.residual, x, residual):
         return None
@@ -185,13 +202,15 @@ def train_arrays(x, weight, bias, running_mean, running_var, momentum, bint unbi
     return y, job.c.N * job.c.S, moments[0], moments[1]
 
 
-def backward_arrays(dy, x, batch_mean, batch_m2, count, weight, bias, eps, axis, bint frozen, int activation, out):
+def backward_arrays(dy, x, batch_mean, batch_m2, count, weight, bias, eps, axis, training, activation, out):
     """(dx, dweight, dbias) of a backward pass without a residual, from float64 statistics of `count` values per channel, or None where an
     argument is not plain, and nothing done."""
     cdef Job job = plain_job(x, weight, bias, eps, axis, activation)
-    if job is None or dy is None or not set_plain_input(job, &job.c.dy, x, dy) or not (count > 0 if frozen else count == job.c.N * job.c.S):
+    if job is None or dy is None or not set_plain_input(job, &job.c.dy, x, dy) or type(training) is not bool or type(count) is not int:
         return None
-    if not are_moments(batch_mean, job.c.C) or not are_moments(batch_m2, job.c.C):
+    if count != job.c.N * job.c.S if training else not 0 < count <= INT64_MAX:
+        return None
+    if not is_moment(batch_mean, job.c.C) or not is_moment(batch_m2, job.c.C):
         return None
     dx = plain_output(job, x, dy, out)
     if dx is None:
@@ -200,5 +219,5 @@ def backward_arrays(dy, x, batch_mean, batch_m2, count, weight, bias, eps, axis,
     job.set_values(&job.c.dweight, dweight, "dweight")
     job.set_values(&job.c.dbias, dbias, "dbias")
     job.set_statistics(batch_mean, batch_m2, count)
-    job.run_backward(frozen)
+    job.run_backward(not training)
     return dx, dweight, dbias

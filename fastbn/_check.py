@@ -45,7 +45,7 @@ __all__ = [
     "vector",
 ]
 
-ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "relu6": 3}
+ACTIVATIONS: dict[Activation | None, int] = _native.activation_codes()
 _PARAMETERS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -226,16 +226,16 @@ def parameter(value: TensorLike | None, where: str, channels: int, *, required: 
 
 
 def common(
-    x: TensorLike, weight: Parameter, bias: Parameter, eps: SupportsFloat, axis: SupportsIndex
-) -> tuple[Array, int, int, int, FloatVector | None, FloatVector | None, float]:
-    """Return what every call has: (x, its number in fbn_dtype, axis, channels, weight, bias, eps)."""
+    x: TensorLike, weight: Parameter, bias: Parameter, eps: SupportsFloat, axis: SupportsIndex, activation: Activation | None
+) -> tuple[Array, int, int, int, FloatVector | None, FloatVector | None, float, int]:
+    """Return what every call has: (x, its number in fbn_dtype, axis, channels, weight, bias, eps, the number of the activation)."""
     array, dtype = tensor(x, "x")
     axis = axis_of(axis, array)
     eps = eps_of(eps)
     channels = array.shape[axis]
     weight = parameter(weight, "weight", channels)
     bias = parameter(bias, "bias", channels)
-    return array, dtype, axis, channels, weight, bias, eps
+    return array, dtype, axis, channels, weight, bias, eps, activation_of(activation)
 
 
 def running_variance(value: TensorLike, where: str, channels: int, eps: float) -> FloatVector:
@@ -327,10 +327,14 @@ def batch_stats_of(value: BatchStats, channels: int, count: int | None) -> Batch
     """Return statistics of the right number of channels, and of the right count where one is given."""
     if not isinstance(value, BatchStats):
         raise ArgumentTypeError(expected("a BatchStats", type(value).__name__, "stats"))
+    if type(value.count) is not int or not _native.are_moments(value.mean, value.m2):
+        value = BatchStats(value.count, value.mean, value.m2)  # somebody has assigned them
     if value.mean.size != channels:
         raise ArgumentError(expected(f"{channels} channels", f"{value.mean.size}", "stats"))
     if count is not None and value.count != count:
         raise ArgumentError(expected(f"statistics of {count} values per channel", f"{value.count}", "stats"))
-    if count is None and value.count == 0:
-        raise ArgumentError(expected("statistics of at least one value", "none", "stats"))
+    if count is None and value.count < 1:
+        raise ArgumentError(expected("statistics of at least one value", f"{value.count or 'none'}", "stats"))
+    if value.count >= 1 << 63:
+        raise ArgumentError(expected("statistics of fewer than 2**63 values", f"{value.count}", "stats"))
     return value

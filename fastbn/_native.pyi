@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
-from fastbn._types import Array, FloatArray, FloatVector, Sizes
+from fastbn._types import Activation, Array, FloatArray, FloatVector, Sizes
 from fastbn.geometry import Layout
 
 # An array, or (address, strides in elements, owner) of a framework's tensor.
@@ -142,7 +142,7 @@ def infer_arrays(
     bias: object,
     eps: object,
     axis: object,
-    activation: int,
+    activation: object,
     residual: object,
     out: object,
 ) -> Array | None: ...
@@ -153,10 +153,10 @@ def train_arrays(
     running_mean: object,
     running_var: object,
     momentum: object,
-    unbiased: bool,
+    unbiased: object,
     eps: object,
     axis: object,
-    activation: int,
+    activation: object,
     residual: object,
     out: object,
 ) -> tuple[Array, int, FloatArray, FloatArray] | None: ...
@@ -165,13 +165,13 @@ def backward_arrays(
     x: object,
     batch_mean: object,
     batch_m2: object,
-    count: int,
+    count: object,
     weight: object,
     bias: object,
     eps: object,
     axis: object,
-    frozen: bool,
-    activation: int,
+    training: object,
+    activation: object,
     out: object,
 ) -> tuple[Array, FloatVector | None, FloatVector | None] | None: ...
 def scale_weight(out: int, weight: int, scale: int, G: int, M: int, C: int, S: int, dtype: int) -> tuple[int, int]: ...
@@ -180,9 +180,11 @@ def dense_layout(axis: int, arrays: tuple[object, ...]) -> Sizes | None: ...
 def new_moments(channels: int) -> tuple[FloatArray, FloatArray]: ...
 def new_like(array: FloatVector | Array) -> Array: ...
 def dtype_codes() -> dict[str, int]: ...
+def activation_codes() -> dict[Activation | None, int]: ...
 def numpy_code(array: object) -> int: ...
 def is_vector(array: object, length: int) -> TypeGuard[FloatVector]: ...
 def is_like(array: object, other: Array) -> TypeGuard[Array]: ...
+def are_moments(mean: object, m2: object) -> bool: ...
 def is_aligned(array: Array) -> bool: ...
 def may_overlap(a: Array, b: Array) -> bool: ...
 def is_separate(array: Array, *others: Array | None) -> bool: ...

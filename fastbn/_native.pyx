@@ -8,7 +8,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Clear
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 cnp.import_array()
@@ -26,7 +26,10 @@ cdef extern from "fastbn.h" nogil:
         FBN_BFLOAT16
 
     ctypedef enum fbn_activation:
-        pass
+        FBN_NO_ACTIVATION
+        FBN_RELU
+        FBN_LEAKY_RELU
+        FBN_RELU6
 
     ctypedef struct fbn_scale_report:
         int64_t nonfinite

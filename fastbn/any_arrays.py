@@ -12,7 +12,7 @@ from fastbn.geometry import arrange, deliver, values_per_channel
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
-    from fastbn._types import Array, Parameter, TensorLike
+    from fastbn._types import Activation, Array, Parameter, TensorLike
 
 __all__ = ["backward", "infer", "train"]
 
@@ -25,12 +25,12 @@ def infer(
     bias: Parameter,
     eps: SupportsFloat,
     axis: SupportsIndex,
-    code: int,
+    activation: Activation | None,
     residual: TensorLike | None,
     out: Array | None,
 ) -> Array:
-    """Return y of `batch_norm`; `code` is the number of the activation."""
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
+    """Return y of `batch_norm`."""
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     mean = _check.parameter(mean, "mean", channels, required=True)
     var = _check.running_variance(var, "var", channels, eps)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
@@ -50,13 +50,13 @@ def train(
     unbiased: bool,
     eps: SupportsFloat,
     axis: SupportsIndex,
-    code: int,
+    activation: Activation | None,
     residual: TensorLike | None,
     out: Array | None,
 ) -> tuple[Array, BatchStats]:
-    """Return y and the statistics of `batch_norm_train`; `code` is the number of the activation."""
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
-    momentum = _check.momentum_of(momentum)
+    """Return y and the statistics of `batch_norm_train`."""
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
+    momentum, unbiased = _check.momentum_of(momentum), bool(unbiased)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, added)
     running_mean = _check.running(running_mean, "running_mean", channels, x, y)
@@ -78,13 +78,13 @@ def backward(
     eps: SupportsFloat,
     axis: SupportsIndex,
     training: bool,
-    code: int,
+    activation: Activation | None,
     residual: TensorLike | None,
     out: Array | None,
 ) -> tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, TensorLike]:
-    """Return the gradients of `batch_norm_backward`; `code` is the number of the activation."""
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
-    given_dy, dy = dy, _check.same_shape(dy, "dy", x)
+    """Return the gradients of `batch_norm_backward`."""
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
+    given_dy, dy, training = dy, _check.same_shape(dy, "dy", x), bool(training)
     stats = _check.batch_stats_of(stats, channels, values_per_channel(x, channels) if training else None)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
     dx = _check.output(out, x, dy, added)

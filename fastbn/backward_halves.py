@@ -34,8 +34,7 @@ def backward_sums(
     sums, float64 of shape (2, C), are ``sum(g)`` and ``sum(g * (x - mean))`` of this batch, which processes add up between the halves;
     dweight and dbias are of this batch too. The arguments are those of `batch_norm_backward`.
     """
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
-    code = _check.activation_of(activation)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     dy = _check.same_shape(dy, "dy", x)
     stats = _check.batch_stats_of(stats, channels, None)
     dweight = None if weight is None else new_like(weight)
@@ -71,8 +70,7 @@ def backward_input(
     out: Array | None = None,
 ) -> Array:
     """Return dx, the second half of `batch_norm_backward`, from the sums of all ``stats.count`` values."""
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
-    code = _check.activation_of(activation)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     dy = _check.same_shape(dy, "dy", x)
     stats = _check.batch_stats_of(stats, channels, None)
     dx = _check.output(out, x, dy)

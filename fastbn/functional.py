@@ -101,9 +101,8 @@ def batch_norm(
     >>> batch_norm(x, mean=np.array([1.0, 2.0]), var=np.array([4.0, 4.0]), eps=0.0).tolist()
     [[0.0, 0.0], [1.0, 2.0]]
     """
-    code = 0 if activation is None else _check.activation_of(activation)
-    y = infer_arrays(x, mean, var, weight, bias, eps, axis, code, residual, out)
-    return any_arrays.infer(x, mean, var, weight, bias, eps, axis, code, residual, out) if y is None else y
+    y = infer_arrays(x, mean, var, weight, bias, eps, axis, activation, residual, out)
+    return any_arrays.infer(x, mean, var, weight, bias, eps, axis, activation, residual, out) if y is None else y
 
 
 @overload
@@ -158,10 +157,9 @@ def batch_norm_train(
     >>> y.tolist(), stats.mean.tolist(), stats.var.tolist()
     ([[-1.0, 7.0], [1.0, 7.0]], [2.0, 5.0], [1.0, 0.0])
     """
-    code = 0 if activation is None else _check.activation_of(activation)
-    plain = train_arrays(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, code, residual, out)
+    plain = train_arrays(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, activation, residual, out)
     if plain is None:
-        return any_arrays.train(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, code, residual, out)
+        return any_arrays.train(x, weight, bias, running_mean, running_var, momentum, unbiased, eps, axis, activation, residual, out)
     y, count, mean, m2 = plain
     return y, BatchStats._of(count, mean, m2)
 
@@ -282,12 +280,11 @@ def batch_norm_backward(
     >>> [gradient.tolist() for gradient in batch_norm_backward(dy, x, stats, np.ones(1), np.zeros(1), eps=0.0)]
     [[[0.0], [0.0]], [-1.0], [1.0]]
     """
-    code = 0 if activation is None else _check.activation_of(activation)
     if residual is None and type(stats) is BatchStats:
-        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, eps, axis, not training, code, out)
+        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, eps, axis, training, activation, out)
         if plain is not None:
             return plain
-    return any_arrays.backward(dy, x, stats, weight, bias, eps, axis, training, code, residual, out)
+    return any_arrays.backward(dy, x, stats, weight, bias, eps, axis, training, activation, residual, out)
 
 
 def normalize_with(
@@ -305,8 +302,7 @@ def normalize_with(
 
     The arguments are those of `batch_norm_train`; eps=0 with a variance of 0 gives bias, as there.
     """
-    x, dtype, axis, channels, weight, bias, eps = _check.common(x, weight, bias, eps, axis)
-    code = _check.activation_of(activation)
+    x, dtype, axis, channels, weight, bias, eps, code = _check.common(x, weight, bias, eps, axis, activation)
     stats = _check.batch_stats_of(stats, channels, None)
     y = _check.output(out, x)
     layout, (x, target) = arrange(axis, x, y)

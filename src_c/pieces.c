@@ -29,6 +29,8 @@ static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64
     piece->activation = job->activation;
     piece->frozen = job->frozen;
     piece->short_planes = job->S < FBN_SHORT_PLANE;
+    piece->in_core = plan->in_core;
+    piece->outgrows = plan->outgrows;
     piece->stream = plan->stream;
 }
 

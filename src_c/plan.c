@@ -363,6 +363,8 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     FBN_ASSERT(way.threads >= 1 && way.threads <= job->threads);
     plan->threads = way.threads;
     plan->stream = way.stream;
+    plan->in_core = traffic(plan) <= plan->threads * fbn_core_cache();
+    plan->outgrows = traffic(plan) > most_cached(plan);
     if (job->N * job->C * job->S > 0)
         cut(plan);
     return lay_out(plan, work);

@@ -62,6 +62,8 @@ typedef struct {
     int64_t element_bytes, constant_bytes;
     int threads;  /* of the job, or 1 where it is small */
     int stream;   /* the tensors outgrow the last cache: maps store past it, reductions prefetch more */
+    int in_core;  /* the tensors stay in the core's cache, */
+    int outgrows; /* or outgrow what the last cache keeps of them */
     int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
     fbn_memory_order memory;
     fbn_reduction_plan reduction;

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import _native
 
 ISAS = fastbn.show_config()["isa_available"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -149,6 +150,40 @@ def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
             want = everything(at(0, x), at(0, dy), added, weight, bias, -1, activation)
             for x_at, dy_at in ((16, 16), (size, size), (48, 48), (64 - size, 64 - size), (16, 32), (0, 16)):
                 assert everything(at(x_at, x), at(dy_at, dy), added, weight, bias, -1, activation) == want
+
+
+def elements_beyond_the_last_cache(dtype):
+    """Of each of three tensors that take a little more of the last cache than a backward pass leaves them."""
+    strides = {"strides": (64, 1), "has_dy": True, "has_stats": False}
+    last = _native.Job((64, 64, 1), 0).describe(**strides)["last_cache"]
+    elements = last // 3 // (3 * dtype.itemsize) + 5000
+    if elements > 1 << 24:
+        pytest.skip(f"a last cache of {last >> 20} MB")
+    return elements
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("channels", [48, 512, 1024, 4096])
+def test_where_a_large_array_begins_changes_no_bit(channels, dtype, activation):
+    """Above the last cache, gradients are mapped from whole lines where x or dy begins elsewhere in a line than dx."""
+    rows = elements_beyond_the_last_cache(dtype) // channels + 3
+    x, dy = np.random.default_rng(channels).standard_normal((2, rows, channels)).astype(dtype)
+    weight, bias = np.random.default_rng(0).standard_normal((2, channels))
+    stats = fastbn.batch_stats(x, axis=-1)
+
+    def gradient(x_at, dy_at, out_at):
+        placed = at(dy_at, dy)
+        out = placed if out_at is None else at(out_at, dy)
+        return fastbn.batch_norm_backward(placed, at(x_at, x), stats, weight, bias, axis=-1, activation=activation, out=out)[0].tobytes()
+
+    with fastbn.use_isa("scalar"):
+        want = gradient(0, 0, 0)
+    size = dtype.itemsize
+    for places in ((0, 16, 48), (16, 48, 48), (48, 16, 48), (64 - size, size, 0), (16, 48, None), (0, 0, 0)):
+        for threads in (1, 2):
+            fastbn.set_num_threads(threads)
+            assert gradient(*places) == want
 
 
 @pytest.mark.parametrize("shape", [(90_001, 230), (2_500, 9_000)], ids=["tiles", "groups"])

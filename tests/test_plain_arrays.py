@@ -21,33 +21,33 @@ def vectors(channels, dtype=np.float32):
     return [(rng.random(channels) + 0.5).astype(dtype) for _ in range(4)]
 
 
-@pytest.mark.parametrize("code", range(4))
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "relu6"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_plain_arrays_give_the_bits_of_any_arrays(shape, axis, dtype, code):
+def test_plain_arrays_give_the_bits_of_any_arrays(shape, axis, dtype, activation):
     x, dy, residual = tensors(shape, dtype, 3)
     mean, var, weight, bias = vectors(shape[axis])
     for added in (None, residual):
         for out in (None, np.zeros_like(x)):
-            plain = infer_arrays(x, mean, var, weight, None, EPS, axis, code, added, out)
+            plain = infer_arrays(x, mean, var, weight, None, EPS, axis, activation, added, out)
             assert plain is out or out is None
-            want = any_arrays.infer(x, mean, var, weight, None, EPS, axis, code, added, None)
+            want = any_arrays.infer(x, mean, var, weight, None, EPS, axis, activation, added, None)
             np.testing.assert_array_equal(plain, want)
         running = [[mean.copy(), var.copy()] for _ in range(2)]
-        y, count, batch_mean, batch_m2 = train_arrays(x, weight, bias, *running[0], 0.25, True, EPS, axis, code, added, None)
-        want, stats = any_arrays.train(x, weight, bias, *running[1], 0.25, True, EPS, axis, code, added, None)
+        y, count, batch_mean, batch_m2 = train_arrays(x, weight, bias, *running[0], 0.25, True, EPS, axis, activation, added, None)
+        want, stats = any_arrays.train(x, weight, bias, *running[1], 0.25, True, EPS, axis, activation, added, None)
         np.testing.assert_array_equal(y, want)
         np.testing.assert_array_equal(running[0], running[1])
         assert not np.array_equal(running[0][0], mean)
         assert count == stats.count == x.size // shape[axis]
         np.testing.assert_array_equal([batch_mean, batch_m2], [stats.mean, stats.m2])
     for frozen in (False, True):
-        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, EPS, axis, frozen, code, None)
-        want = any_arrays.backward(dy, x, stats, weight, bias, EPS, axis, not frozen, code, None, None)
+        plain = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, weight, bias, EPS, axis, not frozen, activation, None)
+        want = any_arrays.backward(dy, x, stats, weight, bias, EPS, axis, not frozen, activation, None, None)
         for got, expected in zip(plain, want, strict=True):
             assert got.dtype == expected.dtype
             np.testing.assert_array_equal(got, expected)
-    dx, *nothing = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, None, None, EPS, axis, False, code, dy)
+    dx, *nothing = backward_arrays(dy, x, stats.mean, stats.m2, stats.count, None, None, EPS, axis, True, activation, dy)
     assert dx is dy
     assert nothing == [None, None]
 
@@ -58,30 +58,38 @@ def one_call(**changed):
     mean, var, weight, bias = vectors(4)
     stats = fastbn.batch_stats(x)
     given = {"x": x, "mean": mean, "var": var, "weight": weight, "bias": bias, "eps": EPS, "axis": 1, "residual": residual, "out": out}
-    given |= {"dy": dy, "batch_mean": stats.mean, "batch_m2": stats.m2, "count": 15, "frozen": False}
-    given |= {"running_mean": mean.copy(), "running_var": var.copy(), "momentum": 0.1}
+    given |= {"dy": dy, "batch_mean": stats.mean, "batch_m2": stats.m2, "count": 15, "training": True}
+    given |= {"running_mean": mean.copy(), "running_var": var.copy(), "momentum": 0.1, "unbiased": True, "activation": None}
     given |= {name: value(given) if callable(value) else value for name, value in changed.items()}
     return given
 
 
 def infer(given):
-    return infer_arrays(
-        *(given[name] for name in ("x", "mean", "var", "weight", "bias", "eps", "axis")), 0, given["residual"], given["out"]
-    )
+    names = ("x", "mean", "var", "weight", "bias", "eps", "axis", "activation", "residual", "out")
+    return infer_arrays(*(given[name] for name in names))
 
 
 def train(given):
-    names = ("x", "weight", "bias", "running_mean", "running_var", "momentum")
-    return train_arrays(*(given[name] for name in names), True, given["eps"], given["axis"], 0, given["residual"], given["out"])
+    names = ("x", "weight", "bias", "running_mean", "running_var", "momentum", "unbiased", "eps", "axis", "activation", "residual", "out")
+    return train_arrays(*(given[name] for name in names))
 
 
 def backward(given):
-    names = ("dy", "x", "batch_mean", "batch_m2", "count", "weight", "bias", "eps", "axis", "frozen")
-    return backward_arrays(*(given[name] for name in names), 0, given["out"])
+    names = ("dy", "x", "batch_mean", "batch_m2", "count", "weight", "bias", "eps", "axis", "training", "activation", "out")
+    return backward_arrays(*(given[name] for name in names))
 
 
 class Subclass(np.ndarray):
     pass
+
+
+class Count(int):
+    """Python code that would run between the checks and the call."""
+
+    def __eq__(self, other):
+        raise AssertionError
+
+    __hash__ = int.__hash__
 
 
 def read_only(array):
@@ -126,6 +134,8 @@ EVERYWHERE = {
     "a weight of another type": {"weight": np.ones(4, np.float16)},
     "a weight with two axes": {"weight": np.ones((4, 1), np.float32)},
     "a bias as a list": {"bias": [0.0] * 4},
+    "an unknown activation": {"activation": "gelu"},
+    "an activation that has no hash": {"activation": ["relu"]},
     "an out of another type": {"out": np.zeros((3, 4, 5), np.float64)},
     "an out of another shape": {"out": np.zeros((3, 4, 6), np.float32)},
     "an out in another order": {"out": np.zeros((3, 4, 5), np.float32, order="F")},
@@ -165,7 +175,12 @@ ONCE = [
     (backward, {"dy": lambda given: given["dy"].astype(np.float64)}),
     (backward, {"out": lambda given: given["dy"].reshape(-1)[::-1].reshape(3, 4, 5)}),
     (backward, {"count": 14}),
-    (backward, {"count": 0, "frozen": True}),
+    (backward, {"count": 0, "training": False}),
+    (backward, {"count": 1 << 63, "training": False}),
+    (backward, {"count": np.int64(15)}),
+    (backward, {"count": Count(15)}),
+    (backward, {"training": 1}),
+    (train, {"unbiased": np.True_}),
     (backward, {"batch_mean": None}),
     (backward, {"batch_mean": lambda given: given["batch_mean"].astype(np.float32)}),
     (backward, {"batch_m2": lambda given: np.repeat(given["batch_m2"], 2)[::2]}),
@@ -186,3 +201,44 @@ def test_what_is_not_plain_is_left_alone(function, changed):
     assert function(given) is None
     for name, value in before.items():
         np.testing.assert_array_equal(given[name], value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_that_were_assigned_are_read_again(training):
+    x, dy = tensors((3, 4, 5), np.float32, 2)
+    want = fastbn.batch_norm_backward(dy, x, fastbn.batch_stats(x), np.ones(4), np.ones(4), training=training)
+    for change in (lambda m: np.repeat(m, 2)[::2], lambda m: m[::-1].copy()[::-1], swapped, unaligned):
+        stats = fastbn.batch_stats(x)
+        stats.mean, stats.m2 = change(stats.mean), change(stats.m2)
+        got = fastbn.batch_norm_backward(dy, x, stats, np.ones(4), np.ones(4), training=training)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean", np.zeros(3)),
+        ("m2", np.zeros(1)),
+        ("m2", None),
+        ("mean", "mean"),
+        ("mean", np.zeros(4, int)),
+        ("count", None),
+        ("count", -1),
+    ],
+)
+def test_statistics_that_cannot_be_read_are_refused(name, value):
+    x, dy = tensors((3, 4, 5), np.float32, 2)
+    stats = fastbn.batch_stats(x)
+    setattr(stats, name, value)
+    with pytest.raises((fastbn.ArgumentError, fastbn.ArgumentTypeError), match=r"^Expected "):
+        fastbn.batch_norm_backward(dy, x, stats, training=False)
+
+
+def test_a_count_beyond_64_bits_is_refused():
+    x, dy = tensors((3, 4, 5), np.float32, 2)
+    stats = fastbn.BatchStats(1 << 63, np.zeros(4), np.ones(4))
+    with pytest.raises(
+        fastbn.ArgumentError, match=r"^Expected statistics of fewer than 2\*\*63 values, got 9223372036854775808 - at `stats`$"
+    ):
+        fastbn.batch_norm_backward(dy, x, stats, training=False)
