@@ -327,14 +327,13 @@ def batch_stats_of(value: BatchStats, channels: int, count: int | None) -> Batch
     """Return statistics of the right number of channels, and of the right count where one is given."""
     if not isinstance(value, BatchStats):
         raise ArgumentTypeError(expected("a BatchStats", type(value).__name__, "stats"))
-    if type(value.count) is not int or not _native.are_moments(value.mean, value.m2):
-        value = BatchStats(value.count, value.mean, value.m2)  # somebody has assigned them
+    value = value._checked()
     if value.mean.size != channels:
         raise ArgumentError(expected(f"{channels} channels", f"{value.mean.size}", "stats"))
     if count is not None and value.count != count:
         raise ArgumentError(expected(f"statistics of {count} values per channel", f"{value.count}", "stats"))
-    if count is None and value.count < 1:
-        raise ArgumentError(expected("statistics of at least one value", f"{value.count or 'none'}", "stats"))
+    if count is None and value.count == 0:
+        raise ArgumentError(expected("statistics of at least one value", "none", "stats"))
     if value.count >= 1 << 63:
         raise ArgumentError(expected("statistics of fewer than 2**63 values", f"{value.count}", "stats"))
     return value

@@ -24,7 +24,7 @@ cdef class Job:
     cdef double momentum
     cdef bint unbiased
 
-    # The layout is None only for `PlainTensors`, which sets sizes and settings itself. Two functions, __cinit__ and __init__, would read the
+    # The layout is None for those of compiled code, which set sizes and settings themselves. Two functions, __cinit__ and __init__, would read the
     # arguments twice.
     def __cinit__(self, layout=None, int dtype=0, int activation=0, double eps=0, int threads=0):
         self.n_axis = self.c_axis = self.s_axis = -1

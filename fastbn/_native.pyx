@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The only Cython: arrays and addresses in, GIL released, no policy. Callers have checked shapes, types, strides and overlap.
+"""The only Cython: arrays and addresses in, GIL released, no policy. Callers of `Job` have checked shapes, types, strides and overlap.
 
 `_job.pxi` is the one way into a kernel; `_arrays.pxi` and `_dlpack.pxi` check and read for it what is plain: arrays, and tensors of a
 framework."""

@@ -56,15 +56,18 @@ class BatchStats:
     m2: FloatArray
 
     def __init__(self, count: int | np.integer, mean: npt.ArrayLike, m2: npt.ArrayLike) -> None:
+        self._set(count, mean, m2, "")
+
+    def _set(self, count: int | np.integer, mean: npt.ArrayLike, m2: npt.ArrayLike, prefix: str) -> None:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-            raise ArgumentTypeError(expected("an integer", type(count).__name__, "count"))
+            raise ArgumentTypeError(expected("an integer", type(count).__name__, f"{prefix}count"))
         if count < 0:
-            raise ArgumentError(expected("an integer >= 0", f"{count}", "count"))
+            raise ArgumentError(expected("an integer >= 0", f"{count}", f"{prefix}count"))
         self.count = int(count)
-        self.mean = _values(mean, "mean")
-        self.m2 = _values(m2, "m2")
+        self.mean = _values(mean, f"{prefix}mean")
+        self.m2 = _values(m2, f"{prefix}m2")
         if self.mean.shape != self.m2.shape:
-            raise ArgumentError(expected(f"shape {self.mean.shape}, that of mean", f"shape {self.m2.shape}", "m2"))
+            raise ArgumentError(expected(f"shape {self.mean.shape}, that of mean", f"shape {self.m2.shape}", f"{prefix}m2"))
 
     @classmethod
     def _new(cls, count: int, channels: int) -> BatchStats:
@@ -76,6 +79,14 @@ class BatchStats:
         """Statistics from float64 arrays, without the checks of `__init__`."""
         stats = object.__new__(cls)
         stats.count, stats.mean, stats.m2 = count, mean, m2
+        return stats
+
+    def _checked(self) -> BatchStats:
+        """These statistics if they are what `__init__` makes, else new ones from the attributes that somebody has assigned, or an error."""
+        if type(self.count) is int and self.count >= 0 and _native.are_moments(self.mean, self.m2):
+            return self
+        stats = object.__new__(BatchStats)
+        stats._set(self.count, self.mean, self.m2, "stats.")
         return stats
 
     def __repr__(self) -> str:

@@ -49,8 +49,8 @@ typedef struct {
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
-    int in_core;      /* the tensors of the job stay in the core's cache */
-    int outgrows;     /* or outgrow what the last cache keeps of them */
+    int in_core;      /* the tensors of the job are in the core's cache */
+    int outgrows;     /* what a map reads and writes, or a reduction reads, is more than the last cache keeps of it */
     int stream;       /* a map stores past the cache, a reduction prefetches more. docs/numerics.md: streaming stores; prefetch */
 } fbn_piece;
 

@@ -107,6 +107,7 @@ void fbn_piece_of_columns(fbn_piece *piece, const fbn_plan *plan, int64_t sample
     piece->rows = count / row_samples;
     piece->cols = row_samples * channels * plan->memory.span;
     piece->prefetch = plan->reduction.prefetch;
+    piece->outgrows = plan->reduction.outgrows;
 }
 
 void fbn_piece_of_map(fbn_piece *piece, const fbn_plan *plan, int64_t sample, int64_t count, int64_t c, int64_t channels, int64_t s,

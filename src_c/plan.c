@@ -120,7 +120,7 @@ static int is_in_place(const fbn_job *job) {
 
 /* The way that follows from sizes alone. */
 static fbn_way usual_way(const fbn_plan *plan) {
-    return (fbn_way){deserved_threads(plan), !is_in_place(plan->job) && traffic(plan) > most_cached(plan)};
+    return (fbn_way){deserved_threads(plan), !is_in_place(plan->job) && plan->outgrows};
 }
 
 /* Lists the ways of running a job that are worth comparing, those first that take less of the machine; returns how many. */
@@ -245,6 +245,7 @@ static void plan_reduction_by_columns(fbn_plan *plan) {
     reduction->group_channels = group;
     reduction->groups = ceil_div(job->C, group);
     reduction->prefetch = job->C * channel_bytes(plan) > fbn_core_cache() ? PREFETCH / plan->element_bytes : 0;
+    reduction->outgrows = job->C * channel_bytes(plan) > fbn_last_cache() / 2;
     fuse_columns(plan);
     group = reduction->group_channels;
     if (reduction->row_samples * memory->span > 1)
@@ -355,6 +356,7 @@ static void begin_plan(fbn_plan *plan, const fbn_job *job) {
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
+    plan->outgrows = traffic(plan) > most_cached(plan);
 }
 
 int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
@@ -364,7 +366,6 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     plan->threads = way.threads;
     plan->stream = way.stream;
     plan->in_core = traffic(plan) <= plan->threads * fbn_core_cache();
-    plan->outgrows = traffic(plan) > most_cached(plan);
     if (job->N * job->C * job->S > 0)
         cut(plan);
     return lay_out(plan, work);

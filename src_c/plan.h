@@ -31,6 +31,7 @@ typedef struct {
     int64_t row_samples;            /* by columns: samples in a row, */
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
     int64_t prefetch;               /* by columns: what a piece has, 0 in the core's cache */
+    int outgrows;                   /* by columns: what is read is more than half of the last cache */
     int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
     int joined;                     /* by planes: short planes of neighboring channels lie side by side and are reduced together */
     int fused;                      /* the map of a group, by planes, follows its reduction, while it is in the core's cache */
@@ -61,9 +62,9 @@ typedef struct {
     const fbn_kernels *kernels;
     int64_t element_bytes, constant_bytes;
     int threads;  /* of the job, or 1 where it is small */
-    int stream;   /* the tensors outgrow the last cache: maps store past it, reductions prefetch more */
-    int in_core;  /* the tensors stay in the core's cache, */
-    int outgrows; /* or outgrow what the last cache keeps of them */
+    int stream;   /* of the way that was chosen: maps store past the last cache, reductions prefetch more */
+    int in_core;  /* the cores of the job's threads cache all tensors */
+    int outgrows; /* the tensors are more than the last cache keeps of them, whether the job streams or not */
     int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
     fbn_memory_order memory;
     fbn_reduction_plan reduction;

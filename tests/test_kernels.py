@@ -9,6 +9,7 @@ import pytest
 
 import fastbn
 from fastbn import _native
+from fastbn.dtypes import dtype_code
 
 ISAS = fastbn.show_config()["isa_available"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -152,14 +153,18 @@ def test_where_an_array_begins_changes_no_bit(channels, dtype, isa):
                 assert everything(at(x_at, x), at(dy_at, dy), added, weight, bias, -1, activation) == want
 
 
-def elements_beyond_the_last_cache(dtype):
-    """Of each of three tensors that take a little more of the last cache than a backward pass leaves them."""
-    strides = {"strides": (64, 1), "has_dy": True, "has_stats": False}
-    last = _native.Job((64, 64, 1), 0).describe(**strides)["last_cache"]
-    elements = last // 3 // (3 * dtype.itemsize) + 5000
-    if elements > 1 << 24:
-        pytest.skip(f"a last cache of {last >> 20} MB")
-    return elements
+def rows_beyond_the_last_cache(channels, dtype):
+    """Rows of tensors that take a little more of the last cache than a backward pass has of it."""
+
+    def plan(rows):
+        return _native.Job((rows, channels, 1), dtype_code(dtype)).describe(strides=(channels, 1), has_dy=True, has_stats=False)
+
+    most = plan(64)["most_bytes"]
+    rows = most // (3 * dtype.itemsize * channels) + 5
+    assert plan(rows)["bytes"] > most
+    if rows * channels > 1 << 24:
+        pytest.skip(f"{most >> 20} MB of the last cache")
+    return rows
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -167,7 +172,7 @@ def elements_beyond_the_last_cache(dtype):
 @pytest.mark.parametrize("channels", [48, 512, 1024, 4096])
 def test_where_a_large_array_begins_changes_no_bit(channels, dtype, activation):
     """Above the last cache, gradients are mapped from whole lines where x or dy begins elsewhere in a line than dx."""
-    rows = elements_beyond_the_last_cache(dtype) // channels + 3
+    rows = rows_beyond_the_last_cache(channels, dtype)
     x, dy = np.random.default_rng(channels).standard_normal((2, rows, channels)).astype(dtype)
     weight, bias = np.random.default_rng(0).standard_normal((2, channels))
     stats = fastbn.batch_stats(x, axis=-1)

@@ -49,8 +49,8 @@ void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, 
         *own[i] = layout == 2 ? memory(tensor, peer->engine, blocked[i]) : of_caller;
         if (layout == 2)
             reorder(*peer, of_caller, *own[i]);
-        peer->plain_out = of_caller; /* the last of the three */
     }
+    peer->plain_out = memory(given, peer->engine, plain[2]);
     memory *const vectors[] = {&peer->weight,     &peer->bias,      &peer->mean,    &peer->var,
                                &peer->batch_mean, &peer->batch_var, &peer->dweight, &peer->dbias};
     for (int i = 0; i < 8; i++)
