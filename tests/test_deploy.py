@@ -350,7 +350,7 @@ def test_memory_is_measured_in_a_process_of_its_own(small_cnn):
         pytest.skip("only Linux says what is resident")
     assert set(found) == {"a", "b"}, "what does not load takes none"
     assert len(found["a"]) == len(found["b"]) >= measure.FEWEST_MEASUREMENTS
-    assert 0.1 < min(found["a"]) <= max(found["b"]) < 20, "its weights have 0.08 MB; onnxruntime itself does not count"
+    assert all(0.1 < megabytes < 20 for megabytes in found["a"] + found["b"]), "its weights have 0.08 MB; onnxruntime itself does not count"
 
 
 def test_kernels_are_counted_as_onnxruntime_runs_them(tmp_path):

@@ -6,11 +6,11 @@
     python tools/bench_kernels.py --json bench.json --chart bench.svg
     python tools/bench_kernels.py --accuracy                       the error of y beside PyTorch's, and no times
 
-Every result is checked before it is timed. The sides take turns, and each figure is the 10th percentile of the calls of all turns, in
-microseconds. All read and write memory of NumPy (out=), but for "backward new", where every side allocates, as PyTorch's backward pass
-does. The roofs: a copy (np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed are left out, with a line
-that says so. oneDNN is taken plain and in blocks of 16 channels, whose rearranging is not timed. JAX and TensorFlow stand in runs with one
---threads N only.
+Every result is checked before it is timed. The sides take turns, those of both layouts together, and each figure is the 10th percentile of
+the calls of all turns, in microseconds. All read and write memory of NumPy (out=), but for "backward new", where every side allocates, as
+PyTorch's backward pass does. The roofs: a copy (np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed
+are left out, with a line that says so. oneDNN is taken plain and in blocks of 16 channels, whose rearranging is not timed. JAX and
+TensorFlow stand in runs with one --threads N only.
 """
 
 import argparse
@@ -205,17 +205,23 @@ def check_sides(case, sides):
             case.check(who, operation, result)
 
 
-def rows(case, threads, seconds, modules):
-    """One record per operation and side."""
+def calls_of(case, threads, modules, stack):
+    """The calls of each side, checked, and the roofs, by side and operation."""
+    sides = sides_of(case, threads, modules, stack)
+    check_sides(case, sides)
+    calls = {(side, operation): call for operation in OPERATIONS for side, each in sides.items() if (call := each.get(operation))}
+    return {(side, "roof"): call for side, call in roofs_of(case, modules).items()} | calls
+
+
+def rows(cases, threads, seconds, modules):
+    """One record per layout, operation and side."""
     fastbn.set_num_threads(threads)
-    common = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": threads, "bytes": case.x.nbytes}
     with contextlib.ExitStack() as stack:
-        sides = sides_of(case, threads, modules, stack)
-        check_sides(case, sides)
-        calls = {(side, operation): call for operation in OPERATIONS for side, each in sides.items() if (call := each.get(operation))}
-        calls = {(side, "roof"): call for side, call in roofs_of(case, modules).items()} | calls
-        for (side, operation), us in time_in_turn(calls, seconds).items():
-            yield {**common, "side": side, "operation": operation, "us": us}
+        calls = {(case, *what): call for case in cases for what, call in calls_of(case, threads, modules, stack).items()}
+        calls = dict(sorted(calls.items(), key=lambda item: ("roof", *OPERATIONS).index(item[0][2])))
+        for (case, side, operation), us in time_in_turn(calls, seconds).items():
+            about = {"shape": case.shape, "layout": case.layout, "dtype": case.dtype.name, "threads": threads, "bytes": case.x.nbytes}
+            yield {**about, "side": side, "operation": operation, "us": us}
 
 
 def measure(shapes, dtypes, layouts, thread_counts, seconds, onednn):
@@ -227,10 +233,10 @@ def measure(shapes, dtypes, layouts, thread_counts, seconds, onednn):
         modules |= {"roofs": build_roofs(folder), "onednn": build_onednn(folder, onednn)}
         for shape in shapes:
             for dtype in dtypes:
-                for layout in layouts if math.prod(shape[2:]) > 1 else ("NCHW",):
-                    case = Case(shape, layout, dtype)
-                    for threads in thread_counts:
-                        records += rows(case, threads, seconds, modules)
+                cases = [Case(shape, layout, dtype) for layout in (layouts if math.prod(shape[2:]) > 1 else ("NCHW",))]
+                for threads in thread_counts:
+                    records += rows(cases, threads, seconds, modules)
+                for case in cases:
                     print_case(records, case)
     return records
 
