@@ -61,6 +61,7 @@ cdef bint is_target(object array, object other):
 
 
 cdef bint ranges_meet(object a, object b) noexcept:
+    """Whether the address ranges of two arrays meet."""
     cdef uintptr_t a_low = 0, a_high = 0, b_low = 0, b_high = 0
     address_range(a, &a_low, &a_high)
     address_range(b, &b_low, &b_high)
@@ -68,6 +69,7 @@ cdef bint ranges_meet(object a, object b) noexcept:
 
 
 cdef void address_range(object array, uintptr_t *low, uintptr_t *high) noexcept:
+    """Set the first address of an array's elements, and the first behind them."""
     cdef int i
     cdef int64_t span
     low[0] = high[0] = <uintptr_t>cnp.PyArray_DATA(array)
@@ -148,7 +150,7 @@ cdef bint set_plain_input(Job job, fbn_tensor *slot, object x, object tensor):
 
 
 cdef bint is_running(object values, object x, object y, int64_t channels):
-    """Whether running statistics, or None, are plain, writable and apart from x and y."""
+    """Whether running statistics, or None, are plain, writable without gaps (`is_target`), and apart from x and y."""
     return values is None or (
         has_channels(values, channels) and is_target(values, values) and not ranges_meet(values, x) and not ranges_meet(values, y)
     )
