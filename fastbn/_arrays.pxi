@@ -14,7 +14,7 @@ def activation_codes():
     return dict(ACTIVATIONS)
 
 
-cdef inline int code_of(object array):
+cpdef int numpy_code(array):
     """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
     cdef int number
     if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISBEHAVED_RO(array):
@@ -27,8 +27,8 @@ cdef inline int code_of(object array):
     return <int>FBN_FLOAT16 if number == cnp.NPY_FLOAT16 else -1
 
 
-cdef inline bint has_channels(object array, int64_t length):
-    """Whether an object is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
+cpdef bint is_vector(array, int64_t length):
+    """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
     return (
         cnp.PyArray_CheckExact(array)
         and (cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64)
@@ -55,12 +55,12 @@ cdef bint looks_like(object array, object other):
     return True
 
 
-cdef bint is_target(object array, object other):
-    """Whether an object can be written, and looks like another."""
+cpdef bint is_like(array, other):
+    """Whether array is an ndarray of other's dtype, shape and strides, aligned and writable, without gaps."""
     return looks_like(array, other) and cnp.PyArray_ISWRITEABLE(array)
 
 
-cdef bint ranges_meet(object a, object b) noexcept:
+cpdef bint may_overlap(a, b) noexcept:
     """Whether the address ranges of two arrays meet."""
     cdef uintptr_t a_low = 0, a_high = 0, b_low = 0, b_high = 0
     address_range(a, &a_low, &a_high)
@@ -86,7 +86,7 @@ cdef void address_range(object array, uintptr_t *low, uintptr_t *high) noexcept:
 
 cdef bint is_apart(object array, object other):
     """Whether another tensor, or None, is array itself or lies elsewhere."""
-    return other is None or other is array or not ranges_meet(array, other)
+    return other is None or other is array or not may_overlap(array, other)
 
 
 cdef bint set_dense_sizes(Job job, object x, int axis):
@@ -104,7 +104,7 @@ cdef bint set_dense_sizes(Job job, object x, int axis):
 cdef Job plain_job(object x, object weight, object bias, object eps, object axis, object activation):
     """A job over an input with what every call has, or None where something is not plain."""
     cdef Job job
-    cdef int code = code_of(x)
+    cdef int code = numpy_code(x)
     cdef int ndim
     cdef long index
     if code < 0 or not cnp.PyArray_IS_C_CONTIGUOUS(x) or type(axis) is not int or type(eps) is not float or not 0 <= <double>eps < INFINITY:
@@ -121,7 +121,7 @@ cdef Job plain_job(object x, object weight, object bias, object eps, object axis
     job.set_settings(eps, 0)
     if not set_dense_sizes(job, x, index + ndim if index < 0 else index):
         return None
-    if not (weight is None or has_channels(weight, job.c.C)) or not (bias is None or has_channels(bias, job.c.C)):
+    if not (weight is None or is_vector(weight, job.c.C)) or not (bias is None or is_vector(bias, job.c.C)):
         return None
     job.set_dense(&job.c.x, <char *>cnp.PyArray_DATA(x))
     job.set_values(&job.c.weight, weight, "weight")
@@ -133,7 +133,7 @@ cdef object plain_output(Job job, object x, object other, object out):
     """The array that a job writes, a new one or out; None where out is not plain, or overlaps x or the other input."""
     if out is None:
         out = PyArray_NewLikeArray(<cnp.ndarray>x, cnp.NPY_KEEPORDER, NULL, 0)
-    elif not (is_target(out, x) and is_apart(out, x) and is_apart(out, other)):
+    elif not (is_like(out, x) and is_apart(out, x) and is_apart(out, other)):
         return None
     job.set_dense(&job.c.out, <char *>cnp.PyArray_DATA(out))
     return out
@@ -150,15 +150,15 @@ cdef bint set_plain_input(Job job, fbn_tensor *slot, object x, object tensor):
 
 
 cdef bint is_running(object values, object x, object y, int64_t channels):
-    """Whether running statistics, or None, are plain, writable without gaps (`is_target`), and apart from x and y."""
+    """Whether running statistics, or None, are plain, writable without gaps (`is_like`), and apart from x and y."""
     return values is None or (
-        has_channels(values, channels) and is_target(values, values) and not ranges_meet(values, x) and not ranges_meet(values, y)
+        is_vector(values, channels) and is_like(values, values) and not may_overlap(values, x) and not may_overlap(values, y)
     )
 
 
 cdef bint is_moment(object values, int64_t channels):
     """Whether an object is a contiguous array of float64, one value per channel."""
-    return has_channels(values, channels) and cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT64 and cnp.PyArray_IS_C_CONTIGUOUS(values)
+    return is_vector(values, channels) and cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT64 and cnp.PyArray_IS_C_CONTIGUOUS(values)
 
 
 def are_moments(mean, m2):
@@ -171,7 +171,7 @@ def are_moments(mean, m2):
 def infer_arrays(x, mean, var, weight, bias, eps, axis, activation, residual, out):
     """y of the inference form, or None where an argument is not plain, and nothing done."""
     cdef Job job = plain_job(x, weight, bias, eps, axis, activation)
-    if job is None or not has_channels(mean, job.c.C) or not has_channels(var, job.c.C):
+    if job is None or not is_vector(mean, job.c.C) or not is_vector(var, job.c.C):
         return None
     if not set_plain_input(job, &job.c.residual, x, residual):
         return None
@@ -195,7 +195,7 @@ def train_arrays(x, weight, bias, running_mean, running_var, momentum, unbiased,
     y = plain_output(job, x, residual, out)
     if y is None or not is_running(running_mean, x, y, job.c.C) or not is_running(running_var, x, y, job.c.C):
         return None
-    if running_mean is not None and running_var is not None and ranges_meet(running_mean, running_var):
+    if running_mean is not None and running_var is not None and may_overlap(running_mean, running_var):
         return None
     job.set_running(running_mean, running_var, momentum, unbiased)
     moments = new_moments(job.c.C)

@@ -141,29 +141,9 @@ def new_like(array):
     return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
 
 
-def numpy_code(array):
-    """The number in fbn_dtype of an ndarray of a NumPy type, aligned and in native byte order, or -1."""
-    return code_of(array)
-
-
-def is_vector(array, int64_t length):
-    """Whether array is an ndarray of float32 or float64, aligned, in native byte order, of shape (length,)."""
-    return has_channels(array, length)
-
-
-def is_like(array, other):
-    """Whether array is an ndarray of other's dtype, shape and strides, aligned and writable, without gaps."""
-    return is_target(array, other)
-
-
 def is_aligned(array):
     """Whether every element lies at a multiple of its size, and every stride is one."""
     return cnp.PyArray_ISALIGNED(array)
-
-
-def may_overlap(a, b):
-    """Whether the address ranges of two arrays meet."""
-    return ranges_meet(a, b)
 
 
 def is_separate(array, *others):
@@ -177,7 +157,7 @@ def is_separate(array, *others):
 def is_disjoint(array, *others):
     """Whether each of the others but None has an address range of its own."""
     for other in others:
-        if other is not None and ranges_meet(array, other):
+        if other is not None and may_overlap(array, other):
             return False
     return True
 
