@@ -58,7 +58,7 @@ SHAPES = [
     (32, 64, 112, 112),
 ]
 TURNS = 6
-REST = 0.01  # seconds before a turn, in which the threads of the side before stop waiting for work (OpenMP's wait some 4 ms)
+REST = 0.01  # seconds before a turn, in which the threads of the side before stop waiting for work: OpenMP's take 8 ms here
 ROOF_SOURCE = """
 #include <emmintrin.h>
 #include <stddef.h>
