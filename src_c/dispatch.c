@@ -50,6 +50,15 @@ const fbn_kernels *fbn_table(void) {
     return row;
 }
 
+const fbn_kernels *fbn_table_of_short_rows(void) {
+    const fbn_kernels *row = fbn_table();
+#if defined(__x86_64__)
+    if (row == &fbn_kernels_avx512)
+        row = &fbn_kernels_avx2;
+#endif
+    return row;
+}
+
 const char *fbn_isa_name(int index) {
     const fbn_kernels *row = available(index);
     return row ? row->isa : NULL;

@@ -45,10 +45,13 @@ typedef struct {
     int64_t out_stride, dresidual_stride, dy_stride, x_stride, residual_stride;
     const void *center, *scale, *shift, *slope, *offset;
     const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
-    int64_t prefetch; /* elements to what is read next; by columns: to what is prefetched, or more; or 0. docs/numerics.md: prefetch */
+    /* Elements from what is read to what is prefetched, or 0; by columns: so many at least. A reduction by planes has another number for
+     * dy, and prefetches so many rows ahead. docs/numerics.md: prefetch. */
+    int64_t prefetch, dy_prefetch, rows_ahead;
     fbn_activation activation;
     int frozen;
     int short_planes; /* layout ncs: the planes of the job are short */
+    int short_rows;   /* layout nsc: the rows of the job are short and lie apart. docs/numerics.md: short rows apart */
     int in_core;      /* the tensors of the job are in the core's cache */
     int outgrows;     /* what a map reads and writes, or a reduction reads, is more than the last cache keeps of it */
     int stream;       /* a map stores past the cache, a reduction prefetches more. docs/numerics.md: streaming stores; prefetch */
@@ -84,5 +87,7 @@ extern const fbn_kernels fbn_kernels_scalar, fbn_kernels_sse2, fbn_kernels_avx2,
 
 /* The kernels of the ISA in use. */
 const fbn_kernels *fbn_table(void);
+/* Those for short rows that lie apart. docs/numerics.md: short rows apart. */
+const fbn_kernels *fbn_table_of_short_rows(void);
 
 #endif

@@ -13,7 +13,7 @@
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 /* Until they are read, and where the system does not tell. docs/numerics.md: caches. */
-static int64_t core_cache = 512 << 10, last_cache = 8 << 20;
+static int64_t first_cache = 32 << 10, core_cache = 512 << 10, last_cache = 8 << 20;
 
 static int read_line(const char *path, char *line, int size) {
     FILE *file = fopen(path, "r");
@@ -42,11 +42,18 @@ static void read_caches(void) {
         if (!read_line(path, line, sizeof line) || sscanf(line, "%lld%c", &size, &unit) < 1)
             continue;
         size *= unit == 'M' ? 1 << 20 : unit == 'K' ? 1 << 10 : 1;
+        if (size > 0 && level == 1)
+            first_cache = size;
         if (size > 0 && level == 2)
             core_cache = size;
         if (size > 0 && level >= 2)
             last_cache = size;
     }
+}
+
+int64_t fbn_first_cache(void) {
+    pthread_once(&once, read_caches);
+    return first_cache;
 }
 
 int64_t fbn_core_cache(void) {

@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-/* Bytes of the cache of one core (level 2) and of the last cache before memory. */
+/* Bytes of the two caches of one core, levels 1 and 2, and of the last cache before memory. */
+int64_t fbn_first_cache(void);
 int64_t fbn_core_cache(void);
 int64_t fbn_last_cache(void);
 /* CPUs this process may use: affinity mask and cgroup quota. */

@@ -13,7 +13,7 @@ static void *element(const fbn_tensor *tensor, int64_t bytes, int64_t n, int64_t
 static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64_t c, int64_t s, int along_n, int64_t step) {
     const fbn_job *job = plan->job;
     const int64_t bytes = plan->element_bytes;
-    piece->rows = piece->cols = piece->period = piece->prefetch = 0;
+    piece->rows = piece->cols = piece->period = piece->prefetch = piece->dy_prefetch = piece->rows_ahead = 0;
     piece->out = element(&job->out, bytes, n, c, s);
     piece->dresidual = element(&job->dresidual, bytes, n, c, s);
     piece->sum = piece->dot = NULL;
@@ -29,6 +29,7 @@ static void begin_piece(fbn_piece *piece, const fbn_plan *plan, int64_t n, int64
     piece->activation = job->activation;
     piece->frozen = job->frozen;
     piece->short_planes = job->S < FBN_SHORT_PLANE;
+    piece->short_rows = plan->short_rows;
     piece->in_core = plan->in_core;
     piece->outgrows = plan->outgrows;
     piece->stream = plan->stream;
@@ -71,8 +72,15 @@ void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int6
     piece->sum = plan->scratch.sums + 2 * tile * job->C + c;
     piece->dot = piece->sum + job->C;
     /* The next piece follows in memory, unless another thread takes it. */
-    if (plan->stream && plan->threads == 1 && cols == job->S)
-        piece->prefetch = channels * cols;
+    if (plan->stream && (plan->threads == 1 || plan->reduction.in_first) && cols == job->S)
+        piece->prefetch = plan->reduction.group_channels * cols;
+}
+
+void fbn_prefetch_planes(fbn_piece *piece, const fbn_plan *plan) {
+    const fbn_reduction_plan *reduction = &plan->reduction;
+    piece->rows_ahead = reduction->rows_ahead;
+    piece->prefetch = reduction->rows_ahead ? reduction->rows_ahead * piece->x_stride : reduction->prefetch;
+    piece->dy_prefetch = reduction->rows_ahead ? reduction->rows_ahead * piece->dy_stride : reduction->prefetch;
 }
 
 void fbn_piece_of_rows(fbn_piece *piece, const fbn_plan *plan, const int64_t *offsets, int64_t count, int64_t c, int64_t channels) {
@@ -123,13 +131,16 @@ void fbn_piece_of_map(fbn_piece *piece, const fbn_plan *plan, int64_t sample, in
     if (!by_columns) {
         set_constants(piece, plan, plan->scratch.constants, c);
         piece->period = cols;
+        piece->prefetch = plan->map.group_ahead ? channels * cols : 0;
         return;
     }
     FBN_ASSERT(c == 0 && channels == plan->job->C);
     set_constants(piece, plan, plan->scratch.tables, 0);
     piece->period = plan->map.period;
-    if (plan->memory.contiguous) {
-        piece->rows = 1;
-        piece->cols *= count;
+    if (!plan->memory.contiguous) {
+        piece->stream = 0; /* rows apart begin and end with parts of lines */
+        return;
     }
+    piece->rows = 1;
+    piece->cols *= count;
 }

@@ -6,6 +6,8 @@
 
 /* By planes: tile `tile` of channel c and, in a map, of the channels behind it that lie side by side. */
 void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int64_t channels, int64_t tile);
+/* Sets what a reduction of such a piece prefetches. */
+void fbn_prefetch_planes(fbn_piece *piece, const fbn_plan *plan);
 
 /* `count` rows, at offsets in elements, of channels that lie side by side, from channel c on; its sums go where those of the first tile
  * will be. */

@@ -25,8 +25,8 @@ enum {
     LEAST_GROUP = 128,            /* and as few where several threads share them */
     LEAST_RUN = 512,              /* columns of a group that is mapped after its reduction */
     LONG_RUN = 2048,              /* by planes: elements of neighboring channels that are mapped as one run */
-    PREFETCH = 4096,              /* by columns: bytes from what is read to what is prefetched, in one stream */
-    FIRST_CACHE = 16384,          /* elements that stay in the level-1 cache from a reduction to its map */
+    PREFETCH = 4096,              /* bytes from what a reduction reads to what it prefetches */
+    SHORT_ROW = 256,              /* bytes of rows apart from which on they are not short */
     LEAST_CHUNK = 8192,           /* elements of a task of a map, */
     MOST_CHUNK = 65536,           /* and as many on one thread, */
     STREAM_CHUNK = 262144,        /* or so many where it streams, */
@@ -83,13 +83,12 @@ static int all_strides(const fbn_job *job, stride_of *a, int64_t times, stride_o
 }
 
 /* Bytes of all tensors that a job reads or writes. */
-static int64_t traffic(const fbn_plan *plan) {
-    const fbn_job *job = plan->job;
+static int64_t traffic(const fbn_job *job, int64_t bytes) {
     const fbn_tensor *const tensors[] = {&job->x, &job->out, &job->dy, &job->residual, &job->dresidual};
     int64_t count = 0;
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         count += tensors[i]->data != NULL;
-    return count * job->N * job->C * job->S * plan->element_bytes;
+    return count * job->N * job->C * job->S * bytes;
 }
 
 /* Bytes of a job that stay in the last cache. What a reduction reads leaves less room for what its map writes. docs/numerics.md: streaming
@@ -125,11 +124,10 @@ static fbn_way usual_way(const fbn_plan *plan) {
 
 /* Lists the ways of running a job that are worth comparing, those first that take less of the machine; returns how many. */
 static int list_ways(const fbn_plan *plan, fbn_way *ways) {
-    const int64_t bytes = traffic(plan);
     const fbn_way usual = usual_way(plan);
     const int most = usual.threads, stream = usual.stream;
-    const int compare_stores = plan->job->out.data != NULL && !is_in_place(plan->job) && bytes > 2 * fbn_core_cache() &&
-                               bytes <= CERTAINLY_LARGE * most_cached(plan);
+    const int compare_stores = plan->job->out.data != NULL && !is_in_place(plan->job) && plan->bytes > 2 * fbn_core_cache() &&
+                               plan->bytes <= CERTAINLY_LARGE * most_cached(plan);
     const int compare_threads = most > 1 && work_of(plan) < (int64_t)most * CERTAIN_SHARE;
     int count = 0;
     if (compare_threads)
@@ -172,22 +170,25 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
     const fbn_job *job = plan->job;
     fbn_reduction_plan *reduction = &plan->reduction;
     const int64_t channel = job->N * job->S;
-    const int64_t in_core = channels_in_core(plan);
+    const int64_t in_core = channels_in_core(plan), in_first = fbn_first_cache() / (plan->bytes / job->C);
     reduction->layout = FBN_NCS;
     reduction->tile_rows = larger(1, FBN_PLANE_TILE / job->S);
     reduction->tiles = job->S <= FBN_PLANE_TILE ? ceil_div(job->N, reduction->tile_rows) : job->N * ceil_div(job->S, FBN_PLANE_TILE);
     /* A short plane is better mapped in one run of memory with its neighbors. */
     reduction->joined = plan->memory.adjacent && job->S < FBN_SHORT_PLANE;
-    reduction->interleaved = job->S >= FBN_SHORT_PLANE && in_core >= 2 && job->out.data != NULL && !job->frozen;
-    int64_t group = FIRST_CACHE / channel;
-    if (reduction->joined && plan->threads == 1)
-        group = in_core;
-    else if (!reduction->interleaved)
-        group = smaller(larger(ceil_div(LONG_RUN, job->S), group), in_core);
-    if (plan->threads > 1)
+    reduction->in_first = job->S >= FBN_SHORT_PLANE && in_first > 0;
+    reduction->interleaved = job->S >= FBN_SHORT_PLANE && !reduction->in_first && in_core >= 2 && job->out.data != NULL && !job->frozen;
+    int64_t group = in_first;
+    if (reduction->joined)
+        group = plan->threads == 1 ? in_core : smaller(larger(ceil_div(LONG_RUN, job->S), in_first), in_core);
+    if (plan->threads > 1 && !reduction->in_first)
         group = larger(group, smaller(FBN_PLANE_TILE, channel * job->C / plan->threads) / channel);
     reduction->group_channels = smaller(larger(1, group), job->C);
     reduction->groups = ceil_div(job->C, reduction->group_channels);
+    if (reduction->in_first)
+        reduction->prefetch = plan->bytes > fbn_last_cache() ? reduction->group_channels * job->S : 0;
+    else if (plan->stream)
+        reduction->rows_ahead = ceil_div(job->N * PREFETCH, channel_bytes(plan));
     reduction->fused = plan->threads == 1 || reduction->groups >= 4 * plan->threads;
     reduction->task_channels = plan->threads > 1 ? reduction->group_channels * larger(1, reduction->groups / (4 * plan->threads)) : job->C;
 }
@@ -218,6 +219,8 @@ static void fuse_columns(fbn_plan *plan) {
     reduction->group_channels = group;
     reduction->groups = groups;
     reduction->fused = 1;
+    const int is_crowded = job->x.n * plan->element_bytes % 4096 == 0;
+    plan->map.group_ahead = job->dy.data == NULL || (plan->bytes > fbn_last_cache() && !is_crowded);
 }
 
 static void plan_reduction_by_columns(fbn_plan *plan) {
@@ -305,8 +308,12 @@ static void cut(fbn_plan *plan) {
         plan_reduction_by_planes(plan);
     plan->map.layout = channels_last || (adjacent && job->S < LEAST_PLANE) ? FBN_NSC : FBN_NCS;
     plan_map(plan);
-    if (plan->map.layout == FBN_NSC)
+    if (plan->map.layout == FBN_NSC) {
         plan->reduction.fused = 0;
+        plan->short_rows = !plan->memory.contiguous && job->C * plan->memory.span * plan->element_bytes < SHORT_ROW;
+        if (plan->short_rows && plan->element_bytes >= 4)
+            plan->kernels = fbn_table_of_short_rows();
+    }
     plan->reduction.kept = keeps_tiles(plan) ? plan->reduction.tiles : 1;
 }
 
@@ -356,7 +363,8 @@ static void begin_plan(fbn_plan *plan, const fbn_job *job) {
     plan->constant_bytes = job->dtype == FBN_FLOAT64 ? 8 : 4;
     plan->map_only = job->out.data != NULL &&
                      (job->dy.data ? job->frozen && job->dweight.data == NULL && job->dbias.data == NULL : job->batch_mean == NULL);
-    plan->outgrows = traffic(plan) > most_cached(plan);
+    plan->bytes = traffic(job, plan->element_bytes);
+    plan->outgrows = plan->bytes > most_cached(plan);
 }
 
 int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
@@ -365,7 +373,7 @@ int64_t fbn_plan_job(fbn_plan *plan, const fbn_job *job, void *work) {
     FBN_ASSERT(way.threads >= 1 && way.threads <= job->threads);
     plan->threads = way.threads;
     plan->stream = way.stream;
-    plan->in_core = traffic(plan) <= plan->threads * fbn_core_cache();
+    plan->in_core = plan->bytes <= plan->threads * fbn_core_cache();
     if (job->N * job->C * job->S > 0)
         cut(plan);
     return lay_out(plan, work);
@@ -429,7 +437,7 @@ void fbn_describe(fbn_description *description, const fbn_job *job) {
     description->reduces_by_columns = plan.reduction.layout == FBN_NSC;
     description->maps_by_columns = plan.map.layout == FBN_NSC;
     description->fused = plan.reduction.fused;
-    description->bytes = traffic(&plan);
+    description->bytes = plan.bytes;
     description->most_bytes = most_cached(&plan);
     description->core_cache = fbn_core_cache();
     description->last_cache = fbn_last_cache();

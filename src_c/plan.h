@@ -30,11 +30,13 @@ typedef struct {
     int64_t kept;                   /* tiles whose sums are kept until all are added up; 1 where each is added as it comes */
     int64_t row_samples;            /* by columns: samples in a row, */
     int64_t full_rows, left_over;   /* the full rows in each outer place, and the samples that fill none */
-    int64_t prefetch;               /* by columns: what a piece has, 0 in the core's cache */
+    int64_t prefetch;               /* elements, as in a piece, or 0 */
+    int64_t rows_ahead;             /* by planes: rows, or 0 */
     int outgrows;                   /* by columns: what is read is more than half of the last cache */
     int64_t group_channels, groups; /* channels that are reduced together, and how many such groups there are */
     int joined;                     /* by planes: short planes of neighboring channels lie side by side and are reduced together */
     int fused;                      /* the map of a group, by planes, follows its reduction, while it is in the core's cache */
+    int in_first;                   /* by planes: what a group reads and writes fits the level-1 cache of a core */
     int interleaved;                /* by planes, fused, and one kernel maps a group while it reduces the next */
     int64_t task_channels;          /* by planes, fused: channels of a task */
 } fbn_reduction_plan;
@@ -42,6 +44,7 @@ typedef struct {
 typedef struct {
     fbn_layout layout;
     int64_t period;                                    /* by columns: values of a table of constants */
+    int group_ahead;                                   /* after a reduction by columns: prefetches the next group */
     int64_t chunk_samples, chunk_channels, chunk_cols; /* a task: so many samples, channels and elements of a channel's plane */
     int64_t chunks;
 } fbn_map_plan;
@@ -61,11 +64,13 @@ typedef struct {
     const fbn_job *job;
     const fbn_kernels *kernels;
     int64_t element_bytes, constant_bytes;
-    int threads;  /* of the job, or 1 where it is small */
-    int stream;   /* of the way that was chosen: maps store past the last cache, reductions prefetch more */
-    int in_core;  /* the cores of the job's threads cache all tensors */
-    int outgrows; /* the tensors are more than the last cache keeps of them, whether the job streams or not */
-    int map_only; /* nothing to add up: inference, or dx alone through frozen statistics */
+    int64_t bytes;  /* of all tensors */
+    int threads;    /* of the job, or 1 where it is small */
+    int stream;     /* of the way that was chosen: maps store past the last cache, reductions prefetch more */
+    int in_core;    /* the cores of the job's threads cache all tensors */
+    int outgrows;   /* the tensors are more than the last cache keeps of them, whether the job streams or not */
+    int short_rows; /* by columns: rows are short and lie apart */
+    int map_only;   /* nothing to add up: inference, or dx alone through frozen statistics */
     fbn_memory_order memory;
     fbn_reduction_plan reduction;
     fbn_map_plan map;

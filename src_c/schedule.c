@@ -23,6 +23,7 @@ static void reduce_planes(const fbn_run *run, int64_t first, int64_t channels, i
     const int64_t together = run->plan.reduction.joined ? channels : 1;
     for (int64_t c = first; c < first + channels; c += together) {
         fbn_piece_of_planes(&piece, &run->plan, c, together, tile);
+        fbn_prefetch_planes(&piece, &run->plan);
         call(run, run->reduce_op, FBN_NCS, &piece);
     }
 }
@@ -43,6 +44,7 @@ static void reduce_and_map(const fbn_run *run, int64_t first, int64_t mapped, in
     fbn_piece pieces[2];
     for (int64_t i = 0; i < channels; i++) {
         fbn_piece_of_planes(&pieces[0], &run->plan, first + i, 1, tile);
+        fbn_prefetch_planes(&pieces[0], &run->plan);
         fbn_piece_of_planes(&pieces[1], &run->plan, mapped + i, 1, tile);
         call(run, op, FBN_NCS, pieces);
     }
