@@ -8,7 +8,7 @@ import numpy as np
 
 from fastbn import _check
 from fastbn._native import Job, new_like
-from fastbn.geometry import arrange, deliver, values_per_channel
+from fastbn.geometry import arrange, arrange_parts, deliver, values_per_channel
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def infer(
     var = _check.running_variance(var, "var", channels, eps)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, added)
-    layout, (x, target, added) = arrange(axis, x, y, added)
-    Job(layout, dtype, code, eps).infer(x=x, out=target, residual=added, mean=mean, var=var, weight=weight, bias=bias)
-    return deliver(out, y, target)
+    for layout, (source, target, residual), part in arrange_parts(axis, x, y, added):
+        Job(layout, dtype, code, eps).infer(x=source, out=target, residual=residual, mean=mean, var=var, weight=weight, bias=bias)
+        deliver(None, part, target)
+    return y if out is None else out
 
 
 def train(

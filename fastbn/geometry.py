@@ -10,13 +10,17 @@ import numpy as np
 from fastbn import _native
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TypeVarTuple
 
     from fastbn._types import Array, Sizes
 
     ArraysT = TypeVarTuple("ArraysT")
 
-__all__ = ["Layout", "arrange", "deliver", "find_layout", "values_per_channel"]
+__all__ = ["Layout", "arrange", "arrange_parts", "deliver", "find_layout", "values_per_channel"]
+
+# Elements of a part: copies of three tensors of it, of float32, fit the cache of a core.
+_PART = 1 << 16
 
 
 class Layout(NamedTuple):
@@ -37,16 +41,49 @@ class Layout(NamedTuple):
 
 def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*ArraysT]]:
     """Return the layout of the arrays of one call, and these arrays, or C-contiguous copies where they have no layout in common."""
-    sizes = _native.dense_layout(axis, arrays)
-    if sizes is not None:
-        return sizes, arrays
-    given: tuple[Any, ...] = arrays  # arrays and None, which a checker cannot be told of ArraysT
-    x = given[0]
-    layout = find_layout(x.shape, axis, x.itemsize, *[array.strides for array in given if array is not None])
+    layout = _common_layout(axis, arrays)
     if layout is not None:
         return layout, arrays
-    copies: tuple[*ArraysT] = tuple(array if array is None else array.copy(order="C") for array in given)  # type: ignore[assignment]
-    return arrange(axis, *copies)
+    copies = _contiguous(arrays)
+    return _layout_of_contiguous(axis, copies), copies
+
+
+def arrange_parts(
+    axis: int, x: Array, y: Array, added: Array | None
+) -> Iterator[tuple[Sizes | Layout, tuple[Array, Array, Array | None], Array]]:
+    """Yield what `arrange` returns of an elementwise call, and y; in parts whose copies stay in a core's cache where copies are needed.
+
+    A part is of some indexes of the axis along which x has its largest stride.
+    """
+    along = max((i for i, size in enumerate(x.shape) if i != axis and size > 1), key=lambda i: abs(x.strides[i]), default=None)
+    if along is None or x.size <= _PART or _common_layout(axis, (x, y, added)) is not None:
+        yield *arrange(axis, x, y, added), y
+        return
+    step = max(1, _PART * x.shape[along] // x.size)
+    for start in range(0, x.shape[along], step):
+        index = (slice(None),) * along + (slice(start, start + step),)
+        part = y[index]
+        copies = _contiguous((x[index], part, None if added is None else added[index]))
+        yield _layout_of_contiguous(axis, copies), copies, part
+
+
+def _contiguous(arrays: tuple[*ArraysT]) -> tuple[*ArraysT]:
+    given: tuple[Any, ...] = arrays  # arrays and None, which a checker cannot be told of ArraysT
+    return tuple(array if array is None or array.flags.c_contiguous else array.copy(order="C") for array in given)
+
+
+def _common_layout(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout | None:
+    sizes: Sizes | None = _native.dense_layout(axis, arrays)
+    if sizes is not None:
+        return sizes
+    x = arrays[0]
+    return find_layout(x.shape, axis, x.itemsize, *[array.strides for array in arrays if array is not None])
+
+
+def _layout_of_contiguous(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout:
+    layout = _common_layout(axis, arrays)
+    assert layout is not None  # C-contiguous arrays always have one
+    return layout
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@
 #include "machine.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 /* docs/numerics.md, tiles and tasks, says for each where it comes from. Those of the first block decide the order of additions: another
  * value gives other bits. */
@@ -280,6 +281,8 @@ static void plan_map(fbn_plan *plan) {
         map->chunk_channels = C;
     } else if (memory->adjacent && channel <= chunk)
         map->chunk_channels = chunk / channel;
+    else if (channel <= chunk && llabs(plan->job->out.n) < llabs(plan->job->out.c))
+        map->chunk_samples = chunk / channel;
     else
         map->chunk_cols = smaller(chunk, channel);
     map->chunks = memory->outer * ceil_div(memory->samples, map->chunk_samples) * ceil_div(C, map->chunk_channels) *
