@@ -14,7 +14,7 @@ test: build
 	$(PYTHON) -m pytest
 
 # Tests of the arrays, which need neither onnx nor onnxruntime.
-ARRAY_TESTS = $(patsubst %,tests/test_%.py,addresses affine batch_norm check config exchange functional kernel_numerics kernels layers \
+ARRAY_TESTS = $(patsubst %,tests/test_%.py,addresses affine batch_norm check config copies exchange functional kernel_numerics kernels layers \
   memory plain_arrays random_calls stats stress threads wide)
 print-array-tests:
 	@echo $(ARRAY_TESTS)

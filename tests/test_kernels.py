@@ -29,6 +29,8 @@ CASES = [
     ((2, 5, 130, 150), 1),
     ((5, 3, 4, 4), 1),
     ((7, 40, 17), 1),
+    ((2, 70, 28, 28), 1),
+    ((1, 37, 513), 1),
 ]
 
 
@@ -189,6 +191,52 @@ def test_where_a_large_array_begins_changes_no_bit(channels, dtype, activation):
         for threads in (1, 2):
             fastbn.set_num_threads(threads)
             assert gradient(*places) == want
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("samples", "plane"), [(2, 777), (20, 777), (1, 20), (20, 20)])
+def test_where_planes_past_the_cache_begin_changes_no_bit(samples, plane, dtype, isa):
+    """A tensor that is stored past the cache: the first and the last line of a plane, or of a run of planes, belong to others too."""
+    job = _native.Job((samples, 64, plane), dtype_code(dtype)).describe(strides=(64 * plane, plane), has_dy=True, has_stats=False)
+    channels = 4 * job["most_bytes"] // (3 * dtype.itemsize * samples * plane) + 3
+    if samples * channels * plane > 1 << 24:
+        pytest.skip(f"{job['last_cache'] >> 20} MB of the last cache")
+    shape = (samples, channels, plane)
+    plan = _native.Job(shape, dtype_code(dtype)).describe(strides=(channels * plane, plane), has_dy=True, has_stats=False)
+    assert plan["streams"]
+    x = np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
+    weight = np.linspace(0.5, 2, channels)
+    with fastbn.use_isa(isa):
+        stats = fastbn.batch_stats(x)
+
+        def results(place):
+            y, out = at(place, x), at(place, x)
+            fastbn.batch_norm_train(x, weight, weight, out=y)
+            fastbn.batch_norm_backward(x, x, stats, weight, weight, activation="relu", out=out)
+            return y.tobytes(), out.tobytes()
+
+        assert results(0) == results(16) == results(64 - dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("channels", [1, 5, 16, 40, 63, 64, 130])
+def test_rows_apart_have_the_same_bits_on_every_isa(channels, dtype):
+    """A slice of the channels of a larger tensor, whose other channels stay as they are."""
+    rng = np.random.default_rng(channels)
+    x, dy, residual = (rng.standard_normal((7, 29, channels + 9)).astype(dtype)[..., 3:-6] for _ in range(3))
+    weight, bias = rng.standard_normal((2, channels))
+    for activation in (None, "relu"):
+        with fastbn.use_isa("scalar"):
+            want = everything(x, dy, residual, weight, bias, -1, activation)
+        for isa in ISAS:
+            with fastbn.use_isa(isa):
+                assert everything(x, dy, residual, weight, bias, -1, activation) == want
+                whole = np.full((7, 29, channels + 9), 7, dtype)
+                y, _ = fastbn.batch_norm_train(x, weight, bias, axis=-1, activation=activation, residual=residual, out=whole[..., 3:-6])
+                assert y.tobytes() == want[0]
+                assert np.all(whole[..., :3] == 7)
+                assert np.all(whole[..., -6:] == 7)
 
 
 @pytest.mark.parametrize("shape", [(90_001, 230), (2_500, 9_000)], ids=["tiles", "groups"])
