@@ -3,8 +3,8 @@
 What holds for all of them: float16 and bfloat16 are computed in float32 and rounded once. Results are the same bits for any number of
 threads and on every instruction set (any NaN counts as the same), for one shape and one set of strides. The strides decide in which order
 sums are added: a slice and its contiguous copy may differ by rounding. Channels first, channels last and every slice of them are read in
-place; only where neither the channels nor the innermost axis have stride 1, or the arrays of the call lie in different orders, the call
-works on C-contiguous copies.
+place; only where neither the channels nor the innermost axis have stride 1, more than two other axes cannot be joined, or the arrays of the
+call lie in different orders, those that are not C-contiguous are copied: in parts for `batch_norm`.
 """
 
 from __future__ import annotations

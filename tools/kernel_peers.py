@@ -112,7 +112,7 @@ def build_onednn(folder, prefix):
 
 
 class OneDNN:
-    """oneDNN on the memory of a case or, blocked, on copies in blocks of 16 channels, which lie in memory of NumPy as all that is timed."""
+    """oneDNN on the memory of a case or, blocked, on copies in blocks of channels, which lie in memory of NumPy as all that is timed."""
 
     def __init__(self, functions, case, threads, blocked):
         self.functions, self.case = functions, case

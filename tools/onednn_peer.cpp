@@ -20,6 +20,12 @@ struct Peer {
     int threads;
 };
 
+/* The blocks that oneDNN's own convolutions have: as many channels as a vector has float32. */
+memory::format_tag blocks() {
+    const int isa = static_cast<int>(dnnl::get_effective_cpu_isa()), avx512 = static_cast<int>(dnnl::cpu_isa::avx512_core);
+    return (isa & avx512) == avx512 ? memory::format_tag::nChw16c : memory::format_tag::nChw8c;
+}
+
 void reorder(Peer &peer, memory &from, memory &to) {
     dnnl::reorder(from, to).execute(peer.stream, from, to);
     peer.stream.wait();
@@ -29,8 +35,8 @@ void reorder(Peer &peer, memory &from, memory &to) {
 
 extern "C" {
 
-/* layout: 0 NCHW, 1 NHWC, 2 blocks of 16 channels; is_bfloat16: of x, dy and out. `plain` are x, dy and out of the caller, NCHW where the
- * layout is 2, and `blocked` is room for their blocks, channels rounded up to 16. `values` has seven vectors of C floats: weight, bias,
+/* layout: 0 NCHW, 1 NHWC, 2 blocks of 16 or 8 channels; is_bfloat16: of x, dy and out. `plain` are x, dy and out of the caller, NCHW where
+ * the layout is 2, and `blocked` is room for their blocks, channels rounded up to 16. `values` has seven vectors of C floats: weight, bias,
  * mean, var, the mean and the variance of the batch, and room for a gradient. NULL where oneDNN refuses. */
 void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, void *const *plain, void *const *blocked,
                 float *values) try {
@@ -40,7 +46,7 @@ void *peer_open(int layout, int is_bfloat16, int threads, const int64_t *shape, 
     peer->threads = threads;
     const memory::dims dims(shape, shape + 4);
     const auto type = is_bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
-    const tag tags[] = {tag::nchw, tag::nhwc, tag::nChw16c};
+    const tag tags[] = {tag::nchw, tag::nhwc, blocks()};
     const memory::desc tensor(dims, type, tags[layout]), given(dims, type, layout == 1 ? tag::nhwc : tag::nchw);
     const memory::desc vector({shape[1]}, memory::data_type::f32, tag::a);
     memory *const own[] = {&peer->x, &peer->dy, &peer->out};
