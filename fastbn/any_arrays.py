@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 
@@ -35,10 +35,16 @@ def infer(
     var = _check.running_variance(var, "var", channels, eps)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, added)
-    for layout, (source, target, residual), part in arrange_parts(axis, x, y, added):
-        Job(layout, dtype, code, eps).infer(x=source, out=target, residual=residual, mean=mean, var=var, weight=weight, bias=bias)
+    parameters = {"mean": _apart(mean, y), "var": _apart(var, y), "weight": _apart(weight, y), "bias": _apart(bias, y)}
+    for layout, (source, target, added_part), part in arrange_parts(axis, x, y, added):
+        Job(layout, dtype, code, eps).infer(x=source, out=target, residual=added_part, **parameters)
         deliver(None, part, target)
     return y if out is None else out
+
+
+def _apart(values: Any, y: Array) -> Any:
+    """Return parameters, or a copy of those that lie in y: a call in parts writes to y before it has read them for the last time."""
+    return values.copy() if values is not None and np.may_share_memory(values, y) else values
 
 
 def train(

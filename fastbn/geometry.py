@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "arrange", "arrange_parts", "deliver", "find_layout", "values_per_channel"]
 
-# Elements of a part: copies of three tensors of it, of float32, fit the cache of a core.
+# Elements of a part. docs/numerics.md: caches.
 _PART = 1 << 16
 
 
@@ -40,7 +40,8 @@ class Layout(NamedTuple):
 
 
 def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*ArraysT]]:
-    """Return the layout of the arrays of one call, and these arrays, or C-contiguous copies where they have no layout in common."""
+    """Return the layout of the arrays of one call, and these arrays; where they have no layout in common, those that are not C-contiguous
+    are copied."""
     layout = _common_layout(axis, arrays)
     if layout is not None:
         return layout, arrays
@@ -51,20 +52,26 @@ def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*Arrays
 def arrange_parts(
     axis: int, x: Array, y: Array, added: Array | None
 ) -> Iterator[tuple[Sizes | Layout, tuple[Array, Array, Array | None], Array]]:
-    """Yield what `arrange` returns of an elementwise call, and y; in parts whose copies stay in a core's cache where copies are needed.
+    """Yield what `arrange` returns of an elementwise call, and y; where it would copy, in parts whose copies stay in a cache."""
+    layout = _common_layout(axis, (x, y, added))
+    if layout is not None:
+        yield layout, (x, y, added), y
+        return
+    for part in _cut(axis, x, y, added):
+        copies = _contiguous(part)
+        yield _layout_of_contiguous(axis, copies), copies, part[1]
 
-    A part is of some indexes of the axis along which x has its largest stride.
-    """
+
+def _cut(axis: int, x: Array, y: Array, added: Array | None) -> Iterator[tuple[Array, Array, Array | None]]:
+    """Yield parts of arrays of one shape, some indexes of the axes along which x has its largest strides; the channels stay together."""
     along = max((i for i, size in enumerate(x.shape) if i != axis and size > 1), key=lambda i: abs(x.strides[i]), default=None)
-    if along is None or x.size <= _PART or _common_layout(axis, (x, y, added)) is not None:
-        yield *arrange(axis, x, y, added), y
+    if along is None or x.size <= _PART:
+        yield x, y, added
         return
     step = max(1, _PART * x.shape[along] // x.size)
     for start in range(0, x.shape[along], step):
         index = (slice(None),) * along + (slice(start, start + step),)
-        part = y[index]
-        copies = _contiguous((x[index], part, None if added is None else added[index]))
-        yield _layout_of_contiguous(axis, copies), copies, part
+        yield from _cut(axis, x[index], y[index], None if added is None else added[index])
 
 
 def _contiguous(arrays: tuple[*ArraysT]) -> tuple[*ArraysT]:

@@ -113,7 +113,8 @@ void fbn_backward_input(const fbn_job *job, void *work);
 
 /* The ISAs this build and this CPU have, the best first; NULL behind the last. */
 const char *fbn_isa_name(int index);
-/* Selects an ISA for all calls that follow, or reports 0 when there is none of that name. */
+/* Selects an ISA for all calls that follow, or reports 0 when there is none of that name. AVX-512 leaves some short rows to
+ * AVX2. docs/numerics.md: short rows apart. */
 int fbn_use_isa(const char *name);
 /* The ISA in use. */
 const char *fbn_isa(void);

@@ -46,7 +46,7 @@ typedef struct {
     const void *center, *scale, *shift, *slope, *offset;
     const int64_t *row_offsets; /* pivot by columns: elements from x to each row */
     /* Elements from what is read to what is prefetched, or 0; by columns: so many at least. A reduction by planes has another number for
-     * dy, and prefetches so many rows ahead. docs/numerics.md: prefetch. */
+     * dy, and prefetches nothing in the last `rows_ahead` rows. docs/numerics.md: prefetch. */
     int64_t prefetch, dy_prefetch, rows_ahead;
     fbn_activation activation;
     int frozen;

@@ -71,8 +71,8 @@ void fbn_piece_of_planes(fbn_piece *piece, const fbn_plan *plan, int64_t c, int6
     piece->period = cols;
     piece->sum = plan->scratch.sums + 2 * tile * job->C + c;
     piece->dot = piece->sum + job->C;
-    /* The next piece follows in memory, unless another thread takes it. */
-    if (plan->stream && (plan->threads == 1 || plan->reduction.in_first) && cols == job->S)
+    /* The next group follows in memory; several threads have small groups in turn, others may be of another thread. */
+    if (plan->stream && plan->memory.adjacent && (plan->threads == 1 || plan->reduction.in_first) && cols == job->S)
         piece->prefetch = plan->reduction.group_channels * cols;
 }
 

@@ -187,7 +187,7 @@ static void plan_reduction_by_planes(fbn_plan *plan) {
     reduction->group_channels = smaller(larger(1, group), job->C);
     reduction->groups = ceil_div(job->C, reduction->group_channels);
     if (reduction->in_first)
-        reduction->prefetch = plan->bytes > fbn_last_cache() ? reduction->group_channels * job->S : 0;
+        reduction->prefetch = plan->memory.adjacent && plan->bytes > fbn_last_cache() ? reduction->group_channels * job->S : 0;
     else if (plan->stream)
         reduction->rows_ahead = ceil_div(job->N * PREFETCH, channel_bytes(plan));
     reduction->fused = plan->threads == 1 || reduction->groups >= 4 * plan->threads;
@@ -313,16 +313,17 @@ static void cut(fbn_plan *plan) {
     plan_map(plan);
     if (plan->map.layout == FBN_NSC) {
         plan->reduction.fused = 0;
-        plan->short_rows = !plan->memory.contiguous && job->C * plan->memory.span * plan->element_bytes < SHORT_ROW;
-        if (plan->short_rows && plan->element_bytes >= 4)
+        const int64_t row = job->C * plan->memory.span * plan->element_bytes;
+        plan->short_rows = !plan->memory.contiguous && row < SHORT_ROW;
+        if (plan->short_rows && !plan->in_core && plan->element_bytes >= 4 && row % 64 != 0)
             plan->kernels = fbn_table_of_short_rows();
     }
     plan->reduction.kept = keeps_tiles(plan) ? plan->reduction.tiles : 1;
 }
 
-/* A map by columns begins its vectors with the first line that `out` fills alone: there the tables begin a line too. */
+/* A map by columns begins its vectors with the first line that `out` fills alone, or with a short row: there the tables begin a line. */
 static uintptr_t shift_of_tables(const fbn_plan *plan) {
-    if (plan->map.period == 0)
+    if (plan->map.period == 0 || plan->short_rows)
         return 0;
     const uintptr_t head = -(uintptr_t)plan->job->out.data % 64 / (uintptr_t)plan->element_bytes;
     return -(head * (uintptr_t)plan->constant_bytes) % 64;
@@ -392,7 +393,9 @@ static uint64_t name_of_job(const fbn_job *job) {
                              job->frozen,
                              job->threads,
                              job->on_team,
+                             job->x.n,
                              job->x.c,
+                             job->x.s,
                              job->batch_mean != NULL,
                              job->out.data != NULL,
                              job->dy.data != NULL,

@@ -43,6 +43,16 @@ def test_inference_of_a_view_is_that_of_a_copy(kind, with_residual):
     assert np.all(room[..., [0, -1]] == 7)
 
 
+def test_parameters_that_lie_in_the_output_are_read_first():
+    whole = BASE.copy()
+    view = whole[..., 1:-1]
+    mean, _, _, bias = parameters(14)
+    whole[1, :, 2, 3] = abs(whole[1, :, 2, 3])
+    var, weight = whole[1, :, 2, 3], view[-1, :, -1, -1]
+    want = fastbn.batch_norm(view.copy(), mean, var.copy(), weight.copy(), bias)
+    assert np.array_equal(fastbn.batch_norm(view, mean, var, weight, bias, out=view), want)
+
+
 def test_a_view_changes_in_place():
     whole = BASE.copy()
     view = whole[..., 1:-1]
@@ -67,5 +77,8 @@ def test_copies_take_no_more_memory_than_they_must():
     mean, var, weight, bias = np.zeros(32), np.ones(32), np.ones(32), np.ones(32)
     _, stats = fastbn.batch_norm_train(x, weight, bias, out=y)
     assert peak(lambda: fastbn.batch_norm(x, mean, var, weight, bias, out=y)) < x.nbytes / 4
+    two = x.reshape(2, 20, 32, 30, 30).transpose(0, 2, 1, 3, 4)
+    room = y.reshape(2, 32, 20, 30, 30)
+    assert peak(lambda: fastbn.batch_norm(two, mean, var, weight, bias, out=room)) < x.nbytes / 4
     assert x.nbytes < peak(lambda: fastbn.batch_norm_train(x, weight, bias, out=y)) < 1.1 * x.nbytes
     assert x.nbytes < peak(lambda: fastbn.batch_norm_backward(dy, x, stats, weight, bias, out=y)) < 1.1 * x.nbytes

@@ -197,9 +197,11 @@ def test_where_a_large_array_begins_changes_no_bit(channels, dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize(("samples", "plane"), [(2, 777), (20, 777), (1, 20), (20, 20)])
 def test_where_planes_past_the_cache_begin_changes_no_bit(samples, plane, dtype, isa):
-    """A tensor that is stored past the cache: the first and the last line of a plane, or of a run of planes, belong to others too."""
+    """A tensor that is stored past the cache, without a look at times: the first and the last line of a plane, or of a run of planes,
+    belong to others too. In place nothing is stored past it. Samples that lie backward are prefetched backward."""
     job = _native.Job((samples, 64, plane), dtype_code(dtype)).describe(strides=(64 * plane, plane), has_dy=True, has_stats=False)
-    channels = 4 * job["most_bytes"] // (3 * dtype.itemsize * samples * plane) + 3
+    times = 4  # CERTAINLY_LARGE in plan.c
+    channels = times * job["most_bytes"] // (3 * dtype.itemsize * samples * plane) + 3
     if samples * channels * plane > 1 << 24:
         pytest.skip(f"{job['last_cache'] >> 20} MB of the last cache")
     shape = (samples, channels, plane)
@@ -211,12 +213,18 @@ def test_where_planes_past_the_cache_begin_changes_no_bit(samples, plane, dtype,
         stats = fastbn.batch_stats(x)
 
         def results(place):
-            y, out = at(place, x), at(place, x)
+            y, out, backward = at(place, x), at(place, x), at(place, x)
             fastbn.batch_norm_train(x, weight, weight, out=y)
             fastbn.batch_norm_backward(x, x, stats, weight, weight, activation="relu", out=out)
-            return y.tobytes(), out.tobytes()
+            fastbn.batch_norm_train(x[::-1], weight, weight, out=backward[::-1])
+            return [array.tobytes() for array in (y, out, backward)]
 
-        assert results(0) == results(16) == results(64 - dtype.itemsize)
+        want = results(0)
+        assert results(16) == results(64 - dtype.itemsize) == want
+        y, dx = x.copy(), x.copy()
+        fastbn.batch_norm_train(y, weight, weight, out=y)
+        fastbn.batch_norm_backward(dx, x, stats, weight, weight, activation="relu", out=dx)
+        assert [y.tobytes(), dx.tobytes()] == want[:2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
