@@ -138,7 +138,9 @@ void fbn_piece_of_map(fbn_piece *piece, const fbn_plan *plan, int64_t sample, in
     set_constants(piece, plan, plan->scratch.tables, 0);
     piece->period = plan->map.period;
     if (!plan->memory.contiguous) {
-        piece->stream = 0; /* rows apart begin and end with parts of lines */
+        /* Rows apart may begin and end with parts of lines. docs/numerics.md: streaming stores. */
+        const uint64_t places = (uint64_t)(uintptr_t)piece->out | (uint64_t)((piece->cols | piece->out_stride) * plan->element_bytes);
+        piece->stream &= places % 64 == 0;
         return;
     }
     piece->rows = 1;
