@@ -8,7 +8,7 @@ import numpy as np
 
 from fastbn import _check
 from fastbn._native import Job, new_like
-from fastbn.geometry import arrange, arrange_parts, deliver, values_per_channel
+from fastbn.geometry import arrange, common_layout, copy_together, deliver, parts, values_per_channel
 from fastbn.stats import BatchStats
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ def infer(
     var = _check.running_variance(var, "var", channels, eps)
     added = None if residual is None else _check.same_shape(residual, "residual", x)
     y = _check.output(out, x, added)
+    layout = common_layout(axis, (x, y, added))
+    if layout is not None:
+        Job(layout, dtype, code, eps).infer(x=x, out=y, residual=added, mean=mean, var=var, weight=weight, bias=bias)
+        return y if out is None else out
     parameters = {"mean": _apart(mean, y), "var": _apart(var, y), "weight": _apart(weight, y), "bias": _apart(bias, y)}
-    for layout, (source, target, added_part), part in arrange_parts(axis, x, y, added):
+    for part in parts(axis, x, y, added):
+        layout, (source, target, added_part) = copy_together(axis, *part)
         Job(layout, dtype, code, eps).infer(x=source, out=target, residual=added_part, **parameters)
-        deliver(None, part, target)
+        deliver(None, part[1], target)
     return y if out is None else out
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     ArraysT = TypeVarTuple("ArraysT")
 
-__all__ = ["Layout", "arrange", "arrange_parts", "deliver", "find_layout", "values_per_channel"]
+__all__ = ["Layout", "arrange", "common_layout", "copy_together", "deliver", "find_layout", "parts", "values_per_channel"]
 
 # Elements of a part. docs/numerics.md: caches.
 _PART = 1 << 16
@@ -40,46 +40,13 @@ class Layout(NamedTuple):
 
 
 def arrange(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*ArraysT]]:
-    """Return the layout of the arrays of one call, and these arrays; where they have no layout in common, those that are not C-contiguous
-    are copied."""
-    layout = _common_layout(axis, arrays)
-    if layout is not None:
-        return layout, arrays
-    copies = _contiguous(arrays)
-    return _layout_of_contiguous(axis, copies), copies
+    """Return the layout of the arrays of one call, and these arrays, or copies where they have no layout in common."""
+    layout = common_layout(axis, arrays)
+    return (layout, arrays) if layout is not None else copy_together(axis, *arrays)
 
 
-def arrange_parts(
-    axis: int, x: Array, y: Array, added: Array | None
-) -> Iterator[tuple[Sizes | Layout, tuple[Array, Array, Array | None], Array]]:
-    """Yield what `arrange` returns of an elementwise call, and y; where it would copy, in parts whose copies stay in a cache."""
-    layout = _common_layout(axis, (x, y, added))
-    if layout is not None:
-        yield layout, (x, y, added), y
-        return
-    for part in _cut(axis, x, y, added):
-        copies = _contiguous(part)
-        yield _layout_of_contiguous(axis, copies), copies, part[1]
-
-
-def _cut(axis: int, x: Array, y: Array, added: Array | None) -> Iterator[tuple[Array, Array, Array | None]]:
-    """Yield parts of arrays of one shape, some indexes of the axes along which x has its largest strides; the channels stay together."""
-    along = max((i for i, size in enumerate(x.shape) if i != axis and size > 1), key=lambda i: abs(x.strides[i]), default=None)
-    if along is None or x.size <= _PART:
-        yield x, y, added
-        return
-    step = max(1, _PART * x.shape[along] // x.size)
-    for start in range(0, x.shape[along], step):
-        index = (slice(None),) * along + (slice(start, start + step),)
-        yield from _cut(axis, x[index], y[index], None if added is None else added[index])
-
-
-def _contiguous(arrays: tuple[*ArraysT]) -> tuple[*ArraysT]:
-    given: tuple[Any, ...] = arrays  # arrays and None, which a checker cannot be told of ArraysT
-    return tuple(array if array is None or array.flags.c_contiguous else array.copy(order="C") for array in given)
-
-
-def _common_layout(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout | None:
+def common_layout(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout | None:
+    """Return the layout of arrays, and None, of one call, or None where they have none in common."""
     sizes: Sizes | None = _native.dense_layout(axis, arrays)
     if sizes is not None:
         return sizes
@@ -87,10 +54,26 @@ def _common_layout(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout | None:
     return find_layout(x.shape, axis, x.itemsize, *[array.strides for array in arrays if array is not None])
 
 
-def _layout_of_contiguous(axis: int, arrays: tuple[Any, ...]) -> Sizes | Layout:
-    layout = _common_layout(axis, arrays)
+def copy_together(axis: int, *arrays: *ArraysT) -> tuple[Sizes | Layout, tuple[*ArraysT]]:
+    """Return the layout of C-contiguous arrays, and arrays of which those that are not C-contiguous are copied."""
+    given: tuple[Any, ...] = arrays  # arrays and None, which a checker cannot be told of ArraysT
+    copies: Any = tuple(array if array is None or array.flags.c_contiguous else array.copy(order="C") for array in given)
+    layout = common_layout(axis, copies)
     assert layout is not None  # C-contiguous arrays always have one
-    return layout
+    return layout, copies
+
+
+def parts(axis: int, x: Array, y: Array, added: Array | None) -> Iterator[tuple[Array, Array, Array | None]]:
+    """Yield views of the arrays of an elementwise call whose copies stay in a cache: some indexes of the axes along which x has its largest
+    strides; the channels stay together."""
+    along = max((i for i, size in enumerate(x.shape) if i != axis and size > 1), key=lambda i: abs(x.strides[i]), default=None)
+    if along is None or x.size <= _PART:
+        yield x, y, added
+        return
+    step = max(1, _PART * x.shape[along] // x.size)
+    for start in range(0, x.shape[along], step):
+        index = (slice(None),) * along + (slice(start, start + step),)
+        yield from parts(axis, x[index], y[index], None if added is None else added[index])
 
 
 @lru_cache(maxsize=1024)
