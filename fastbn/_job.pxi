@@ -24,8 +24,8 @@ cdef class Job:
     cdef double momentum
     cdef bint unbiased
 
-    # The layout is None for those of compiled code, which set sizes and settings themselves. Two functions, __cinit__ and __init__, would read the
-    # arguments twice.
+    # The layout is None for those of compiled code, which set sizes and settings themselves. Two functions, __cinit__ and __init__, would
+    # read the arguments twice.
     def __cinit__(self, layout=None, int dtype=0, int activation=0, double eps=0, int threads=0):
         self.n_axis = self.c_axis = self.s_axis = -1
         if layout is not None:

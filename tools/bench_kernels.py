@@ -9,8 +9,8 @@
 Every result is checked before it is timed. The sides take turns, those of both layouts together, and each figure is the 10th percentile of
 the calls of all turns, in microseconds. All read and write memory of NumPy (out=), but for "backward new", where every side allocates, as
 PyTorch's backward pass does. The roofs: a copy (np.copyto), a copy with streaming stores, and reading alone. Peers that are not installed
-are left out, with a line that says so. oneDNN is taken plain and in blocks of 16 channels (8 without
-AVX-512), whose rearranging is not timed. JAX and TensorFlow stand in runs with one --threads N only.
+are left out, with a line that says so. oneDNN is taken plain and in blocks of 16 channels (8 without AVX-512), whose rearranging is not
+timed. JAX and TensorFlow stand in runs with one --threads N only.
 """
 
 import argparse
